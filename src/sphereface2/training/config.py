@@ -1,0 +1,280 @@
+"""The typed configuration of a run: dataclasses, filled from YAML and command-line overrides.
+
+One file says all: ``RunConfig`` is stored beside a run's results as ``config.yaml`` and is enough
+to repeat it. Components chosen by name (``backbone``, ``head``) carry the keyword arguments of the
+thing they name, checked against its signature. An unknown key is an error that suggests the
+nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from sphereface2 import backbones, heads
+from sphereface2.data.transforms import Augmentation
+from sphereface2.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """What to train on and how batches are drawn."""
+
+    train: str = "auto"
+    """Folder, list, RecordIO or WebDataset; ``auto`` finds one (see ``data.locate``)."""
+    validation_people: int = 400
+    """People split off by label, never trained on; the best checkpoint is chosen on them."""
+    split_seed: int = 0
+    """Seed of that split, apart from ``seed`` so that seeds share their validation people."""
+    workers: int | None = None
+    """Loader processes a rank; default 0 on the CPU (its cores train) and 4 with CUDA."""
+    max_unreadable: float = 0.01
+    """Share of unreadable images above which the run stops, in [0, 1]."""
+    people_per_batch: int | None = None
+    """With ``images_per_person``: draw P people × K images instead of shuffled images."""
+    images_per_person: int | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: length, optimiser, schedule, precision, checkpoints."""
+
+    epochs: float = 12.0
+    batch_size: int = 256
+    """Images an optimiser step, over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Forward-backward passes an optimiser step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    head_lr_multiplier: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    head_weight_decay: float | None = None
+    """Weight decay of the prototypes; default: ``weight_decay``."""
+    schedule: Literal["cosine", "step", "polynomial"] = "cosine"
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.78, 0.94])
+    """``step``: shares of the run after which the rate is multiplied by ``gamma``."""
+    gamma: float = 0.1
+    power: float = 2.0
+    """``polynomial``: (1 - share of the run done) ** power."""
+    warmup: float = 0.02
+    """Share of the run with a linear warm-up."""
+    clip_norm: float | None = 5.0
+    """Greatest norm of the gradient over all parameters; ``null``: no clipping."""
+    autocast: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
+    channels_last: bool = True
+    ema: float = 0.0
+    """Decay a step of the weights' exponential moving average, which then is what is evaluated
+    and saved as the model; 0: off."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads a rank; default: the cores divided by the ranks on this machine."""
+    checkpoint_every: int = 200
+    """Optimiser steps between checkpoints."""
+    log_every: int = 20
+    """Optimiser steps between log lines."""
+    max_loss_ratio: float = 10.0
+    """Stop as diverging once the smoothed loss exceeds this multiple of its first value."""
+
+
+@dataclass
+class ValidationConfig:
+    """Periodic evaluation on the held-out people and on verification sets."""
+
+    every: float = 3.0
+    """Epochs between validations; 0: only at the end."""
+    pairs: list[str] = field(default_factory=lambda: ["auto"])
+    """Verification sets scored at each validation; ``auto``: those that lie with the data."""
+    names: str | None = None
+    """A pairs.txt that names the people of a .bin, for intervals over people."""
+    flip: bool = True
+    fars: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+
+
+@dataclass
+class RunConfig:
+    """Everything that determines a run."""
+
+    name: str = "run"
+    output: str = "runs"
+    """Folder under which the run gets a folder of its own, NAME-DATE-TIME."""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "sfnet20"})
+    """``name`` and the keyword arguments of ``backbones.create``."""
+    head: dict[str, Any] = field(default_factory=lambda: {"name": "sphereface2"})
+    """``name`` and the keyword arguments of ``heads.build``."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply command-line overrides.
+
+    Args:
+        path: a YAML mapping of ``RunConfig``'s fields, or None for the defaults.
+        overrides: ``["--training.epochs", "8", "--head.r=64"]``; values are read as YAML.
+
+    Raises:
+        UserError: unreadable file, unknown key (naming the nearest), wrong type or range.
+    """
+    tree: dict[str, Any] = {}
+    where = "the command line"
+    if path is not None:
+        where = str(path)
+        try:
+            loaded = yaml.load(path.read_text(), Loader=_Loader)
+        except OSError as error:
+            raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            line = str(error).replace("\n", " ")
+            raise UserError(f"{path} is not valid YAML: {line}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"{path} must hold a mapping of settings, found a {type(loaded)}")
+        tree = loaded or {}
+    for key, value in _parse_overrides(overrides):
+        _assign(tree, key, value)
+    return from_dict(tree, where)
+
+
+def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConfig:
+    """Build and check a ``RunConfig`` from nested plain values."""
+    _check_keys(RunConfig, tree, prefix="", where=where)
+    try:
+        config = TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{key} = {first['input']!r} in {where}: {reason}") from error
+    _check_component("backbone", config.backbone, backbones.available(), backbones.parameters)
+    _check_component("head", config.head, heads.available(), heads.parameters)
+    _check_ranges(config)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested values, as stored in ``config.yaml``."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: RunConfig) -> str:
+    """YAML text that ``load`` reads back as an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``5e-4`` as text; people write it as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; settings are given as --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"--{key} needs a value")
+            text = words.pop(0)
+        try:
+            yield key.replace("-", "_"), yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value {text!r} of --{key} cannot be read") from error
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for depth, part in enumerate(parents):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--{key}: {'.'.join(parents[: depth + 1])} is not a section")
+    tree[leaf] = value
+
+
+def _check_keys(cls: type, tree: dict[str, Any], prefix: str, where: str) -> None:
+    hints = get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            raise UserError(_unknown(prefix + str(key), str(key), hints, where))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _check_keys(hints[key], value, f"{prefix}{key}.", where)  # type: ignore[arg-type]
+
+
+def _check_component(
+    section: str,
+    tree: dict[str, Any],
+    names: Iterable[str],
+    parameters: Callable[[str], Iterable[str]],
+) -> None:
+    if "name" not in tree:
+        raise UserError(f"{section}.name is missing; choose one of {', '.join(names)}")
+    known = list(parameters(tree["name"]))
+    for key in tree:
+        if key != "name" and key not in known:
+            raise UserError(
+                _unknown(f"{section}.{key}", key, known, f"the {section} {tree['name']!r}")
+            )
+
+
+def _unknown(full: str, key: str, known: Iterable[str], where: str) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown setting {full!r} in {where}; {hint}"
+
+
+def _check_ranges(config: RunConfig) -> None:
+    training, data, validation = config.training, config.data, config.validation
+    rules = [
+        ("training.epochs", training.epochs, training.epochs > 0, "above 0"),
+        ("training.batch_size", training.batch_size, training.batch_size >= 1, "at least 1"),
+        ("training.accumulate", training.accumulate, training.accumulate >= 1, "at least 1"),
+        ("training.lr", training.lr, training.lr > 0, "above 0"),
+        ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
+        ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "at least 0"),
+        ("training.warmup", training.warmup, 0 <= training.warmup < 1, "in [0, 1)"),
+        ("training.ema", training.ema, 0 <= training.ema < 1, "in [0, 1)"),
+        (
+            "training.clip_norm",
+            training.clip_norm,
+            training.clip_norm is None or training.clip_norm > 0,
+            "above 0, or null",
+        ),
+        ("training.threads", training.threads, (training.threads or 1) >= 1, "at least 1"),
+        (
+            "training.checkpoint_every",
+            training.checkpoint_every,
+            training.checkpoint_every >= 1,
+            "at least 1",
+        ),
+        ("training.log_every", training.log_every, training.log_every >= 1, "at least 1"),
+        ("data.max_unreadable", data.max_unreadable, 0 <= data.max_unreadable <= 1, "in [0, 1]"),
+        ("data.validation_people", data.validation_people, data.validation_people >= 0, ">= 0"),
+        ("data.workers", data.workers, (data.workers or 0) >= 0, "at least 0"),
+        ("validation.every", validation.every, validation.every >= 0, "at least 0"),
+    ]
+    for key, value, good, expected in rules:
+        if not good:
+            raise UserError(f"{key} = {value!r}: must be {expected}")
+    if (data.people_per_batch is None) != (data.images_per_person is None):
+        raise UserError("data.people_per_batch and data.images_per_person go together; give both")

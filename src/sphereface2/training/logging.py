@@ -1,0 +1,143 @@
+"""What a run tells: a live progress bar, JSON lines, TensorBoard, its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sphereface2.files import atomic_write
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on."""
+    packages = ["sphereface2", "torch", "torchvision", "numpy", "opencv-python-headless"]
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if cuda else None,
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+class RunLog:
+    """Log of one run; on ranks other than 0 every call does nothing.
+
+    ``metrics.jsonl`` has one object a line with ``step``; on resuming, lines past the checkpoint's
+    step are dropped, so that a step is never told twice.
+    """
+
+    def __init__(self, folder: Path, *, main: bool, total_steps: int, start_step: int = 0) -> None:
+        self.main = main
+        self.console = Console(quiet=not main)
+        self._progress: Progress | None = None
+        self._total, self._start = total_steps, start_step
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = _lines_up_to(path, start_step) if start_step and path.exists() else []
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
+        self._file = path.open("a")
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+
+    def __enter__(self) -> Self:
+        if self.main and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} images/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "training", total=self._total, completed=self._start, loss=float("nan"), rate=0.0
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self.main:
+            self._file.close()
+            self._board.close()
+
+    def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Log a training step: ``values`` holds at least loss and images_per_second."""
+        if not self.main:
+            return
+        self._write("train", step, epoch, values)
+        loss, rate = values["loss"], values["images_per_second"]
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, loss=loss, rate=rate)
+        elif step % (10 * max(1, self._total // 200)) == 0 or step == self._total:
+            left = (self._total - step) * values["seconds_per_step"]
+            self.console.print(
+                f"step {step}/{self._total} · epoch {epoch:.2f} · loss {loss:.3f} · "
+                f"{rate:,.0f} images/s · {left / 60:.1f} min left",
+                highlight=False,
+            )
+
+    def validation(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Log a validation's figures (shares in [0, 1]) and print them on one line."""
+        if not self.main:
+            return
+        self._write("validation", step, epoch, values)
+        told = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
+        self.say(f"epoch {epoch:.2f}: {told}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False)
+
+    def _write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
+        record = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Whole lines of steps up to ``step``; a line that a kill cut short is dropped."""
+    kept = []
+    for line in path.read_text().split("\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    return kept

@@ -1,0 +1,103 @@
+"""Optimiser, learning-rate schedule and the weights' moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sphereface2.training.config import TrainingConfig
+
+
+def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Factor on the base rate at ``step`` in [0, total_steps): warm-up, then the schedule.
+
+    The warm-up is linear over the first ``warmup`` share of the run; ``cosine`` falls to 0 as
+    (1 + cos(pi s)) / 2, ``polynomial`` as (1 - s) ** power, ``step`` by ``gamma`` at each
+    milestone, where s in [0, 1) is the share of the whole run that is done.
+    """
+    share = step / total_steps
+    warmup_steps = round(config.warmup * total_steps)
+    ramp = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if config.schedule == "cosine":
+        return ramp * 0.5 * (1 + math.cos(math.pi * share))
+    if config.schedule == "polynomial":
+        return ramp * (1 - share) ** config.power
+    passed = sum(share >= milestone for milestone in config.milestones)
+    return ramp * config.gamma**passed
+
+
+def build_optimizer(
+    config: TrainingConfig, backbone: nn.Module, head: nn.Module
+) -> torch.optim.Optimizer:
+    """SGD or AdamW with one parameter group a kind.
+
+    Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
+    no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
+    """
+    decayed = [p for p in backbone.parameters() if p.ndim > 1]
+    spared = [p for p in backbone.parameters() if p.ndim <= 1]
+    prototypes = [p for p in head.parameters() if p.ndim > 1]
+    head_rest = [p for p in head.parameters() if p.ndim <= 1]
+    head_decay = config.head_weight_decay
+    groups = [
+        (decayed, 1.0, config.weight_decay),
+        (spared, 1.0, 0.0),
+        (
+            prototypes,
+            config.head_lr_multiplier,
+            config.weight_decay if head_decay is None else head_decay,
+        ),
+        (head_rest, config.head_lr_multiplier, 0.0),
+    ]
+    settings = [
+        {"params": params, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": wd}
+        for params, rate, wd in groups
+        if params
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(settings, lr=config.lr)
+    return torch.optim.SGD(
+        settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to ``factor`` times its base rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+class MovingAverage:
+    """Exponential moving average of a network's parameters and floating-point buffers.
+
+    average <- decay * average + (1 - decay) * value after every step, with the decay held at
+    (1 + step) / (10 + step) at first so that the random start is forgotten.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Fold in the network's values after optimiser step ``step`` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        floating: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                floating.append((self.average[key], value))
+            else:
+                self.average[key].copy_(value)
+        torch._foreach_lerp_(
+            [average for average, _ in floating], [value for _, value in floating], 1 - decay
+        )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """Clip by the global norm and return the norm before clipping (scalar)."""
+    parameters = [p for p in parameters if p.grad is not None]
+    limit = math.inf if max_norm is None else max_norm
+    return nn.utils.clip_grad_norm_(parameters, limit)

@@ -1,1 +1,7 @@
-"""."""
+"""Networks from images to embeddings, each with the preprocessing it was trained with."""
+
+from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.preprocessing import Preprocessing
+from sphereface2.backbones.registry import available, create
+
+__all__ = ["Backbone", "Preprocessing", "available", "create"]

@@ -1,0 +1,189 @@
+"""A trained network on disk: ``model.safetensors`` and ``config.json``, and no code.
+
+``config.json`` holds the format version, the backbone's name and options, its preprocessing and
+free-form metadata; the weights are a plain safetensors file. Nothing in either is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from sphereface2 import __version__
+from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.preprocessing import Preprocessing
+from sphereface2.backbones.registry import create
+from sphereface2.errors import UserError
+
+FORMAT = "sphereface2-network"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None = None) -> None:
+    """Write `net` (from `backbones.create`) into an existing directory.
+
+    Each file is written under a temporary name, flushed to disk, then renamed, so that a reader
+    never meets half a file.
+
+    Args:
+        net: the bare network, outside DistributedDataParallel or torch.compile wrappers.
+        directory: existing folder.
+        extra: JSON-able metadata; `load` gives it back as ``net.metadata``.
+    """
+    if not isinstance(net, Backbone) or not hasattr(net, "config"):
+        raise TypeError(
+            f"only a network made by backbones.create can be saved, not {type(net).__name__}"
+        )
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"cannot save the network: {directory} is not a folder")
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "backbone": net.config,
+        "preprocessing": net.preprocessing.to_dict(),
+        "metadata": net.metadata if extra is None else extra,
+    }
+    # Before any file is touched, so that metadata that is not JSON leaves the old bundle whole.
+    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()
+    }
+    _write(directory / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    _write(directory / CONFIG, text.encode())
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
+    """Read a network back, in evaluation mode, with `.preprocessing` and `.metadata`.
+
+    Args:
+        path: a bundle folder, its ``model.safetensors``, or a run folder (then its best
+            checkpoint, else its last).
+        device: where the weights go.
+
+    Raises:
+        UserError: nothing there, a foreign or damaged file, weights that do not fit.
+    """
+    folder = resolve(path)
+    config_file, weights_file = folder / CONFIG, folder / WEIGHTS
+    description = _read_config(config_file)
+    backbone = description["backbone"]
+    try:
+        # Building draws initial weights; a caller in the midst of training keeps its generator.
+        with torch.random.fork_rng(devices=[]):
+            net = create(backbone["name"], **backbone["kwargs"])
+        net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{config_file} does not describe a known network: {error}") from error
+    if net.preprocessing.size != net.input_size:
+        raise UserError(
+            f"{config_file} contradicts itself: its preprocessing makes {net.preprocessing.size} "
+            f"images and its network takes {net.input_size}"
+        )
+    try:
+        weights = safetensors.torch.load_file(weights_file)
+    except FileNotFoundError as error:
+        raise UserError(f"{weights_file} is missing beside {CONFIG}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{weights_file} is damaged or no safetensors file: {error}") from error
+    _check_weights(weights, net.state_dict(), weights_file, backbone["name"])
+    net.load_state_dict(weights)
+    net.metadata = description.get("metadata") or {}
+    return net.to(device).eval()
+
+
+def resolve(path: str | Path) -> Path:
+    """The bundle folder that `path` (bundle, weights file or run folder) stands for."""
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is no network: give a run folder, a bundle or its {WEIGHTS}")
+        if path.name != WEIGHTS:
+            raise UserError(f"{path} must be named {WEIGHTS} and lie beside its {CONFIG}")
+        return path.parent
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, a bundle or its {WEIGHTS}")
+    candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last"]
+    for folder in candidates:
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    for folder in candidates:
+        if (folder / WEIGHTS).is_file():
+            return folder
+    raise UserError(
+        f"{path} holds no network: expected {WEIGHTS} and {CONFIG} in it, "
+        "in checkpoints/best or in checkpoints/last"
+    )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing beside {WEIGHTS}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged or no JSON file: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f'{file} is not a sphereface2 network: its "format" is not "{FORMAT}"')
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {version!r} and this package reads {FORMAT_VERSION}: "
+            "use the package version that wrote it "
+            f"({description.get('package_version', 'unknown')})"
+        )
+    backbone = description.get("backbone")
+    if (
+        not isinstance(backbone, dict)
+        or not isinstance(backbone.get("name"), str)
+        or not isinstance(backbone.get("kwargs"), dict)
+        or "preprocessing" not in description
+    ):
+        raise UserError(f"{file} lacks the backbone's name, its kwargs or its preprocessing")
+    return description
+
+
+def _check_weights(
+    weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], file: Path, name: str
+) -> None:
+    def some(keys: set[str]) -> str:
+        return f"{len(keys)} tensors, for example {min(keys)!r}"
+
+    if missing := wanted.keys() - weights.keys():
+        raise UserError(f"{file} does not hold a {name}: it lacks {some(missing)}")
+    if surplus := weights.keys() - wanted.keys():
+        raise UserError(f"{file} does not hold a {name}: it has unknown {some(surplus)}")
+    for key, tensor in wanted.items():
+        if weights[key].shape != tensor.shape:
+            raise UserError(
+                f"{file} does not fit its {CONFIG}: {key!r} has shape "
+                f"{tuple(weights[key].shape)}, the network needs {tuple(tensor.shape)}"
+            )
+
+
+def _write(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; give the mode an ordinary open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,1 +1,1 @@
-"""."""
+"""Embedding images and measuring how well the embeddings verify people."""

@@ -1,0 +1,126 @@
+"""Images to embeddings with a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from sphereface2.data.transforms import decode
+from sphereface2.errors import UserError
+
+Image = bytes | np.ndarray
+
+
+def default_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def embed(
+    net: nn.Module,
+    images: Iterable[Image],
+    *,
+    batch_size: int = 128,
+    flip: bool = True,
+    device: str | torch.device | None = None,
+    name: Callable[[int], str] | None = None,
+    unreadable: list[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Embed images: float32 (N, d), rows of length 1.
+
+    Images are decoded a batch at a time, so a lazy iterable costs the memory of a few batches. The
+    network runs in float32 and in evaluation mode, which is undone afterwards.
+
+    Args:
+        net: a backbone, with its ``preprocessing``.
+        images: encoded images (bytes) or decoded ones (uint8 RGB, (H, W, 3)), sizes may differ.
+        batch_size: images in one forward pass.
+        flip: add the embedding of the mirror image before normalising (the flip test).
+        device: where to run; by default where the network is.
+        name: names image ``i`` in an error message.
+        unreadable: without it an unreadable image is a UserError; with it the image's index is
+            appended here and its row left out of the result.
+        progress: called with the number of images done since the last call.
+
+    Raises:
+        UserError: an image cannot be decoded, or the network gives NaN or infinity.
+    """
+    place = torch.device(device) if device is not None else next(net.parameters()).device
+    was_training = net.training
+    net = net.to(place).eval()
+    rows: list[np.ndarray] = []
+    try:
+        for batch in _decoded(iter(images), batch_size, name, unreadable):
+            if batch:
+                rows.append(_forward(net, batch, flip, place))
+            if progress is not None:
+                progress(batch_size)
+    finally:
+        net.train(was_training)
+    if not rows:
+        return np.zeros((0, int(getattr(net, "embedding_dim", 0))), np.float32)
+    return np.concatenate(rows)
+
+
+@torch.inference_mode()
+def _forward(
+    net: nn.Module, batch: list[np.ndarray], flip: bool, place: torch.device
+) -> np.ndarray:
+    preprocess: Any = net.preprocessing
+    if len({image.shape for image in batch}) == 1:
+        pixels = torch.from_numpy(np.stack(batch)).to(place)
+        inputs = preprocess(pixels.permute(0, 3, 1, 2))
+    else:
+        inputs = torch.cat(
+            [preprocess(torch.from_numpy(i).to(place).permute(2, 0, 1)[None]) for i in batch]
+        )
+    with torch.autocast(place.type, enabled=False):
+        embeddings = net(inputs).float()
+        if flip:
+            embeddings = embeddings + net(inputs.flip(3)).float()
+    if not torch.isfinite(embeddings).all():
+        raise UserError("the network gives NaN or infinite embeddings: its weights are unusable")
+    return normalize(embeddings).cpu().numpy()
+
+
+def _decoded(
+    images: Iterator[Image],
+    batch_size: int,
+    name: Callable[[int], str] | None,
+    unreadable: list[int] | None,
+) -> Iterator[list[np.ndarray]]:
+    """Batches of decoded images; the next one is decoded while the network works on this one."""
+
+    def batch_at(start: int, encoded: list[Image]) -> list[np.ndarray]:
+        batch = []
+        for offset, image in enumerate(encoded):
+            try:
+                batch.append(image if isinstance(image, np.ndarray) else decode(image))
+            except UserError as error:
+                if unreadable is None:
+                    label = name(start + offset) if name else f"image {start + offset}"
+                    raise UserError(f"{label} cannot be read: {error}") from error
+                unreadable.append(start + offset)
+        return batch
+
+    with ThreadPoolExecutor(1) as pool:
+        start, ahead = 0, None
+        while encoded := list(islice(images, batch_size)):
+            current, ahead = ahead, pool.submit(batch_at, start, encoded)
+            start += len(encoded)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()

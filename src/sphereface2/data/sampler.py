@@ -1,0 +1,198 @@
+"""Which images make a batch: seeded, split over ranks, and able to continue mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from sphereface2.errors import UserError
+
+
+class BatchKey(NamedTuple):
+    """One rank's share of one global batch: what a worker needs to build it.
+
+    ``indices`` are int64 positions in the data set; the share begins at ``offset`` in the global
+    batch. Augmentation is drawn from (seed, epoch, step, place in the global batch), so it
+    depends neither on the number of workers nor on the number of ranks.
+    """
+
+    epoch: int
+    step: int
+    indices: np.ndarray
+    offset: int = 0
+
+
+class BatchSampler(Sampler[BatchKey]):
+    """Yields the epoch's BatchKeys of one rank; for ``DataLoader(sampler=…, batch_size=None)``.
+
+    Parameters
+    ----------
+    labels:
+        int64 (N,) class of each image of the data set.
+    batch_size:
+        Images in the global batch, over all ranks; a multiple of ``world_size``.
+    shuffle:
+        A permutation drawn from (seed, epoch), the same on every rank; else the given order.
+    drop_last:
+        Drop the incomplete batch at the end of an epoch; else fill it up from the epoch's
+        beginning to a multiple of ``world_size``, so that every rank has the same share.
+    people_per_batch, images_per_person:
+        P and K, with P·K = ``batch_size``: each batch holds K images of each of P different
+        people. A person's images are dealt out K at a time, and one with fewer than K repeats.
+        Each epoch leaves out what does not fill a batch: fewer than P hands of K images, unless
+        a few people own so much of the set that they cannot be spread over enough batches.
+
+    Every ``iter()`` starts the next epoch, except the first after ``load_state_dict``, which
+    yields what remained. ``state_dict`` counts the keys handed out; under torchdata's
+    StatefulDataLoader, which keeps the state that belongs to the last batch delivered, prefetched
+    batches are not counted.
+    """
+
+    def __init__(
+        self,
+        labels: npt.ArrayLike,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        people_per_batch: int | None = None,
+        images_per_person: int | None = None,
+    ) -> None:
+        self._labels = np.asarray(labels, dtype=np.int64)
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(
+                f"batch size {batch_size} must be a positive multiple of the {world_size} processes"
+            )
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} is outside 0…{world_size - 1}")
+        if (people_per_batch is None) != (images_per_person is None):
+            raise UserError("people per batch and images per person must be given together")
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.people_per_batch, self.images_per_person = people_per_batch, images_per_person
+        if people_per_batch is not None and images_per_person is not None:
+            if people_per_batch * images_per_person != batch_size:
+                raise UserError(
+                    f"{people_per_batch} people × {images_per_person} images make "
+                    f"{people_per_batch * images_per_person}, not the batch size {batch_size}"
+                )
+            people = len(np.unique(self._labels))
+            if people < people_per_batch:
+                raise UserError(f"a batch of {people_per_batch} people needs more than {people}")
+        if (len(self._labels) if drop_last else batch_size) < batch_size or not len(self._labels):
+            raise UserError(
+                f"a batch of {batch_size} images needs more than the {len(self._labels)} there are"
+            )
+        self._steps = self._count_steps()
+        self._epoch, self._position, self._resumed = 0, 0, False
+        self._order_of: tuple[int, np.ndarray] | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """Steps of this epoch already handed out."""
+        return self._position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next ``iter()`` start at the beginning of ``epoch``."""
+        self.load_state_dict({"epoch": epoch, "position": 0})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._resumed = True
+
+    def __len__(self) -> int:
+        """Steps in an epoch; the same every epoch."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        # A DataLoader may call iter() more than once before it takes a key, so an epoch counts
+        # as begun only once a key was taken; StatefulDataLoader restores a finished epoch by
+        # load_state_dict, iter(), and a second iter() that means the next epoch.
+        at_end = self._position >= len(self)
+        if not self._resumed and self._position > 0:
+            self._epoch, self._position = self._epoch + 1, 0
+        if at_end:
+            self._resumed = False
+        return self._keys(self._epoch, self._position)
+
+    def _keys(self, epoch: int, position: int) -> Iterator[BatchKey]:
+        order = self._order(epoch)
+        for step in range(position, self._steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            share = len(batch) // self.world_size
+            offset = self.rank * share
+            self._epoch, self._position, self._resumed = epoch, step + 1, False
+            yield BatchKey(epoch, step, batch[offset : offset + share], offset)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 image positions of the whole epoch, batch after batch, the same on all ranks."""
+        if self._order_of is None or self._order_of[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            if self.people_per_batch is None:
+                order = self._plain_order(rng)
+            else:
+                order = self._people_order(rng)
+            self._order_of = epoch, order
+        return self._order_of[1]
+
+    def _plain_order(self, rng: np.random.Generator) -> np.ndarray:
+        count = len(self._labels)
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
+        rest = count % self.batch_size
+        if self.drop_last:
+            return order[: count - rest]
+        short = -rest % self.world_size
+        return np.concatenate([order, np.resize(order, short)]) if short else order
+
+    def _people_order(self, rng: np.random.Generator) -> np.ndarray:
+        assert self.people_per_batch is not None
+        assert self.images_per_person is not None
+        k, steps = self.images_per_person, self._steps
+        count = len(self._labels)
+        shuffled = rng.permutation(count) if self.shuffle else np.arange(count)
+        by_person = shuffled[np.argsort(self._labels[shuffled], kind="stable")]
+        _, first, sizes = np.unique(self._labels[by_person], return_index=True, return_counts=True)
+        people = rng.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
+        # Deal each person's shuffled images out in hands of K; the last hand wraps around.
+        hands = np.minimum(-(-sizes // k), steps)[people]
+        owner = np.repeat(people, hands)
+        hand = np.arange(len(owner)) - np.repeat(np.cumsum(hands) - hands, hands)
+        places = (hand[:, None] * k + np.arange(k)) % sizes[owner, None]
+        images = by_person[first[owner, None] + places]
+        # Batch j takes hands j, j + steps, j + 2·steps, …: a person's hands lie side by side and
+        # number at most `steps`, so no two of them meet in a batch.
+        batches = images[: self.people_per_batch * steps]
+        batches = batches.reshape(self.people_per_batch, steps, k).swapaxes(0, 1)
+        turn = rng.permutation(steps) if self.shuffle else np.arange(steps)
+        return batches[turn].reshape(-1)
+
+    def _count_steps(self) -> int:
+        if self.people_per_batch is None or self.images_per_person is None:
+            full, rest = divmod(len(self._labels), self.batch_size)
+            return full + (0 if self.drop_last or not rest else 1)
+        # The most batches of P different people: the largest T with Σ min(hands, T) >= P·T.
+        sizes = np.unique(self._labels, return_counts=True)[1]
+        hands = -(-sizes // self.images_per_person)
+        low, high = 1, int(hands.sum()) // self.people_per_batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            if int(np.minimum(hands, middle).sum()) >= self.people_per_batch * middle:
+                low = middle
+            else:
+                high = middle - 1
+        return low

@@ -1,0 +1,149 @@
+"""Where training images come from: one protocol over folders, lists, RecordIO and tar shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from sphereface2.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+LIST_SUFFIXES = frozenset({".txt", ".lst", ".csv", ".tsv"})
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A labelled set of encoded images with random access.
+
+    A source pickles (workers reopen its files) and its order is stable: image ``i`` is the same
+    image in every process and every run, as long as the files are.
+    """
+
+    #: int64 (N,): the person of each image, in ``[0, num_classes)``.
+    labels: np.ndarray
+    #: One more than the largest label a head must know.
+    num_classes: int
+    #: The name of each person, where the format has one.
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image ``index``; OSError or UserError if they cannot be had."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over what identifies the set (names, labels, sizes), cheap to compute."""
+        ...
+
+
+def open_source(path: str | Path) -> Source:
+    """Open the training set at ``path``, recognised by what lies there.
+
+    ``path`` is a folder with ``train.rec``, a ``.rec`` file, a folder of tar shards or one
+    ``.tar``, a list file (``.txt .lst .csv .tsv``: ``path label`` lines) or a folder of person
+    folders. Raises UserError, naming the path, for anything else.
+    """
+    from sphereface2.data.folder import FolderSource
+    from sphereface2.data.listfile import ListSource
+    from sphereface2.data.recordio import RecordIOSource
+    from sphereface2.data.webdataset import WebDatasetSource
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a data set that does")
+    if path.is_dir():
+        if (path / "train.rec").exists():
+            return RecordIOSource(path)
+        entries = sorted(path.iterdir())
+        if any(entry.suffix == ".tar" for entry in entries):
+            return WebDatasetSource(path)
+        records = [entry for entry in entries if entry.suffix == ".rec"]
+        if len(records) == 1:
+            return RecordIOSource(records[0])
+        if len(records) > 1:
+            raise UserError(f"{path} holds {len(records)} .rec files; name the one to read")
+        if any(entry.is_dir() for entry in entries):
+            return FolderSource(path)
+        lists = [entry for entry in entries if entry.suffix.lower() in LIST_SUFFIXES]
+        if len(lists) == 1:
+            return ListSource(lists[0])
+        raise UserError(
+            f"{path} holds no data set: expected train.rec, .tar shards, a list file "
+            "or one folder a person"
+        )
+    suffix = path.suffix.lower()
+    if suffix == ".rec":
+        return RecordIOSource(path)
+    if suffix == ".tar":
+        return WebDatasetSource(path)
+    if suffix in LIST_SUFFIXES:
+        return ListSource(path)
+    raise UserError(
+        f"{path} is not a training set: expected a folder, a .rec, .tar or list file "
+        f"({' '.join(sorted(LIST_SUFFIXES))})"
+    )
+
+
+def split_people(
+    source: Source, validation_people: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Set whole people aside for validation.
+
+    ``validation_people`` people are drawn among those with two images or more (a person with one
+    image makes no genuine pair). Returns ``(train_indices, val_indices, label_map)``: int64 image
+    indices in ascending order, and an int64 array over the source's labels that gives a training
+    person's class in ``[0, training people)`` and -1 for validation people and unused labels.
+    The draw depends on the source's labels, ``validation_people`` and ``seed`` alone.
+    """
+    labels = np.asarray(source.labels)
+    counts = np.bincount(labels, minlength=source.num_classes)
+    eligible = np.flatnonzero(counts >= 2)
+    present = int((counts > 0).sum())
+    if validation_people < 0:
+        raise UserError(f"validation people must be 0 or more, not {validation_people}")
+    if validation_people > len(eligible) or (validation_people and validation_people >= present):
+        raise UserError(
+            f"cannot set {validation_people} people aside for validation: the set has {present} "
+            f"people, {len(eligible)} of them with two images or more"
+        )
+    held_out = np.zeros(source.num_classes, dtype=bool)
+    rng = np.random.default_rng(seed)
+    held_out[rng.choice(eligible, size=validation_people, replace=False)] = True
+    in_training = (counts > 0) & ~held_out
+    label_map = np.full(source.num_classes, -1, dtype=np.int64)
+    label_map[in_training] = np.arange(int(in_training.sum()))
+    is_validation = held_out[labels]
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation), label_map
+
+
+def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:
+    """Labels as int64 (N,), or a UserError naming the first that is no whole number >= 0."""
+    values = np.asarray(labels, dtype=np.float64)
+    bad = np.flatnonzero(~((values >= 0) & (values == np.floor(values)) & np.isfinite(values)))
+    if len(bad):
+        raise UserError(
+            f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number >= 0"
+        )
+    return values.astype(np.int64)
+
+
+def digest(*parts: bytes | str | np.ndarray) -> str:
+    """sha256 of the parts, each preceded by its length so that no two lists collide."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            data = part.tobytes()
+        else:
+            data = part.encode() if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.hexdigest()

@@ -1,0 +1,279 @@
+"""From encoded bytes to a uint8 batch: decoding, augmentation, resizing.
+
+Images are uint8 RGB. A batch is a uint8 tensor (B, 3, S, S) in channels-last memory, which is the
+order pixels come out of the decoder: nothing is transposed on the way to the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
+
+from sphereface2.errors import UserError
+
+# One image is far too small to be worth OpenCV's own threads, which fight with the workers'.
+cv2.setNumThreads(0)
+
+# Columns of the matrix of draws: seven decisions, then the parameters.
+_FLIP, _AFFINE, _CROP, _LOW, _PHOTO, _JPEG, _ERASE = range(7)
+_ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
+_QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
+_DRAWS = 23
+_GREY = np.array([0.299, 0.587, 0.114])
+#: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
+_CHUNK = 16
+
+
+def decode(data: bytes | np.ndarray) -> np.ndarray:
+    """An encoded image as uint8 (H, W, 3) RGB; UserError if it cannot be decoded."""
+    buffer = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+    image = None
+    if buffer.size:
+        try:
+            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        except cv2.error:
+            image = None
+    if image is None:
+        raise UserError(f"an image of {buffer.size} bytes cannot be decoded")
+    return image
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image, each step with its own probability.
+
+    In the order applied: mirror image; affine (rotation up to ``rotation`` degrees, scale within
+    1 ± ``scale``); random crop with zero padding (a shift by up to ``crop_pad`` of the side);
+    low resolution (down to no less than ``low_resolution_min`` of the side, and back); photometric
+    jitter (brightness, contrast, saturation within 1 ± the strength); JPEG at a quality from
+    ``jpeg_quality`` to 95; erasing a rectangle of ``erase_area`` (smallest, largest share of the
+    area) by one random colour.
+
+    ``size`` is the side S of the result. Geometry is applied at the source's size, everything
+    else after resizing, so strengths are relative to the side.
+    """
+
+    size: int = 112
+    flip: float = 0.5
+    affine: float = 0.0
+    rotation: float = 10.0
+    scale: float = 0.1
+    crop: float = 0.0
+    crop_pad: float = 0.06
+    low_resolution: float = 0.0
+    low_resolution_min: float = 0.3
+    photometric: float = 0.0
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    jpeg: float = 0.0
+    jpeg_quality: int = 30
+    erase: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 0.15)
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise UserError(f"image size {self.size} is too small; give 8 or more")
+        for name in ("flip", "affine", "crop", "low_resolution", "photometric", "jpeg", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augmentation.{name} is a probability, not {getattr(self, name)}")
+        for name in ("scale", "crop_pad", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"augmentation.{name} must lie in [0, 1), not {getattr(self, name)}"
+                )
+        if not 0 < self.low_resolution_min <= 1:
+            raise UserError(
+                f"augmentation.low_resolution_min must lie in (0, 1], not {self.low_resolution_min}"
+            )
+        if not 1 <= self.jpeg_quality <= 95:
+            raise UserError(f"augmentation.jpeg_quality must be 1…95, not {self.jpeg_quality}")
+        low, high = self.erase_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"augmentation.erase_area must ascend in (0, 1], not {self.erase_area}")
+
+    @classmethod
+    def none(cls, size: int = 112) -> Augmentation:
+        """Only the resizing."""
+        return cls(size=size, flip=0.0)
+
+    def __call__(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        """Augment decoded images (H, W, 3) into uint8 (B, 3, S, S), channels-last."""
+        return self.apply(images, self.draw(len(images), rng))
+
+    @staticmethod
+    def draw(count: int, rng: np.random.Generator) -> np.ndarray:
+        """float32 (count, 23) uniform draws, one row an image: all the randomness there is."""
+        return rng.random((count, _DRAWS), dtype=np.float32)
+
+    def apply(self, images: Sequence[np.ndarray], draws: np.ndarray) -> torch.Tensor:
+        """Augment by given draws (B, 23), one row an image."""
+        batch = torch.empty((len(images), self.size, self.size, 3), dtype=torch.uint8)
+        self.apply_into(batch, images, draws)
+        return batch.permute(0, 3, 1, 2)
+
+    def apply_into(
+        self, out: torch.Tensor, images: Sequence[np.ndarray], draws: np.ndarray
+    ) -> None:
+        """Like ``apply``, into a contiguous uint8 tensor (B, S, S, 3)."""
+        hits = draws[:, : len(self._probabilities)] < self._probabilities
+        size = (self.size, self.size)
+        shapes = {image.shape[:2] for image in images}
+        if shapes == {size}:
+            self._place(out.numpy(), images, hits, draws)
+        else:
+            for shape in shapes:
+                rows = [i for i, image in enumerate(images) if image.shape[:2] == shape]
+                self._resize_group(out, rows, [images[i] for i in rows], hits, draws)
+        array = out.numpy()
+        if self._any_pixel_step:
+            self._pixel_steps(array, hits, draws)
+
+    @cached_property
+    def _probabilities(self) -> np.ndarray:
+        """In the order of the decision columns."""
+        return np.array(
+            [
+                self.flip,
+                self.affine,
+                self.crop,
+                self.low_resolution,
+                self.photometric,
+                self.jpeg,
+                self.erase,
+            ],
+            dtype=np.float32,
+        )
+
+    @cached_property
+    def _any_pixel_step(self) -> bool:
+        return bool((self._probabilities[_LOW:] > 0).any())
+
+    def _resize_group(
+        self,
+        out: torch.Tensor,
+        rows: list[int],
+        images: list[np.ndarray],
+        hits: np.ndarray,
+        draws: np.ndarray,
+    ) -> None:
+        """Images of one shape: geometry at their own size, then one antialiased resize."""
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            members = images[start : start + _CHUNK]
+            staging = torch.empty((len(part), *members[0].shape), dtype=torch.uint8)
+            self._place(staging.numpy(), members, hits[part], draws[part])
+            resized = functional.interpolate(
+                staging.permute(0, 3, 1, 2),
+                size=(self.size, self.size),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            ).permute(0, 2, 3, 1)
+            if len(part) == len(out):
+                out.copy_(resized)
+            else:
+                out[torch.as_tensor(part)] = resized
+
+    def _place(
+        self, out: np.ndarray, images: Sequence[np.ndarray], hits: np.ndarray, draws: np.ndarray
+    ) -> None:
+        """Write each image into ``out`` (B, H, W, 3), mirrored, warped and shifted."""
+        height, width = out.shape[1:3]
+        flips = hits[:, _FLIP].tolist()
+        moved = (hits[:, _AFFINE] | hits[:, _CROP]).tolist()
+        for i, image in enumerate(images):
+            if not moved[i]:
+                if flips[i]:
+                    cv2.flip(image, 1, dst=out[i])
+                else:
+                    out[i] = image
+                continue
+            dx = dy = 0
+            if hits[i, _CROP]:
+                dx = round(float(2 * draws[i, _SHIFT_X] - 1) * self.crop_pad * width)
+                dy = round(float(2 * draws[i, _SHIFT_Y] - 1) * self.crop_pad * height)
+            if hits[i, _AFFINE]:
+                angle = float(2 * draws[i, _ANGLE] - 1) * self.rotation
+                scale = 1 + float(2 * draws[i, _SCALE] - 1) * self.scale
+                centre = ((width - 1) / 2, (height - 1) / 2)
+                matrix = cv2.getRotationMatrix2D(centre, angle, scale)
+                if flips[i]:
+                    matrix = matrix @ np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]])
+                matrix[:, 2] += dx, dy
+                cv2.warpAffine(image, matrix, (width, height), dst=out[i], flags=cv2.INTER_LINEAR)
+                continue
+            _shift(out[i], image, dx, dy, flips[i])
+
+    def _pixel_steps(self, out: np.ndarray, hits: np.ndarray, draws: np.ndarray) -> None:
+        """Low resolution, photometric jitter, JPEG and erasing, in place on (B, S, S, 3)."""
+        side = self.size
+        for i in np.flatnonzero(hits[:, _LOW:].any(axis=1)).tolist():
+            image, draw = out[i], draws[i].tolist()
+            if hits[i, _LOW]:
+                low = self.low_resolution_min
+                small = max(4, round(side * (low + (1 - low) * draw[_LOW_SIDE])))
+                reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+                cv2.resize(reduced, (side, side), dst=image, interpolation=cv2.INTER_LINEAR)
+            if hits[i, _PHOTO]:
+                brightness = 1 + (2 * draw[_BRIGHT] - 1) * self.brightness
+                contrast = 1 + (2 * draw[_CONTRAST] - 1) * self.contrast
+                saturation = 1 + (2 * draw[_SATURATE] - 1) * self.saturation
+                mean = float(_GREY @ np.array(cv2.mean(image)[:3]))
+                cv2.transform(
+                    image, _colour_matrix(brightness, contrast, saturation, mean), dst=image
+                )
+            if hits[i, _JPEG]:
+                quality = round(self.jpeg_quality + (95 - self.jpeg_quality) * draw[_QUALITY])
+                bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+                encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+                image[...] = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+            if hits[i, _ERASE]:
+                low, high = self.erase_area
+                area = (low + (high - low) * draw[_AREA]) * side * side
+                aspect = 4 ** (draw[_ASPECT] - 0.5)  # height / width in [1/2, 2]
+                height = min(side, max(1, round((area * aspect) ** 0.5)))
+                width = min(side, max(1, round((area / aspect) ** 0.5)))
+                top = int(draw[_ERASE_Y] * (side - height + 1))
+                left = int(draw[_ERASE_X] * (side - width + 1))
+                colour = [int(256 * draw[c]) for c in (_RED, _GREEN, _BLUE)]
+                image[top : top + height, left : left + width] = colour
+
+
+def _shift(out: np.ndarray, image: np.ndarray, dx: int, dy: int, flip: bool) -> None:
+    """``image``, mirrored if asked, moved dx right and dy down into ``out``, zeros around it."""
+    height, width = image.shape[:2]
+    left, right = max(dx, 0), width + min(dx, 0)
+    top, bottom = max(dy, 0), height + min(dy, 0)
+    out[:top] = 0
+    out[bottom:] = 0
+    out[top:bottom, :left] = 0
+    out[top:bottom, right:] = 0
+    rows = slice(top - dy, bottom - dy)
+    if flip:
+        source = image[rows, width - (right - dx) : width - (left - dx)]
+        cv2.flip(source, 1, dst=out[top:bottom, left:right])
+    else:
+        out[top:bottom, left:right] = image[rows, left - dx : right - dx]
+
+
+def _colour_matrix(
+    brightness: float, contrast: float, saturation: float, mean: float
+) -> np.ndarray:
+    """The 3×4 colour map of brightness, then contrast about the mean, then saturation.
+
+    x -> saturate(contrast·(brightness·x - μ) + μ) with μ = brightness·mean, the mean grey of the
+    brightened image, and saturate(y) = s·y + (1 - s)·grey(y).
+    """
+    mix = saturation * np.eye(3) + (1 - saturation) * np.tile(_GREY, (3, 1))
+    offset = (1 - contrast) * brightness * mean
+    matrix = np.empty((3, 4), dtype=np.float32)
+    matrix[:, :3] = contrast * brightness * mix
+    matrix[:, 3] = offset
+    return matrix

@@ -1,0 +1,111 @@
+"""WebDataset shards: tar files of ``key.jpg`` with ``key.cls`` or ``key.json``."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sphereface2.data.sources import IMAGE_SUFFIXES, check_labels, digest
+from sphereface2.errors import UserError
+
+_LABEL_KEYS = ("label", "cls", "class", "identity")
+
+
+class WebDatasetSource:
+    """One ``.tar`` or a folder of them, with random access through an index of the members.
+
+    A sample is the members that share a path up to the first dot of the file name: an image and
+    its label, either ``.cls`` (a whole number) or ``.json`` (a number, or an object with one of
+    ``label cls class identity``). The tar headers are read once, when the source is opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        shards = sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
+        if not shards:
+            raise UserError(f"{self.path} holds no .tar shards")
+        self._shards = shards
+        self._files: dict[int, BinaryIO] = {}
+        self._keys: list[str] = []
+        where: list[tuple[int, int, int]] = []
+        labels: list[float] = []
+        for number, shard in enumerate(shards):
+            for key, place, label in _samples(shard):
+                self._keys.append(key)
+                where.append((number, *place))
+                labels.append(label)
+        if not where:
+            raise UserError(f"{self.path} holds no image with a .cls or .json label")
+        self._where = np.array(where, dtype=np.int64)
+        self.labels = check_labels(labels, self.path)
+        self.num_classes = int(self.labels.max()) + 1
+        self.class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size = (int(value) for value in self._where[index])
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = self._shards[shard].open("rb")
+        file.seek(offset)
+        return file.read(size)
+
+    def name(self, index: int) -> str:
+        return f"{self._shards[int(self._where[index, 0])].name}:{self._keys[index]}"
+
+    def fingerprint(self) -> str:
+        return digest("webdataset", "\0".join(self._keys), self._where, self.labels)
+
+
+def _samples(shard: Path) -> list[tuple[str, tuple[int, int], float]]:
+    """(key, (offset, size) of the image, label) of each whole sample of a shard, in order."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, float] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, file_name = member.name.rpartition("/")
+                stem, _, extension = file_name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    if key in images:
+                        raise UserError(f"{shard}: sample {key} has two images")
+                    images[key] = (member.offset_data, member.size)
+                elif extension in ("cls", "json"):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    label = _label(extension, file.read(), f"{shard}: {member.name}")
+                    if label is not None:
+                        labels[key] = label
+    except tarfile.TarError as error:
+        raise UserError(f"{shard} is not a whole tar file: {error}") from None
+    unlabelled = [key for key in images if key not in labels]
+    if unlabelled:
+        raise UserError(
+            f"{shard}: {len(unlabelled)} images have no label (.cls, or .json with one of "
+            f"{', '.join(_LABEL_KEYS)}), {unlabelled[0]} first"
+        )
+    return [(key, place, labels[key]) for key, place in images.items()]
+
+
+def _label(extension: str, data: bytes, where: str) -> float | None:
+    try:
+        if extension == "cls":
+            return int(data.decode())
+        value = json.loads(data)
+        if isinstance(value, dict):
+            value = next((value[key] for key in _LABEL_KEYS if key in value), None)
+        return None if value is None else float(value)
+    except (ValueError, TypeError):
+        raise UserError(f"{where} holds no whole number as label") from None

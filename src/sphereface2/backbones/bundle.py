@@ -79,10 +79,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     description = _read_config(config_file)
     backbone = description["backbone"]
+    # A file that asks for timm's weights would make `create` go to the network.
+    kwargs = {key: value for key, value in backbone["kwargs"].items() if key != "pretrained"}
     try:
         # Building draws initial weights; a caller in the midst of training keeps its generator.
         with torch.random.fork_rng(devices=[]):
-            net = create(backbone["name"], **backbone["kwargs"])
+            net = create(backbone["name"], **kwargs)
         net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config_file} does not describe a known network: {error}") from error

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from sphereface2.backbones import sfnet
+from sphereface2.backbones import iresnet, mobilefacenet, sfnet, timm_adaptor
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
 from sphereface2.errors import UserError
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
     **{name: partial(sfnet.SFNet, units) for name, units in sfnet.UNITS.items()},
+    **{name: partial(iresnet.IResNet, units) for name, units in iresnet.UNITS.items()},
+    "mobilefacenet": mobilefacenet.MobileFaceNet,
 }
 
 
@@ -23,69 +26,94 @@ def available() -> list[str]:
     return list(_BUILDERS)
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """' (did you mean …?)' with the closest candidate, or an empty string."""
-    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
 def create(
     name: str,
     *,
     embedding_dim: int = 512,
     input_size: int | Sequence[int] = 112,
-    mean: Sequence[float] = (127.5, 127.5, 127.5),
-    std: Sequence[float] = (128.0, 128.0, 128.0),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     colour_order: str = "RGB",
     **kwargs: Any,
 ) -> Backbone:
-    """Build an untrained backbone with its preprocessing.
+    """Build a backbone with its preprocessing.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, or a timm model as "timm/<name>" or by its bare name.
         embedding_dim: length of the embedding.
         input_size: side, or (height, width), in pixels.
-        mean, std: per channel, in 0..255 units and in `colour_order`.
+        mean, std: per channel, in 0..255 units and in `colour_order`. None: 127.5 and 128, or
+            what the weights of a pretrained timm model were trained with.
         colour_order: "RGB" or "BGR", what the network sees; images outside it are always RGB.
-        kwargs: the backbone's own options, e.g. ``width=0.25`` for an SFNet.
+        kwargs: the backbone's own options, e.g. ``width=0.25`` for an SFNet; JSON-able.
 
     Returns:
         A module from float (B, 3, h, w) to (B, embedding_dim) with `.preprocessing`,
         `.embedding_dim`, `.input_size` and `.config`.
 
     Raises:
-        UserError: unknown name or option, or a value out of range.
+        UserError: unknown name or option, a value out of range, timm missing.
     """
-    size = as_size(input_size if isinstance(input_size, int) else tuple(input_size))
-    preprocessing = Preprocessing(size, tuple(mean), tuple(std), colour_order)  # type: ignore[arg-type]
-    if name not in _BUILDERS:
+    try:
+        options = json.loads(json.dumps(kwargs))
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"there is no backbone {name!r}{nearest(name, _BUILDERS)}; "
-            f"the built-in ones are {', '.join(_BUILDERS)}"
-        )
-    builder = _BUILDERS[name]
-    options = [
-        parameter.name
-        for parameter in inspect.signature(builder).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    for option in kwargs:
-        if option not in options:
-            raise UserError(
-                f"{name} has no option {option!r}{nearest(option, options)}; "
-                f"it has {', '.join(options)}"
-            )
-    net = builder(embedding_dim=embedding_dim, input_size=size, **kwargs)
-    net.preprocessing = preprocessing
+            f"options of a backbone are stored as JSON and one of these is not: {kwargs!r}"
+        ) from error
+    size = as_size(input_size if isinstance(input_size, int) else tuple(input_size))
+    net = _build(name, embedding_dim=embedding_dim, input_size=size, **options)
+    options.pop("pretrained", None)  # the weights travel in the bundle, not by download
+    mean = mean or _from_pretrained(net, "mean") or (127.5,) * 3
+    std = std or _from_pretrained(net, "std") or (128.0,) * 3
+    net.preprocessing = Preprocessing(size, tuple(mean), tuple(std), colour_order)  # type: ignore[arg-type]
     net.config = {
         "name": name,
         "kwargs": {
             "embedding_dim": embedding_dim,
             "input_size": list(size),
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
+            "mean": list(net.preprocessing.mean),
+            "std": list(net.preprocessing.std),
             "colour_order": colour_order,
-            **kwargs,
+            **options,
         },
     }
     return net
+
+
+def _build(name: str, **kwargs: Any) -> Backbone:
+    builder = _BUILDERS.get(name)
+    if builder is not None:
+        accepted = [
+            parameter.name
+            for parameter in inspect.signature(builder).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        for option in kwargs:
+            if option not in accepted:
+                raise UserError(
+                    f"{name} has no option {option!r}{_nearest(option, accepted)}; "
+                    f"it has {', '.join(accepted)}"
+                )
+        return builder(**kwargs)
+    model = name.removeprefix("timm/")
+    if timm_adaptor.knows(model):
+        return timm_adaptor.TimmBackbone(model, **kwargs)
+    if model == name:
+        raise UserError(
+            f"there is no backbone {name!r}{_nearest(name, [*_BUILDERS, *timm_adaptor.names()])}; "
+            f"built in are {', '.join(_BUILDERS)}, and any timm model as timm/NAME"
+        )
+    if not timm_adaptor.installed():
+        raise UserError(f"{name} needs timm: pip install 'sphereface2[timm]'")
+    raise UserError(f"timm has no model {model!r}{_nearest(model, timm_adaptor.names())}")
+
+
+def _from_pretrained(net: Backbone, what: str) -> list[float] | None:
+    # timm states them for pixels in 0..1.
+    values = getattr(net, "pretrained_cfg", {}).get(what)
+    return [255.0 * value for value in values] if values else None
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

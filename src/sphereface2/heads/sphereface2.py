@@ -1,0 +1,144 @@
+"""SphereFace2: one binary classifier a person (arXiv 2108.01513)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sphereface2.heads.base import Head, register, unit_rows
+from sphereface2.margins import BinaryMargin, Detach, MarginType, check_choice, check_number
+
+Bias = Literal["learned", "fixed", "zero", "per_class"]
+
+
+@register("sphereface2")
+class SphereFace2(Head):
+    """C independent binary classifiers with one shared bias, the universal threshold.
+
+    For an embedding x with label y and unit prototypes W_i, cos θ_i = <x/|x|, W_i>,
+
+        L = (λ/r) · softplus(-p) + ((1-λ)/r) · Σ_{i≠y} softplus(n_i),
+
+    and the batch's loss is `loss_weight` times the mean of L. With g(z) = 2·((z+1)/2)^t - 1:
+
+    | type | positive logit p                      | negative logits n_i      |
+    |------|---------------------------------------|--------------------------|
+    | C    | r·(g(cos θ_y) - m) + b                | r·(g(cos θ_i) + m) + b   |
+    | A    | r·g(cos(min(π, θ_y + m))) + b         | r·g(cos θ_i) + b         |
+    | M    | r·g(cos(min(m, π/θ_y)·θ_y)) + b       | r·g(cos θ_i) + b         |
+
+    Args:
+        embedding_dim: d, ≥ 1.
+        num_classes: C, ≥ 2.
+        margin_type: "C" (default), "A" or "M".
+        lam: λ in (0, 1), balances the positive against the negatives; 0.5 treats them alike.
+        r: scale > 0; larger weighs hard samples more.
+        m: margin ≥ 0, in similarity for C, in radians for A; for M a factor, where 1 is no margin
+            and less than 1 a negative one.
+        t: similarity adjustment ≥ 1; 1 is none.
+        loss_weight: factor of the whole loss, > 0.
+        detach: "all" (default, the authors' code): g and margin are added as constants, the
+            gradient flows straight through cos θ. "margin" (the paper): it flows through g(cos θ),
+            only the angular margin's offset is constant. Values are equal.
+        bias: "learned" (default): a scalar parameter that starts where positive and negative
+            gradients balance at cos θ = 0. Ablations: "fixed" stays there, "zero" is fixed at 0,
+            "per_class" learns one for each class.
+
+    Attributes:
+        weight: (C, d) parameter.
+        bias: () parameter; (C,) for "per_class"; a () buffer for "fixed" and "zero".
+        margin: the `BinaryMargin` with the equations.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        margin_type: MarginType = "C",
+        lam: float = 0.7,
+        r: float = 40.0,
+        m: float = 0.4,
+        t: float = 3.0,
+        loss_weight: float = 50.0,
+        detach: Detach = "all",
+        bias: Bias = "learned",
+    ) -> None:
+        super().__init__(embedding_dim, num_classes)
+        self.margin = BinaryMargin(margin_type, lam, r, m, t, detach)
+        check_number("loss_weight", loss_weight, above=0)
+        check_choice("bias", bias, get_args(Bias))
+        self.loss_weight = loss_weight
+        self.bias_mode = bias
+        value = 0.0 if bias == "zero" else self.margin.initial_bias(num_classes)
+        start = torch.full((num_classes,) if bias == "per_class" else (), value)
+        if bias in ("learned", "per_class"):
+            self.bias = nn.Parameter(start)
+        else:
+            self.register_buffer("bias", start)
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        x = unit_rows(embeddings)
+        w = self.unit_weight(x.dtype)
+        losses = OneVersusAll.apply(
+            x, w, self.bias.to(x.dtype), labels, self.margin, torch.is_grad_enabled()
+        )
+        return losses.mean() * self.loss_weight
+
+    def extra_repr(self) -> str:
+        margin = self.margin
+        return (
+            f"{super().extra_repr()}, margin_type={margin.margin_type!r}, lam={margin.lam}, "
+            f"r={margin.r}, m={margin.m}, t={margin.t}, loss_weight={self.loss_weight}, "
+            f"detach={margin.detach!r}, bias={self.bias_mode!r}"
+        )
+
+
+class OneVersusAll(torch.autograd.Function):
+    """L of each sample, (B,), from unit embeddings (B, d) and unit prototypes (C, d).
+
+    The derivatives by the cosines are known as soon as the cosines are, so the forward pass
+    computes both and keeps one (B, C) tensor for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        margin: BinaryMargin,
+        need_grad: bool,
+    ) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        own = (rows, labels)
+        cos = x @ w.T
+        negative = margin.negatives(cos, bias, own, need_grad)
+        own_bias = bias if bias.ndim == 0 else bias[labels]
+        positive = margin.positive(cos[own], own_bias, need_grad)
+        if need_grad:
+            dcos, dlogit = negative.dcos, negative.dlogit
+            assert dcos is not None and dlogit is not None
+            assert positive.dcos is not None and positive.dlogit is not None
+            dcos[own] = positive.dcos
+            dlogit[own] = positive.dlogit
+            ctx.shared_bias = bias.ndim == 0
+            ctx.save_for_backward(x, w, dcos, dlogit.sum(1) if ctx.shared_bias else dlogit)
+        return positive.loss + negative.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, dcos, dlogit = ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = (dcos @ w) * grad[:, None] if need_x else None
+            grad_w = dcos.T @ (x * grad[:, None]) if need_w else None
+            grad_bias = grad @ dlogit if need_bias else None
+        return grad_x, grad_w, grad_bias, None, None, None

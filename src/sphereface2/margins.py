@@ -1,0 +1,241 @@
+"""The equations of SphereFace2 (arXiv 2108.01513) as pure functions of cosines.
+
+One sample with label y, unit embedding x and unit prototypes W_i has cos θ_i = <x, W_i> and loss
+
+    L = (λ/r) · softplus(-p) + ((1-λ)/r) · Σ_{i≠y} softplus(n_i)
+
+with the positive logit p and the negative logits n_i of the margin type. Every term belongs to one
+class: the functions below take the cosines of any block of classes, and the terms and derivatives
+of the blocks add up. Nothing here knows about parameters, devices or the whole of W.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MarginType = Literal["C", "A", "M"]
+Detach = Literal["all", "margin"]
+
+COSINE_LIMIT = 1.0 - 1e-5
+"""acos is taken of cosines within ± this."""
+ANGLE_LIMITS = (1e-5, 3.14159)
+"""Range of an angle after its margin, in radians."""
+SOFTPLUS_THRESHOLD = 40.0
+"""Above it softplus(z) = z: exact to float64, and exp(40) is far from overflow in float32."""
+
+
+def similarity(z: Tensor, t: float) -> Tensor:
+    """g(z) = 2·((z+1)/2)^t - 1, which maps [-1, 1] onto itself; any shape."""
+    if t == 1:
+        return z
+    # Rounding may put a cosine just below -1, where a fractional power is not defined.
+    return ((z + 1) / 2).clamp_min(0).pow(t) * 2 - 1
+
+
+def similarity_slope(z: Tensor, t: float) -> Tensor:
+    """g'(z) = t·((z+1)/2)^(t-1); same shape as `z`."""
+    if t == 1:
+        return torch.ones_like(z)
+    return ((z + 1) / 2).clamp_min(0).pow(t - 1) * t
+
+
+def angle(cos: Tensor) -> Tensor:
+    """θ in radians of a cosine clamped to ±`COSINE_LIMIT`."""
+    return cos.clamp(-COSINE_LIMIT, COSINE_LIMIT).acos()
+
+
+class Terms(NamedTuple):
+    """Loss terms of a block of cosines with their derivatives.
+
+    ``loss`` is summed over the classes of the block; ``dcos`` and ``dlogit`` are the derivatives of
+    that sum by each cosine (as the gradient mode defines it) and by each logit, hence by the bias.
+    They may be the same tensor. Both are None when no gradient was asked for.
+    """
+
+    loss: Tensor
+    dcos: Tensor | None
+    dlogit: Tensor | None
+
+
+@dataclass(frozen=True)
+class BinaryMargin:
+    """The hyper-parameters of SphereFace2 and its per-logit mathematics.
+
+    Args:
+        margin_type: "C" additive in similarity, "A" additive in angle, "M" multiplicative in angle.
+        lam: λ in (0, 1), the weight of the positive against the negatives.
+        r: scale, > 0.
+        m: margin, ≥ 0: in similarity for C, in radians for A, a factor for M (where 1 is none).
+        t: similarity adjustment, ≥ 1; 1 is none.
+        detach: "all": dg/dcos is taken as 1 (the authors' code); "margin": the gradient of
+            g(cos θ), with the angular margin's offset as a constant (the paper).
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    margin_type: MarginType = "C"
+    lam: float = 0.7
+    r: float = 40.0
+    m: float = 0.4
+    t: float = 3.0
+    detach: Detach = "all"
+
+    def __post_init__(self) -> None:
+        check_choice("margin_type", self.margin_type, get_args(MarginType))
+        check_choice("detach", self.detach, get_args(Detach))
+        check_number("lam", self.lam, above=0, below=1)
+        check_number("r", self.r, above=0)
+        check_number("m", self.m, least=0)
+        check_number("t", self.t, least=1)
+
+    def positive_logit(self, cos: Tensor) -> Tensor:
+        """p - b, for the cosines of the samples with their own class; any shape."""
+        if self.margin_type == "C":
+            return (similarity(cos, self.t) - self.m) * self.r
+        theta = angle(cos)
+        theta = theta + self.m if self.margin_type == "A" else theta * self.m
+        return similarity(theta.clamp(*ANGLE_LIMITS).cos(), self.t) * self.r
+
+    def negative_logit(self, cos: Tensor) -> Tensor:
+        """n - b, for the cosines of the samples with other classes; any shape."""
+        offset = self.m if self.margin_type == "C" else 0.0
+        return (similarity(cos, self.t) + offset) * self.r
+
+    def slope(self, cos: Tensor) -> Tensor | None:
+        """(dp/dcos)/r and (dn/dcos)/r as the gradient mode defines them; None stands for 1."""
+        if self.detach == "all" or self.t == 1:
+            return None
+        return similarity_slope(cos, self.t)
+
+    def positive(self, cos: Tensor, bias: Tensor, need_grad: bool = True) -> Terms:
+        """(λ/r)·softplus(-p) for each sample.
+
+        Args:
+            cos: (B,) cosine of each sample with its own class.
+            bias: () or (B,).
+            need_grad: whether to compute the derivatives.
+
+        Returns:
+            `Terms` whose tensors are all (B,).
+        """
+        p = self.positive_logit(cos) + bias
+        loss = softplus(-p) * (self.lam / self.r)
+        if not need_grad:
+            return Terms(loss, None, None)
+        pull = torch.sigmoid(-p) * -self.lam
+        slope = self.slope(cos)
+        return Terms(loss, pull if slope is None else pull * slope, pull / self.r)
+
+    def negatives(
+        self,
+        cos: Tensor,
+        bias: Tensor,
+        own: tuple[Tensor, Tensor] | None = None,
+        need_grad: bool = True,
+    ) -> Terms:
+        """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample.
+
+        Args:
+            cos: (B, c) cosines; left as they are.
+            bias: () or (c,).
+            own: (rows, columns) of the entries that are some sample's own class, to be left out:
+                they get neither loss nor derivative.
+            need_grad: whether to compute the derivatives.
+
+        Returns:
+            `Terms` with loss (B,), dcos (B, c), dlogit (B, c).
+        """
+        n = self.negative_logit(cos) + bias
+        if own is not None:
+            n[own] = -math.inf
+        loss = softplus(n).sum(1) * ((1 - self.lam) / self.r)
+        if not need_grad:
+            return Terms(loss, None, None)
+        push = torch.sigmoid(n) * (1 - self.lam)
+        slope = self.slope(cos)
+        return Terms(loss, push if slope is None else push * slope, push / self.r)
+
+    def initial_bias(self, num_classes: int) -> float:
+        """The bias at which positive and negative gradients balance when every cosine is 0.
+
+        It solves λ·σ(-(a_y+b)) = (1-λ)(C-1)·σ(a_i+b), where a_y and a_i are the logits without
+        bias at cos = 0. With ℓ = ½·log(λ/((1-λ)(C-1))) the solution is
+
+            b = ℓ - (a_y+a_i)/2 + asinh(sinh(ℓ)·exp((a_i-a_y)/2)),
+
+        which neither overflows nor cancels for any r, m and C ≥ 2.
+
+        Raises:
+            ValueError: fewer than 2 classes.
+        """
+        if num_classes < 2:
+            raise ValueError(
+                f"num_classes must be at least 2, got {num_classes}: "
+                "with one class there is no negative to balance against"
+            )
+        zero = torch.zeros((), dtype=torch.float64)
+        a_y = self.positive_logit(zero).item()
+        a_i = self.negative_logit(zero).item()
+        half = 0.5 * (math.log(self.lam) - math.log1p(-self.lam) - math.log(num_classes - 1))
+        return half - (a_y + a_i) / 2 + _asinh_of_sinh_times_exp(half, (a_i - a_y) / 2)
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp(z)), accurate over the whole range; any shape."""
+    return F.softplus(z, threshold=SOFTPLUS_THRESHOLD)
+
+
+def _asinh_of_sinh_times_exp(x: float, k: float) -> float:
+    """asinh(sinh(x)·exp(k)) without overflow."""
+    if x == 0:
+        return 0.0
+    # log|sinh x| = |x| - log 2 + log(1 - exp(-2|x|))
+    log_size = abs(x) - math.log(2) + math.log(-math.expm1(-2 * abs(x))) + k
+    # asinh(q) = log(2q) to the last digit from exp(40) on.
+    size = log_size + math.log(2) if log_size > 40 else math.asinh(math.exp(log_size))
+    return math.copysign(size, x)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise a ValueError unless `value` is a finite number within the bounds given.
+
+    `above` and `below` exclude the bound, `least` and `most` include it.
+    """
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">", above), ("≥", least), ("<", below), ("≤", most))
+        if bound is not None
+    ]
+    wanted = " and ".join(bounds) or "finite"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        not number
+        or not math.isfinite(value)  # type: ignore[arg-type]
+        or (above is not None and not value > above)  # type: ignore[operator]
+        or (least is not None and not value >= least)  # type: ignore[operator]
+        or (below is not None and not value < below)  # type: ignore[operator]
+        or (most is not None and not value <= most)  # type: ignore[operator]
+    ):
+        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

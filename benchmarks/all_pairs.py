@@ -25,7 +25,7 @@ def synthetic(images: int, people: int, dim: int, seed: int) -> tuple[np.ndarray
     rows = rng.standard_normal((people, dim), dtype=np.float32)[labels]
     for start in range(0, images, 8192):
         part = rows[start : start + 8192]
-        part += 1.3 * rng.standard_normal(part.shape, dtype=np.float32)
+        part += 3.0 * rng.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     return rows, labels
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("--people", type=int, default=None, help="default: images / 5")
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--block", type=int, default=2048)
+    parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

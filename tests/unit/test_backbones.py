@@ -12,6 +12,7 @@ from torch import nn
 
 from sphereface2 import backbones
 from sphereface2.backbones import Preprocessing
+from sphereface2.backbones.activation import PReLU, _ChannelsLastPReLU
 from sphereface2.errors import UserError
 
 
@@ -193,6 +194,56 @@ def test_sfnet_forward_is_the_published_function(activation: str, batch_norm: bo
         y = (y - state["norm.running_mean"]) / (state["norm.running_var"] + 1e-5).sqrt()
         y = y * state["norm.weight"] + state["norm.bias"]
     torch.testing.assert_close(net(x), y, rtol=1e-9, atol=1e-9)
+
+
+# --- PReLU: torch's own module is the oracle ------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 1, 1), (3, 8, 1, 7)])
+def test_fast_prelu_gradients_by_finite_differences(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=torch.channels_last)
+    slope = torch.randn(shape[1], dtype=torch.float64)  # negative slopes too
+    arguments = (x.requires_grad_(), slope.requires_grad_())
+    assert torch.autograd.gradcheck(_ChannelsLastPReLU.apply, arguments)
+    assert torch.autograd.gradgradcheck(_ChannelsLastPReLU.apply, arguments)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_fast_prelu_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 5, 7).to(dtype).to(memory_format=torch.channels_last)
+    x[0, :, 0, 0] = 0.0  # the kink: both give the slope's side
+    weights = torch.randn(4, 6, 5, 7)
+    results = []
+    for module in (PReLU(6), nn.PReLU(6)):
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-0.5, 1.5, 6))
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = module(leaf)
+        (y.float() * weights).sum().backward()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append((y.detach(), leaf.grad, module.weight.grad))
+    for ours, oracle in zip(*results, strict=True):
+        assert ours.dtype == oracle.dtype
+        torch.testing.assert_close(ours, oracle, rtol=tolerance, atol=tolerance)
+
+
+def test_prelu_networks_train_alike_in_both_memory_formats() -> None:
+    """channels-last takes the fast PReLU, contiguous memory torch's: the same gradients."""
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = backbones.create("sfnet10", batch_norm=True, width=0.125, input_size=32).double()
+        net = net.to(memory_format=memory_format)
+        x = noise(net, batch=4).double().to(memory_format=memory_format)
+        (net(x) * torch.linspace(-1, 1, 512)).sum().backward()
+        gradients.append({key: value.grad for key, value in net.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][key], gradient, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_final_batch_norm_starts_at_a_tenth() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereface2.backbones.activation import PReLU
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
 from sphereface2.errors import UserError
 
@@ -79,7 +80,7 @@ def scaled(channels: int, width: float) -> int:
 def activation_layer(kind: str, channels: int) -> nn.Module:
     """ "prelu" (one slope a channel, from 0.25) or "relu" as a module."""
     if kind == "prelu":
-        return nn.PReLU(channels)
+        return PReLU(channels)
     if kind == "relu":
         return nn.ReLU(inplace=True)
     raise UserError(f'activation must be "prelu" or "relu", not {kind!r}')

@@ -51,16 +51,16 @@ def angle(cos: Tensor) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """Loss terms of a block of cosines with their derivatives.
+    """Loss terms of a block of classes with their derivatives.
 
-    ``loss`` is summed over the classes of the block; ``dcos`` and ``dlogit`` are the derivatives of
-    that sum by each cosine (as the gradient mode defines it) and by each logit, hence by the bias.
-    They may be the same tensor. Both are None when no gradient was asked for.
+    ``loss`` (B,) is each sample's sum over the block; ``dcos`` its derivative by each cosine, as
+    the gradient mode defines it; ``dbias`` (B,) its derivative by the shared bias, or (B, c) by
+    the bias of each class.
     """
 
     loss: Tensor
-    dcos: Tensor | None
-    dlogit: Tensor | None
+    dcos: Tensor
+    dbias: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,12 @@ class BinaryMargin:
 
     def negative_logit(self, cos: Tensor) -> Tensor:
         """n - b, for the cosines of the samples with other classes; any shape."""
-        offset = self.m if self.margin_type == "C" else 0.0
-        return (similarity(cos, self.t) + offset) * self.r
+        return (similarity(cos, self.t) + self.negative_offset) * self.r
+
+    @property
+    def negative_offset(self) -> float:
+        """What the margin adds to g(cos θ_i) of a negative."""
+        return self.m if self.margin_type == "C" else 0.0
 
     def slope(self, cos: Tensor) -> Tensor | None:
         """(dp/dcos)/r and (dn/dcos)/r as the gradient mode defines them; None stands for 1."""
@@ -114,53 +118,53 @@ class BinaryMargin:
             return None
         return similarity_slope(cos, self.t)
 
-    def positive(self, cos: Tensor, bias: Tensor, need_grad: bool = True) -> Terms:
+    @torch.no_grad()
+    def positive(self, cos: Tensor, bias: Tensor) -> Terms:
         """(λ/r)·softplus(-p) for each sample.
 
         Args:
             cos: (B,) cosine of each sample with its own class.
-            bias: () or (B,).
-            need_grad: whether to compute the derivatives.
+            bias: () or (B,), that class's bias.
 
         Returns:
             `Terms` whose tensors are all (B,).
         """
         p = self.positive_logit(cos) + bias
         loss = softplus(-p) * (self.lam / self.r)
-        if not need_grad:
-            return Terms(loss, None, None)
         pull = torch.sigmoid(-p) * -self.lam
         slope = self.slope(cos)
         return Terms(loss, pull if slope is None else pull * slope, pull / self.r)
 
-    def negatives(
-        self,
-        cos: Tensor,
-        bias: Tensor,
-        own: tuple[Tensor, Tensor] | None = None,
-        need_grad: bool = True,
+    @torch.no_grad()
+    def negatives_(
+        self, cos: Tensor, bias: Tensor, own: tuple[Tensor, Tensor] | None = None
     ) -> Terms:
-        """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample.
+        """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample, in place.
 
         Args:
-            cos: (B, c) cosines; left as they are.
+            cos: (B, c) cosines; overwritten by their derivatives.
             bias: () or (c,).
             own: (rows, columns) of the entries that are some sample's own class, to be left out:
                 they get neither loss nor derivative.
-            need_grad: whether to compute the derivatives.
 
         Returns:
-            `Terms` with loss (B,), dcos (B, c), dlogit (B, c).
+            `Terms` with loss (B,), dcos the given `cos` itself, dbias (B,) or (B, c).
         """
-        n = self.negative_logit(cos) + bias
+        slope = self.slope(cos)
+        # r·(g(cos) + offset) + b = 2r·((cos+1)/2)^t + r·(offset-1) + b, in three or four passes.
+        n = torch.add(cos.new_tensor(0.5), cos, alpha=0.5, out=cos)
+        if self.t != 1:
+            if self.t % 1:
+                n.clamp_min_(0)  # as in `similarity`
+            n.pow_(self.t)
+        constant = bias + self.r * (self.negative_offset - 1)
+        torch.add(constant, n, alpha=2 * self.r, out=n)
         if own is not None:
             n[own] = -math.inf
         loss = softplus(n).sum(1) * ((1 - self.lam) / self.r)
-        if not need_grad:
-            return Terms(loss, None, None)
-        push = torch.sigmoid(n) * (1 - self.lam)
-        slope = self.slope(cos)
-        return Terms(loss, push if slope is None else push * slope, push / self.r)
+        push = n.sigmoid_().mul_(1 - self.lam)
+        dbias = push.sum(1) / self.r if bias.ndim == 0 else push / self.r
+        return Terms(loss, push if slope is None else push.mul_(slope), dbias)
 
     def initial_bias(self, num_classes: int) -> float:
         """The bias at which positive and negative gradients balance when every cosine is 0.

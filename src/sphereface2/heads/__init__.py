@@ -1,15 +1,38 @@
 """Losses over classes: embeddings and labels in, one number out."""
 
 from sphereface2.heads.base import Head, available, build, parameters, register
-from sphereface2.heads.softmax import ArcFace, CosFace, SoftmaxHead
-from sphereface2.heads.sphereface2 import SphereFace2
+from sphereface2.heads.softmax import (
+    AdaFace,
+    ArcFace,
+    CircleLoss,
+    CocoLoss,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    NormFace,
+    Softmax,
+    SoftmaxHead,
+    SphereFace,
+    SphereFaceR,
+)
+from sphereface2.heads.sphereface2 import OneVersusAllBCE, SphereFace2
 
 __all__ = [
+    "AdaFace",
     "ArcFace",
+    "CircleLoss",
+    "CocoLoss",
+    "CombinedMargin",
     "CosFace",
+    "CurricularFace",
     "Head",
+    "NormFace",
+    "OneVersusAllBCE",
+    "Softmax",
     "SoftmaxHead",
+    "SphereFace",
     "SphereFace2",
+    "SphereFaceR",
     "available",
     "build",
     "parameters",

@@ -85,9 +85,7 @@ class SphereFace2(Head):
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         x = unit_rows(embeddings)
         w = self.unit_weight(x.dtype)
-        losses = OneVersusAll.apply(
-            x, w, self.bias.to(x.dtype), labels, self.margin, torch.is_grad_enabled()
-        )
+        losses = OneVersusAll.apply(x, w, self.bias.to(x.dtype), labels, self.margin)
         return losses.mean() * self.loss_weight
 
     def extra_repr(self) -> str:
@@ -99,11 +97,39 @@ class SphereFace2(Head):
         )
 
 
+@register("bce")
+class OneVersusAllBCE(SphereFace2):
+    """Vanilla one-vs-all classification, SphereFace2 with all its principles switched off.
+
+    C sigmoids with plain binary cross-entropy summed over the classes: λ = ½, m = 0, t = 1, a loss
+    weight of 2r and r = 1, the bias fixed at 0:
+
+        L = softplus(-r·cos θ_y - b) + Σ_{i≠y} softplus(r·cos θ_i + b)
+
+    At the start L is about C·log 2: the negatives drown the positive, which is what the paper's
+    principles repair.
+
+    Args:
+        embedding_dim: d, ≥ 1.
+        num_classes: C, ≥ 2.
+        r: scale > 0.
+        bias: as in `SphereFace2`.
+    """
+
+    def __init__(
+        self, embedding_dim: int, num_classes: int, *, r: float = 1.0, bias: Bias = "zero"
+    ) -> None:
+        check_number("r", r, above=0)
+        super().__init__(
+            embedding_dim, num_classes, lam=0.5, r=r, m=0.0, t=1.0, loss_weight=2 * r, bias=bias
+        )
+
+
 class OneVersusAll(torch.autograd.Function):
     """L of each sample, (B,), from unit embeddings (B, d) and unit prototypes (C, d).
 
     The derivatives by the cosines are known as soon as the cosines are, so the forward pass
-    computes both and keeps one (B, C) tensor for the backward pass.
+    writes them over the cosines: one (B, C) tensor is all that is held.
     """
 
     @staticmethod
@@ -114,31 +140,28 @@ class OneVersusAll(torch.autograd.Function):
         bias: Tensor,
         labels: Tensor,
         margin: BinaryMargin,
-        need_grad: bool,
     ) -> Tensor:
-        rows = torch.arange(len(x), device=x.device)
-        own = (rows, labels)
         cos = x @ w.T
-        negative = margin.negatives(cos, bias, own, need_grad)
+        own = (torch.arange(len(x), device=x.device), labels)
         own_bias = bias if bias.ndim == 0 else bias[labels]
-        positive = margin.positive(cos[own], own_bias, need_grad)
-        if need_grad:
-            dcos, dlogit = negative.dcos, negative.dlogit
-            assert dcos is not None and dlogit is not None
-            assert positive.dcos is not None and positive.dlogit is not None
-            dcos[own] = positive.dcos
-            dlogit[own] = positive.dlogit
-            ctx.shared_bias = bias.ndim == 0
-            ctx.save_for_backward(x, w, dcos, dlogit.sum(1) if ctx.shared_bias else dlogit)
+        positive = margin.positive(cos[own], own_bias)
+        negative = margin.negatives_(cos, bias, own)
+        dcos, dbias = negative.dcos, negative.dbias
+        dcos[own] = positive.dcos
+        if bias.ndim == 0:
+            dbias += positive.dbias
+        else:
+            dbias[own] = positive.dbias
+        ctx.save_for_backward(x, w, dcos, dbias)
         return positive.loss + negative.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, dcos, dlogit = ctx.saved_tensors
+        x, w, dcos, dbias = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = (dcos @ w) * grad[:, None] if need_x else None
             grad_w = dcos.T @ (x * grad[:, None]) if need_w else None
-            grad_bias = grad @ dlogit if need_bias else None
-        return grad_x, grad_w, grad_bias, None, None, None
+            grad_bias = grad @ dbias if need_bias else None
+        return grad_x, grad_w, grad_bias, None, None

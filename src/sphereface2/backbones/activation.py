@@ -40,27 +40,29 @@ class _ChannelsLastPReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         rows = _rows(x)
-        slopes = slope.to(x.dtype).repeat(x.shape[3])
         positive = rows.clamp_min(0)
-        ctx.save_for_backward(x, slopes)
-        ctx.slope_dtype = slope.dtype
-        return _images(torch.addcmul(positive, rows - positive, slopes), x)
+        ctx.save_for_backward(x, slope)
+        return _images(torch.addcmul(positive, rows - positive, _repeated(slope, x)), x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, slopes = ctx.saved_tensors
+        x, slope = ctx.saved_tensors
         rows, gradient = _rows(x), _rows(gradient)
         positive = torch.ops.aten.threshold_backward(gradient, rows, 0)  # gradient where x > 0
         negative = gradient - positive
-        of_x = torch.addcmul(positive, negative, slopes)
-        total = torch.promote_types(ctx.slope_dtype, torch.float32)
+        of_x = torch.addcmul(positive, negative, _repeated(slope, x))
+        total = torch.promote_types(slope.dtype, torch.float32)
         of_slope = (negative * rows).sum(0, dtype=total).view(x.shape[3], x.shape[1]).sum(0)
-        return _images(of_x, x), of_slope.to(ctx.slope_dtype)
+        return _images(of_x, x), of_slope.to(slope.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     return x.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
+
+
+def _repeated(slope: Tensor, x: Tensor) -> Tensor:
+    return slope.to(x.dtype).repeat(x.shape[3])
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def atomic_symlink(link: Path, target: str) -> None:
-    """Point ``link`` at ``target`` (relative to its folder), replacing an older link in one step."""
+    """Point ``link`` at ``target`` (relative to its folder), replacing an older one at once."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.symlink_to(target)
     temporary.replace(link)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -158,8 +159,8 @@ def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConf
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise UserError(f"{key} = {first['input']!r} in {where}: {reason}") from error
-    _check_component("backbone", config.backbone, backbones.available(), backbones.parameters)
-    _check_component("head", config.head, heads.available(), heads.parameters)
+    config.data.augmentation = _sized(tree, config)
+    _check_components(config)
     _check_ranges(config)
     return config
 
@@ -220,20 +221,36 @@ def _check_keys(cls: type, tree: dict[str, Any], prefix: str, where: str) -> Non
             _check_keys(hints[key], value, f"{prefix}{key}.", where)  # type: ignore[arg-type]
 
 
-def _check_component(
-    section: str,
-    tree: dict[str, Any],
-    names: Iterable[str],
-    parameters: Callable[[str], Iterable[str]],
-) -> None:
-    if "name" not in tree:
-        raise UserError(f"{section}.name is missing; choose one of {', '.join(names)}")
-    known = list(parameters(tree["name"]))
-    for key in tree:
-        if key != "name" and key not in known:
-            raise UserError(
-                _unknown(f"{section}.{key}", key, known, f"the {section} {tree['name']!r}")
-            )
+def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
+    """The augmentation with the backbone's input size, which it must agree with if it is given."""
+    side = config.backbone.get("input_size", 112)
+    given = tree.get("data", {}).get("augmentation", {}).get("size")
+    if isinstance(side, list | tuple):
+        if side[0] != side[1]:
+            raise UserError(f"backbone.input_size = {side}: training takes square images only")
+        side = side[0]
+    if given is not None and given != side:
+        raise UserError(
+            f"data.augmentation.size = {given} contradicts backbone.input_size = {side}; "
+            "leave the former out"
+        )
+    return dataclasses.replace(config.data.augmentation, size=side)
+
+
+def _check_components(config: RunConfig) -> None:
+    """Build the named components, without memory or tiny, so that they check themselves."""
+    for section, tree in (("backbone", config.backbone), ("head", config.head)):
+        if "name" not in tree:
+            raise UserError(f"{section}.name is missing")
+    try:
+        if config.backbone["name"] in backbones.available():
+            with torch.device("meta"):
+                backbones.create(**config.backbone)
+        heads.build(embedding_dim=2, num_classes=2, **config.head)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except TypeError as error:
+        raise UserError(f"bad options in {config.backbone} or {config.head}: {error}") from error
 
 
 def _unknown(full: str, key: str, known: Iterable[str], where: str) -> str:

@@ -1,0 +1,225 @@
+"""``sphereface2 fit``: from a configuration to a trained, evaluated run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sphereface2.data.dataset import FaceDataset
+from sphereface2.data.locate import TrainingData, locate
+from sphereface2.data.sampler import BatchSampler
+from sphereface2.data.sources import Source, open_source, split_people
+from sphereface2.data.verification import PairSet, load_pairs
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write
+from sphereface2.training import config as configuration
+from sphereface2.training.config import RunConfig
+from sphereface2.training.distributed import World, world
+from sphereface2.training.logging import environment
+from sphereface2.training.report import report
+from sphereface2.training.trainer import Trainer
+from sphereface2.training.validation import Validation
+
+
+@dataclass
+class Inputs:
+    """The data of a run, opened."""
+
+    source: Source
+    train_indices: np.ndarray
+    held_out_indices: np.ndarray
+    label_map: np.ndarray
+    num_classes: int
+    pairs: list[PairSet]
+    located: TrainingData
+
+
+def fit(
+    config: Path | None,
+    *,
+    resume: Path | None = None,
+    ranks: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Train, validate, save and report.
+
+    Args:
+        config: YAML file of a ``RunConfig``; None: the defaults.
+        resume: a run folder whose last checkpoint to continue from; its own configuration is
+            used, and ``overrides`` may only concern what does not determine the result.
+        ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
+            core); None: this process alone, or the one that torchrun started.
+        overrides: ``--section.key value`` words.
+
+    Raises:
+        UserError: a bad setting, missing data, a diverging run.
+    """
+    if resume is not None and config is not None:
+        raise UserError("--resume uses the run's own configuration; leave --config out")
+    settings = configuration.load(resume / "config.yaml" if resume else config, overrides)
+    if ranks is not None and "WORLD_SIZE" not in os.environ:
+        count = _count_ranks(ranks, settings)
+        if count > 1:
+            _launch(count, config, resume, overrides)
+            return
+    with world(settings.training.device, settings.training.threads) as place:
+        run = _run_folder(settings, resume, place)
+        inputs = _open(settings, place)
+        trainer = _build(settings, run, place, inputs)
+        if resume:
+            trainer.resume()
+        elif place.is_main:
+            _record(run, settings, inputs)
+        progress = trainer.train()
+        main = place.is_main
+    if main:
+        torch.set_num_threads(os.cpu_count() or 1)
+        report(
+            run,
+            settings,
+            inputs.located,
+            inputs.source,
+            inputs.held_out_indices,
+            inputs.pairs,
+            progress,
+        )
+
+
+def _count_ranks(ranks: str, settings: RunConfig) -> int:
+    if ranks == "auto":
+        if settings.training.device in ("auto", "cuda") and torch.cuda.is_available():
+            return torch.cuda.device_count()
+        return os.cpu_count() or 1
+    if not ranks.isdigit() or int(ranks) < 1:
+        raise UserError(f"--ranks {ranks!r} must be a positive number or auto")
+    return int(ranks)
+
+
+def _launch(count: int, config: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
+    """Run the same command under torchrun on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", "-m", "sphereface2", "fit"]
+    command += ["--config", str(config)] if config else []
+    command += ["--resume", str(resume)] if resume else []
+    done = subprocess.run([*command, *overrides], check=False, env={**os.environ})
+    if done.returncode:
+        raise UserError(f"training ended with exit status {done.returncode}; see above for why")
+
+
+def _run_folder(settings: RunConfig, resume: Path | None, place: World) -> Path:
+    if resume is not None:
+        return resume
+    stamp = place.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+    run = Path(settings.output) / f"{settings.name}-{stamp}"
+    if place.is_main:
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError as error:
+            raise UserError(f"{run} exists already; choose another --name") from error
+    place.barrier()
+    return run
+
+
+def _open(settings: RunConfig, place: World) -> Inputs:
+    data = settings.data
+    if data.train == "auto":
+        # Rank 0 alone may download or generate; the others then find what it left.
+        located = place.broadcast(locate() if place.is_main else None)
+    else:
+        path = Path(data.train)
+        located = TrainingData(
+            kind="given", train=path, pairs=[], names=None, note=str(path), is_synthetic=False
+        )
+    source = open_source(located.train)
+    train, held_out, label_map = split_people(source, data.validation_people, data.split_seed)
+    paths = [Path(p) for p in settings.validation.pairs if p != "auto"]
+    if "auto" in settings.validation.pairs:
+        paths = [*located.pairs, *paths]
+    names = Path(settings.validation.names) if settings.validation.names else located.names
+    return Inputs(
+        source=source,
+        train_indices=train,
+        held_out_indices=held_out,
+        label_map=label_map,
+        num_classes=int(label_map.max()) + 1,
+        pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
+        located=located,
+    )
+
+
+def _build(settings: RunConfig, run: Path, place: World, inputs: Inputs) -> Trainer:
+    training, data = settings.training, settings.data
+    share = place.size * training.accumulate
+    if training.batch_size % share:
+        raise UserError(
+            f"training.batch_size = {training.batch_size} must be a multiple of ranks × "
+            f"training.accumulate = {share}"
+        )
+    dataset = FaceDataset(
+        inputs.source,
+        inputs.train_indices,
+        inputs.label_map,
+        augmentation=data.augmentation,
+        seed=settings.seed,
+        max_unreadable=data.max_unreadable,
+    )
+    sampler = BatchSampler(
+        dataset.labels,
+        training.batch_size // training.accumulate,
+        rank=place.rank,
+        world_size=place.size,
+        seed=settings.seed,
+        people_per_batch=data.people_per_batch,
+        images_per_person=data.images_per_person,
+    )
+    validate = Validation(
+        settings.validation, place, inputs.source, inputs.held_out_indices, inputs.pairs
+    )
+    trainer = Trainer(settings, run, place, dataset, sampler, inputs.num_classes, validate)
+    if place.is_main:
+        _announce(settings, run, place, inputs, trainer)
+    return trainer
+
+
+def _announce(
+    settings: RunConfig, run: Path, place: World, inputs: Inputs, trainer: Trainer
+) -> None:
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    print(
+        f"data       {inputs.located.note}\n"
+        f"           {len(inputs.train_indices):,} images of {inputs.num_classes:,} people; "
+        f"{len(np.unique(inputs.source.labels[inputs.held_out_indices])):,} people held out\n"
+        f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
+        f"input {trainer.network.preprocessing.size}\n"
+        f"head       {settings.head['name']}\n"
+        f"schedule   {trainer.total_steps:,} steps of {settings.training.batch_size} images on "
+        f"{place.size} rank(s), {place.device.type}\n"
+        f"run        {run}",
+        flush=True,
+    )
+
+
+def _record(run: Path, settings: RunConfig, inputs: Inputs) -> None:
+    """Write what determines the run beside its results."""
+    atomic_write(run / "config.yaml", configuration.dump(settings).encode())
+    record = {
+        **environment(),
+        "command": sys.argv,
+        "data": {
+            "kind": inputs.located.kind,
+            "train": str(inputs.located.train),
+            "fingerprint": inputs.source.fingerprint(),
+            "images": len(inputs.train_indices),
+            "people": inputs.num_classes,
+        },
+    }
+    atomic_write(run / "environment.json", json.dumps(record, indent=1).encode())

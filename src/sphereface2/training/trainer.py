@@ -1,0 +1,316 @@
+"""The training loop, the same for one process on a laptop and for torchrun on many.
+
+record -> image -> batch -> embedding -> loss -> update. The loop knows no file format and no
+metric: it is given batches, and a function that validates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from sphereface2 import backbones, heads
+from sphereface2.data.dataset import Batch, FaceDataset
+from sphereface2.data.sampler import BatchSampler
+from sphereface2.errors import UserError
+from sphereface2.training import checkpoint as ckpt
+from sphereface2.training.config import RunConfig
+from sphereface2.training.distributed import World
+from sphereface2.training.logging import RunLog
+from sphereface2.training.optim import (
+    MovingAverage,
+    build_optimizer,
+    clip_gradients,
+    learning_rate_factor,
+    set_learning_rate,
+)
+
+AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Validate = Callable[[nn.Module], dict[str, float]]
+"""Network -> figures in [0, 1]; the first is the one by which the best checkpoint is chosen."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored as ``progress.json``."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    best: float = -math.inf
+    """Best first figure of a validation so far."""
+    first_loss: float = math.nan
+    smoothed_loss: float = math.nan
+    images: int = 0
+    """Images trained on, over all ranks."""
+    seconds: float = 0.0
+    """Wall time inside training steps, over all resumptions."""
+    unreadable: int = 0
+    world_size: int = 1
+
+
+class Trainer:
+    """Builds a run's parts from its configuration and trains.
+
+    Args:
+        config: the whole configuration.
+        run: the run's folder, existing.
+        world: this process's place.
+        dataset: training images; its labels are 0 … ``num_classes`` - 1.
+        sampler: the batches of an epoch for this rank.
+        validate: called on every rank with the network to evaluate (in eval mode).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        world: World,
+        dataset: FaceDataset,
+        sampler: BatchSampler,
+        num_classes: int,
+        validate: Validate,
+    ) -> None:
+        self.config, self.world, self.validate = config, world, validate
+        self.dataset, self.sampler = dataset, sampler
+        settings = config.training
+        device = world.device
+
+        torch.manual_seed(config.seed)
+        network = backbones.create(**config.backbone)
+        head = heads.build(
+            **config.head, embedding_dim=network.embedding_dim, num_classes=num_classes
+        )
+        # From here on ranks draw differently (dropout); the parameters above are equal.
+        torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
+        self.memory_format = (
+            torch.channels_last if settings.channels_last else torch.contiguous_format
+        )
+        self.network = network.to(device, memory_format=self.memory_format)
+        self.head = head.to(device)
+        self.optimizer = build_optimizer(settings, self.network, self.head)
+        self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
+        self.dtype = AUTOCAST[settings.autocast]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
+
+        forward: nn.Module = self.network
+        if settings.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        self.forward = self._replicate(forward)
+        self.loss = self._replicate(self.head)
+
+        workers = config.data.workers
+        if workers is None:
+            workers = 4 if device.type == "cuda" else 0
+        self.loader = DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=False,
+        )
+        self.epoch_steps = len(sampler) // settings.accumulate
+        if self.epoch_steps == 0:
+            raise UserError(
+                f"{len(dataset)} training images make no batch of "
+                f"{settings.batch_size}; lower training.batch_size"
+            )
+        self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
+        self.progress = Progress(world_size=world.size)
+        self.checkpointer = ckpt.Checkpointer(run, world)
+        self.run = run
+
+    def _replicate(self, module: nn.Module) -> nn.Module:
+        trainable = any(p.requires_grad for p in module.parameters())
+        if self.world.size == 1 or not trainable:
+            return module
+        ids = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def resume(self) -> None:
+        """Restore the last checkpoint of the run folder."""
+        told = self.checkpointer.last_progress()
+        self.progress = Progress(**told)
+        state = self._state()
+        same_ranks = self.progress.world_size == self.world.size
+        if not same_ranks:
+            state.pop(f"rng.{self.world.rank}")
+        self.checkpointer.load(state)
+        ckpt.restore_training_state(state, self.network, self.head, self.optimizer)
+        if self.average is not None:
+            self.average.average = state["average"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if same_ranks:
+            ckpt.set_rng_state(state[f"rng.{self.world.rank}"], self.world.device)
+        self.progress.world_size = self.world.size
+
+    def train(self) -> Progress:
+        """Train to the end of the schedule, from wherever ``progress`` stands."""
+        settings, progress = self.config.training, self.progress
+        log = RunLog(
+            self.run,
+            main=self.world.is_main,
+            total_steps=self.total_steps,
+            start_step=progress.step,
+        )
+        every = round(self.config.validation.every * self.epoch_steps)
+        batches = self._batches(progress.step * settings.accumulate)
+        window_images, window_start = 0, time.perf_counter()
+        self.forward.train()
+        self.loss.train()
+        with log:
+            while progress.step < self.total_steps:
+                factor = learning_rate_factor(settings, progress.step, self.total_steps)
+                set_learning_rate(self.optimizer, factor)
+                micro = [next(batches) for _ in range(settings.accumulate)]
+                loss, norm = self._step(micro)
+                self._check_loss(loss)
+                if self.average is not None:
+                    self.average.update(self.network, progress.step)
+                progress.step += 1
+                count = sum(len(batch.labels) for batch in micro)
+                unreadable = sum(len(batch.unreadable) for batch in micro)
+                window_images += count
+                progress.unreadable += unreadable
+                done = progress.step == self.total_steps
+
+                if progress.step % settings.log_every == 0 or done:
+                    seconds = time.perf_counter() - window_start
+                    steps = (progress.step - 1) % settings.log_every + 1
+                    images = window_images * self.world.size
+                    progress.images += images
+                    progress.seconds += seconds
+                    values = {
+                        "loss": self.world.mean(loss),
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "gradient_norm": norm,
+                        "images_per_second": images / seconds,
+                        "seconds_per_step": seconds / steps,
+                        "unreadable": float(progress.unreadable),
+                    }
+                    log.train(progress.step, self.epoch, values)
+                    window_images, window_start = 0, time.perf_counter()
+
+                pause = time.perf_counter()
+                is_best = False
+                if done or (every and progress.step % every == 0):
+                    is_best = self._validate(log)
+                if done or is_best or progress.step % settings.checkpoint_every == 0:
+                    self._save(best=is_best)
+                window_start += time.perf_counter() - pause
+        return progress
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, fractional."""
+        return self.progress.step / self.epoch_steps
+
+    def evaluated_network(self) -> nn.Module:
+        """The network that is validated and shipped: the moving average where one is kept."""
+        if self.average is None:
+            return self.network
+        copy = backbones.create(**self.network.config["kwargs"], name=self.network.config["name"])
+        copy.load_state_dict(self.average.average)
+        return copy.to(self.world.device, memory_format=self.memory_format)
+
+    def _batches(self, consumed: int) -> Iterator[Batch]:
+        """Batches without end, from the ``consumed``-th of the run on."""
+        per_epoch = self.epoch_steps * self.config.training.accumulate
+        epoch, position = divmod(consumed, per_epoch)
+        while True:
+            self.sampler.load_state_dict({"epoch": epoch, "position": position})
+            for index, batch in enumerate(self.loader, start=position):
+                if index >= per_epoch:
+                    break
+                yield batch
+            epoch, position = epoch + 1, 0
+
+    def _step(self, batches: list[Batch]) -> tuple[float, float]:
+        """One optimiser step; returns this rank's loss and the gradient norm before clipping."""
+        device, settings = self.world.device, self.config.training
+        total = 0.0
+        for index, batch in enumerate(batches):
+            with contextlib.ExitStack() as stack:
+                if index + 1 < len(batches):
+                    for module in (self.forward, self.loss):
+                        if isinstance(module, DistributedDataParallel):
+                            stack.enter_context(module.no_sync())
+                images = batch.images.to(device, non_blocking=True)
+                labels = batch.labels.to(device, non_blocking=True)
+                pixels = self.network.preprocessing(images).contiguous(
+                    memory_format=self.memory_format
+                )
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
+                    embeddings = self.forward(pixels)
+                    loss = self.loss(embeddings, labels) / len(batches)
+                self.scaler.scale(loss).backward()
+            total += loss.item()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        norm = clip_gradients(parameters, settings.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm.item()
+
+    def _check_loss(self, loss: float) -> None:
+        progress = self.progress
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {progress.step + 1}; the last good checkpoint is "
+                f"{self.checkpointer.folder / 'last'}: lower training.lr or training.autocast"
+            )
+        if math.isnan(progress.first_loss):
+            progress.first_loss = progress.smoothed_loss = loss
+        progress.smoothed_loss = 0.95 * progress.smoothed_loss + 0.05 * loss
+        limit = self.config.training.max_loss_ratio * abs(progress.first_loss)
+        if progress.smoothed_loss > limit:
+            raise UserError(
+                f"training diverges: the loss rose from {progress.first_loss:.3g} to "
+                f"{progress.smoothed_loss:.3g} by step {progress.step + 1}; lower training.lr (or "
+                f"raise training.max_loss_ratio); the last good checkpoint is "
+                f"{self.checkpointer.folder / 'last'}"
+            )
+
+    def _validate(self, log: RunLog) -> bool:
+        network = self.evaluated_network()
+        network.eval()
+        figures = self.validate(network)
+        self.network.train()
+        log.validation(self.progress.step, self.epoch, figures)
+        if not figures:
+            return False
+        first = next(iter(figures.values()))
+        is_best = first > self.progress.best
+        self.progress.best = max(first, self.progress.best)
+        return is_best
+
+    def _save(self, best: bool) -> None:
+        self.checkpointer.save(
+            self.progress.step,
+            model=self.evaluated_network(),
+            state=self._state(),
+            progress=vars(self.progress),
+            best=best,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        state = ckpt.training_state(self.network, self.head, self.optimizer)
+        if self.average is not None:
+            state["average"] = self.average.average
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        state[f"rng.{self.world.rank}"] = ckpt.rng_state(self.world.device)
+        return state

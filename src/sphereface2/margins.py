@@ -152,7 +152,7 @@ class BinaryMargin:
         """
         slope = self.slope(cos)
         # r·(g(cos) + offset) + b = 2r·((cos+1)/2)^t + r·(offset-1) + b, in three or four passes.
-        n = torch.add(cos.new_tensor(0.5), cos, alpha=0.5, out=cos)
+        n = torch.add(torch.tensor(0.5, dtype=cos.dtype), cos, alpha=0.5, out=cos)
         if self.t != 1:
             if self.t % 1:
                 n.clamp_min_(0)  # as in `similarity`

@@ -59,10 +59,12 @@ class Head(nn.Module):
 
     def unit_weight(self, dtype: torch.dtype) -> Tensor:
         """Renormalise the rows of `weight` in place and return it, (C, d), as `dtype`."""
-        # Through .data: where no optimiser step came between, the rows change by rounding only,
-        # so a backward pass still waiting for the former rows may go ahead with these.
+        # Through .data, unseen by autograd: a backward pass still waiting for these rows may go
+        # ahead unless an optimiser step came between. Rows of length 1 up to rounding stay as they
+        # are, so that a forward pass for evaluation changes nothing.
         rows = self.weight.data
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
+        norms.masked_fill_((norms - 1).abs() < 8 * torch.finfo(dtype).eps, 1)
         rows.div_(norms.clamp_min_(SMALLEST_NORM))
         return self.weight.to(dtype)
 

@@ -194,8 +194,9 @@ class SphereFace(SoftmaxHead):
             self.batches += 1
 
     def positive(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
-        annealed = self.lambda_base * (1 + self.gamma * self.batches) ** -self.power
-        lam = annealed.clamp_min(self.lambda_min).to(cos_y.dtype)
+        batches = self.batches.to(cos_y.dtype)
+        annealed = self.lambda_base * (1 + self.gamma * batches) ** -self.power
+        lam = annealed.clamp_min(self.lambda_min)
         psi = falling_cosine(self.m * angle(cos_y))
         return lengths * (lam * cos_y + psi) / (1 + lam)
 

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sphereface2.heads.base import Head, register, unit_rows
 from sphereface2.margins import BinaryMargin, Detach, MarginType, check_choice, check_number
@@ -156,8 +155,9 @@ class OneVersusAll(torch.autograd.Function):
         return positive.loss + negative.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("SphereFace2's loss can be differentiated once only (create_graph)")
         x, w, dcos, dbias = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):

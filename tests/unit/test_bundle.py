@@ -88,6 +88,14 @@ def test_run_folder_prefers_best_then_last(net: backbones.Backbone, tmp_path: Pa
         assert bundle.load(tmp_path).metadata == {"which": which}
 
 
+def test_links_to_checkpoints_are_followed(net: backbones.Backbone, tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints" / "step-7"
+    step.mkdir(parents=True)
+    bundle.save(net, step, extra={"step": 7})
+    (tmp_path / "checkpoints" / "last").symlink_to("step-7")
+    assert bundle.load(tmp_path).metadata == {"step": 7}
+
+
 def test_config_says_what_the_network_is(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["format_version"] == 1
@@ -189,10 +197,24 @@ def test_wrong_architecture(saved: Path) -> None:
     edit(saved, backbone=backbone(width=0.25))
     with pytest.raises(UserError, match=r"does not fit its config\.json: .* has shape"):
         bundle.load(saved)
-    edit(saved, backbone=backbone(input_size=[32, 32]))
+    preprocessing = json.loads((saved / "config.json").read_text())["preprocessing"]
+    edit(saved, backbone=config, preprocessing={**preprocessing, "size": [32, 32]})
     with pytest.raises(UserError, match="contradicts itself"):
         bundle.load(saved)
-    for bad in ({"name": "nothing", "kwargs": {}}, backbone(widht=1), backbone(embedding_dim="x")):
+    edit(saved, backbone=config, preprocessing={})
+    with pytest.raises(UserError, match="exactly the keys"):
+        bundle.load(saved)
+    edit(saved, preprocessing=preprocessing)
+    # A claimed network of petabytes is refused without allocating it.
+    edit(saved, backbone=backbone(width=1e5))
+    with pytest.raises(UserError, match="has shape"):
+        bundle.load(saved)
+    for bad in (
+        {"name": "nothing", "kwargs": {}},
+        backbone(widht=1),
+        backbone(embedding_dim="x"),
+        backbone(width=1e300),
+    ):
         edit(saved, backbone=bad)
         with pytest.raises(UserError, match="does not describe a known network"):
             bundle.load(saved)

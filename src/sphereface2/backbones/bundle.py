@@ -7,8 +7,6 @@ free-form metadata; the weights are a plain safetensors file. Nothing in either 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from torch import nn
 from sphereface2 import __version__
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.backbones.registry import create
+from sphereface2.backbones.registry import available, create
 from sphereface2.errors import UserError
+from sphereface2.files import atomic_write
 
 FORMAT = "sphereface2-network"
 FORMAT_VERSION = 1
@@ -60,8 +59,8 @@ def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None 
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()
     }
-    _write(directory / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
-    _write(directory / CONFIG, text.encode())
+    atomic_write(directory / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    atomic_write(directory / CONFIG, text.encode())
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
@@ -75,31 +74,40 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     Raises:
         UserError: nothing there, a foreign or damaged file, weights that do not fit.
     """
-    folder = resolve(path)
+    # Symbolic links are followed once: both files come from the same checkpoint even if training
+    # moves the link on between the two reads.
+    folder = resolve(path).resolve()
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     description = _read_config(config_file)
-    backbone = description["backbone"]
-    # A file that asks for timm's weights would make `create` go to the network.
-    kwargs = {key: value for key, value in backbone["kwargs"].items() if key != "pretrained"}
-    try:
-        # Building draws initial weights; a caller in the midst of training keeps its generator.
-        with torch.random.fork_rng(devices=[]):
-            net = create(backbone["name"], **kwargs)
-        net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{config_file} does not describe a known network: {error}") from error
-    if net.preprocessing.size != net.input_size:
-        raise UserError(
-            f"{config_file} contradicts itself: its preprocessing makes {net.preprocessing.size} "
-            f"images and its network takes {net.input_size}"
-        )
     try:
         weights = safetensors.torch.load_file(weights_file)
     except FileNotFoundError as error:
         raise UserError(f"{weights_file} is missing beside {CONFIG}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{weights_file} is damaged or no safetensors file: {error}") from error
-    _check_weights(weights, net.state_dict(), weights_file, backbone["name"])
+    name = description["backbone"]["name"]
+    # A file that asks for timm's weights would make `create` go to the network.
+    kwargs = {k: v for k, v in description["backbone"]["kwargs"].items() if k != "pretrained"}
+    try:
+        # Building draws initial weights; a caller in the midst of training keeps its generator.
+        with torch.random.fork_rng(devices=[]):
+            if name in available():
+                # Shapes first, without memory: a config may claim a network of any size.
+                with torch.device("meta"):
+                    shapes = create(name, **kwargs).state_dict()
+                _check_weights(weights, shapes, weights_file, name)
+            net = create(name, **kwargs)
+        net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
+    except _MismatchError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{config_file} does not describe a known network: {error}") from error
+    if net.preprocessing.size != net.input_size:
+        raise UserError(
+            f"{config_file} contradicts itself: its preprocessing makes {net.preprocessing.size} "
+            f"images and its network takes {net.input_size}"
+        )
+    _check_weights(weights, net.state_dict(), weights_file, name)
     net.load_state_dict(weights)
     net.metadata = description.get("metadata") or {}
     return net.to(device).eval()
@@ -156,6 +164,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     return description
 
 
+class _MismatchError(UserError):
+    """The weights are another network's."""
+
+
 def _check_weights(
     weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], file: Path, name: str
 ) -> None:
@@ -163,29 +175,12 @@ def _check_weights(
         return f"{len(keys)} tensors, for example {min(keys)!r}"
 
     if missing := wanted.keys() - weights.keys():
-        raise UserError(f"{file} does not hold a {name}: it lacks {some(missing)}")
+        raise _MismatchError(f"{file} does not hold a {name}: it lacks {some(missing)}")
     if surplus := weights.keys() - wanted.keys():
-        raise UserError(f"{file} does not hold a {name}: it has unknown {some(surplus)}")
+        raise _MismatchError(f"{file} does not hold a {name}: it has unknown {some(surplus)}")
     for key, tensor in wanted.items():
         if weights[key].shape != tensor.shape:
-            raise UserError(
+            raise _MismatchError(
                 f"{file} does not fit its {CONFIG}: {key!r} has shape "
                 f"{tuple(weights[key].shape)}, the network needs {tuple(tensor.shape)}"
             )
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; give the mode an ordinary open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

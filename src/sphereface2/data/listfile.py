@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sphereface2.data.sources import check_labels, digest
+from sphereface2.data.sources import check_labels, digest, read_names
 from sphereface2.errors import UserError
+
+_LOOKED_FOR = 100
 
 
 class ListSource:
@@ -40,9 +42,15 @@ class ListSource:
             self._files.append(name)
         if not self._files:
             raise UserError(f"{self.path} lists no images")
+        first = self._files[:_LOOKED_FOR]
+        if not any((self.path.parent / name).exists() for name in first):
+            raise UserError(
+                f"{self.path}: none of the first {len(first)} files it lists exists ({first[0]}, "
+                "…); paths are relative to the list's folder"
+            )
         self.labels = check_labels(labels, self.path)
         self.num_classes = int(self.labels.max()) + 1
-        self.class_names: list[str] | None = None
+        self.class_names = read_names(self.path.parent, self.num_classes)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sphereface2.data.sources import check_labels, digest
+from sphereface2.data.sources import check_labels, digest, read_names
 from sphereface2.errors import UserError
 
 MAGIC = 0xCED7230A
@@ -55,7 +55,7 @@ class RecordIOSource:
             raise UserError(f"{self.path} holds no images")
         self.labels = check_labels(self._read_labels(self._offsets), self.path)
         self.num_classes = max(int(self.labels.max()) + 1, self._property_classes())
-        self.class_names: list[str] | None = None
+        self.class_names = read_names(self.path.parent, self.num_classes)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -304,7 +304,8 @@ class RecordIOWriter:
     """Writes ``train.rec``, ``train.idx`` and ``property`` into an existing folder.
 
     Images are added person by person in ascending order of label (the per-person records of the
-    layout name ranges of keys); ``close`` completes the header record. Used as a context manager.
+    layout name ranges of keys; a label left out gets an empty range); ``close`` completes the
+    header record. Used as a context manager.
     """
 
     def __init__(self, directory: str | Path, size: tuple[int, int] = (112, 112)) -> None:
@@ -317,16 +318,13 @@ class RecordIOWriter:
         self._label = -1
 
     def add(self, label: int, image: bytes) -> None:
-        """Append an image of person ``label``: the label added last, or the next one."""
-        if label not in (self._label, self._label + 1) or label < 0:
-            raise ValueError(
-                f"label {label} after {self._label}: images come person by person, labels 0, 1, …"
-            )
+        """Append an image of person ``label``: the label added last, or a larger one."""
+        if label < max(self._label, 0):
+            raise ValueError(f"label {label} after {self._label}: labels must ascend from 0")
         if label >= _MAX_EXACT_FLOAT:
             raise UserError(f"RecordIO keeps labels as float32: {label} is past 2**24")
-        if label != self._label:
-            self._first_keys.append(len(self._index))
-            self._label = label
+        self._first_keys += [len(self._index)] * (label - self._label)
+        self._label = label
         self._append(pack(float(label), image, len(self._index)))
 
     def _append(self, payload: bytes) -> None:

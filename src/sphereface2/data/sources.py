@@ -13,6 +13,7 @@ from sphereface2.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".csv", ".tsv"})
+_TRAIN_LISTS = frozenset(f"train{suffix}" for suffix in LIST_SUFFIXES)
 
 
 @runtime_checkable
@@ -49,8 +50,9 @@ def open_source(path: str | Path) -> Source:
     """Open the training set at ``path``, recognised by what lies there.
 
     ``path`` is a folder with ``train.rec``, a ``.rec`` file, a folder of tar shards or one
-    ``.tar``, a list file (``.txt .lst .csv .tsv``: ``path label`` lines) or a folder of person
-    folders. Raises UserError, naming the path, for anything else.
+    ``.tar``, a list file (``.txt .lst .csv .tsv``: ``path label`` lines), a folder with one as
+    ``train.txt``, or a folder of person folders. Raises UserError, naming the path, for anything
+    else.
     """
     from sphereface2.data.folder import FolderSource
     from sphereface2.data.listfile import ListSource
@@ -71,6 +73,9 @@ def open_source(path: str | Path) -> Source:
             return RecordIOSource(records[0])
         if len(records) > 1:
             raise UserError(f"{path} holds {len(records)} .rec files; name the one to read")
+        lists = [entry for entry in entries if entry.name in _TRAIN_LISTS]
+        if len(lists) == 1:
+            return ListSource(lists[0])
         if any(entry.is_dir() for entry in entries):
             return FolderSource(path)
         lists = [entry for entry in entries if entry.suffix.lower() in LIST_SUFFIXES]
@@ -134,6 +139,15 @@ def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.
             f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number >= 0"
         )
     return values.astype(np.int64)
+
+
+def read_names(folder: Path, num_classes: int) -> list[str] | None:
+    """The people's names from ``names.txt``, one a line, if it lies in ``folder`` and fits."""
+    path = folder / "names.txt"
+    if not path.is_file():
+        return None
+    names = path.read_text(encoding="utf-8").splitlines()
+    return names if len(names) == num_classes else None
 
 
 def digest(*parts: bytes | str | np.ndarray) -> str:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sphereface2.data.sources import IMAGE_SUFFIXES, check_labels, digest
+from sphereface2.data.sources import IMAGE_SUFFIXES, check_labels, digest, read_names
 from sphereface2.errors import UserError
 
 _LABEL_KEYS = ("label", "cls", "class", "identity")
@@ -43,7 +43,9 @@ class WebDatasetSource:
         self._where = np.array(where, dtype=np.int64)
         self.labels = check_labels(labels, self.path)
         self.num_classes = int(self.labels.max()) + 1
-        self.class_names: list[str] | None = None
+        self.class_names = read_names(
+            self.path if self.path.is_dir() else self.path.parent, self.num_classes
+        )
 
     def __len__(self) -> int:
         return len(self._keys)

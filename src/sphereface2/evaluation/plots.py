@@ -1,0 +1,132 @@
+"""Pictures of an evaluation: ROC curves and score histograms, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, PercentFormatter
+
+from sphereface2.evaluation.verification import roc
+
+_COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
+_MATCHED, _MISMATCHED, _INK, _GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
+
+
+def _axes(title: str) -> tuple[Figure, FigureCanvasAgg]:
+    # A Figure of its own, outside pyplot: no global state, no window, safe in threads.
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", color=_INK, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=_INK, labelsize=9)
+    return figure, canvas
+
+
+def _write(canvas: FigureCanvasAgg, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    canvas.print_png(str(temporary))
+    temporary.replace(path)
+
+
+def plot_roc(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, *, title: str = "ROC"
+) -> None:
+    """TAR over FAR on a logarithmic FAR axis, one curve a name: ``{name: (far, tar)}``.
+
+    Points at FAR 0 are left out. The axis starts at the smallest FAR that a curve resolves.
+    """
+    figure, canvas = _axes(title)
+    axes = figure.axes[0]
+    lowest = 1.0
+    for k, (name, (far, tar)) in enumerate(curves.items()):
+        shown = far > 0
+        if not shown.any():
+            continue
+        lowest = min(lowest, float(far[shown][0]))
+        axes.step(
+            far[shown],
+            tar[shown],
+            where="post",
+            color=_COLOURS[k % len(_COLOURS)],
+            linewidth=1.8,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(lowest, 1)
+    axes.set_ylim(0, 1.01)
+    axes.xaxis.set_major_locator(LogLocator(numticks=12))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("FAR: mismatched pairs accepted", color=_INK)
+    axes.set_ylabel("TAR: matched pairs accepted", color=_INK)
+    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    if len(curves) > 1:
+        axes.legend(frameon=False, loc="lower right", fontsize=9)
+    _write(canvas, Path(path))
+
+
+def plot_scores(
+    scores: np.ndarray,
+    same: np.ndarray,
+    path: str | Path,
+    *,
+    threshold: float | None = None,
+    title: str = "Scores",
+) -> None:
+    """Histograms of the matched and the mismatched scores, each summing to one."""
+    figure, canvas = _axes(title)
+    axes = figure.axes[0]
+    low, high = float(scores.min()), float(scores.max())
+    bins = np.linspace(low, high if high > low else low + 1e-6, 61).tolist()
+    for chosen, colour, name in (
+        (~same, _MISMATCHED, "mismatched"),
+        (same, _MATCHED, "matched"),
+    ):
+        count = int(chosen.sum())
+        if count:
+            axes.hist(
+                scores[chosen],
+                bins,
+                weights=np.full(count, 1 / count),
+                histtype="stepfilled",
+                facecolor=colour + "55",
+                edgecolor=colour,
+                linewidth=1.3,
+                label=f"{count:,} {name} pairs",
+            )
+    if threshold is not None:
+        axes.axvline(threshold, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"threshold {threshold:.3f}",
+            (threshold, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -2),
+            textcoords="offset points",
+            va="top",
+            fontsize=9,
+            color=_INK,
+        )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("cosine similarity", color=_INK)
+    axes.set_ylabel("share of pairs a bin", color=_INK)
+    axes.legend(frameon=False, loc="upper right", fontsize=9, bbox_to_anchor=(1, 0.93))
+    _write(canvas, Path(path))
+
+
+def plot_pairs(
+    name: str, scores: np.ndarray, same: np.ndarray, threshold: float, folder: str | Path
+) -> list[Path]:
+    """``NAME_roc.png`` and ``NAME_scores.png`` of a scored verification set, in ``folder``."""
+    folder = Path(folder)
+    far, tar, _ = roc(scores, same)
+    paths = [folder / f"{name}_roc.png", folder / f"{name}_scores.png"]
+    plot_roc({name: (far, tar)}, paths[0], title=f"{name}: ROC of {len(scores):,} pairs")
+    plot_scores(scores, same, paths[1], threshold=threshold, title=f"{name}: scores")
+    return paths

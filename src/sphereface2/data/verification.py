@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class PairSet:
         images: N encoded images (bytes) or decoded ones (uint8 RGB, (H, W, 3)).
         pairs: int64 (P, 2), indices into ``images``.
         same: bool (P,), whether the pair shows one person.
-        folds: int64 (P,), the fold of each pair, 0 to K-1.
+        folds: int64 (P,), the fold of each pair, 0 to K-1; all 0 where there are no folds.
         people: int64 (N,), the identity of each image, or None where the set does not tell.
         image_names: N names for messages, or None.
     """
@@ -79,10 +80,10 @@ def consecutive_folds(pairs: int, folds: int = 10) -> np.ndarray:
 
     Consecutive blocks as even as can be, the first ``pairs % folds`` one longer: the convention of
     the field (scikit-learn's ``KFold(10, shuffle=False)``), and LFW's own folds when the pairs
-    stand in the official order. Fewer pairs than folds is a UserError.
+    stand in the official order. Fewer pairs than folds cannot be split and are all in fold 0.
     """
     if pairs < folds:
-        raise UserError(f"{folds}-fold accuracy needs at least {folds} pairs, the set has {pairs}")
+        return np.zeros(pairs, np.int64)
     sizes = np.full(folds, pairs // folds)
     sizes[: pairs % folds] += 1
     return np.repeat(np.arange(folds), sizes)
@@ -207,8 +208,34 @@ _ADMITTED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
 }
 
 
+# Numbers, booleans, None; bytes and text; tuples and lists; the stack, the memo, the frame of the
+# program; and for numpy's arrays a name, a call and a state.
+_OPERATIONS: Final = frozenset(
+    """
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 NONE NEWTRUE NEWFALSE
+    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
+    UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 MARK
+    POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE PROTO FRAME STOP
+    GLOBAL STACK_GLOBAL REDUCE BUILD
+    """.split()  # noqa: SIM905
+)
+
+
+def _check_program(data: bytes) -> None:
+    """Read a pickle's operations without carrying them out; UnpicklingError for a foreign one."""
+    count = 0
+    for count, (operation, argument, _) in enumerate(pickletools.genops(data), 1):
+        if operation.name not in _OPERATIONS:
+            raise pickle.UnpicklingError(f"the operation {operation.name}")
+        # The memo is an array: storing at 4 billion would take the memory of so many entries.
+        stores = operation.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if stores and argument is not None and not 0 <= argument <= count:
+            raise pickle.UnpicklingError(f"a reference numbered {argument}")
+
+
 class _DataUnpickler(pickle.Unpickler):
-    """Builds tuples, lists, bytes, booleans, integers, strings and byte arrays; nothing else.
+    """Builds tuples, lists, bytes, booleans, integers, strings and uint8 arrays; nothing else.
 
     Every global that a pickle names is looked up in a closed table of stand-ins defined above, so
     a pickle imports nothing and calls no function but those; numpy itself is not reached either.
@@ -218,35 +245,35 @@ class _DataUnpickler(pickle.Unpickler):
         try:
             return _Frozen(_ADMITTED[module, name])
         except KeyError:
-            raise pickle.UnpicklingError(f"the name {module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("a persistent reference")
+            raise pickle.UnpicklingError(f"the name {module!r}.{name!r}") from None
 
 
 def _load_bin(path: Path, names: Path | None) -> PairSet:
     try:
         # Sets written by Python 2 hold their images as `str`, which only "bytes" keeps whole.
-        content = _DataUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data = path.read_bytes()
+        _check_program(data)
+        content = _DataUnpickler(io.BytesIO(data), encoding="bytes").load()
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a plain verification set and was not read: it holds {error}"
         ) from error
     except Exception as error:  # a damaged pickle can fail in any operation of the machine
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error!s:.100}") from error
 
     if not (isinstance(content, tuple | list) and len(content) == 2):
         raise UserError(f"{path} is not a verification set: expected (images, same or not)")
     images, same = (c.array if isinstance(c, _NdArray) else c for c in content)
-    if images is None or same is None or not isinstance(images, list | tuple):
-        raise UserError(f"{path} is not a verification set: expected a list of images")
+    if not isinstance(images, list | tuple) or not isinstance(same, list | tuple | np.ndarray):
+        raise UserError(f"{path} is not a verification set: expected two lists")
     if len(images) != 2 * len(same) or len(same) == 0:
         raise UserError(
             f"{path} has {len(images)} images for {len(same)} pairs: expected two a pair"
         )
-    if not all(isinstance(s, bool | int | np.bool_ | np.uint8) and s in (0, 1) for s in same):
+    verdicts = same.tolist() if isinstance(same, np.ndarray) else same
+    if not all(isinstance(verdict, int) and verdict in (0, 1) for verdict in verdicts):
         raise UserError(f"{path} has a pair whose verdict is neither true nor false")
-    same = np.array([bool(s) for s in same])
+    same = np.array(verdicts, bool)
 
     who: list[str] | None = None
     folds = None

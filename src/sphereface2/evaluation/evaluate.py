@@ -230,7 +230,7 @@ def evaluate(
     """The command ``sphereface2 evaluate``: score a checkpoint, print tables or JSON, return it.
 
     The report holds ``checkpoint``, ``flip``, ``sets`` (a list with the `score_pairs` report of
-    each of ``pairs``, in their order) and, if asked for, ``all_pairs`` (an `evaluate_people` report).
+    each of ``pairs``, in their order) and, if asked for, ``all_pairs`` (from `evaluate_people`).
     ``images`` is for the text lists among ``pairs``; ``names`` for the one ``.bin`` among them, by
     default ``X_pairs.txt`` beside ``X.bin``.
     """

@@ -116,7 +116,7 @@ def plot_scores(
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("cosine similarity", color=_INK)
     axes.set_ylabel("share of pairs a bin", color=_INK)
-    axes.legend(frameon=False, loc="upper right", fontsize=9, bbox_to_anchor=(1, 0.93))
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
     _write(canvas, Path(path))
 
 

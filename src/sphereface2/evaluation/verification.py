@@ -97,7 +97,7 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     Args:
         scores: (P,), higher = more alike.
         same: bool (P,).
-        folds: int (P,), any K >= 2 distinct numbers.
+        folds: int (P,), any K >= 2 distinct numbers; a single one is a UserError.
     """
     scores, same = _check(scores, same)
     folds = np.asarray(folds)
@@ -105,7 +105,9 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
         raise ValueError(f"folds {folds.shape} and scores {scores.shape} must be equally long.")
     numbers = np.unique(folds)
     if len(numbers) < 2:
-        raise UserError("k-fold accuracy needs pairs in at least 2 folds")
+        raise UserError(
+            f"{len(scores)} pairs are too few for 10-fold accuracy: at least 10 are needed"
+        )
 
     order = np.argsort(scores, kind="stable")
     sorted_scores, sorted_same, sorted_folds = scores[order], same[order], folds[order]

@@ -115,8 +115,8 @@ class RecordIOSource:
             return f"no record starts at the offset of key {keys[bad[0]]}"
         if record_end(self._data, int(offsets.max()), self.path) < size:
             return "records follow the last one it lists"
-        if len(np.unique(keys)) != len(keys):
-            return "a key occurs twice"
+        if len(np.unique(keys)) != len(keys) or len(np.unique(offsets)) != len(offsets):
+            return "a key or an offset occurs twice"
         return ""
 
     def _images(self, keys: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +165,13 @@ class RecordIOSource:
         flags = np.where(whole, words[np.minimum(safe + 2, len(words) - 1)], 0)
         labels = floats[np.minimum(safe + 3, len(words) - 1)].copy()
         many = np.flatnonzero(flags > 0)
+        length = (frame[many] & _LENGTH_MASK).astype(np.int64)
+        short = many[_HEADER.size + 4 * flags[many].astype(np.int64) > length]
+        if len(short):
+            raise UserError(
+                f"{self.path}: key {self._keys[short[0]]} promises {flags[short[0]]} labels but "
+                "holds fewer; copy the set again"
+            )
         first = at[many] + 2 + _HEADER.size // 4
         labels[many] = floats[np.minimum(first, len(words) - 1)]
         for i in np.flatnonzero(~whole):

@@ -87,7 +87,7 @@ class BatchSampler(Sampler[BatchKey]):
             people = len(np.unique(self._labels))
             if people < people_per_batch:
                 raise UserError(f"a batch of {people_per_batch} people needs more than {people}")
-        if (len(self._labels) if drop_last else batch_size) < batch_size or not len(self._labels):
+        elif len(self._labels) < (batch_size if drop_last else 1):
             raise UserError(
                 f"a batch of {batch_size} images needs more than the {len(self._labels)} there are"
             )
@@ -174,12 +174,27 @@ class BatchSampler(Sampler[BatchKey]):
         hand = np.arange(len(owner)) - np.repeat(np.cumsum(hands) - hands, hands)
         places = (hand[:, None] * k + np.arange(k)) % sizes[owner, None]
         images = by_person[first[owner, None] + places]
-        # Batch j takes hands j, j + steps, j + 2·steps, …: a person's hands lie side by side and
-        # number at most `steps`, so no two of them meet in a batch.
-        batches = images[: self.people_per_batch * steps]
-        batches = batches.reshape(self.people_per_batch, steps, k).swapaxes(0, 1)
-        turn = rng.permutation(steps) if self.shuffle else np.arange(steps)
-        return batches[turn].reshape(-1)
+        # Hand j goes to batch j mod steps: a person's hands lie side by side and number at most
+        # `steps`, so no two of them meet. Each row of that table (place p of all batches) is then
+        # shuffled by itself, which keeps this true but for the person who runs over from the row
+        # above: that one's hands choose first, among the batches it is not in yet.
+        room = self.people_per_batch * steps
+        images = images[:room].reshape(self.people_per_batch, steps, k)
+        if self.shuffle:
+            owner = owner[:room].reshape(self.people_per_batch, steps)
+            where = rng.permutation(steps)
+            images[0, where] = images[0].copy()
+            for row in range(1, len(images)):
+                before = where[owner[row - 1] == owner[row, 0]]
+                first_hands = int((owner[row] == owner[row, 0]).sum())
+                free = np.ones(steps, dtype=bool)
+                free[before] = False
+                chosen = rng.permutation(np.flatnonzero(free))[:first_hands]
+                free[:] = True
+                free[chosen] = False
+                where = np.concatenate([chosen, rng.permutation(np.flatnonzero(free))])
+                images[row, where] = images[row].copy()
+        return images.swapaxes(0, 1).reshape(-1)
 
     def _count_steps(self) -> int:
         if self.people_per_batch is None or self.images_per_person is None:

@@ -131,12 +131,12 @@ def split_people(
 
 
 def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:
-    """Labels as int64 (N,), or a UserError naming the first that is no whole number >= 0."""
+    """Labels as int64 (N,), or a UserError naming the first that is no whole number in [0, 2^31)."""
     values = np.asarray(labels, dtype=np.float64)
-    bad = np.flatnonzero(~((values >= 0) & (values == np.floor(values)) & np.isfinite(values)))
+    bad = np.flatnonzero(~((values >= 0) & (values < 2**31) & (values == np.floor(values))))
     if len(bad):
         raise UserError(
-            f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number >= 0"
+            f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number from 0 to 2**31 - 1"
         )
     return values.astype(np.int64)
 

@@ -197,8 +197,8 @@ class Augmentation:
                 continue
             dx = dy = 0
             if hits[i, _CROP]:
-                dx = round(float(2 * draws[i, _SHIFT_X] - 1) * self.crop_pad * width)
-                dy = round(float(2 * draws[i, _SHIFT_Y] - 1) * self.crop_pad * height)
+                dx = _steps(float(draws[i, _SHIFT_X]), round(self.crop_pad * width))
+                dy = _steps(float(draws[i, _SHIFT_Y]), round(self.crop_pad * height))
             if hits[i, _AFFINE]:
                 angle = float(2 * draws[i, _ANGLE] - 1) * self.rotation
                 scale = 1 + float(2 * draws[i, _SCALE] - 1) * self.scale
@@ -244,6 +244,11 @@ class Augmentation:
                 left = int(draw[_ERASE_X] * (side - width + 1))
                 colour = [int(256 * draw[c]) for c in (_RED, _GREEN, _BLUE)]
                 image[top : top + height, left : left + width] = colour
+
+
+def _steps(draw: float, most: int) -> int:
+    """A whole number from -most to most, each as likely."""
+    return int(draw * (2 * most + 1)) - most
 
 
 def _shift(out: np.ndarray, image: np.ndarray, dx: int, dy: int, flip: bool) -> None:

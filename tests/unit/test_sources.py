@@ -1,0 +1,174 @@
+"""Folders, lists, tar shards, and recognising which is which."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from sphereface2.data import open_source, split_people
+from sphereface2.data.folder import FolderSource
+from sphereface2.data.listfile import ListSource
+from sphereface2.data.recordio import RecordIOSource, RecordIOWriter
+from sphereface2.data.sources import Source
+from sphereface2.data.webdataset import WebDatasetSource
+from sphereface2.errors import UserError
+
+
+def files(root, contents):
+    for name, data in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def contents(source):
+    return [(source.read(i), int(source.labels[i])) for i in range(len(source))]
+
+
+def test_folder_sorts_people_and_images(tmp_path):
+    files(
+        tmp_path,
+        {
+            "zoe/2.jpg": b"z2",
+            "zoe/10.JPG": b"z10",
+            "anna/deep/er/x.png": b"a",
+            "anna/notes.txt": b"no image",
+            "nobody/readme.md": b"no image",
+            ".hidden/y.jpg": b"no person",
+        },
+    )
+    source = open_source(tmp_path)
+    assert isinstance(source, FolderSource)
+    assert source.class_names == ["anna", "zoe"]
+    assert contents(source) == [(b"a", 0), (b"z10", 1), (b"z2", 1)]
+    assert source.name(0) == "anna/deep/er/x.png"
+    assert isinstance(source, Source)
+
+
+def test_list_takes_tabs_commas_and_blanks_in_names(tmp_path):
+    files(tmp_path, {"a b.jpg": b"1", "c,d.jpg": b"2", "e.jpg": b"3"})
+    text = "# comment\n\na b.jpg 2\nc,d.jpg\t0\ne.jpg, 1\r\n"
+    (tmp_path / "my.lst").write_text(text)
+    source = open_source(tmp_path / "my.lst")
+    assert isinstance(source, ListSource)
+    assert contents(source) == [(b"1", 2), (b"2", 0), (b"3", 1)]
+    assert source.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("e.jpg one\n", "line 1"),
+        ("e.jpg 0\nlonely\n", "line 2"),
+        ("e.jpg -1\n", "label -1"),
+        ("e.jpg 1.5\n", "line 1"),
+        ("", "no images"),
+        ("absent.jpg 0\n", "none of the first 1 files"),
+    ],
+)
+def test_bad_lists_name_the_line(tmp_path, text, message):
+    files(tmp_path, {"e.jpg": b"3"})
+    (tmp_path / "l.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        ListSource(tmp_path / "l.txt")
+
+
+def test_missing_file_of_a_list_is_an_os_error_when_read(tmp_path):
+    files(tmp_path, {"e.jpg": b"3"})
+    (tmp_path / "train.txt").write_text("e.jpg 0\ngone.jpg 0\n")
+    source = open_source(tmp_path)
+    with pytest.raises(OSError, match=r"gone\.jpg"):
+        source.read(1)
+
+
+def test_shards_by_cls_and_json_in_any_member_order(tmp_path):
+    tar(
+        tmp_path / "b.tar",
+        [("k/2.json", json.dumps({"label": 4, "x": 1}).encode()), ("k/2.webp", b"two")],
+    )
+    tar(
+        tmp_path / "a.tar",
+        [
+            ("0.jpg", b"zero"),
+            ("0.cls", b"1\n"),
+            ("1.cls", b"0"),
+            ("1.jpeg", b"one" * 400),
+            ("1.txt", b"caption"),
+        ],
+    )
+    source = open_source(tmp_path)
+    assert isinstance(source, WebDatasetSource)
+    assert contents(source) == [(b"zero", 1), (b"one" * 400, 0), (b"two", 4)]
+    assert source.name(2) == "b.tar:k/2"
+    again = pickle.loads(pickle.dumps(source))
+    assert contents(again) == contents(source)
+    assert contents(open_source(tmp_path / "b.tar")) == [(b"two", 4)]
+
+
+def test_shards_that_are_wrong(tmp_path):
+    with pytest.raises(UserError, match="no label"):
+        WebDatasetSource(tar(tmp_path / "a.tar", [("0.jpg", b"x")]))
+    with pytest.raises(UserError, match=r"0\.cls holds no whole number"):
+        WebDatasetSource(tar(tmp_path / "b.tar", [("0.jpg", b"x"), ("0.cls", b"anna")]))
+    with pytest.raises(UserError, match="two images"):
+        WebDatasetSource(tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.png", b"x")]))
+    (tmp_path / "d.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match="not a whole tar"):
+        WebDatasetSource(tmp_path / "d.tar")
+
+
+def test_open_source_recognises_recordio_and_refuses_the_rest(tmp_path):
+    rec = tmp_path / "rec"
+    rec.mkdir()
+    with RecordIOWriter(rec) as writer:
+        writer.add(0, b"x")
+    assert isinstance(open_source(rec), RecordIOSource)
+    assert isinstance(open_source(rec / "train.rec"), RecordIOSource)
+    (rec / "train.rec").rename(rec / "other.rec")
+    (rec / "train.idx").rename(rec / "other.idx")
+    assert isinstance(open_source(rec), RecordIOSource)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, message in (
+        (tmp_path / "absent", "does not exist"),
+        (empty, "holds no data set"),
+        (files(tmp_path, {"x.dat": b"x"}) / "x.dat", "not a training set"),
+        (files(tmp_path / "f", {"p/readme.md": b"x"}), "holds no person/image"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(path)
+
+
+def test_split_people_by_label(tmp_path):
+    sizes = [1, 3, 2, 0, 4, 1, 2]  # label 3 does not occur
+    lines = [f"x.jpg {label}\n" for label, n in enumerate(sizes) for _ in range(n)]
+    np.random.default_rng(0).shuffle(lines)
+    files(tmp_path, {"x.jpg": b"x", "train.txt": "".join(lines).encode()})
+    source = open_source(tmp_path)
+    train, val, label_map = split_people(source, 2, seed=1)
+    assert sorted([*train, *val]) == list(range(13))
+    people = set(source.labels[val].tolist())
+    assert len(people) == 2
+    assert not people & set(source.labels[train].tolist())
+    assert all(sizes[person] >= 2 for person in people)
+    mapped = label_map[source.labels[train]]
+    assert sorted(set(mapped.tolist())) == list(range(4))
+    assert (label_map[[*people, 3]] == -1).all()
+    assert np.array_equal(split_people(source, 2, seed=1)[1], val)
+    assert len({tuple(split_people(source, 2, seed=s)[1]) for s in range(20)}) > 1
+    assert len(split_people(source, 0, seed=0)[0]) == 13
+    with pytest.raises(UserError, match="5 people aside"):
+        split_people(source, 5, seed=0)

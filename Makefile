@@ -1,0 +1,42 @@
+# Every target works on a fresh machine with Python >= 3.11; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/small.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow check bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## create .venv and install the package with its tools
+
+train: install  ## train SphereFace2 and report its accuracy (CONFIG=configs/small.yaml)
+	$(BIN)/sphereface2 fit --config $(CONFIG) --ranks auto
+
+test: install  ## run the tests
+	$(BIN)/pytest
+
+test-slow: install  ## run the tests that take minutes
+	$(BIN)/pytest -m slow --timeout 1800
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## measure every performance claim
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: install  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove what the other targets made, except trained runs
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

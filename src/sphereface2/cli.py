@@ -44,11 +44,14 @@ def fit(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder from its last checkpoint.")
     ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Processes on this machine: a number, or auto.")
+    ] = None,
 ) -> None:
     """Train. Any setting can be given as --section.key VALUE."""
     from sphereface2.training.fit import fit as run
 
-    run(config, resume=resume, overrides=ctx.args)
+    run(config, resume=resume, ranks=ranks, overrides=ctx.args)
 
 
 @app.command()

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,8 @@ class Checkpointer:
             if self.world.is_main:
                 temporary.mkdir()
             self.world.barrier()
-            dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.world.size == 1)
+            with _quiet():
+                dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.world.size == 1)
             if self.world.is_main:
                 bundle.save(model, temporary, extra={"step": step, "run": self.folder.parent.name})
                 atomic_write(temporary / "progress.json", json.dumps(progress, indent=1).encode())
@@ -105,6 +109,14 @@ class Checkpointer:
 
     def _links(self) -> list[Path]:
         return [link for name in ("last", "best") if (link := self.folder / name).is_symlink()]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says at every checkpoint of a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def training_state(

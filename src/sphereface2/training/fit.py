@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.locate import TrainingData, locate
@@ -105,14 +108,32 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
 
 
 def _launch(count: int, config: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
-    """Run the same command under torchrun on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={count}", "-m", "sphereface2", "fit"]
+    """Run the same command in ``count`` processes of this machine, by torchrun's own launcher."""
+    command = ["-m", "sphereface2", "fit"]
     command += ["--config", str(config)] if config else []
     command += ["--resume", str(resume)] if resume else []
-    done = subprocess.run([*command, *overrides], check=False, env={**os.environ})
-    if done.returncode:
-        raise UserError(f"training ended with exit status {done.returncode}; see above for why")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # The failing rank has said why; the launcher's own account of it would bury that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    launch = elastic_launch(
+        LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        ),
+        sys.executable,
+    )
+    try:
+        launch(*command, *overrides)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise UserError(
+            f"training ended: rank {rank} left with status {failure.exitcode}, see above for why"
+        ) from error
 
 
 def _run_folder(settings: RunConfig, resume: Path | None, place: World) -> Path:

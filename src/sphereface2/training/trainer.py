@@ -96,7 +96,7 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if settings.channels_last else torch.contiguous_format
         )
-        self.network = network.to(device, memory_format=self.memory_format)
+        self.network = network.to(device).to(memory_format=self.memory_format)
         self.head = head.to(device)
         self.optimizer = build_optimizer(settings, self.network, self.head)
         self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
@@ -223,7 +223,7 @@ class Trainer:
             return self.network
         copy = backbones.create(**self.network.config["kwargs"], name=self.network.config["name"])
         copy.load_state_dict(self.average.average)
-        return copy.to(self.world.device, memory_format=self.memory_format)
+        return copy.to(self.world.device).to(memory_format=self.memory_format)
 
     def _batches(self, consumed: int) -> Iterator[Batch]:
         """Batches without end, from the ``consumed``-th of the run on."""

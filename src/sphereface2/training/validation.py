@@ -48,9 +48,9 @@ class Validation:
             )
             labels = self.source.labels[self.held_out]
             tars = all_pairs_tar(embeddings, labels, self.config.fars).tars
-            resolved = [t for t in tars if t.tar is not None]
-            resolved.sort(key=lambda t: (t.far < 1e-3, t.far))
-            figures |= {f"held-out TAR@{t.far:g}": float(t.tar) for t in resolved}
+            resolved = {t.far: t.tar for t in tars if t.tar is not None}
+            for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
+                figures[f"held-out TAR@{far:g}"] = resolved[far]
         for pair_set in self.pairs:
             embeddings = self._embed(
                 network,

@@ -151,8 +151,8 @@ class BinaryMargin:
             `Terms` with loss (B,), dcos the given `cos` itself, dbias (B,) or (B, c).
         """
         slope = self.slope(cos)
-        # r·(g(cos) + offset) + b = 2r·((cos+1)/2)^t + r·(offset-1) + b, in three or four passes.
-        n = torch.add(torch.tensor(0.5, dtype=cos.dtype), cos, alpha=0.5, out=cos)
+        # r·(g(cos) + offset) + b = 2r·((cos+1)/2)^t + r·(offset-1) + b, in place.
+        n = cos.mul_(0.5).add_(0.5)
         if self.t != 1:
             if self.t % 1:
                 n.clamp_min_(0)  # as in `similarity`

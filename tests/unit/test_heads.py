@@ -139,6 +139,18 @@ def test_autocast_does_not_reach_inside(name):
     assert torch.equal(inside, head(x.float(), labels))
 
 
+def test_low_precision_prototypes_are_computed_with_in_float32(name):
+    head = heads.build(name, 8, 5).to(torch.bfloat16).eval()
+    x, labels = batch()
+    loss = head(x.bfloat16(), labels)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert head.weight.grad.dtype == torch.bfloat16
+    other = heads.build(name, 8, 5).eval()
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other(x.bfloat16(), labels), loss, rtol=2e-2, atol=0)
+
+
 def test_swapping_two_classes_permutes_the_gradient(name):
     head, other = (heads.build(name, 8, 5).double().eval() for _ in range(2))
     x, labels = batch()

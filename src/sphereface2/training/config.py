@@ -152,6 +152,9 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConfig:
     """Build and check a ``RunConfig`` from nested plain values."""
     _check_keys(RunConfig, tree, prefix="", where=where)
+    for section, name in (("backbone", "sfnet20"), ("head", "sphereface2")):
+        if isinstance(tree.get(section), dict):
+            tree = {**tree, section: {"name": name, **tree[section]}}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
@@ -239,9 +242,6 @@ def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
 
 def _check_components(config: RunConfig) -> None:
     """Build the named components, without memory or tiny, so that they check themselves."""
-    for section, tree in (("backbone", config.backbone), ("head", config.head)):
-        if "name" not in tree:
-            raise UserError(f"{section}.name is missing")
     try:
         if config.backbone["name"] in backbones.available():
             with torch.device("meta"):

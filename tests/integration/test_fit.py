@@ -1,0 +1,186 @@
+"""Training through the command line: resuming, ranks, divergence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from sphereface2.backbones import bundle
+from sphereface2.data import synthetic
+
+SETTINGS = {
+    "backbone.name": "sfnet4",
+    "backbone.width": 0.125,
+    "backbone.input_size": 64,
+    "backbone.embedding_dim": 16,
+    "backbone.dropout": 0.2,
+    "head.name": "sphereface2",
+    "head.loss_weight": 5,
+    "data.validation_people": 4,
+    "data.augmentation.affine": 0.5,
+    "training.epochs": 4,
+    "training.batch_size": 16,
+    "training.lr": 0.02,
+    "training.checkpoint_every": 5,
+    "training.log_every": 1,
+    "training.ema": 0.9,
+    "training.device": "cpu",
+    "training.threads": 1,
+    "validation.every": 2,
+    "validation.pairs": "[]",
+}
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.write(
+        tmp_path_factory.mktemp("faces") / "set", people=24, images_per_person=8, pairs_per_fold=6
+    )
+
+
+def command(*words: str | Path, **settings: object) -> list[str]:
+    options = [str(w) for k, v in settings.items() for w in (f"--{k}", v)]
+    return [sys.executable, "-m", "sphereface2", "fit", *map(str, words), *options]
+
+
+def run(*words: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*words, **settings), capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def only_run(output: Path) -> Path:
+    (folder,) = output.iterdir()
+    return folder
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run_folder / "checkpoints" / "last" / "model.safetensors")
+
+
+def metrics(run_folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("images_per_second", "seconds_per_step")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    done = run(**SETTINGS, **{"data.train": faces, "output": output})
+    assert done.returncode == 0, done.stderr
+    assert "held-out" in done.stdout
+    return only_run(output)
+
+
+def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) -> None:
+    network = bundle.load(uninterrupted)
+    assert network.preprocessing.size == (64, 64)
+    record = json.loads((uninterrupted / "environment.json").read_text())
+    assert len(record["data"]["fingerprint"]) == 64
+    assert record["packages"]["torch"] == torch.__version__.split("+")[0] or record["packages"]
+    results = json.loads((uninterrupted / "results.json").read_text())
+    assert results["held_out"]["people"] == 4
+    assert 0 <= results["held_out"]["tar"]["1e-1"] <= 1
+    steps = [line["step"] for line in metrics(uninterrupted) if line["kind"] == "train"]
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize(("kill_after", "workers"), [(3, 0), (7, 2), (24, 2)])
+def test_kill_and_resume_gives_the_same_weights_bit_for_bit(
+    faces: Path, uninterrupted: Path, tmp_path: Path, kill_after: int, workers: int
+) -> None:
+    settings = {**SETTINGS, "data.train": faces, "output": tmp_path, "data.workers": workers}
+    process = subprocess.Popen(
+        command(**settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        logs = list(tmp_path.glob("*/metrics.jsonl"))
+        if logs and len(logs[0].read_text().splitlines()) >= kill_after:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = only_run(tmp_path)
+    if kill_after < 5:
+        done = run("--resume", folder)
+        assert done.returncode == 2
+        assert "no checkpoint to resume from" in done.stderr
+        return
+    assert len(metrics(folder)) < len(metrics(uninterrupted)), "killed too late to test anything"
+    done = run("--resume", folder)
+    assert done.returncode == 0, done.stderr
+    found, expected = weights(folder), weights(uninterrupted)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(found[key], expected[key]), key
+    assert metrics(folder) == metrics(uninterrupted)
+
+
+def test_two_ranks_train_as_one(faces: Path, tmp_path: Path) -> None:
+    """Without dropout, two halves of each batch with averaged gradients make the same step."""
+    settings = {
+        **SETTINGS,
+        "data.train": faces,
+        "backbone.dropout": 0,
+        "training.epochs": 1,
+        "training.ema": 0,
+    }
+    runs = {}
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        done = run("--ranks", str(ranks), **settings, output=output)
+        assert done.returncode == 0, done.stderr
+        runs[ranks] = only_run(output)
+    one, two = weights(runs[1]), weights(runs[2])
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
+    # A checkpoint of two ranks goes on with one.
+    longer = run("--resume", runs[2], "--training.epochs", "2")
+    assert longer.returncode == 0, longer.stderr
+    assert metrics(runs[2])[-1]["step"] == 20
+
+
+def test_divergence_stops_with_one_sentence_and_keeps_the_last_checkpoint(
+    faces: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **SETTINGS,
+        "data.train": faces,
+        "output": tmp_path,
+        "training.lr": 1e30,
+        "training.clip_norm": "null",
+        "training.warmup": 0,
+        "training.checkpoint_every": 1,
+    }
+    done = run(**settings)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "the loss became" in done.stderr or "diverges" in done.stderr
+    kept = weights(only_run(tmp_path))
+    assert kept
+
+
+def test_bad_settings_and_missing_data_are_one_sentence(tmp_path: Path) -> None:
+    done = run("--training.epoch", "3")
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "did you mean 'epochs'" in done.stderr
+    done = run("--data.train", tmp_path / "none", "--output", tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -18,10 +18,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Event, Lock
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import FARS, Tar, allowed_accepts
@@ -30,6 +31,11 @@ _SAMPLE = 2_000_000  # pairs drawn to place the brackets
 _DISTINCT = 1 << 20  # values that a tally keeps apart
 _PENDING = 1 << 21  # scores that it sorts at a time
 _LOWEST, _HIGHEST = -(2**31) + 2**23 + 1, 2**31 - 2**23  # the finite floats' keys, end excluded
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through the loaded libraries, once
 
 
 def _keys(scores: np.ndarray) -> np.ndarray:
@@ -193,7 +199,7 @@ def all_pairs_tar(
             raise ValueError(f"a FAR lies in (0, 1], not {far}.")
         ranks.append(allowed_accepts(far, impostors))
     searches = {k: _Search(k) for k in set(ranks) if 0 < k < impostors}
-    with threadpool_limits(1, user_api="blas"):  # many small products
+    with _blas().limit(limits=1, user_api="blas"):  # many small products
         _bracket(list(searches.values()), rows, people, impostors, np.random.default_rng(seed))
 
     if workers is None:
@@ -309,7 +315,7 @@ class _Tiles:
                         progress(1 / len(tiles))
 
         # One thread a tile, each with a sequential product: the counting then runs in parallel too.
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
             try:
                 for future in [pool.submit(worker) for _ in range(self.workers)]:
                     future.result()

@@ -1,0 +1,157 @@
+"""All-pairs TAR against every pair in memory, where tiles, brackets and tallies are tiny."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation import all_pairs
+from sphereface2.evaluation.all_pairs import _keys, _Tally, _value, all_pairs_tar
+from sphereface2.evaluation.verification import tar_at_far
+
+FARS = [1.0, 0.5, 0.1, 0.01, 1e-3, 1e-6]
+
+
+def brute_force(embeddings, labels, fars):
+    i, j = np.triu_indices(len(labels), 1)
+    scores = (embeddings[i].astype(np.float64) * embeddings[j]).sum(1)
+    return tar_at_far(scores, labels[i] == labels[j], fars)
+
+
+@st.composite
+def sets(draw):
+    """Embeddings on a grid, whose sums are exact in float32; ties, also at zero, abound."""
+    n = draw(st.integers(4, 150))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    levels = draw(st.sampled_from([1, 3, 100]))
+    embeddings = rng.integers(-levels, levels + 1, (n, 6)).astype(np.float32) / 128
+    labels = rng.integers(7, 7 + max(2, n // draw(st.integers(1, 20))), n)
+    labels[:3] = [7, 7, 8]
+    return embeddings, labels
+
+
+@given(sets(), st.data())
+@settings(max_examples=120, deadline=None)
+def test_equal_to_brute_force(data_set, data):
+    embeddings, labels = data_set
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_pairs, "_SAMPLE", data.draw(st.sampled_from([10, 300, 10**6])))
+        patch.setattr(all_pairs, "_DISTINCT", data.draw(st.sampled_from([2, 30, 10**6])))
+        patch.setattr(all_pairs, "_PENDING", data.draw(st.sampled_from([1, 50, 10**6])))
+        found = all_pairs_tar(
+            embeddings, labels, FARS, block=data.draw(st.sampled_from([9, 33, 200])), workers=2
+        )
+    expected = brute_force(embeddings, labels, FARS)
+    assert [t.tar for t in found.tars] == [t.tar for t in expected]
+    i, j = np.triu_indices(len(labels), 1)
+    assert found.genuine == (labels[i] == labels[j]).sum()
+    assert found.genuine + found.impostors == len(i)
+
+
+def faces(people=80, images=5, dim=64, noise=2.0, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(people), images))
+    e = rng.standard_normal((people, dim))[labels] + noise * rng.standard_normal((len(labels), dim))
+    return (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_one_pass_and_the_threshold_decides_alike(monkeypatch):
+    monkeypatch.setattr(all_pairs, "_SAMPLE", 20_000)  # of 79,000: brackets are in use
+    embeddings, labels = faces()
+    found = all_pairs_tar(embeddings, labels, FARS[1:5], block=64)
+    assert found.passes == 1
+    i, j = np.triu_indices(len(labels), 1)
+    scores, same = (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
+    for tar, expected in zip(found.tars, tar_at_far(scores, same, FARS[1:5]), strict=True):
+        assert tar.tar == pytest.approx(expected.tar, abs=1e-6)
+        assert np.mean(scores[~same] >= tar.threshold) <= tar.far + 1e-5
+        assert np.mean(scores[same] >= tar.threshold) == pytest.approx(tar.tar, abs=1e-6)
+
+
+def test_neither_seed_nor_threads_nor_tiles_matter(monkeypatch):
+    monkeypatch.setattr(all_pairs, "_SAMPLE", 5000)
+    embeddings, labels = faces(noise=1.0)
+    results = [
+        all_pairs_tar(embeddings, labels, FARS, seed=seed, workers=workers, block=100)
+        for seed, workers in [(0, 1), (1, 2), (2, 3)]
+    ]
+    assert results[0].tars == results[1].tars == results[2].tars
+
+
+def test_a_missed_bracket_costs_a_pass_and_no_exactness(monkeypatch):
+    """A sample of one cluster puts every bracket in the wrong place."""
+    embeddings, labels = faces(people=40)
+
+    def misplaced(searches, *_):
+        for k, search in enumerate(searches):
+            low = int(_keys(np.float32([0.9 if k % 2 else -0.9]))[0])
+            search.bracket = (low, low + 5)
+
+    expected = all_pairs_tar(embeddings, labels, FARS, block=50)
+    monkeypatch.setattr(all_pairs, "_bracket", misplaced)
+    found = all_pairs_tar(embeddings, labels, FARS, block=50)
+    assert found.passes > 1
+    assert found.tars == expected.tars
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_keys_order_as_floats_do(values):
+    scores = np.array(values, np.float32)
+    keys = _keys(scores)
+    np.testing.assert_array_equal(np.sign(keys[:, None] - keys), np.sign(scores[:, None] - scores))
+    assert [_value(int(key)) for key in keys] == (scores + np.float32(0)).tolist()
+    with np.errstate(over="ignore"):
+        following = int(_keys(np.nextafter(scores[:1], np.float32(np.inf)))[0])
+    assert following == keys[0] + 1
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=200), st.integers(2, 40))
+def test_a_tally_counts_in_bounded_memory(values, distinct):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_pairs, "_DISTINCT", distinct)
+        patch.setattr(all_pairs, "_PENDING", 7)
+        tally = _Tally()
+        scores = np.array(values, np.float32) / 64
+        for part in np.array_split(scores, 5):
+            tally.add(part)
+        tally.flush()
+    assert len(tally.entries) <= distinct
+    entries, counts = np.unique(_keys(scores) >> tally.shift, return_counts=True)
+    np.testing.assert_array_equal(tally.entries, entries)
+    np.testing.assert_array_equal(tally.counts, counts)
+
+
+def test_intervals_are_over_people():
+    embeddings, labels = faces(people=30, noise=1.5)
+    found = all_pairs_tar(embeddings, labels, [0.01], replicates=400)
+    low, high = found.tars[0].ci
+    assert low < found.tars[0].tar < high
+    # By hand: at the fixed threshold, the s.d. of a ratio of sums over people.
+    i, j = np.triu_indices(len(labels), 1)
+    hit = ((embeddings @ embeddings.T)[i, j] >= found.tars[0].threshold)[labels[i] == labels[j]]
+    who = labels[i][labels[i] == labels[j]]
+    per_person = np.array([hit[who == p].mean() for p in range(30)])
+    assert high - low == pytest.approx(2 * 1.96 * per_person.std() / np.sqrt(30), rel=0.2)
+
+
+def test_sets_that_cannot_be_scored():
+    embeddings = np.eye(4, dtype=np.float32)
+    with pytest.raises(UserError, match="no matched pair"):
+        all_pairs_tar(embeddings, np.arange(4))
+    with pytest.raises(UserError, match="no mismatched pair"):
+        all_pairs_tar(embeddings, np.zeros(4, int))
+    with pytest.raises(UserError, match="NaN"):
+        all_pairs_tar(embeddings * np.nan, np.array([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="FAR"):
+        all_pairs_tar(embeddings, np.array([0, 0, 1, 1]), [2.0])
+
+
+def test_an_error_in_a_thread_is_not_lost():
+    embeddings, labels = faces(people=10)
+
+    def broken(share):
+        raise RuntimeError("in a thread")
+
+    with pytest.raises(RuntimeError, match="in a thread"):
+        all_pairs_tar(embeddings, labels, progress=broken, block=10)

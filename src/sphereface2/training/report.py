@@ -14,10 +14,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data.locate import TrainingData
 from sphereface2.data.sources import Source
 from sphereface2.data.verification import PairSet
-from sphereface2.evaluation.all_pairs import all_pairs_tar
-from sphereface2.evaluation.embedding import embed
-from sphereface2.evaluation.evaluate import evaluate_pairs
-from sphereface2.evaluation.verification import far_key
+from sphereface2.evaluation.evaluate import evaluate_pairs, evaluate_people
 from sphereface2.files import atomic_write
 from sphereface2.training.config import RunConfig
 from sphereface2.training.trainer import Progress
@@ -34,6 +31,11 @@ def report(
 ) -> dict[str, Any]:
     """Evaluate the run's best checkpoint, write ``results.json`` and plots, print the table."""
     network = bundle.load(run)
+    options: dict[str, Any] = {
+        "flip": settings.validation.flip,
+        "seed": settings.seed,
+        "plots": run / "plots",
+    }
     results: dict[str, Any] = {
         "data": {"kind": located.kind, "note": located.note, "synthetic": located.is_synthetic},
         "checkpoint": bundle.resolve(run).resolve().name,
@@ -45,22 +47,12 @@ def report(
             "ranks": progress.world_size,
             "unreadable": progress.unreadable,
         },
-        "sets": [
-            evaluate_pairs(network, pair_set, flip=settings.validation.flip) for pair_set in pairs
-        ],
+        "sets": [evaluate_pairs(network, pair_set, **options) for pair_set in pairs],
     }
     if len(held_out):
-        embeddings = embed(
-            network, (source.read(int(i)) for i in held_out), flip=settings.validation.flip
+        results["held_out"] = evaluate_people(
+            network, source, held_out, name="held-out", fars=settings.validation.fars, **options
         )
-        labels = source.labels[held_out]
-        found = all_pairs_tar(embeddings, labels, settings.validation.fars)
-        results["held_out"] = {
-            "people": len(np.unique(labels)),
-            "images": len(held_out),
-            "pairs": found.genuine + found.impostors,
-            "tar": {far_key(t.far): t.tar for t in found.tars},
-        }
     atomic_write(run / "results.json", json.dumps(results, indent=1).encode())
     Console().print(_table(run, settings, results))
     return results
@@ -91,7 +83,7 @@ def _table(run: Path, settings: RunConfig, results: dict[str, Any]) -> Table:
         )
     if held := results.get("held_out"):
         table.add_row(
-            f"{held['people']} held-out people",
+            f"{held['people']:,} held-out people",
             f"all {held['pairs']:,} pairs: {_tars(held['tar'])}",
         )
     table.add_row("checkpoint", str(run / "checkpoints" / "best"))

@@ -7,6 +7,7 @@ metric: it is given batches, and a function that validates.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +119,8 @@ class Trainer:
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            persistent_workers=False,
+            # Its own generator: starting an epoch must not draw from the one that dropout uses.
+            generator=torch.Generator(),
         )
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
@@ -221,9 +223,9 @@ class Trainer:
         """The network that is validated and shipped: the moving average where one is kept."""
         if self.average is None:
             return self.network
-        copy = backbones.create(**self.network.config["kwargs"], name=self.network.config["name"])
-        copy.load_state_dict(self.average.average)
-        return copy.to(self.world.device).to(memory_format=self.memory_format)
+        averaged = copy.deepcopy(self.network)
+        averaged.load_state_dict(self.average.average)
+        return averaged
 
     def _batches(self, consumed: int) -> Iterator[Batch]:
         """Batches without end, from the ``consumed``-th of the run on."""

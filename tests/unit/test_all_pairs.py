@@ -32,7 +32,7 @@ def sets(draw):
 
 
 @given(sets(), st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_equal_to_brute_force(data_set, data):
     embeddings, labels = data_set
     with pytest.MonkeyPatch.context() as patch:

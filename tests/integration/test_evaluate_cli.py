@@ -1,0 +1,174 @@
+"""`sphereface2 evaluate` on sets made here: as a subprocess, and through its function."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sphereface2 import backbones
+from sphereface2.backbones import bundle
+from sphereface2.data.verification import load_pairs
+from sphereface2.errors import UserError
+from sphereface2.evaluation.embedding import embed
+from sphereface2.evaluation.evaluate import evaluate
+from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
+
+PEOPLE, IMAGES = 12, 4
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "sphereface2", "evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A network, a folder of people, and the same pairs as .bin, pairs.txt and list."""
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    (root / "net").mkdir()
+    bundle.save(
+        backbones.create("sfnet4", embedding_dim=32, input_size=32, width=0.25), root / "net"
+    )
+    rng = np.random.default_rng(0)
+    encoded = {}
+    for p in range(PEOPLE):
+        base = cv2.resize(rng.integers(0, 256, (4, 4, 3), np.uint8), (32, 32))
+        (root / "faces" / f"P{p}").mkdir(parents=True)
+        for k in range(1, IMAGES + 1):
+            noisy = base + rng.normal(0, 60, base.shape)
+            data = cv2.imencode(".png", noisy.clip(0, 255).astype(np.uint8))[1].tobytes()
+            encoded[p, k] = data
+            (root / "faces" / f"P{p}" / f"P{p}_{k:04d}.png").write_bytes(data)
+    lines, listed, packed, same = ["10\t3"], [], [], []
+    for _ in range(10):
+        for k in range(6):
+            a, b = rng.choice(PEOPLE, 2, replace=False)
+            m, n = rng.choice(IMAGES, 2, replace=False) + 1
+            b = a if k < 3 else b
+            lines.append(f"P{a}\t{m}\t{n}" if a == b else f"P{a}\t{m}\tP{b}\t{n}")
+            listed.append(f"{int(a == b)} P{a}/P{a}_{m:04d}.png P{b}/P{b}_{n:04d}.png")
+            packed += [encoded[a, m], encoded[b, n]]
+            same.append(bool(a == b))
+    (root / "set_pairs.txt").write_text("\n".join(lines))
+    (root / "list.txt").write_text("\n".join(listed))
+    (root / "set.bin").write_bytes(pickle.dumps((packed, same)))
+    return root
+
+
+def test_json_of_three_layouts_of_one_set(place):
+    done = run(
+        place / "net",
+        *("--pairs", place / "set.bin", "--pairs", place / "set_pairs.txt"),
+        *("--pairs", place / "list.txt", "--images", place / "faces"),
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [s["name"] for s in report["sets"]] == ["set", "set_pairs", "list"]
+    first = report["sets"][0]
+    pair_set = load_pairs(place / "set.bin")
+    e = embed(bundle.load(place / "net"), pair_set.images).astype(np.float64)
+    scores = (e[pair_set.pairs[:, 0]] * e[pair_set.pairs[:, 1]]).sum(1)
+    folds = kfold_accuracy(scores, pair_set.same, np.repeat(np.arange(10), 6))
+    assert first["accuracy"] == pytest.approx(folds.accuracy)
+    assert first["accuracy_std"] == pytest.approx(folds.std)
+    assert first["accuracy"] > 0.6  # the people differ in colour: better than a coin
+    assert list(first["tar"]) == ["1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6"]
+    assert first["tar"]["1e-1"] == pytest.approx(tar_at_far(scores, pair_set.same, [0.1])[0].tar)
+    assert first["tar"]["1e-3"] is None
+    low, high = first["tar_ci"]["1e-1"]
+    assert low <= first["tar"]["1e-1"] <= high
+    assert (first["pairs"], first["matched"], first["people"]) == (60, 30, PEOPLE)
+    for other in report["sets"][1:]:
+        for key in ("accuracy", "accuracy_std", "eer", "auc", "people", "tar", "tar_ci"):
+            assert other[key] == first[key], key
+    assert first["intervals"]["over"] == "people"
+
+
+def test_tables_all_pairs_and_plots(place, tmp_path):
+    (place / "faces" / "P3" / "broken.png").write_bytes(b"not an image")
+    try:
+        done = run(
+            place / "net",
+            *("--pairs", place / "set.bin", "--all-pairs", place / "faces"),
+            *("--plots", tmp_path, "--no-flip"),
+        )
+        report = evaluate(place / "net", all_pairs=place / "faces", as_json=True)["all_pairs"]
+    finally:
+        (place / "faces" / "P3" / "broken.png").unlink()
+    assert done.returncode == 0, done.stderr
+    assert "10-fold accuracy" in done.stdout
+    assert "TAR at FAR 1e-1" in done.stdout
+    assert "1 unreadable images left out" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "faces_all_pairs_roc.png",
+        "set_roc.png",
+        "set_scores.png",
+    ]
+    assert (report["images"], report["unreadable"]) == (PEOPLE * IMAGES, 1)
+    assert "broken.png" in report["unreadable_names"][0]
+    assert report["matched"] == PEOPLE * IMAGES * (IMAGES - 1) // 2
+    assert report["mismatched"] == IMAGES**2 * PEOPLE * (PEOPLE - 1) // 2
+
+    paths = sorted((place / "faces").glob("*/*.png"))
+    e = embed(bundle.load(place / "net"), [p.read_bytes() for p in paths])
+    i, j = np.triu_indices(len(paths), 1)
+    same = np.array([paths[a].parent == paths[b].parent for a, b in zip(i, j, strict=True)])
+    for tar in tar_at_far((e @ e.T)[i, j], same, [0.1, 0.01]):
+        assert report["tar"][f"1e-{len(str(round(1 / tar.far))) - 1}"] == pytest.approx(
+            tar.tar, abs=0.02
+        )
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_malicious_bin_ends_in_one_sentence_and_runs_nothing(place, tmp_path):
+    (tmp_path / "bad.bin").write_bytes(pickle.dumps(([b"a", b"b"], [Attack()])))
+    done = run(place / "net", "--pairs", "bad.bin", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: bad.bin is not a plain verification set")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to evaluate on"),
+        ({"pairs": ["absent.bin"]}, "no verification set absent.bin"),
+        ({"pairs": ["list.txt"], "names": "set_pairs.txt"}, "belongs to one .bin"),
+        ({"pairs": ["set.bin"], "images": "faces"}, "belongs to a text list"),
+        ({"pairs": ["set.bin"], "device": "cuda:99"}, "device 'cuda:99'"),
+        ({"pairs": ["set.bin"], "device": "toaster"}, "device 'toaster'"),
+        ({"all_pairs": "absent"}, "absent"),
+        ({"pairs": ["short.bin"]}, "too few for 10-fold"),
+        ({"pairs": ["unreadable.bin"]}, "unreadable: image 1 of pair 0 cannot be read"),
+    ],
+)
+def test_mistakes_are_named(place, monkeypatch, options, message):
+    monkeypatch.chdir(place)
+    content = pickle.loads((place / "set.bin").read_bytes())
+    (place / "short.bin").write_bytes(pickle.dumps((content[0][:8], content[1][:4])))
+    content[0][1] = b"not an image"
+    (place / "unreadable.bin").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=message):
+        evaluate("net", **options)
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate("nowhere", pairs=["set.bin"])

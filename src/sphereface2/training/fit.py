@@ -76,8 +76,8 @@ def fit(
             return
     with world(settings.training.device, settings.training.threads) as place:
         run = _run_folder(settings, resume, place)
-        inputs = _open(settings, place)
-        trainer = _build(settings, run, place, inputs)
+        inputs = open_inputs(settings, place)
+        trainer = build_trainer(settings, run, place, inputs)
         if resume:
             trainer.resume()
         elif place.is_main:
@@ -150,7 +150,8 @@ def _run_folder(settings: RunConfig, resume: Path | None, place: World) -> Path:
     return run
 
 
-def _open(settings: RunConfig, place: World) -> Inputs:
+def open_inputs(settings: RunConfig, place: World) -> Inputs:
+    """Find and open the data, and set the validation people aside; every rank calls it."""
     data = settings.data
     if data.train == "auto":
         # Rank 0 alone may download or generate; the others then find what it left.
@@ -177,7 +178,8 @@ def _open(settings: RunConfig, place: World) -> Inputs:
     )
 
 
-def _build(settings: RunConfig, run: Path, place: World, inputs: Inputs) -> Trainer:
+def build_trainer(settings: RunConfig, run: Path, place: World, inputs: Inputs) -> Trainer:
+    """A trainer at step 0, with its data set, sampler and validation; every rank calls it."""
     training, data = settings.training, settings.data
     share = place.size * training.accumulate
     if training.batch_size % share:

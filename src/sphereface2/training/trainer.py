@@ -168,7 +168,7 @@ class Trainer:
             start_step=progress.step,
         )
         every = round(self.config.validation.every * self.epoch_steps)
-        batches = self._batches(progress.step * settings.accumulate)
+        batches = self.batches(progress.step * settings.accumulate)
         window_images, window_start = 0, time.perf_counter()
         self.forward.train()
         self.loss.train()
@@ -177,7 +177,7 @@ class Trainer:
                 factor = learning_rate_factor(settings, progress.step, self.total_steps)
                 set_learning_rate(self.optimizer, factor)
                 micro = [next(batches) for _ in range(settings.accumulate)]
-                loss, norm = self._step(micro)
+                loss, norm = self.step(micro)
                 self._check_loss(loss)
                 if self.average is not None:
                     self.average.update(self.network, progress.step)
@@ -227,7 +227,7 @@ class Trainer:
         averaged.load_state_dict(self.average.average)
         return averaged
 
-    def _batches(self, consumed: int) -> Iterator[Batch]:
+    def batches(self, consumed: int) -> Iterator[Batch]:
         """Batches without end, from the ``consumed``-th of the run on."""
         per_epoch = self.epoch_steps * self.config.training.accumulate
         epoch, position = divmod(consumed, per_epoch)
@@ -239,7 +239,7 @@ class Trainer:
                 yield batch
             epoch, position = epoch + 1, 0
 
-    def _step(self, batches: list[Batch]) -> tuple[float, float]:
+    def step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimiser step; returns this rank's loss and the gradient norm before clipping."""
         device, settings = self.world.device, self.config.training
         total = 0.0

@@ -175,6 +175,13 @@ def test_state_survives_a_round_trip(name):
     assert torch.equal(head.eval()(x, labels), other.eval()(x, labels))
 
 
+def test_two_forward_passes_before_a_backward_pass(name):
+    """Neither the renormalisation nor running statistics disturb a graph still in use."""
+    head = heads.build(name, 8, 5)
+    (head(*batch()) + head(*batch(seed=1))).backward()
+    assert head.weight.grad.isfinite().all()
+
+
 def test_an_evaluation_leaves_running_statistics_alone(name):
     head = heads.build(name, 8, 5).eval()
     before = {key: value.clone() for key, value in head.named_buffers()}

@@ -455,8 +455,7 @@ class CurricularFace(SoftmaxHead):
     def negatives(self, cos: Tensor, cos_y: Tensor, lengths: Tensor) -> Tensor:
         cos_y = cos_y.detach()
         bar = cos_y * math.cos(self.m) - sine(cos_y) * math.sin(self.m)
-        t = self.t.clone()  # the next batch changes the buffer, maybe before this one's backward
-        return self.scale * torch.where(cos > bar[:, None], cos * (t + cos), cos)
+        return self.scale * torch.where(cos > bar[:, None], cos * (self.t + cos), cos)
 
 
 @register("circle")

@@ -57,8 +57,8 @@ def fit(
 
     Args:
         config: YAML file of a ``RunConfig``; None: the defaults.
-        resume: a run folder whose last checkpoint to continue from; its own configuration is
-            used, and ``overrides`` may only concern what does not determine the result.
+        resume: a run folder whose last checkpoint to continue from, with its own configuration;
+            ``overrides`` change it from there on.
         ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
             core); None: this process alone, or the one that torchrun started.
         overrides: ``--section.key value`` words.
@@ -80,8 +80,8 @@ def fit(
         trainer = build_trainer(settings, run, place, inputs)
         if resume:
             trainer.resume()
-        elif place.is_main:
-            _record(run, settings, inputs)
+        if place.is_main:
+            _record(run, settings, inputs, trainer.progress.step, overrides)
         progress = trainer.train()
         main = place.is_main
     if main:
@@ -231,18 +231,32 @@ def _announce(
     )
 
 
-def _record(run: Path, settings: RunConfig, inputs: Inputs) -> None:
-    """Write what determines the run beside its results."""
-    atomic_write(run / "config.yaml", configuration.dump(settings).encode())
+def _record(
+    run: Path, settings: RunConfig, inputs: Inputs, step: int, overrides: Sequence[str]
+) -> None:
+    """Write what determines the run beside its results: ``config.yaml``, ``environment.json``.
+
+    A resumption may change settings (more epochs, say): ``config.yaml`` then holds the new ones,
+    and ``environment.json`` tells of every start, its step and what was changed.
+    """
+    path = run / "environment.json"
+    fingerprint = inputs.source.fingerprint()
+    before = json.loads(path.read_text()) if path.exists() else {"starts": []}
+    if before["starts"] and before["data"]["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{inputs.located.train} is not what {run} was trained on (its fingerprint changed); "
+            "resume with the original data or start a new run"
+        )
+    start = {"step": step, "overrides": list(overrides), **environment()}
     record = {
-        **environment(),
-        "command": sys.argv,
+        "starts": [*before["starts"], start],
         "data": {
             "kind": inputs.located.kind,
             "train": str(inputs.located.train),
-            "fingerprint": inputs.source.fingerprint(),
+            "fingerprint": fingerprint,
             "images": len(inputs.train_indices),
             "people": inputs.num_classes,
         },
     }
-    atomic_write(run / "environment.json", json.dumps(record, indent=1).encode())
+    atomic_write(run / "config.yaml", configuration.dump(settings).encode())
+    atomic_write(path, json.dumps(record, indent=1).encode())

@@ -73,7 +73,9 @@ def _table(run: Path, settings: RunConfig, results: dict[str, Any]) -> Table:
         f"{training['images_per_second']:,.0f} images/s on {training['ranks']} rank(s)",
     )
     if training["unreadable"]:
-        table.add_row("unreadable", f"{training['unreadable']} images met and skipped")
+        names = training["unreadable"]
+        told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        table.add_row("unreadable", f"{len(names)} images replaced by others: {told}")
     for result in results["sets"]:
         synthetic = " (synthetic)" if results["data"]["synthetic"] else ""
         table.add_row(

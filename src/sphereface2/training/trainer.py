@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Progress:
     """Images trained on, over all ranks."""
     seconds: float = 0.0
     """Wall time inside training steps, over all resumptions."""
-    unreadable: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    """Names of images met that cannot be read, over all ranks; as of the last checkpoint."""
     world_size: int = 1
 
 
@@ -183,9 +184,10 @@ class Trainer:
                     self.average.update(self.network, progress.step)
                 progress.step += 1
                 count = sum(len(batch.labels) for batch in micro)
-                unreadable = sum(len(batch.unreadable) for batch in micro)
+                for batch in micro:
+                    if batch.unreadable:
+                        self.dataset.note_unreadable(batch.unreadable)
                 window_images += count
-                progress.unreadable += unreadable
                 done = progress.step == self.total_steps
 
                 if progress.step % settings.log_every == 0 or done:
@@ -200,7 +202,7 @@ class Trainer:
                         "gradient_norm": norm,
                         "images_per_second": images / seconds,
                         "seconds_per_step": seconds / steps,
-                        "unreadable": float(progress.unreadable),
+                        "unreadable": len(self.dataset.unreadable_names()),
                     }
                     log.train(progress.step, self.epoch, values)
                     window_images, window_start = 0, time.perf_counter()
@@ -300,6 +302,10 @@ class Trainer:
         return is_best
 
     def _save(self, best: bool) -> None:
+        met = {
+            name for names in self.world.gather(self.dataset.unreadable_names()) for name in names
+        }
+        self.progress.unreadable = sorted(met.union(self.progress.unreadable))
         self.checkpointer.save(
             self.progress.step,
             model=self.evaluated_network(),

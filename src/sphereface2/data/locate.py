@@ -20,7 +20,7 @@ from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder
 
 ENVIRONMENT = "SPHEREFACE2_DATA"
-_SYNTHETIC_PEOPLE, _SYNTHETIC_IMAGES = 1000, 20
+_SYNTHETIC_PEOPLE, _SYNTHETIC_IMAGES, _SYNTHETIC_PAIRS = 1000, 20, 100
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,10 @@ def locate(*, cache: str | Path | None = None, network: bool = True) -> Training
 
     What is fetched or drawn is kept under ``cache`` (default ``runs/data`` in the repository).
     """
-    named = os.environ.get(ENVIRONMENT)
-    if named:
-        return _found(Path(named).expanduser(), "environment", f"${ENVIRONMENT}")
-    root = _repository()
-    shared = root.parent / "shared" / "data"
-    if shared.is_dir() and _training_set(shared) is not None:
-        return _found(shared, "shared", "found beside the repository")
-    cache = Path(cache) if cache is not None else root / "runs" / "data"
+    present = find()
+    if present is not None:
+        return present
+    cache = Path(cache) if cache is not None else _repository() / "runs" / "data"
     reason = "the network was not tried"
     if network or (cache / "lfw").exists():
         try:
@@ -75,6 +71,17 @@ def locate(*, cache: str | Path | None = None, network: bool = True) -> Training
         except _UnavailableError as error:
             reason = str(error)
     return _synthetic(cache, reason)
+
+
+def find() -> TrainingData | None:
+    """What lies on this machine: the first two places of ``locate``, or None."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return _found(Path(named).expanduser(), "environment", f"${ENVIRONMENT}")
+    shared = _repository().parent / "shared" / "data"
+    if shared.is_dir() and _training_set(shared) is not None:
+        return _found(shared, "shared", "found beside the repository")
+    return None
 
 
 def _repository() -> Path:
@@ -267,7 +274,12 @@ def _synthetic(cache: Path, reason: str) -> TrainingData:
             f"SYNTHETIC ones in {target}",
             file=sys.stderr,
         )
-        synthetic.write(target, people=_SYNTHETIC_PEOPLE, images_per_person=_SYNTHETIC_IMAGES)
+        synthetic.write(
+            target,
+            people=_SYNTHETIC_PEOPLE,
+            images_per_person=_SYNTHETIC_IMAGES,
+            pairs_per_fold=_SYNTHETIC_PAIRS,
+        )
     pairs = target / "synthetic.bin"
     note = (
         f"SYNTHETIC drawn faces ({target}), because {reason}: these figures say that the pipeline "

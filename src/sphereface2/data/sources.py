@@ -131,12 +131,13 @@ def split_people(
 
 
 def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:
-    """Labels as int64 (N,), or a UserError naming the first that is no whole number in [0, 2^31)."""
+    """Labels as int64 (N,); UserError naming the first that is no whole number in [0, 2^31)."""
     values = np.asarray(labels, dtype=np.float64)
     bad = np.flatnonzero(~((values >= 0) & (values < 2**31) & (values == np.floor(values))))
     if len(bad):
         raise UserError(
-            f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number from 0 to 2**31 - 1"
+            f"{where}: label {values[bad[0]]:g} of image {int(bad[0])} is not a whole number in "
+            "[0, 2^31)"
         )
     return values.astype(np.int64)
 

@@ -1,0 +1,131 @@
+"""Conversions keep bytes, labels and names, in any direction, or leave nothing behind."""
+
+import itertools
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+import webdataset
+
+from sphereface2.data import open_source
+from sphereface2.data.convert import convert, extension_of
+from sphereface2.errors import UserError
+
+FORMATS = ("folder", "list", "recordio", "webdataset")
+PEOPLE = {"anna": 3, "bela bach": 1, "zoë": 12}
+
+
+def picture(seed, extension="jpg"):
+    image = np.random.default_rng(seed).integers(0, 256, (20, 16, 3), dtype=np.uint8)
+    return cv2.imencode(f".{extension}", image)[1].tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "original"
+    seeds = itertools.count()
+    for person, count in PEOPLE.items():
+        for number in range(count):
+            extension = "png" if number == 2 else "jpg"
+            path = root / person / f"{number:02d}.{extension}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(next(seeds), extension))
+    return root
+
+
+def contents(path):
+    source = open_source(path)
+    return [(source.read(i), int(source.labels[i])) for i in range(len(source))]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(FORMATS, FORMATS)))
+def test_every_direction_keeps_bytes_labels_and_names(folder, tmp_path, first, second):
+    expected = contents(folder)
+    done = convert(folder, tmp_path / "one", to=first)
+    assert (done.images, done.people, done.unreadable) == (16, 3, [])
+    convert(tmp_path / "one", tmp_path / "two", to=second)
+    assert contents(tmp_path / "two") == expected
+    convert(tmp_path / "two", tmp_path / "three", to="folder")
+    assert open_source(tmp_path / "three").class_names == list(PEOPLE)
+    assert sorted(p.suffix for p in (tmp_path / "three").rglob("*.*")).count(".png") == 2
+
+
+def test_shards_are_what_the_webdataset_library_reads(folder, tmp_path):
+    convert(folder, tmp_path / "shards", to="webdataset")
+    shard = str(tmp_path / "shards" / "shard-000000.tar")
+    samples = list(webdataset.WebDataset(shard, shardshuffle=False, empty_check=False))
+    got = [(s.get("jpg") or s["png"], int(s["cls"])) for s in samples]
+    assert got == contents(folder)
+
+
+def test_shards_that_the_webdataset_library_wrote(folder, tmp_path):
+    expected = contents(folder)
+    with webdataset.ShardWriter(str(tmp_path / "s-%03d.tar"), maxcount=5, verbose=0) as sink:
+        for i, (image, label) in enumerate(expected):
+            extra = {"cls": label} if i % 2 else {"json": {"label": label}}
+            sink.write({"__key__": f"{i:06d}", "jpg": image, **extra})
+    assert len(list(tmp_path.glob("s-*.tar"))) == 4
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in tmp_path.glob("s-*.tar"):
+        path.rename(shards / path.name)
+    assert contents(shards) == expected
+    with tarfile.open(shards / "s-001.tar") as archive:
+        assert len(archive.getnames()) == 10
+
+
+def test_labels_without_names_keep_their_numbers(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(picture(0))
+    (tmp_path / "l.txt").write_text("".join(f"x.jpg {label}\n" for label in (11, 2, 11, 0)))
+    for to in ("recordio", "webdataset", "list"):
+        convert(tmp_path / "l.txt", tmp_path / to, to=to)
+        assert open_source(tmp_path / to).labels.tolist() == [0, 2, 11, 11]
+        assert open_source(tmp_path / to).class_names is None
+    convert(tmp_path / "recordio", tmp_path / "folder", to="folder")
+    assert open_source(tmp_path / "folder").class_names == ["00", "02", "11"]
+
+
+def test_unreadable_and_missing_images_are_left_out_and_named(folder, tmp_path, capsys):
+    (folder / "anna" / "01.jpg").write_bytes(b"damaged")
+    (folder / "bela bach" / "00.jpg").write_bytes(b"")
+    lines = [f"{p.relative_to(folder).as_posix()}\t{0}\n" for p in sorted(folder.rglob("*.jpg"))]
+    (folder / "train.txt").write_text("".join(lines) + "zoë/99.jpg\t1\n")
+    done = convert(folder / "train.txt", tmp_path / "out", to="recordio")
+    assert done.unreadable == ["anna/01.jpg", "bela bach/00.jpg", "zoë/99.jpg"]
+    assert done.images == len(lines) - 2
+    error = capsys.readouterr().err
+    assert "3 unreadable" in error
+    assert "zoë/99.jpg" in error
+
+
+def test_failures_leave_no_target(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="exists already"):
+        convert(folder, folder, to="recordio")
+    with pytest.raises(UserError, match="choose one of folder, list"):
+        convert(folder, tmp_path / "out", to="tfrecord")
+    for path in folder.rglob("*.*g"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="none of the 16"):
+        convert(folder, tmp_path / "out", to="folder")
+
+    def interrupted(data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sphereface2.data.convert.decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", to="webdataset")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_names_from_a_file_cannot_lead_out_of_the_target(folder, tmp_path):
+    convert(folder, tmp_path / "rec", to="recordio")
+    (tmp_path / "rec" / "names.txt").write_text("../escaped\nb\nc\n")
+    convert(tmp_path / "rec", tmp_path / "out", to="folder")
+    assert open_source(tmp_path / "out").class_names == ["0", "1", "2"]
+    assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "ppm"])
+def test_extension_by_content(extension):
+    assert extension_of(picture(0, extension)) == extension

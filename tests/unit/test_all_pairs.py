@@ -47,6 +47,11 @@ def test_equal_to_brute_force(data_set, data):
     i, j = np.triu_indices(len(labels), 1)
     assert found.genuine == (labels[i] == labels[j]).sum()
     assert found.genuine + found.impostors == len(i)
+    scores = embeddings.astype(np.float64) @ embeddings.T
+    mates = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
+    best_same = np.where(mates, scores, -np.inf).max(1)
+    best_other = np.where(labels[:, None] != labels, scores, -np.inf).max(1)
+    assert found.rank1 == np.mean((best_same > best_other)[mates.any(1)])
 
 
 def faces(people=80, images=5, dim=64, noise=2.0, seed=0):

@@ -131,12 +131,15 @@ class AllPairs:
         genuine: number of matched pairs.
         impostors: number of mismatched pairs.
         passes: how often all tiles were computed (1 unless a bracket had to be replaced).
+        rank1: share of probes whose nearest other image shows the same person, each image of a
+            person with several being a probe once (a tie with somebody else is a miss).
     """
 
     tars: list[Tar]
     genuine: int
     impostors: int
     passes: int
+    rank1: float
 
 
 def all_pairs_tar(
@@ -151,6 +154,8 @@ def all_pairs_tar(
     progress: Callable[[float], None] | None = None,
 ) -> AllPairs:
     """TAR at each FAR over all N(N-1)/2 pairs, each pair once; same definition as `tar_at_far`.
+
+    Rank-1 identification comes along: it needs each image's best score only.
 
     Scores are inner products in float32. Memory: a sorted copy of the embeddings and about
     ``(5 * block**2 + ...)`` bytes a worker, whatever the number of pairs. Time: the matrix product,
@@ -207,7 +212,7 @@ def all_pairs_tar(
         workers = len(usable) or os.cpu_count() or 1
     tiles = _Tiles(rows, people, block, workers)
     passes = 0
-    while open_searches := [s for s in searches.values() if s.bound is None]:
+    while (open_searches := [s for s in searches.values() if s.bound is None]) or not passes:
         passes += 1
         tiles.count(open_searches, progress if passes == 1 else None)
         for search in open_searches:
@@ -234,7 +239,9 @@ def all_pairs_tar(
                 None if intervals is None else intervals[i],
             )
         )
-    return AllPairs(tars, genuine, impostors, passes)
+    probes = per_person[people] > 1
+    rank1 = float(np.mean(tiles.nearest_same[probes] > tiles.nearest_other[probes]))
+    return AllPairs(tars, genuine, impostors, passes, rank1)
 
 
 def _bracket(
@@ -282,6 +289,8 @@ class _Tiles:
         starts = range(0, len(rows), self.block)
         self.all = [(i, j) for i in starts for j in starts if j >= i]
         self.mixed = [(i, j) for i, j in self.all if self._holds_matched(i, j)]
+        self.nearest_other = np.full(len(rows), -np.inf, np.float32)
+        self.nearest_same = np.full(len(rows), -np.inf, np.float32)
 
     def _holds_matched(self, i: int, j: int) -> bool:
         last_of_i = min(i + self.block, len(self.people)) - 1
@@ -322,10 +331,18 @@ class _Tiles:
             finally:
                 stop.set()
 
+    @staticmethod
+    def _keep_best(best: np.ndarray, i: int, j: int, scores: np.ndarray) -> None:
+        for start, found in ((i, scores.max(axis=1)), (j, scores.max(axis=0))):
+            np.maximum(best[start : start + len(found)], found, best[start : start + len(found)])
+
     def count(
         self, searches: list[_Search], progress: Callable[[float], None] | None = None
     ) -> None:
-        """Count mismatched scores above each search's bracket and tally those inside it."""
+        """Count mismatched scores above each search's bracket and tally those inside it.
+
+        On the way, each row's best mismatched score goes to ``nearest_other``.
+        """
         lock = Lock()
         searches = sorted(searches, key=lambda search: search.bracket[0])
         edges = [tuple(_value(key) for key in search.bracket) for search in searches]
@@ -336,6 +353,8 @@ class _Tiles:
                 scores[self._matched(i, j)] = -np.inf
             if i == j:
                 scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+            with lock:
+                self._keep_best(self.nearest_other, i, j, scores)
             left = scores.ravel()
             for search, (low, high) in zip(searches, edges, strict=True):
                 left = left[left >= low]
@@ -347,7 +366,10 @@ class _Tiles:
         self._run(self.all, work, progress)
 
     def genuine_hits(self, bounds: np.ndarray, people: int) -> np.ndarray:
-        """Matched pairs that score above each bound, by person: int64 (bounds, people)."""
+        """Matched pairs that score above each bound, by person: int64 (bounds, people).
+
+        On the way, each row's best matched score goes to ``nearest_same``.
+        """
         lock = Lock()
         hits = np.zeros((len(bounds), people), np.int64)
 
@@ -356,6 +378,9 @@ class _Tiles:
             if i == j:
                 matched &= self.upper[: len(scores), : len(scores)]
             values = scores[matched]
+            scores[~matched] = -np.inf
+            with lock:
+                self._keep_best(self.nearest_same, i, j, scores)
             who = np.repeat(self.people[i : i + self.block], np.count_nonzero(matched, axis=1))
             first = int(self.people[i])
             for bound, total in zip(bounds, hits, strict=True):

@@ -62,11 +62,11 @@ def embed(
     net = net.to(place).eval()
     rows: list[np.ndarray] = []
     try:
-        for batch in _decoded(iter(images), batch_size, name, unreadable):
+        for taken, batch in _decoded(iter(images), batch_size, name, unreadable):
             if batch:
                 rows.append(_forward(net, batch, flip, place))
             if progress is not None:
-                progress(batch_size)
+                progress(taken)
     finally:
         net.train(was_training)
     if not rows:
@@ -100,10 +100,13 @@ def _decoded(
     batch_size: int,
     name: Callable[[int], str] | None,
     unreadable: list[int] | None,
-) -> Iterator[list[np.ndarray]]:
-    """Batches of decoded images; the next one is decoded while the network works on this one."""
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Batches of decoded images, each after the number of images that it was decoded from.
 
-    def batch_at(start: int, encoded: list[Image]) -> list[np.ndarray]:
+    The next batch is decoded while the network works on this one.
+    """
+
+    def batch_at(start: int, encoded: list[Image]) -> tuple[int, list[np.ndarray]]:
         batch = []
         for offset, image in enumerate(encoded):
             try:
@@ -113,7 +116,7 @@ def _decoded(
                     label = name(start + offset) if name else f"image {start + offset}"
                     raise UserError(f"{label} cannot be read: {error}") from error
                 unreadable.append(start + offset)
-        return batch
+        return len(encoded), batch
 
     with ThreadPoolExecutor(1) as pool:
         start, ahead = 0, None

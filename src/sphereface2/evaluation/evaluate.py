@@ -23,7 +23,6 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.embedding import default_device, embed
-from sphereface2.evaluation.plots import plot_pairs, plot_roc
 
 REPLICATES = 1000
 _NAMED = 20  # unreadable images that a report names
@@ -74,6 +73,8 @@ def evaluate_pairs(
     scores = metrics.pair_scores(embeddings, pair_set.pairs)
     report = score_pairs(scores, pair_set, fars=fars, replicates=replicates, seed=seed)
     if plots is not None:
+        from sphereface2.evaluation.plots import plot_pairs  # matplotlib is slow to import
+
         written = plot_pairs(pair_set.name, scores, pair_set.same, report["threshold"], plots)
         report["plots"] = [str(path) for path in written]
     return report
@@ -149,10 +150,11 @@ def evaluate_people(
 ) -> dict[str, Any]:
     """TAR at FAR over every pair of a labelled set, or of ``indices`` into it; JSON-able.
 
-    Unreadable images are left out, counted in ``unreadable`` and named in ``unreadable_names`` (the
-    first 20). ``tar``, ``tar_threshold`` and ``tar_ci`` are by FAR as in `score_pairs`; the
-    intervals come from a bootstrap over people with the thresholds held fixed. The other arguments
-    are those of `evaluate_pairs`.
+    Unreadable images are left out, counted in ``unreadable`` and named (the first 20) in
+    ``unreadable_names``. ``tar``, ``tar_threshold`` and ``tar_ci`` are by FAR as in `score_pairs`,
+    the intervals from a bootstrap over people with the thresholds held fixed. ``rank1`` is the
+    share of images whose nearest other image shows the same person. The other arguments are those
+    of `evaluate_pairs`.
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices)
 
@@ -196,12 +198,15 @@ def evaluate_people(
         "mismatched": found.impostors,
         "tar": {metrics.far_key(t.far): t.tar for t in tars},
         "tar_threshold": {metrics.far_key(t.far): t.threshold for t in tars},
+        "rank1": found.rank1,
         "notes": _notes(tars, found.impostors),
     }
     if replicates:
         report["tar_ci"] = {metrics.far_key(t.far): _pair(t.ci) for t in tars}
         report["intervals"] = _how("people", replicates, seed) | {"thresholds": "fixed"}
     if plots is not None:
+        from sphereface2.evaluation.plots import plot_roc
+
         told = [t for t in found.tars[len(fars) :] if t.tar is not None]
         path = Path(plots) / f"{name}_all_pairs_roc.png"
         plot_roc(
@@ -385,4 +390,7 @@ def _table(result: dict[str, Any]) -> Table:
     for far, tar in result["tar"].items():
         told = "–" if tar is None else percent(tar)
         table.add_row(f"TAR at FAR {far}", told, interval(result["tar_ci"][far]))
+    if "rank1" in result:
+        table.add_section()
+        table.add_row("rank-1 identification", percent(result["rank1"]))
     return table

@@ -157,9 +157,10 @@ def all_pairs_tar(
 
     Rank-1 identification comes along: it needs each image's best score only.
 
-    Scores are inner products in float32. Memory: a sorted copy of the embeddings and about
-    ``(5 * block**2 + ...)`` bytes a worker, whatever the number of pairs. Time: the matrix product,
-    N² d / 2 multiply-adds, and about a quarter more for the counting.
+    Scores are inner products in float32. Memory: a sorted copy of the embeddings, at most about
+    ``16 * block**2`` bytes a worker and some tens of megabytes of tallies, whatever the number of
+    pairs. Time: the matrix product, N² d / 2 multiply-adds, and a fraction of it for the counting
+    (``benchmarks/all_pairs.py`` measures both).
 
     Args:
         embeddings: float32 (N, d), rows of length 1.

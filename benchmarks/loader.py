@@ -4,9 +4,9 @@
 
 The bound is the faster of OpenCV and torchvision decoding the same bytes, already in memory, and
 throwing the pixels away. The loader reads them from the data set, decodes, augments, resizes and
-assembles batches with labels. Everything in one process and thread, side by side in alternating
-rounds, in CPU time, so that a busy machine disturbs both alike; the ratio is the median over the
-rounds. Uses the real faces that `sphereface2 fit` would train on, else synthetic ones.
+assembles batches with labels. Everything in one process and thread, in turn batch by batch, in CPU
+time, so that a busy machine disturbs all alike; the ratio is the median over the rounds. Uses the
+real faces that `sphereface2 fit` would train on, else synthetic ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -35,12 +35,6 @@ SETTINGS = {
         112, affine=0.1, crop=0.1, low_resolution=0.1, photometric=0.1, jpeg=0.1, erase=0.1
     ),
 }
-
-
-def cpu_seconds(work: Callable[[], None]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 def main() -> None:
@@ -68,33 +62,39 @@ def run(train: Path, images: int, batch_size: int, rounds: int) -> None:
     tensors = [torch.from_numpy(data.copy()) for data in encoded]
     count = len(indices) // batch_size * batch_size
 
-    def opencv() -> None:
-        for data in encoded[:count]:
-            cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    def opencv() -> Iterator[None]:
+        for start in range(0, count, batch_size):
+            for data in encoded[start : start + batch_size]:
+                cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+            yield
 
-    def torchvision() -> None:
-        for data in tensors[:count]:
-            decode_jpeg(data, ImageReadMode.RGB)
+    def torchvision() -> Iterator[None]:
+        for start in range(0, count, batch_size):
+            for data in tensors[start : start + batch_size]:
+                decode_jpeg(data, ImageReadMode.RGB)
+            yield
 
-    def loader_of(augmentation: Augmentation) -> Callable[[], None]:
+    def loader_of(augmentation: Augmentation) -> DataLoader:
         dataset = FaceDataset(source, indices, augmentation=augmentation)
         sampler = BatchSampler(dataset.labels, batch_size)
-        loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
-
-        def epoch() -> None:
-            for _ in loader:
-                pass
-
-        return epoch
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
 
     decoders = {"OpenCV": opencv, "torchvision": torchvision}
     loaders = {name: loader_of(augmentation) for name, augmentation in SETTINGS.items()}
-    for work in (*decoders.values(), *loaders.values()):
-        work()
     ratios: dict[str, list[float]] = {name: [] for name in loaders}
     rates: dict[str, list[float]] = {name: [] for name in (*decoders, *loaders)}
-    for _ in range(rounds):
-        seconds = {name: cpu_seconds(work) for name, work in {**decoders, **loaders}.items()}
+    for round_number in range(rounds + 1):
+        # Batch by batch in turn: what else runs here then slows all alike.
+        running = {name: iter(work()) for name, work in decoders.items()}
+        running |= {name: iter(loader) for name, loader in loaders.items()}
+        seconds = dict.fromkeys(running, 0.0)
+        for _ in range(count // batch_size):
+            for name, batches in running.items():
+                started = time.process_time()
+                next(batches)
+                seconds[name] += time.process_time() - started
+        if round_number == 0:  # warm-up
+            continue
         bound = min(seconds[name] for name in decoders)
         for name in loaders:
             ratios[name].append(bound / seconds[name])

@@ -106,6 +106,24 @@ def test_unreadable_images_are_replaced_named_and_counted():
         dataset[key([3, 4])]
 
 
+def test_a_batch_in_use_is_never_overwritten():
+    dataset = make()
+    kept = [dataset[key([i, i + 1])] for i in range(6)]
+    views = [kept[0].images[1], kept[1].images.numpy(), kept[2].images.flatten(2)[:, 1:]]
+    expected = [view[:].tolist() for view in views]
+    batches = [batch.images.tolist() for batch in kept[3:]]
+    place = kept[3].images.data_ptr()
+    kept = kept[4:]
+    addresses = set()
+    for i in range(20):
+        batch = dataset[key([i + 10, i + 11])]
+        addresses.add(batch.images.data_ptr())
+        assert batch.images[:, 0, 0, 0].tolist() == [i + 10, i + 11]
+    assert [view[:].tolist() for view in views] == expected
+    assert [batch.images.tolist() for batch in kept] == batches[1:]
+    assert place in addresses  # the one that nobody holds serves again
+
+
 def test_too_many_unreadable_images_are_an_error():
     source = MemorySource(broken=range(4))
     dataset = make(source, max_unreadable=3 / 48)

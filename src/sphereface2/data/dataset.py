@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +15,6 @@ from sphereface2.data.sampler import BatchKey
 from sphereface2.data.sources import Source
 from sphereface2.data.transforms import Augmentation, decode
 from sphereface2.errors import UserError
-
-#: Images decoded and augmented in one go, while they are in the cache.
-_CHUNK = 16
 
 
 class Batch(NamedTuple):
@@ -78,6 +77,7 @@ class FaceDataset(Dataset[Batch]):
         self.seed = seed
         self.max_unreadable = max_unreadable
         self._unreadable: set[int] = set()
+        self._buffers = _Buffers()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -89,21 +89,10 @@ class FaceDataset(Dataset[Batch]):
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
         size = self.augmentation.size
-        images = _empty((len(wanted), size, size, 3))
-        unreadable: list[int] = []
+        images = self._buffers.take((len(wanted), size, size, 3))
         bad: list[int] = []
-        for start in range(0, len(wanted), _CHUNK):
-            stop = min(start + _CHUNK, len(wanted))
-            decoded: list[np.ndarray] = []
-            for place in range(start, stop):
-                index = int(wanted[place])
-                try:
-                    decoded.append(decode(self.source.read(index)))
-                except (UserError, OSError):
-                    unreadable.append(index)
-                    bad.append(place)
-                    decoded.append(np.zeros((size, size, 3), dtype=np.uint8))
-            self.augmentation.apply_into(images[start:stop], decoded, draws[start:stop])
+        self.augmentation.apply_into(images, self._decoded(wanted, bad), draws)
+        unreadable = wanted[bad].tolist()
         if unreadable:
             self.note_unreadable(unreadable)
             good = np.setdiff1d(np.arange(len(wanted)), bad)
@@ -115,6 +104,18 @@ class FaceDataset(Dataset[Batch]):
             labels = labels.copy()
             labels[bad] = labels[stand_in]
         return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels), unreadable)
+
+    def _decoded(self, wanted: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
+        """The images ``wanted``; the places of unreadable ones, given as black, go to ``bad``."""
+        size = self.augmentation.size
+        read = self.source.read
+        for place, index in enumerate(wanted.tolist()):
+            try:
+                image = decode(read(index))
+            except (UserError, OSError):
+                bad.append(place)
+                image = np.zeros((size, size, 3), dtype=np.uint8)
+            yield image
 
     def note_unreadable(self, indices: list[int]) -> None:
         """Count unreadable images (source indices); UserError once their share is too large."""
@@ -133,8 +134,35 @@ class FaceDataset(Dataset[Batch]):
         return [self.source.name(i) for i in sorted(self._unreadable)]
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a worker in shared memory, so that it is sent uncopied."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()
+class _Buffers:
+    """Memory for batches, used again once nobody holds the last batch in it.
+
+    A fresh megabyte costs hundreds of page faults, a tenth of the decoding time. A tensor made
+    from an array holds a reference to it for as long as any view of it lives, so the count of
+    references tells when a buffer is free.
+    """
+
+    _MOST = 4
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]
+        self._idle = next(sys.getrefcount(array) for array in self._arrays)
+        self._arrays.clear()
+
+    def __reduce__(self) -> tuple[type[_Buffers], tuple[()]]:
+        return _Buffers, ()
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised uint8 tensor; in a worker in shared memory, which is sent uncopied."""
+        if get_worker_info() is not None:
+            return torch.empty(shape, dtype=torch.uint8).share_memory_()
+        idle = [count == self._idle for count in (sys.getrefcount(array) for array in self._arrays)]
+        for number, free in enumerate(idle):
+            if free and self._arrays[number].shape == shape:
+                return torch.from_numpy(self._arrays[number])
+        array = np.empty(shape, dtype=np.uint8)
+        if True in idle:
+            self._arrays[idle.index(True)] = array
+        elif len(self._arrays) < self._MOST:
+            self._arrays.append(array)
+        return torch.from_numpy(array)

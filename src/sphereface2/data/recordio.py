@@ -29,6 +29,8 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _LENGTH_MASK = (1 << 29) - 1
 _HEADER = struct.Struct("<IfQQ")
 _FRAME = struct.Struct("<II")
+_WHOLE = struct.Struct("<III")  # the frame and the header's flag
+_START = _FRAME.size + _HEADER.size
 #: float32 counts whole numbers up to here: labels and the header record's keys end here too.
 _MAX_EXACT_FLOAT = 1 << 24
 
@@ -72,7 +74,13 @@ class RecordIOSource:
 
     def read(self, index: int) -> bytes:
         """The encoded image ``index``, byte for byte as it was packed."""
-        payload = read_payload(self._data, int(self._offsets[index]), self.path)
+        data, offset = self._data, self._offsets.item(index)
+        # Nearly every record is whole, and this is the loader's inner loop.
+        magic, word, flag = _WHOLE.unpack_from(data, offset)
+        start, end = offset + _START + 4 * flag, offset + _FRAME.size + word
+        if magic == MAGIC and word <= _LENGTH_MASK and start <= end <= len(data):
+            return data[start:end]
+        payload = read_payload(data, offset, self.path)
         return payload[_image_start(payload, self.path) :]
 
     def name(self, index: int) -> str:

@@ -179,22 +179,22 @@ class BatchSampler(Sampler[BatchKey]):
         # shuffled by itself, which keeps this true but for the person who runs over from the row
         # above: that one's hands choose first, among the batches it is not in yet.
         room = self.people_per_batch * steps
-        images = images[:room].reshape(self.people_per_batch, steps, k)
+        table = images[:room].reshape(self.people_per_batch, steps, k)
         if self.shuffle:
-            owner = owner[:room].reshape(self.people_per_batch, steps)
+            owners = owner[:room].reshape(self.people_per_batch, steps)
             where = rng.permutation(steps)
-            images[0, where] = images[0].copy()
-            for row in range(1, len(images)):
-                before = where[owner[row - 1] == owner[row, 0]]
-                first_hands = int((owner[row] == owner[row, 0]).sum())
+            table[0, where] = table[0].copy()
+            for row in range(1, len(table)):
+                before = where[owners[row - 1] == owners[row, 0]]
+                first_hands = int((owners[row] == owners[row, 0]).sum())
                 free = np.ones(steps, dtype=bool)
                 free[before] = False
                 chosen = rng.permutation(np.flatnonzero(free))[:first_hands]
                 free[:] = True
                 free[chosen] = False
                 where = np.concatenate([chosen, rng.permutation(np.flatnonzero(free))])
-                images[row, where] = images[row].copy()
-        return images.swapaxes(0, 1).reshape(-1)
+                table[row, where] = table[row].copy()
+        return table.swapaxes(0, 1).reshape(-1)
 
     def _count_steps(self) -> int:
         if self.people_per_batch is None or self.images_per_person is None:

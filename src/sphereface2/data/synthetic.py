@@ -373,7 +373,8 @@ def write(
     person`` JPEGs of 112×112), and, like LFW's ten folds, ``synthetic.bin`` with
     ``synthetic_pairs.txt``: ten folds of ``pairs_per_fold`` matched and as many mismatched pairs,
     of a fifth as many people with 6 images each, no person in two folds. Returns ``directory``.
-    The same arguments give the same bytes. Raises UserError if ``directory`` exists or a count is out of range.
+    The same arguments give the same bytes. Raises UserError if ``directory`` exists or a count is
+    out of range.
     """
     directory = Path(directory)
     if directory.exists():

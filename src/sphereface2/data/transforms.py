@@ -6,7 +6,7 @@ order pixels come out of the decoder: nothing is transposed on the way to the ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,7 @@ _FLIP, _AFFINE, _CROP, _LOW, _PHOTO, _JPEG, _ERASE = range(7)
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
 _DRAWS = 23
+_UINT8 = np.dtype(np.uint8)
 _GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
 _CHUNK = 16
@@ -32,13 +33,11 @@ _CHUNK = 16
 
 def decode(data: bytes | np.ndarray) -> np.ndarray:
     """An encoded image as uint8 (H, W, 3) RGB; UserError if it cannot be decoded."""
-    buffer = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
-    image = None
-    if buffer.size:
-        try:
-            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
-        except cv2.error:
-            image = None
+    buffer = np.frombuffer(data, _UINT8)
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # an empty buffer
+        image = None
     if image is None:
         raise UserError(f"an image of {buffer.size} bytes cannot be decoded")
     return image
@@ -119,19 +118,30 @@ class Augmentation:
         return batch.permute(0, 3, 1, 2)
 
     def apply_into(
-        self, out: torch.Tensor, images: Sequence[np.ndarray], draws: np.ndarray
+        self, out: torch.Tensor, images: Iterable[np.ndarray], draws: np.ndarray
     ) -> None:
-        """Like ``apply``, into a contiguous uint8 tensor (B, S, S, 3)."""
+        """Like ``apply``, into a contiguous uint8 tensor (B, S, S, 3).
+
+        ``images`` may be a generator: each image is placed while it is fresh in the cache.
+        """
         hits = draws[:, : len(self._probabilities)] < self._probabilities
-        size = (self.size, self.size)
-        shapes = {image.shape[:2] for image in images}
-        if shapes == {size}:
-            self._place(out.numpy(), images, hits, draws)
-        else:
-            for shape in shapes:
-                rows = [i for i, image in enumerate(images) if image.shape[:2] == shape]
-                self._resize_group(out, rows, [images[i] for i in rows], hits, draws)
         array = out.numpy()
+        flips = hits[:, _FLIP].tolist()
+        moves = (hits[:, _AFFINE] | hits[:, _CROP]).tolist()
+        resizer = _Resizer(out)
+        for i, image in enumerate(images):
+            room = resizer.room_for(i, image.shape, array)
+            if moves[i]:
+                self._move(room, image, hits[i], draws[i])
+            elif flips[i] and not resizer.waiting:
+                cv2.flip(image, 1, dst=room)
+            else:
+                room[...] = image
+                if flips[i]:  # cheaper after the resizing
+                    resizer.mirrored.append(i)
+        resizer.flush()
+        for i in resizer.mirrored:
+            array[i] = cv2.flip(array[i], 1)
         if self._any_pixel_step:
             self._pixel_steps(array, hits, draws)
 
@@ -155,61 +165,24 @@ class Augmentation:
     def _any_pixel_step(self) -> bool:
         return bool((self._probabilities[_LOW:] > 0).any())
 
-    def _resize_group(
-        self,
-        out: torch.Tensor,
-        rows: list[int],
-        images: list[np.ndarray],
-        hits: np.ndarray,
-        draws: np.ndarray,
-    ) -> None:
-        """Images of one shape: geometry at their own size, then one antialiased resize."""
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK]
-            members = images[start : start + _CHUNK]
-            staging = torch.empty((len(part), *members[0].shape), dtype=torch.uint8)
-            self._place(staging.numpy(), members, hits[part], draws[part])
-            resized = functional.interpolate(
-                staging.permute(0, 3, 1, 2),
-                size=(self.size, self.size),
-                mode="bilinear",
-                antialias=True,
-                align_corners=False,
-            ).permute(0, 2, 3, 1)
-            if len(part) == len(out):
-                out.copy_(resized)
-            else:
-                out[torch.as_tensor(part)] = resized
-
-    def _place(
-        self, out: np.ndarray, images: Sequence[np.ndarray], hits: np.ndarray, draws: np.ndarray
-    ) -> None:
-        """Write each image into ``out`` (B, H, W, 3), mirrored, warped and shifted."""
-        height, width = out.shape[1:3]
-        flips = hits[:, _FLIP].tolist()
-        moved = (hits[:, _AFFINE] | hits[:, _CROP]).tolist()
-        for i, image in enumerate(images):
-            if not moved[i]:
-                if flips[i]:
-                    cv2.flip(image, 1, dst=out[i])
-                else:
-                    out[i] = image
-                continue
-            dx = dy = 0
-            if hits[i, _CROP]:
-                dx = _steps(float(draws[i, _SHIFT_X]), round(self.crop_pad * width))
-                dy = _steps(float(draws[i, _SHIFT_Y]), round(self.crop_pad * height))
-            if hits[i, _AFFINE]:
-                angle = float(2 * draws[i, _ANGLE] - 1) * self.rotation
-                scale = 1 + float(2 * draws[i, _SCALE] - 1) * self.scale
-                centre = ((width - 1) / 2, (height - 1) / 2)
-                matrix = cv2.getRotationMatrix2D(centre, angle, scale)
-                if flips[i]:
-                    matrix = matrix @ np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]])
-                matrix[:, 2] += dx, dy
-                cv2.warpAffine(image, matrix, (width, height), dst=out[i], flags=cv2.INTER_LINEAR)
-                continue
-            _shift(out[i], image, dx, dy, flips[i])
+    def _move(self, out: np.ndarray, image: np.ndarray, hit: np.ndarray, draw: np.ndarray) -> None:
+        """Write ``image`` into ``out`` (H, W, 3), mirrored, turned, scaled and shifted."""
+        height, width = out.shape[:2]
+        flip = bool(hit[_FLIP])
+        dx = dy = 0
+        if hit[_CROP]:
+            dx = _steps(float(draw[_SHIFT_X]), round(self.crop_pad * width))
+            dy = _steps(float(draw[_SHIFT_Y]), round(self.crop_pad * height))
+        if not hit[_AFFINE]:
+            _shift(out, image, dx, dy, flip)
+            return
+        angle = float(2 * draw[_ANGLE] - 1) * self.rotation
+        scale = 1 + float(2 * draw[_SCALE] - 1) * self.scale
+        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale)
+        if flip:
+            matrix = matrix @ np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]])
+        matrix[:, 2] += dx, dy
+        cv2.warpAffine(image, matrix, (width, height), dst=out, flags=cv2.INTER_LINEAR)
 
     def _pixel_steps(self, out: np.ndarray, hits: np.ndarray, draws: np.ndarray) -> None:
         """Low resolution, photometric jitter, JPEG and erasing, in place on (B, S, S, 3)."""
@@ -244,6 +217,47 @@ class Augmentation:
                 left = int(draw[_ERASE_X] * (side - width + 1))
                 colour = [int(256 * draw[c]) for c in (_RED, _GREEN, _BLUE)]
                 image[top : top + height, left : left + width] = colour
+
+
+class _Resizer:
+    """Gives images of another size a place to wait, and resizes those of one shape together."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self.out = out
+        self.side = out.shape[1]
+        self.staging: torch.Tensor | None = None
+        self.array = np.empty(0, dtype=np.uint8)
+        self.first = self.waiting = 0
+        self.mirrored: list[int] = []
+
+    def room_for(self, index: int, shape: tuple[int, ...], direct: np.ndarray) -> np.ndarray:
+        """Where to write image ``index``: its place in ``direct`` if it has the final size."""
+        if shape[0] == self.side and shape[1] == self.side:
+            if self.waiting:
+                self.flush()
+            return direct[index]
+        if self.waiting == _CHUNK or (self.waiting and self.array.shape[1:] != shape):
+            self.flush()
+        if self.array.shape[1:] != shape:
+            self.staging = torch.empty((_CHUNK, *shape), dtype=torch.uint8)
+            self.array = self.staging.numpy()
+        if not self.waiting:
+            self.first = index
+        self.waiting += 1
+        return self.array[self.waiting - 1]
+
+    def flush(self) -> None:
+        """Resize what waits, bilinear and antialiased, into its places."""
+        if self.waiting and self.staging is not None:
+            resized = functional.interpolate(
+                self.staging[: self.waiting].permute(0, 3, 1, 2),
+                size=(self.side, self.side),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )
+            self.out[self.first : self.first + self.waiting] = resized.permute(0, 2, 3, 1)
+        self.waiting = 0
 
 
 def _steps(draw: float, most: int) -> int:

@@ -2,6 +2,6 @@
 
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.backbones.registry import available, create
+from sphereface2.backbones.registry import available, create, require
 
-__all__ = ["Backbone", "Preprocessing", "available", "create"]
+__all__ = ["Backbone", "Preprocessing", "available", "create", "require"]

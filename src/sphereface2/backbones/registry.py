@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from sphereface2.backbones import iresnet, mobilefacenet, sfnet, timm_adaptor
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, did_you_mean
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
     **{name: partial(sfnet.SFNet, units) for name, units in sfnet.UNITS.items()},
@@ -91,29 +90,31 @@ def _build(name: str, **kwargs: Any) -> Backbone:
         for option in kwargs:
             if option not in accepted:
                 raise UserError(
-                    f"{name} has no option {option!r}{_nearest(option, accepted)}; "
+                    f"{name} has no option {option!r}{did_you_mean(option, accepted)}; "
                     f"it has {', '.join(accepted)}"
                 )
         return builder(**kwargs)
+    require(name)
+    return timm_adaptor.TimmBackbone(name.removeprefix("timm/"), **kwargs)
+
+
+def require(name: str) -> None:
+    """Raise a UserError naming the nearest backbone unless `name` can be created."""
     model = name.removeprefix("timm/")
-    if timm_adaptor.knows(model):
-        return timm_adaptor.TimmBackbone(model, **kwargs)
+    if name in _BUILDERS or timm_adaptor.knows(model):
+        return
     if model == name:
+        known = [*_BUILDERS, *timm_adaptor.names()]
         raise UserError(
-            f"there is no backbone {name!r}{_nearest(name, [*_BUILDERS, *timm_adaptor.names()])}; "
+            f"there is no backbone {name!r}{did_you_mean(name, known)}; "
             f"built in are {', '.join(_BUILDERS)}, and any timm model as timm/NAME"
         )
     if not timm_adaptor.installed():
         raise UserError(f"{name} needs timm: pip install 'sphereface2[timm]'")
-    raise UserError(f"timm has no model {model!r}{_nearest(model, timm_adaptor.names())}")
+    raise UserError(f"timm has no model {model!r}{did_you_mean(model, timm_adaptor.names())}")
 
 
 def _from_pretrained(net: Backbone, what: str) -> list[float] | None:
     # timm states them for pixels in 0..1.
     values = getattr(net, "pretrained_cfg", {}).get(what)
     return [255.0 * value for value in values] if values else None
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -18,15 +18,6 @@ from sphereface2.errors import UserError
 Image = bytes | np.ndarray
 
 
-def default_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def embed(
     net: nn.Module,
     images: Iterable[Image],

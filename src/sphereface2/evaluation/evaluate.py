@@ -19,10 +19,11 @@ from sphereface2.backbones import bundle
 from sphereface2.data.locate import TrainingData
 from sphereface2.data.sources import Source, open_source
 from sphereface2.data.verification import Image, PairSet, load_pairs
+from sphereface2.device import resolve
 from sphereface2.errors import UserError
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.all_pairs import all_pairs_tar
-from sphereface2.evaluation.embedding import default_device, embed
+from sphereface2.evaluation.embedding import embed
 
 REPLICATES = 1000
 _NAMED = 20  # unreadable images that a report names
@@ -243,7 +244,7 @@ def evaluate(
         raise UserError("nothing to evaluate on: give --pairs FILE or --all-pairs SET")
     sets = _load_sets([Path(path) for path in pairs], images, names)
     source = open_source(all_pairs) if all_pairs is not None else None
-    net = bundle.load(checkpoint, device=(place := _device(device)))
+    net = bundle.load(checkpoint, device=(place := resolve(device)))
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "flip": flip, "sets": []}
     columns = (
         TextColumn("{task.description}"),
@@ -288,17 +289,6 @@ def _load_sets(
         else load_pairs(path, images=images)
         for path in paths
     ]
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return default_device()
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"the device {name!r} cannot be used here; leave --device out") from error
-    return place
 
 
 def _advance(progress: Progress | None, title: str, total: float) -> Callable[[float], None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from sphereface2.errors import did_you_mean
 
 _REGISTRY: dict[str, type[Head]] = {}
 H = TypeVar("H", bound="type[Head]")
@@ -158,7 +159,7 @@ def build(name: str, embedding_dim: int, num_classes: int, **kwargs: Any) -> Hea
     for keyword in kwargs:
         if keyword not in known:
             raise ValueError(
-                f"the head {name} has no parameter {keyword!r}{_nearest(keyword, known)}; "
+                f"the head {name} has no parameter {keyword!r}{did_you_mean(keyword, known)}; "
                 f"it has {', '.join(known) or 'none'}"
             )
     return head(embedding_dim, num_classes, **kwargs)
@@ -173,12 +174,7 @@ def check_count(name: str, value: object, least: int) -> None:
 def _find(name: str) -> type[Head]:
     if name not in _REGISTRY:
         raise ValueError(
-            f"there is no head {name!r}{_nearest(name, _REGISTRY)}; "
+            f"there is no head {name!r}{did_you_mean(name, _REGISTRY)}; "
             f"there are {', '.join(available())}"
         )
     return _REGISTRY[name]
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -9,7 +9,6 @@ nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sphereface2 import backbones, heads
 from sphereface2.data.transforms import Augmentation
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, did_you_mean
 
 
 @dataclass
@@ -219,7 +218,10 @@ def _check_keys(cls: type, tree: dict[str, Any], prefix: str, where: str) -> Non
     hints = get_type_hints(cls)
     for key, value in tree.items():
         if key not in hints:
-            raise UserError(_unknown(prefix + str(key), str(key), hints, where))
+            raise UserError(
+                f"unknown setting {prefix}{key} in {where}{did_you_mean(key, hints)}; "
+                f"known: {', '.join(sorted(hints))}"
+            )
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             _check_keys(hints[key], value, f"{prefix}{key}.", where)  # type: ignore[arg-type]
 
@@ -243,6 +245,7 @@ def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
 def _check_components(config: RunConfig) -> None:
     """Build the named components, without memory or tiny, so that they check themselves."""
     try:
+        backbones.require(config.backbone["name"])
         if config.backbone["name"] in backbones.available():
             with torch.device("meta"):
                 backbones.create(**config.backbone)
@@ -251,13 +254,6 @@ def _check_components(config: RunConfig) -> None:
         raise UserError(str(error)) from error
     except TypeError as error:
         raise UserError(f"bad options in {config.backbone} or {config.head}: {error}") from error
-
-
-def _unknown(full: str, key: str, known: Iterable[str], where: str) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-    return f"unknown setting {full!r} in {where}; {hint}"
 
 
 def _check_ranges(config: RunConfig) -> None:

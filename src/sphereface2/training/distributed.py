@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sphereface2.errors import UserError
+from sphereface2.device import resolve
 
 # A rank that waits longer than this for another takes it for dead and ends the run.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -63,28 +63,6 @@ class World:
         return box
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` is CUDA, else MPS, else the CPU; a missing device is a UserError."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch finds no GPU; use --training.device")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps was asked for but torch finds none; use --training.device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-    return device
-
-
 @contextmanager
 def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     """Join the process group that torchrun describes, or be alone; set the CPU threads.
@@ -95,7 +73,7 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    place = resolve_device(device, local_rank)
+    place = resolve(device, local_rank)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if place.type == "cuda":
         torch.cuda.set_device(place)

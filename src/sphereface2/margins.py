@@ -137,7 +137,11 @@ class BinaryMargin:
 
     @torch.no_grad()
     def negatives_(
-        self, cos: Tensor, bias: Tensor, own: tuple[Tensor, Tensor] | None = None
+        self,
+        cos: Tensor,
+        bias: Tensor,
+        own: tuple[Tensor, Tensor] | None = None,
+        weight: float = 1.0,
     ) -> Terms:
         """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample, in place.
 
@@ -146,6 +150,7 @@ class BinaryMargin:
             bias: () or (c,).
             own: (rows, columns) of the entries that are some sample's own class, to be left out:
                 they get neither loss nor derivative.
+            weight: factor of loss and derivatives; a sample of the negatives weighs more than 1.
 
         Returns:
             `Terms` with loss (B,), dcos the given `cos` itself, dbias (B,) or (B, c).
@@ -161,8 +166,9 @@ class BinaryMargin:
         torch.add(constant, n, alpha=2 * self.r, out=n)
         if own is not None:
             n[own] = -math.inf
-        loss = softplus(n).sum(1) * ((1 - self.lam) / self.r)
-        push = n.sigmoid_().mul_(1 - self.lam)
+        share = (1 - self.lam) * weight
+        loss = softplus(n).sum(1) * (share / self.r)
+        push = n.sigmoid_().mul_(share)
         dbias = push.sum(1) / self.r if bias.ndim == 0 else push / self.r
         return Terms(loss, push if slope is None else push.mul_(slope), dbias)
 

@@ -33,9 +33,11 @@ def test_build_takes_what_parameters_names(name):
     assert head.weight.shape == (5, 8)
     signature = inspect.signature(type(head)).parameters
     assert list(signature)[:2] == ["embedding_dim", "num_classes"]
-    assert list(signature)[2:] == heads.parameters(name)
-    defaults = {option: signature[option].default for option in heads.parameters(name)}
-    heads.build(name, 8, 5, **defaults)
+    own = [k for k in signature if signature[k].kind is inspect.Parameter.KEYWORD_ONLY]
+    scaling = [option for option in heads.parameters(name) if option not in own]
+    assert own + scaling == heads.parameters(name)
+    assert set(scaling) == head.scaling <= set(heads.Scaling.__annotations__)
+    heads.build(name, 8, 5, **{option: signature[option].default for option in own})
     # The docstring states the source or equation, and every parameter.
     for option in signature:
         assert option in type(head).__doc__

@@ -1,6 +1,7 @@
 """Losses over classes: embeddings and labels in, one number out."""
 
-from sphereface2.heads.base import Head, available, build, parameters, register
+from sphereface2.heads.base import Head, Scaling, available, build, parameters, register
+from sphereface2.heads.fused import FusedSGD
 from sphereface2.heads.softmax import (
     AdaFace,
     ArcFace,
@@ -25,9 +26,11 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
+    "FusedSGD",
     "Head",
     "NormFace",
     "OneVersusAllBCE",
+    "Scaling",
     "Softmax",
     "SoftmaxHead",
     "SphereFace",

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_args,
+    get_type_hints,
+)
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sphereface2.errors import did_you_mean
+from sphereface2.heads.blocks import CHUNK
+from sphereface2.heads.sharding import Shard
+from sphereface2.margins import check_choice, check_number
+
+if TYPE_CHECKING:
+    from sphereface2.heads.fused import FusedSGD
 
 _REGISTRY: dict[str, type[Head]] = {}
 H = TypeVar("H", bound="type[Head]")
 
+DRAWN_ROWS = 8192
 SMALLEST_NORM = 1e-12
 """An embedding shorter than this has no direction: its cosines are 0 and it gets no gradient."""
+
+
+Negatives = Literal["all", "uniform", "hard"]
+
+
+class Scaling(TypedDict, total=False):
+    """Keywords by which a head grows with the number of people; `Head` describes them."""
+
+    streaming: bool
+    chunk_size: int | None
+    process_group: dist.ProcessGroup | None
+    negatives: Negatives
+    negative_share: float
+    weight_dtype: torch.dtype
 
 
 class Head(nn.Module):
@@ -24,11 +57,27 @@ class Head(nn.Module):
     Args:
         embedding_dim: d, the length of an embedding, ≥ 1.
         num_classes: C, the number of people, ≥ 2.
+        streaming: work block after block of classes, so that memory besides W and its gradient
+            does not grow with C. The other options of this list imply it.
+        chunk_size: classes a block, ≥ 1; None: what suits the device.
+        process_group: of torch.distributed; W is sharded over its ranks. Each rank calls the head
+            with its own samples and gets its share of the loss: the mean over the ranks is the
+            loss of all samples, and gradients are such that DistributedDataParallel's average over
+            ranks is the gradient of that.
+        negatives: "all" (default, exact). "uniform": the batch's own classes and a uniform sample
+            of the others in each step, weighted so that loss and gradient are right on average.
+            "hard": the prototypes nearest to the batch by an approximate index; biased.
+        negative_share: share of the classes that a sample of negatives visits, in (0, 1].
+        weight_dtype: type in which W is kept; narrower than float32 needs a `FusedSGD`, which
+            rounds stochastically.
+
+    A head supports those of these options that `parameters` lists for it.
 
     Attributes:
         weight: (C, d) parameter, one prototype a person, xavier-normal at the start. Its rows are
             renormalised in place before every forward pass, so that the gradient reaches unit rows
-            and weight decay cannot change a direction.
+            and weight decay cannot change a direction. A DTensor split by rows with a process
+            group; its start does not depend on the number of ranks.
 
     Calling a head with embeddings (B, d) of any floating type and labels (B,) of an integer type
     returns the batch's loss, a scalar of at least float32. Autocast does not reach inside.
@@ -38,14 +87,58 @@ class Head(nn.Module):
             an empty batch, or a label outside 0 … C - 1.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int) -> None:
+    scaling: ClassVar[frozenset[str]] = frozenset()
+    """The keywords of `Scaling` that this head supports."""
+    fused: FusedSGD | None = None
+    """The optimiser that takes its step within the forward pass, if there is one."""
+
+    def __init__(self, embedding_dim: int, num_classes: int, **scaling: Unpack[Scaling]) -> None:
         super().__init__()
         check_count("embedding_dim", embedding_dim, 1)
         check_count("num_classes", num_classes, 2)
+        for name in scaling.keys() - self.scaling:
+            raise ValueError(f"{type(self).__name__} does not support {name}")
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
-        nn.init.xavier_normal_(self.weight)
+        group = scaling.get("process_group")
+        self.negatives_visited: Negatives = scaling.get("negatives", "all")
+        check_choice("negatives", self.negatives_visited, get_args(Negatives))
+        self.negative_share = scaling.get("negative_share", 0.1)
+        check_number("negative_share", self.negative_share, above=0, most=1)
+        self.chunk_size = scaling.get("chunk_size")
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size, 1)
+        self.streaming = (
+            scaling.get("streaming", False) or group is not None or self.negatives_visited != "all"
+        )
+        self.shard = Shard.of(num_classes, group)
+        self.weight = nn.Parameter(self._initial_weight(scaling.get("weight_dtype")))
+
+    def _initial_weight(self, dtype: torch.dtype | None) -> Tensor:
+        """Xavier-normal rows of this rank, the same whatever the number of ranks and the device."""
+        shard, d = self.shard, self.embedding_dim
+        rows = torch.empty(shard.rows, d, dtype=dtype)
+        deviation = math.sqrt(2 / (self.num_classes + d))
+        # Drawn for all ranks in order. Torch draws normal numbers by 16, hence the round number.
+        for first in range(0, self.num_classes, DRAWN_ROWS):
+            drawn = torch.empty(min(DRAWN_ROWS, self.num_classes - first), d, device="cpu")
+            drawn.normal_(0, deviation)
+            low, high = max(first, shard.start), min(first + len(drawn), shard.stop)
+            if low < high:
+                rows[low - shard.start : high - shard.start] = drawn[low - first : high - first]
+        return shard.distribute(rows, self.num_classes)
+
+    def fuse(self, optimizer: FusedSGD) -> None:
+        """Let ``optimizer`` take its step with `weight` within the forward pass.
+
+        Raises:
+            ValueError: the head is not streaming, or its gradient is not known in one pass.
+        """
+        raise ValueError(f"{type(self).__name__} needs its loss before its gradient: not fusible")
+
+    def chunk(self, device: torch.device) -> int:
+        """Classes a block."""
+        return self.chunk_size or CHUNK.get(device.type, CHUNK["cuda"])
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         labels = self.check_batch(embeddings, labels)
@@ -61,12 +154,8 @@ class Head(nn.Module):
     def unit_weight(self, dtype: torch.dtype) -> Tensor:
         """Renormalise the rows of `weight` in place and return it, (C, d), as `dtype`."""
         # Through .data, unseen by autograd: a backward pass still waiting for these rows may go
-        # ahead unless an optimiser step came between. Rows of length 1 up to rounding stay as they
-        # are, so that a forward pass for evaluation changes nothing.
-        rows = self.weight.data
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
-        norms.masked_fill_((norms - 1).abs() < 8 * torch.finfo(dtype).eps, 1)
-        rows.div_(norms.clamp_min_(SMALLEST_NORM))
+        # ahead unless an optimiser step came between.
+        renormalise_(self.weight.data, dtype)
         return self.weight.to(dtype)
 
     def check_batch(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -111,6 +200,17 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / norm.masked_fill(norm == 0, torch.inf)
 
 
+def renormalise_(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Scale the rows of (c, d) to length 1 in place, with norms computed in ``dtype``.
+
+    Rows of length 1 up to rounding stay as they are, so that a forward pass for evaluation changes
+    nothing.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
+    norms.masked_fill_((norms - 1).abs() < 8 * torch.finfo(norms.dtype).eps, 1)
+    return rows.div_(norms.clamp_min_(SMALLEST_NORM))
+
+
 def register(name: str) -> Callable[[H], H]:
     """Class decorator that makes a head available under `name`."""
 
@@ -134,11 +234,13 @@ def parameters(name: str) -> list[str]:
     Raises:
         ValueError: unknown name.
     """
-    return [
+    head = _find(name)
+    own = [
         parameter.name
-        for parameter in inspect.signature(_find(name)).parameters.values()
+        for parameter in inspect.signature(head).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
+    return own + [keyword for keyword in get_type_hints(Scaling) if keyword in head.scaling]
 
 
 def build(name: str, embedding_dim: int, num_classes: int, **kwargs: Any) -> Head:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereface2.heads.base import Head, check_count, register, unit_rows
+from sphereface2.heads.base import Head, Scaling, check_count, register, unit_rows
+from sphereface2.heads.streaming import streamed_softmax
 from sphereface2.margins import check_choice, check_number
 
 
@@ -24,12 +25,21 @@ class SoftmaxHead(Head):
         embedding_dim: d, ≥ 1.
         num_classes: C, ≥ 2.
         s: the scale of the cosines, > 0.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     scale: float | Tensor
+    scaling = frozenset({"streaming", "chunk_size"})
 
-    def __init__(self, embedding_dim: int, num_classes: int, *, s: float = 64.0) -> None:
-        super().__init__(embedding_dim, num_classes)
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 64.0,
+        **scaling: Unpack[Scaling],
+    ) -> None:
+        super().__init__(embedding_dim, num_classes, **scaling)
         check_number("s", s, above=0)
         self.scale = s
 
@@ -50,8 +60,11 @@ class SoftmaxHead(Head):
         return self.scale * cos
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        cos = unit_rows(embeddings) @ self.unit_weight(embeddings.dtype).T
+        x = unit_rows(embeddings)
         lengths = torch.linalg.vector_norm(embeddings, dim=1)
+        if self.streaming:
+            return streamed_softmax(self, x, lengths, labels, self.chunk(x.device))
+        cos = x @ self.unit_weight(x.dtype).T
         own = labels[:, None]
         cos_y = cos.gather(1, own)[:, 0]
         with torch.no_grad():
@@ -114,9 +127,15 @@ class NormFace(SoftmaxHead):
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, *, s: float = 30.0, learn_scale: bool = False
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 30.0,
+        learn_scale: bool = False,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         if learn_scale:
             del self.scale
             self.scale = nn.Parameter(torch.tensor(float(s)))
@@ -137,11 +156,18 @@ class CocoLoss(SoftmaxHead):
         s: scale > 0, or None (default) for the one above.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int, *, s: float | None = None) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float | None = None,
+        **scaling: Unpack[Scaling],
+    ) -> None:
         check_count("num_classes", num_classes, 2)
         if s is None:
             s = 0.5 * math.log((num_classes - 1) / math.expm1(1e-4))
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
 
 
 @register("sphereface")
@@ -177,8 +203,9 @@ class SphereFace(SoftmaxHead):
         lambda_min: float = 5.0,
         gamma: float = 0.12,
         power: float = 1.0,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes)
+        super().__init__(embedding_dim, num_classes, **scaling)
         check_count("m", m, 1)
         check_number("lambda_base", lambda_base, least=0)
         check_number("lambda_min", lambda_min, least=0)
@@ -237,8 +264,9 @@ class SphereFaceR(SoftmaxHead):
         form: SphereFaceForm = "v1",
         s: float = 30.0,
         m: float = 1.5,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_choice("form", form, get_args(SphereFaceForm))
         check_number("m", m, least=1)
         self.form, self.m = form, m
@@ -271,9 +299,15 @@ class CosFace(SoftmaxHead):
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, *, s: float = 64.0, m: float = 0.35
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 64.0,
+        m: float = 0.35,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m", m, least=0)
         self.m = m
 
@@ -302,9 +336,15 @@ class ArcFace(SoftmaxHead):
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, *, s: float = 64.0, m: float = 0.5
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 64.0,
+        m: float = 0.5,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m", m, least=0, most=math.pi / 2)
         self.m = m
 
@@ -338,8 +378,9 @@ class CombinedMargin(SoftmaxHead):
         m1: float = 1.0,
         m2: float = 0.3,
         m3: float = 0.2,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m1", m1, least=1)
         check_number("m2", m2, least=0)
         check_number("m3", m3, least=0)
@@ -383,8 +424,9 @@ class AdaFace(SoftmaxHead):
         m: float = 0.4,
         h: float = 0.333,
         momentum: float = 0.01,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m", m, least=0, most=math.pi / 2)
         check_number("h", h, least=0)
         check_number("momentum", momentum, above=0, most=1)
@@ -438,8 +480,9 @@ class CurricularFace(SoftmaxHead):
         s: float = 64.0,
         m: float = 0.5,
         momentum: float = 0.01,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m", m, least=0, most=math.pi / 2)
         check_number("momentum", momentum, above=0, most=1)
         self.m, self.momentum = m, momentum
@@ -474,9 +517,15 @@ class CircleLoss(SoftmaxHead):
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, *, s: float = 256.0, m: float = 0.25
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 256.0,
+        m: float = 0.25,
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, s=s)
+        super().__init__(embedding_dim, num_classes, s=s, **scaling)
         check_number("m", m, least=0, most=1)
         self.m = m
 

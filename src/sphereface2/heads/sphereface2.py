@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sphereface2.heads.base import Head, register, unit_rows
+from sphereface2.heads.base import Head, Scaling, register, unit_rows
+from sphereface2.heads.blocks import Block, SortedLabels
+from sphereface2.heads.sampling import HardNegatives
+from sphereface2.heads.sampling import uniform as sampled_uniformly
+from sphereface2.heads.sharding import local
+from sphereface2.heads.streaming import Work, streamed_one_vs_all
 from sphereface2.margins import BinaryMargin, Detach, MarginType, check_choice, check_number
+
+if TYPE_CHECKING:
+    from sphereface2.heads.fused import FusedSGD
 
 Bias = Literal["learned", "fixed", "zero", "per_class"]
 
@@ -45,6 +54,8 @@ class SphereFace2(Head):
         bias: "learned" (default): a scalar parameter that starts where positive and negative
             gradients balance at cos θ = 0. Ablations: "fixed" stays there, "zero" is fixed at 0,
             "per_class" learns one for each class.
+        scaling: `streaming`, `chunk_size`, `process_group`, `negatives`, `negative_share` and
+            `weight_dtype` of `Head`.
 
     Attributes:
         weight: (C, d) parameter.
@@ -53,6 +64,7 @@ class SphereFace2(Head):
     """
 
     bias: Tensor
+    scaling = frozenset(Scaling.__annotations__)
 
     def __init__(
         self,
@@ -67,25 +79,54 @@ class SphereFace2(Head):
         loss_weight: float = 50.0,
         detach: Detach = "all",
         bias: Bias = "learned",
+        **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes)
+        super().__init__(embedding_dim, num_classes, **scaling)
         self.margin = BinaryMargin(margin_type, lam, r, m, t, detach)
         check_number("loss_weight", loss_weight, above=0)
         check_choice("bias", bias, get_args(Bias))
         self.loss_weight = loss_weight
         self.bias_mode = bias
         value = 0.0 if bias == "zero" else self.margin.initial_bias(num_classes)
-        start = torch.full((num_classes,) if bias == "per_class" else (), value)
+        start = torch.tensor(value)
+        if bias == "per_class":
+            start = self.shard.distribute(start.repeat(self.shard.rows), num_classes)
         if bias in ("learned", "per_class"):
             self.bias = nn.Parameter(start)
         else:
             self.register_buffer("bias", start)
+        hard = self.negatives_visited == "hard"
+        self.hard_negatives = HardNegatives(self.negative_share) if hard else None
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         x = unit_rows(embeddings)
+        if self.streaming:
+            return self._streamed(x, labels)
         w = self.unit_weight(x.dtype)
         losses = OneVersusAll.apply(x, w, self.bias.to(x.dtype), labels, self.margin)
         return losses.mean() * self.loss_weight
+
+    def _streamed(self, x: Tensor, labels: Tensor) -> Tensor:
+        update = self.fused if self.training and torch.is_grad_enabled() else None
+        weight = local(self.weight if self.fused is None else self.weight.detach())
+        if update is not None:
+            update.begin_step()
+        work = Work(self.margin, self.shard, self._plan, self.loss_weight, update)
+        return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
+
+    def _plan(self, x: Tensor, labels: SortedLabels) -> Iterable[Block]:
+        """The blocks to visit; all of them for a loss that nobody learns from."""
+        rows, chunk = self.shard.rows, self.chunk(x.device)
+        if self.training and self.hard_negatives is not None:
+            return self.hard_negatives.blocks(x, labels, local(self.weight), chunk)
+        if self.training and self.negatives_visited == "uniform":
+            return sampled_uniformly(labels, rows, self.negative_share, chunk)
+        return labels.blocks(rows, chunk)
+
+    def fuse(self, optimizer: FusedSGD) -> None:
+        if not self.streaming:
+            raise ValueError("a fused update needs a head with streaming=True")
+        self.fused = optimizer
 
     def extra_repr(self) -> str:
         margin = self.margin
@@ -112,16 +153,21 @@ class OneVersusAllBCE(SphereFace2):
         embedding_dim: d, ≥ 1.
         num_classes: C, ≥ 2.
         r: scale > 0.
-        bias: as in `SphereFace2`.
+        bias, scaling: as in `SphereFace2`.
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, *, r: float = 1.0, bias: Bias = "zero"
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        r: float = 1.0,
+        bias: Bias = "zero",
+        **scaling: Unpack[Scaling],
     ) -> None:
         check_number("r", r, above=0)
-        super().__init__(
-            embedding_dim, num_classes, lam=0.5, r=r, m=0.0, t=1.0, loss_weight=2 * r, bias=bias
-        )
+        plain: dict[str, Any] = {"lam": 0.5, "r": r, "m": 0.0, "t": 1.0, "loss_weight": 2 * r}
+        super().__init__(embedding_dim, num_classes, bias=bias, **plain, **scaling)
 
 
 class OneVersusAll(torch.autograd.Function):

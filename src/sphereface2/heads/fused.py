@@ -1,0 +1,174 @@
+"""SGD whose step is part of the head's own pass over the prototypes: no gradient of W is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sphereface2.heads.base import Head
+from sphereface2.heads.sharding import local
+from sphereface2.margins import check_choice, check_number
+
+MomentumType = Literal["float32", "bfloat16"]
+
+
+class FusedSGD(torch.optim.Optimizer):
+    """SGD for a head's prototypes, taken block by block while the loss is computed.
+
+    The gradient of a block of prototypes is consumed as soon as it is known, so that nothing of
+    the size of W is held but W itself and its momentum. With float32 momentum the step is that of
+    ``torch.optim.SGD`` to the last bit. Rows that a step does not visit (sampled negatives) keep
+    their momentum and are not decayed.
+
+    The step happens when the head is called in training mode with gradients enabled, before
+    ``backward``; ``step`` does nothing more and ``zero_grad`` has nothing to do. So the step cannot
+    wait for anything that is known later: the sum of several batches (gradient accumulation), the
+    norm over all parameters, or a scaler's verdict on the batch. Clip the gradient of the
+    embeddings instead (``clip_embedding_gradient``). The gradient from above must be 1, or a
+    scaler's factor.
+
+    Args:
+        head: a streaming head; its ``weight`` belongs to this optimiser and to no other.
+        lr: learning rate ≥ 0; may be changed in ``param_groups``, as schedulers do.
+        momentum: in [0, 1).
+        weight_decay: ≥ 0.
+        nesterov: Nesterov's momentum.
+        momentum_dtype: "float32", or "bfloat16" for half the memory, rounded stochastically so
+            that small gradients are not lost on average.
+
+    Raises:
+        ValueError: a value out of its range, a head that cannot take its step on the way.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        momentum_dtype: MomentumType = "float32",
+    ) -> None:
+        check_number("lr", lr, least=0)
+        check_number("momentum", momentum, least=0, below=1)
+        check_number("weight_decay", weight_decay, least=0)
+        check_choice("momentum_dtype", momentum_dtype, get_args(MomentumType))
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        head.fuse(self)
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__([head.weight], settings)
+        if momentum:
+            dtype = getattr(torch, momentum_dtype)
+            self.state[head.weight]["momentum_buffer"] = torch.zeros_like(head.weight, dtype=dtype)
+        self.noise = _Noise()
+
+    def begin_step(self) -> None:
+        """The head begins a pass."""
+        self.noise = _Noise()
+
+    @torch.no_grad()
+    def update_(self, rows: slice | Tensor, unit: Tensor, gradient: Tensor) -> None:
+        """Take the step of some rows of W.
+
+        Args:
+            rows: a range or indices among this rank's rows.
+            unit: (c, d) those rows, normalised; overwritten.
+            gradient: (c, d); overwritten.
+        """
+        (group,) = self.param_groups
+        (weight,) = group["params"]
+        if group["weight_decay"]:
+            gradient.add_(unit, alpha=group["weight_decay"])
+        buffer = self.state[weight].get("momentum_buffer")
+        step = gradient
+        if buffer is not None:
+            buffer = local(buffer)
+            velocity = buffer[rows]
+            in_place = isinstance(rows, slice) and velocity.dtype == gradient.dtype
+            if not in_place:
+                velocity = velocity.to(gradient.dtype)
+            velocity.mul_(group["momentum"]).add_(gradient)
+            if not in_place:
+                self._store(velocity, buffer, rows)
+            step = (
+                gradient.add_(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
+            )
+        unit.add_(step, alpha=-group["lr"])
+        stored = local(weight.data)
+        if not (isinstance(rows, slice) and stored.dtype == unit.dtype):
+            self._store(unit, stored, rows)
+
+    def _store(self, values: Tensor, into: Tensor, rows: slice | Tensor) -> None:
+        if into.dtype == values.dtype:
+            into[rows] = values
+        elif into.dtype == torch.bfloat16 and values.dtype == torch.float32:
+            into[rows] = stochastic_round(values, self.noise.like(values))
+        else:
+            into[rows] = values.to(into.dtype)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Nothing: the head has taken the step."""
+        if closure is not None:
+            raise ValueError("FusedSGD takes no closure: its step is part of the head's pass")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: there is no gradient."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy the state in place, keeping the momentum's type (torch would widen it)."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+            for parameter, key in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    self.state[parameter][name].copy_(value)
+
+
+def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up or down with probabilities that make the mean exact.
+
+    Args:
+        values: any shape, float32, contiguous; overwritten.
+        noise: the same shape, int32, uniform on 0 … 65535.
+    """
+    # bfloat16 is the upper half of a float32: noise below it carries over with the probability
+    # that the lower half tells.
+    bits = values.view(torch.int32).add_(noise).bitwise_and_(-65536)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+class _Noise:
+    """Uniform noise at the cost of one draw for many blocks.
+
+    Every block reads a pool of noise from another place. An element's noise is uniform and
+    independent from step to step; only elements far apart share some within one.
+    """
+
+    REUSES = 64
+    pool: Tensor | None = None
+    uses = 0
+
+    def like(self, values: Tensor) -> Tensor:
+        """int32 on 0 … 65535 in the shape of ``values``."""
+        count = values.numel()
+        pool = self.pool
+        if (
+            pool is None
+            or pool.numel() < 2 * count
+            or pool.device != values.device
+            or self.uses >= self.REUSES
+        ):
+            pool = torch.randint(65536, (2 * count,), dtype=torch.int32, device=values.device)
+            self.pool, self.uses = pool, 0
+        self.uses += 1
+        start = int(torch.randint(pool.numel() - count + 1, ()))
+        return pool[start : start + count].view(values.shape)

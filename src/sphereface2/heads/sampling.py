@@ -1,0 +1,83 @@
+"""Which negatives a step visits when there are too many people to visit all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphereface2.heads.base import renormalise_
+from sphereface2.heads.blocks import Block, SortedLabels
+
+
+def uniform(labels: SortedLabels, rows: int, share: float, chunk: int) -> Iterator[Block]:
+    """The batch's own classes, and a uniform sample of the others weighted by its rarity.
+
+    Of the ``rows`` rows of W about ``share`` are visited, at least one besides the own classes. The
+    expectation of the loss and of its gradient is that of all rows: own classes are always there
+    and weigh 1, each other is drawn with probability k/n, without replacement, and weighs n/k.
+    """
+    present = labels.present(rows)
+    others = rows - len(present)
+    drawn = min(others, max(1, round(share * rows) - len(present)))
+    if len(present):
+        yield from labels.blocks_of(present, chunk)
+    if drawn:
+        chosen = torch.randperm(others)[:drawn].sort().values
+        # The k-th row that is not present: present[i] - i rows below present[i] are not.
+        gaps = present - torch.arange(len(present))
+        chosen += torch.searchsorted(gaps, chosen, right=True)
+        yield from labels.blocks_of(chosen, chunk, others / drawn)
+
+
+class HardNegatives:
+    """The batch's own classes and the prototypes nearest to its embeddings.
+
+    The neighbours come from an approximate index over W (faiss, inverted lists) that is rebuilt
+    every ``rebuild_every`` steps, so that it knows the prototypes as they were. The loss is biased
+    by design: easy negatives are left out and nothing makes up for them, which lowers the loss and
+    moves the balance that the bias settles at.
+    """
+
+    def __init__(self, share: float, rebuild_every: int = 100) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ValueError(
+                "hard negatives need the package faiss-cpu: pip install 'sphereface2[hard]'"
+            ) from error
+        self.faiss: Any = faiss
+        self.share, self.rebuild_every = share, rebuild_every
+        self.index: Any = None
+        self.age = 0
+
+    def blocks(
+        self, x: Tensor, labels: SortedLabels, weight: Tensor, chunk: int
+    ) -> Iterator[Block]:
+        """Blocks for unit embeddings ``x`` (B, d) over ``weight`` (c, d)."""
+        if not len(weight):
+            return
+        if self.index is None or self.age >= self.rebuild_every:
+            self._build(weight)
+        self.age += 1
+        each = max(1, round(self.share * len(weight) / len(x)))
+        _, found = self.index.search(x.detach().float().cpu().numpy(), min(each, len(weight)))
+        near = torch.from_numpy(found).flatten()
+        rows = torch.cat([near[near >= 0], labels.present(len(weight))]).unique()
+        yield from labels.blocks_of(rows, chunk)
+
+    def _build(self, weight: Tensor) -> None:
+        rows = renormalise_(weight.detach().float().clone()).cpu().numpy()
+        lists = max(1, int(len(rows) ** 0.5))
+        quantizer = self.faiss.IndexFlatIP(rows.shape[1])
+        self.index = self.faiss.IndexIVFFlat(
+            quantizer, rows.shape[1], lists, self.faiss.METRIC_INNER_PRODUCT
+        )
+        # k-means on a sample is what faiss advises; few points a list is fine for this purpose.
+        self.index.cp.min_points_per_centroid = 1
+        self.index.train(rows)
+        self.index.add(rows)
+        self.index.nprobe = max(1, lists // 16)
+        self.age = 0

@@ -1,0 +1,119 @@
+"""One rank's share of the classes, and the only communication a sharded head needs.
+
+Every rank owns a contiguous range of the rows of W. A step gathers the embeddings and labels of all
+ranks and returns sums over shards to the ranks that own the samples: O(B·d) bytes, whatever C.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import Shard as SplitRows
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows ``start`` … ``stop`` - 1 of W that this rank owns; all of them without a group.
+
+    Ranges are those of a DTensor split by rows: ⌈C/ranks⌉ rows a rank, the last ranks fewer or
+    none.
+    """
+
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+
+    @classmethod
+    def of(cls, num_classes: int, group: dist.ProcessGroup | None) -> Shard:
+        """This rank's share of ``num_classes`` within ``group``."""
+        if group is None:
+            return cls(0, num_classes)
+        size = dist.get_world_size(group)
+        rows = math.ceil(num_classes / size)
+        start = min(dist.get_rank(group) * rows, num_classes)
+        return cls(start, min(start + rows, num_classes), group, size)
+
+    @property
+    def rows(self) -> int:
+        """Number of classes owned."""
+        return self.stop - self.start
+
+    def distribute(self, rows: Tensor, num_classes: int) -> Tensor:
+        """The (C, …) DTensor of which ``rows`` are this rank's; ``rows`` itself when alone."""
+        if self.group is None:
+            return rows
+        mesh = DeviceMesh.from_group(self.group, rows.device.type)
+        shape = torch.Size((num_classes, *rows.shape[1:]))
+        return DTensor.from_local(
+            rows, mesh, [SplitRows(0)], run_check=False, shape=shape, stride=rows.stride()
+        )
+
+    def gather(self, x: Tensor, labels: Tensor) -> Batch:
+        """Every rank's unit embeddings (B, d) and labels (B,), in rank order."""
+        if self.group is None:
+            return Batch(x, labels, [len(x)], 0)
+        counts = self._gather_counts(len(x), x.device)
+        # Labels travel as the bit patterns of as many floating-point columns as they need: one
+        # message instead of two.
+        packed = x.new_zeros(max(counts), x.shape[1] + 8 // x.element_size())
+        packed[: len(x), : x.shape[1]] = x
+        packed[: len(x), x.shape[1] :] = labels[:, None].contiguous().view(x.dtype)
+        everybody = x.new_empty(self.size * max(counts), packed.shape[1])
+        dist.all_gather_into_tensor(everybody, packed, group=self.group)
+        if min(counts) < max(counts):
+            everybody = torch.cat(
+                [part[:n] for part, n in zip(everybody.split(max(counts)), counts, strict=True)]
+            )
+        return Batch(
+            everybody[:, : x.shape[1]].contiguous(),
+            everybody[:, x.shape[1] :].contiguous().view(torch.int64)[:, 0],
+            counts,
+            dist.get_rank(self.group),
+        )
+
+    def scatter_sum(self, partial: Tensor, batch: Batch) -> Tensor:
+        """Sum of the ranks' ``partial`` (samples of all ranks, k); this rank's samples of it."""
+        if self.group is None:
+            return partial
+        largest = max(batch.counts)
+        if min(batch.counts) < largest:
+            parts = partial.split(batch.counts)
+            partial = torch.cat(
+                [torch.nn.functional.pad(p, (0, 0, 0, largest - len(p))) for p in parts]
+            )
+        own = partial.new_empty(largest, partial.shape[1])
+        dist.reduce_scatter_tensor(own, partial, group=self.group)
+        return own[: batch.counts[batch.rank]]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of the ranks' values, in place."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def _gather_counts(self, count: int, device: torch.device) -> list[int]:
+        counts = torch.empty(self.size, dtype=torch.int64, device=device)
+        own = torch.tensor([count], device=device)
+        dist.all_gather_into_tensor(counts, own, group=self.group)
+        return counts.tolist()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of all ranks: embeddings (n, d), labels (n,), samples of each rank."""
+
+    x: Tensor
+    labels: Tensor
+    counts: list[int]
+    rank: int
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that may be sharded, with gradient."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

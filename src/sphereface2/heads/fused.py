@@ -12,14 +12,14 @@ from sphereface2.heads.base import Head
 from sphereface2.heads.sharding import local
 from sphereface2.margins import check_choice, check_number
 
-MomentumType = Literal["float32", "bfloat16"]
+MomentumType = Literal["full", "bfloat16"]
 
 
 class FusedSGD(torch.optim.Optimizer):
     """SGD for a head's prototypes, taken block by block while the loss is computed.
 
     The gradient of a block of prototypes is consumed as soon as it is known, so that nothing of
-    the size of W is held but W itself and its momentum. With float32 momentum the step is that of
+    the size of W is held but W itself and its momentum. With full momentum the step is that of
     ``torch.optim.SGD`` to the last bit. Rows that a step does not visit (sampled negatives) keep
     their momentum and are not decayed.
 
@@ -36,8 +36,8 @@ class FusedSGD(torch.optim.Optimizer):
         momentum: in [0, 1).
         weight_decay: ≥ 0.
         nesterov: Nesterov's momentum.
-        momentum_dtype: "float32", or "bfloat16" for half the memory, rounded stochastically so
-            that small gradients are not lost on average.
+        momentum_dtype: "full", float32 or W's own type if that is wider; "bfloat16" for half the
+            memory, rounded stochastically so that small gradients are not lost on average.
 
     Raises:
         ValueError: a value out of its range, a head that cannot take its step on the way.
@@ -51,7 +51,7 @@ class FusedSGD(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        momentum_dtype: MomentumType = "float32",
+        momentum_dtype: MomentumType = "full",
     ) -> None:
         check_number("lr", lr, least=0)
         check_number("momentum", momentum, least=0, below=1)
@@ -68,7 +68,9 @@ class FusedSGD(torch.optim.Optimizer):
         }
         super().__init__([head.weight], settings)
         if momentum:
-            dtype = getattr(torch, momentum_dtype)
+            dtype = torch.bfloat16
+            if momentum_dtype == "full":
+                dtype = torch.promote_types(head.weight.dtype, torch.float32)
             self.state[head.weight]["momentum_buffer"] = torch.zeros_like(head.weight, dtype=dtype)
         self.noise = _Noise()
 

@@ -124,6 +124,7 @@ class NormFace(SoftmaxHead):
         num_classes: C, ≥ 2.
         s: scale > 0; the start value if it is learned.
         learn_scale: whether s is a parameter.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class CocoLoss(SoftmaxHead):
         embedding_dim: d, ≥ 1.
         num_classes: C, ≥ 2.
         s: scale > 0, or None (default) for the one above.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class SphereFace(SoftmaxHead):
         m: integer margin factor ≥ 1; 1 is none.
         lambda_base, lambda_min: start and end of λ, ≥ 0; both 0 is the margin at full strength.
         gamma, power: speed of the annealing, ≥ 0.
+        scaling: `streaming` and `chunk_size` of `Head`.
 
     Attributes:
         batches: () int64 buffer, n.
@@ -254,6 +257,7 @@ class SphereFaceR(SoftmaxHead):
         form: "v1" (default), "v2" or "v0".
         s: scale > 0.
         m: margin factor ≥ 1; 1 is none.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -296,6 +300,7 @@ class CosFace(SoftmaxHead):
         num_classes: C, ≥ 2.
         s: scale > 0.
         m: margin in cosine, ≥ 0.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -333,6 +338,7 @@ class ArcFace(SoftmaxHead):
         num_classes: C, ≥ 2.
         s: scale > 0.
         m: margin in radians, in [0, π/2].
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -367,6 +373,7 @@ class CombinedMargin(SoftmaxHead):
         m1: factor of the angle, ≥ 1; 1 is none.
         m2: angle in radians, ≥ 0.
         m3: margin in cosine, ≥ 0.
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(
@@ -406,6 +413,7 @@ class AdaFace(SoftmaxHead):
         m: margin in [0, π/2].
         h: concentration of q, ≥ 0; 0 is CosFace.
         momentum: share of a new batch in the running statistics, in (0, 1].
+        scaling: `streaming` and `chunk_size` of `Head`.
 
     Attributes:
         mean, std: () buffers, μ and σ; 20 and 100 at the start.
@@ -465,6 +473,7 @@ class CurricularFace(SoftmaxHead):
         s: scale > 0.
         m: margin in radians, in [0, π/2].
         momentum: share of a new batch in t, in (0, 1].
+        scaling: `streaming` and `chunk_size` of `Head`.
 
     Attributes:
         t: () buffer.
@@ -514,6 +523,7 @@ class CircleLoss(SoftmaxHead):
         num_classes: C, ≥ 2.
         s: scale > 0, the paper's γ.
         m: relaxation in [0, 1].
+        scaling: `streaming` and `chunk_size` of `Head`.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         # One tensor, so that one message carries the gradients by x and the losses.
         sums = x.new_zeros(len(x), x.shape[1] + 1)
         grad_x, losses = sums[:, :-1], sums[:, -1]
-        grad_weight = torch.zeros_like(weight) if need_weight and update is None else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias)
         buffers = _Buffers(x)
         for block in work.plan(x, SortedLabels(own_class)):
@@ -136,7 +136,7 @@ class _StreamedOneVersusAll(torch.autograd.Function):
                     grad_bias += dbias.sum() * mean
             if need_x:
                 grad_x.addmm_(dcos, unit)
-            if update is not None and need_weight:
+            if update is not None:
                 gradient = buffers.take("gradient", *unit.shape)
                 update.update_(block.rows, unit, torch.mm(dcos.T, scaled_x, out=gradient))
             elif grad_weight is not None:

@@ -1,0 +1,160 @@
+"""Run by torchrun for test_sharding.py: a sharded head beside the dense one on all samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from sphereface2 import heads
+
+DIM = 8
+
+
+def batch(step: int, classes: int, even: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What each rank gets in a step; without ``even``, one sample more a rank."""
+    generator = torch.Generator().manual_seed(step)
+    sizes = [5 if even else 3 + rank for rank in range(dist.get_world_size())]
+    return [
+        (
+            torch.randn(n, DIM, generator=generator, dtype=torch.float64),
+            torch.randint(classes, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
+
+
+def build(classes: int, **options: Any) -> heads.Head:
+    torch.manual_seed(7)
+    return heads.SphereFace2(DIM, classes, r=8, **options).double()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def groups(head: heads.Head) -> list[dict[str, Any]]:
+    return [{"params": [p]} for p in head.parameters()]
+
+
+def equality(classes: int, steps: int, fused: bool = False, **options: Any) -> None:
+    """The dense head on everybody's samples, the sharded one on this rank's, step by step."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dense = build(classes, **options)
+    sharded = build(classes, **options, process_group=dist.group.WORLD, chunk_size=3)
+    assert torch.equal(whole(sharded.weight.detach()), dense.weight)
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+    expected = torch.optim.SGD(groups(dense), **settings)
+    optimizers: list[torch.optim.Optimizer] = []
+    if fused:
+        optimizers.append(heads.FusedSGD(sharded, **settings))
+        rest = [group for group in groups(sharded) if group["params"][0] is not sharded.weight]
+        optimizers += [torch.optim.SGD(rest, **settings)] if rest else []
+    else:
+        optimizers.append(torch.optim.SGD(groups(sharded), **settings))
+    for step in range(steps):
+        parts = batch(step, classes)
+        x, labels = parts[rank]
+        x.requires_grad_()
+        everybody = torch.cat([x.detach() for x, _ in parts]).requires_grad_()
+        loss = dense(everybody, torch.cat([labels for _, labels in parts]))
+        loss.backward()
+        mine = sharded(x, labels)
+        mine.backward()
+        mean = mine.detach() / size
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean, loss.detach(), rtol=1e-9, atol=0)
+        before = sum(len(x) for x, _ in parts[:rank])
+        torch.testing.assert_close(
+            x.grad / size, everybody.grad[before : before + len(x)], rtol=1e-7, atol=1e-12
+        )
+        for optimizer in [expected, *optimizers]:
+            optimizer.step()
+            optimizer.zero_grad()
+        for found, right in zip(sharded.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(whole(found.detach()), right, rtol=1e-7, atol=1e-10)
+
+
+def bytes_moved(classes: int) -> dict[str, int]:
+    """Bytes that a step hands to each collective, counted where torch is called."""
+    counted: Counter[str] = Counter()
+    originals = {}
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        originals[name] = getattr(dist, name)
+
+        def counting(*tensors: torch.Tensor, _name: str = name, **kwargs: Any) -> Any:
+            counted[_name] += max(t.numel() * t.element_size() for t in tensors)
+            return originals[_name](*tensors, **kwargs)
+
+        setattr(dist, name, counting)
+    head = build(classes, process_group=dist.group.WORLD)
+    x, labels = batch(0, classes, even=True)[dist.get_rank()]
+    head(x.requires_grad_(), labels).backward()
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return dict(counted)
+
+
+def checkpoint(folder: Path, classes: int, write: bool) -> None:
+    """Train four steps, or load what four steps left, then two more; all ranks' sums agree."""
+    head = build(classes, process_group=dist.group.WORLD)
+    optimizer = heads.FusedSGD(head, lr=0.05)
+
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(12, DIM, generator=generator, dtype=torch.float64)
+            labels = torch.randint(classes, (12,), generator=generator)
+            part = slice(dist.get_rank(), None, dist.get_world_size())
+            head(x[part].requires_grad_(), labels[part]).backward()
+
+    def state() -> dict[str, Any]:
+        return {"head": head.state_dict(), "optimizer": get_optimizer_state_dict(head, optimizer)}
+
+    if write:
+        steps(range(4))
+        dcp.save(state(), checkpoint_id=folder)
+    else:
+        stored = state()
+        dcp.load(stored, checkpoint_id=folder)
+        head.load_state_dict(stored["head"])
+        set_optimizer_state_dict(head, optimizer, stored["optimizer"])
+    steps(range(4, 6))
+    result = whole(head.weight.detach())
+    if dist.get_rank() == 0:
+        torch.save(result, folder.with_suffix(f".{dist.get_world_size()}.pt"))
+
+
+def main() -> None:
+    task, argument = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if task == "equality":
+        for kind in "CAM":
+            equality(53, 20, margin_type=kind)
+        equality(53, 20, detach="margin", bias="per_class")
+        equality(5, 5)
+        equality(53, 20, fused=True)
+    elif task == "bytes":
+        counts = {classes: bytes_moved(classes) for classes in (100, 1000)}
+        if dist.get_rank() == 0:
+            Path(argument).write_text(json.dumps(counts))
+    else:
+        checkpoint(Path(argument), 53, write=task == "write")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

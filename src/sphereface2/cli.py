@@ -44,14 +44,18 @@ def fit(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder from its last checkpoint.")
     ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder: started there, or continued if it has a checkpoint."),
+    ] = None,
     ranks: Annotated[
         str | None, typer.Option(help="Processes on this machine: a number, or auto.")
     ] = None,
 ) -> None:
     """Train. Any setting can be given as --section.key VALUE."""
-    from sphereface2.training.fit import fit as run
+    from sphereface2.training.fit import fit as train
 
-    run(config, resume=resume, ranks=ranks, overrides=ctx.args)
+    train(config, resume=resume, run=run_folder, ranks=ranks, overrides=ctx.args)
 
 
 @app.command()

@@ -133,10 +133,25 @@ def test_kill_and_resume_gives_the_same_weights_bit_for_bit(
     assert metrics(folder) == metrics(uninterrupted)
 
 
-def test_two_ranks_train_as_one(faces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head.sharded": "true"},
+        {
+            "head.sharded": "true",
+            "training.fused_head": "true",
+            "training.clip_norm": "null",
+            "training.clip_embedding_norm": 0.02,
+        },
+    ],
+    ids=["replicated", "sharded", "sharded and fused"],
+)
+def test_two_ranks_train_as_one(faces: Path, tmp_path: Path, options: dict[str, str]) -> None:
     """Without dropout, two halves of each batch with averaged gradients make the same step."""
     settings = {
         **SETTINGS,
+        **options,
         "data.train": faces,
         "backbone.dropout": 0,
         "training.epochs": 1,
@@ -155,6 +170,59 @@ def test_two_ranks_train_as_one(faces: Path, tmp_path: Path) -> None:
     longer = run("--resume", runs[2], "--training.epochs", "2")
     assert longer.returncode == 0, longer.stderr
     assert metrics(runs[2])[-1]["step"] == 20
+
+
+def test_a_killed_rank_ends_the_run_with_a_message(faces: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "data.train": faces, "training.epochs": 400, "head.sharded": "true"}
+    process = subprocess.Popen(
+        command("--ranks", "2", "--run-folder", tmp_path / "run", **settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    kill_a_rank(process, tmp_path / "run", after=7)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "left with status -9" in errors.splitlines()[-1]
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(faces: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "data.train": faces, "head.sharded": "true"}
+    settings["training.autocast"] = "bf16"
+    whole = tmp_path / "whole"
+    done = run("--ranks", "2", "--run-folder", whole, **settings)
+    assert done.returncode == 0, done.stderr
+    cut = tmp_path / "cut"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    fit = command("--run-folder", cut, **settings)
+    process = subprocess.Popen(
+        [*fit[:2], *launcher, "-m", *fit[2:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    kill_a_rank(process, cut, after=12)
+    assert process.wait(timeout=120) == 0
+    starts = json.loads((cut / "environment.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 5
+    found, expected = weights(cut), weights(whole)
+    for key in expected:
+        assert torch.equal(found[key], expected[key]), key
+    assert metrics(cut) == metrics(whole)
+
+
+def kill_a_rank(process: subprocess.Popen[str], folder: Path, after: int) -> None:
+    """SIGKILL to the last worker of a launcher once ``after`` steps are logged."""
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= after:
+            break
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
 
 
 def test_divergence_stops_with_one_sentence_and_keeps_the_last_checkpoint(
@@ -182,6 +250,15 @@ def test_bad_settings_and_missing_data_are_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "did you mean 'epochs'" in done.stderr
+    done = run("--training.fused_head", "true", "--head.streaming", "true")
+    assert done.returncode == 2
+    assert "training.clip_norm needs the norm over all parameters" in done.stderr
+    done = run("--training.fused_head", "true", "--training.clip_norm", "null")
+    assert done.returncode == 2
+    assert "a fused update needs a head with streaming=True" in done.stderr
+    done = run("--head.name", "cosface", "--head.sharded", "true")
+    assert done.returncode == 2
+    assert "cosface cannot be sharded" in done.stderr
     done = run("--data.train", tmp_path / "none", "--output", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ from torch import nn
 from sphereface2.training.config import TrainingConfig
 from sphereface2.training.optim import (
     MovingAverage,
-    build_optimizer,
+    build_optimizers,
     learning_rate_factor,
     set_learning_rate,
 )
@@ -33,8 +33,8 @@ def test_groups_hold_their_own_rates_and_decays() -> None:
     backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     head = nn.Linear(4, 5)
     config = TrainingConfig(lr=0.1, head_lr_multiplier=10, weight_decay=1e-3, head_weight_decay=0.0)
-    optimizer = build_optimizer(config, backbone, head)
-    set_learning_rate(optimizer, 0.5)
+    (optimizer,) = optimizers = build_optimizers(config, backbone, head)
+    set_learning_rate(optimizers, 0.5)
     found = {
         id(p): (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,14 @@ def _quiet() -> Iterator[None]:
 
 
 def training_state(
-    backbone: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer
+    backbone: nn.Module, head: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Parameters, buffers and optimiser state, keyed by name so that rank counts may change."""
     both = nn.ModuleDict({"backbone": backbone, "head": head})
     return {
         "backbone": backbone.state_dict(),
         "head": head.state_dict(),
-        "optimizer": get_optimizer_state_dict(both, optimizer),
+        "optimizer": get_optimizer_state_dict(both, optimizers),
     }
 
 
@@ -135,13 +135,13 @@ def restore_training_state(
     state: dict[str, Any],
     backbone: nn.Module,
     head: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Inverse of ``training_state`` after ``Checkpointer.load`` filled it."""
     both = nn.ModuleDict({"backbone": backbone, "head": head})
     backbone.load_state_dict(state["backbone"])
     head.load_state_dict(state["head"])
-    set_optimizer_state_dict(both, optimizer, state["optimizer"])
+    set_optimizer_state_dict(both, optimizers, state["optimizer"])
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -71,6 +71,13 @@ class TrainingConfig:
     """Share of the run with a linear warm-up."""
     clip_norm: float | None = 5.0
     """Greatest norm of the gradient over all parameters; ``null``: no clipping."""
+    clip_embedding_norm: float | None = None
+    """Greatest norm of the gradient by the batch's embeddings, which goes on into the backbone."""
+    fused_head: bool = False
+    """Take the prototypes' SGD step while the loss is computed, so that no gradient of their size
+    is held (``heads.FusedSGD``); needs ``head.streaming`` or ``head.sharded``."""
+    fused_momentum: Literal["full", "bfloat16"] = "full"
+    """``fused_head``: how the prototypes' momentum is kept."""
     autocast: Literal["off", "bf16", "fp16"] = "off"
     compile: bool = False
     channels_last: bool = True
@@ -114,7 +121,8 @@ class RunConfig:
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "sfnet20"})
     """``name`` and the keyword arguments of ``backbones.create``."""
     head: dict[str, Any] = field(default_factory=lambda: {"name": "sphereface2"})
-    """``name`` and the keyword arguments of ``heads.build``."""
+    """``name`` and the keyword arguments of ``heads.build``; ``sharded: true`` splits the
+    prototypes over the ranks."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -165,6 +173,15 @@ def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConf
     _check_components(config)
     _check_ranges(config)
     return config
+
+
+def head_options(config: RunConfig) -> tuple[dict[str, Any], bool]:
+    """``heads.build``'s arguments in ``config.head``, and whether the head is to be sharded."""
+    options = dict(config.head)
+    sharded = options.pop("sharded", False)
+    if sharded:
+        options["streaming"] = True
+    return options, sharded
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -249,7 +266,12 @@ def _check_components(config: RunConfig) -> None:
         if config.backbone["name"] in backbones.available():
             with torch.device("meta"):
                 backbones.create(**config.backbone)
-        heads.build(embedding_dim=2, num_classes=2, **config.head)
+        options, sharded = head_options(config)
+        head = heads.build(embedding_dim=2, num_classes=2, **options)
+        if sharded and "process_group" not in head.scaling:
+            raise ValueError(f"head.sharded: {options['name']} cannot be sharded")
+        if config.training.fused_head:
+            heads.FusedSGD(head, lr=1.0)
     except ValueError as error:
         raise UserError(str(error)) from error
     except TypeError as error:
@@ -273,6 +295,12 @@ def _check_ranges(config: RunConfig) -> None:
             training.clip_norm is None or training.clip_norm > 0,
             "above 0, or null",
         ),
+        (
+            "training.clip_embedding_norm",
+            training.clip_embedding_norm,
+            training.clip_embedding_norm is None or training.clip_embedding_norm > 0,
+            "above 0, or null",
+        ),
         ("training.threads", training.threads, (training.threads or 1) >= 1, "at least 1"),
         (
             "training.checkpoint_every",
@@ -289,5 +317,27 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value, good, expected in rules:
         if not good:
             raise UserError(f"{key} = {value!r}: must be {expected}")
+    if training.fused_head:
+        _check_fused(training)
     if (data.people_per_batch is None) != (data.images_per_person is None):
         raise UserError("data.people_per_batch and data.images_per_person go together; give both")
+
+
+def _check_fused(training: TrainingConfig) -> None:
+    """What cannot be exact when the prototypes take their step before the backward pass."""
+    if training.optimizer != "sgd":
+        raise UserError(
+            f"training.fused_head takes SGD steps; set training.optimizer to sgd, not "
+            f"{training.optimizer}, or leave fused_head out"
+        )
+    if training.clip_norm is not None:
+        raise UserError(
+            "training.clip_norm needs the norm over all parameters before any takes its step, "
+            "which training.fused_head cannot wait for; set training.clip_norm to null and "
+            "training.clip_embedding_norm instead"
+        )
+    if training.accumulate > 1:
+        raise UserError(
+            "training.fused_head takes a step with every batch and cannot wait for "
+            "training.accumulate of them; set training.accumulate to 1"
+        )

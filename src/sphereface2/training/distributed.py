@@ -54,6 +54,17 @@ class World:
         dist.all_reduce(total)
         return total.item() / self.size
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None alone."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.size == 1:

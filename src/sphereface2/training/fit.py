@@ -50,6 +50,7 @@ def fit(
     config: Path | None,
     *,
     resume: Path | None = None,
+    run: Path | None = None,
     ranks: str | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -59,6 +60,9 @@ def fit(
         config: YAML file of a ``RunConfig``; None: the defaults.
         resume: a run folder whose last checkpoint to continue from, with its own configuration;
             ``overrides`` change it from there on.
+        run: the run's folder, where a launcher that restarts the same command (torchrun, Slurm,
+            Kubernetes) finds it again: its last checkpoint is resumed if there is one, with the
+            run's own configuration; else the run starts there. None: a new folder.
         ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
             core); None: this process alone, or the one that torchrun started.
         overrides: ``--section.key value`` words.
@@ -68,26 +72,31 @@ def fit(
     """
     if resume is not None and config is not None:
         raise UserError("--resume uses the run's own configuration; leave --config out")
+    if run is not None:
+        if resume is not None:
+            raise UserError("--run-folder resumes by itself what it finds; leave --resume out")
+        if (run / "checkpoints" / "last").exists():
+            resume, config = run, None
     settings = configuration.load(resume / "config.yaml" if resume else config, overrides)
     if ranks is not None and "WORLD_SIZE" not in os.environ:
         count = _count_ranks(ranks, settings)
         if count > 1:
-            _launch(count, config, resume, overrides)
+            _launch(count, config, resume, run, overrides)
             return
     with world(settings.training.device, settings.training.threads) as place:
-        run = _run_folder(settings, resume, place)
+        folder = _run_folder(settings, resume or run, place)
         inputs = open_inputs(settings, place)
-        trainer = build_trainer(settings, run, place, inputs)
+        trainer = build_trainer(settings, folder, place, inputs)
         if resume:
             trainer.resume()
         if place.is_main:
-            _record(run, settings, inputs, trainer.progress.step, overrides)
+            _record(folder, settings, inputs, trainer.progress.step, overrides)
         progress = trainer.train()
         main = place.is_main
     if main:
         torch.set_num_threads(os.cpu_count() or 1)
         report(
-            run,
+            folder,
             settings,
             inputs.located,
             inputs.source,
@@ -107,11 +116,18 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
     return int(ranks)
 
 
-def _launch(count: int, config: Path | None, resume: Path | None, overrides: Sequence[str]) -> None:
+def _launch(
+    count: int,
+    config: Path | None,
+    resume: Path | None,
+    run: Path | None,
+    overrides: Sequence[str],
+) -> None:
     """Run the same command in ``count`` processes of this machine, by torchrun's own launcher."""
     command = ["-m", "sphereface2", "fit"]
     command += ["--config", str(config)] if config else []
-    command += ["--resume", str(resume)] if resume else []
+    command += ["--resume", str(resume)] if resume and not run else []
+    command += ["--run-folder", str(run)] if run else []
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # The failing rank has said why; the launcher's own account of it would bury that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -136,9 +152,13 @@ def _launch(count: int, config: Path | None, resume: Path | None, overrides: Seq
         ) from error
 
 
-def _run_folder(settings: RunConfig, resume: Path | None, place: World) -> Path:
-    if resume is not None:
-        return resume
+def _run_folder(settings: RunConfig, given: Path | None, place: World) -> Path:
+    """The folder ``given``, or a new one."""
+    if given is not None:
+        if place.is_main:
+            given.mkdir(parents=True, exist_ok=True)
+        place.barrier()
+        return given
     stamp = place.broadcast(time.strftime("%Y%m%d-%H%M%S"))
     run = Path(settings.output) / f"{settings.name}-{stamp}"
     if place.is_main:

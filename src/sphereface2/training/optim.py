@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from sphereface2.heads import FusedSGD, Head
+from sphereface2.heads.sharding import local
 from sphereface2.training.config import TrainingConfig
 
 
@@ -29,10 +32,10 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     return ramp * config.gamma**passed
 
 
-def build_optimizer(
-    config: TrainingConfig, backbone: nn.Module, head: nn.Module
-) -> torch.optim.Optimizer:
-    """SGD or AdamW with one parameter group a kind.
+def build_optimizers(
+    config: TrainingConfig, backbone: nn.Module, head: Head
+) -> list[torch.optim.Optimizer]:
+    """SGD or AdamW with one parameter group a kind, and a fused head's own after it.
 
     Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
@@ -41,16 +44,29 @@ def build_optimizer(
     spared = [p for p in backbone.parameters() if p.ndim <= 1]
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
+    head_rate = config.head_lr_multiplier
     head_decay = config.head_weight_decay
+    if head_decay is None:
+        head_decay = config.weight_decay
+    fused: list[torch.optim.Optimizer] = []
+    if config.fused_head:
+        prototypes = [p for p in prototypes if p is not head.weight]
+        fused = [
+            FusedSGD(
+                head,
+                config.lr * head_rate,
+                momentum=config.momentum,
+                weight_decay=head_decay,
+                nesterov=config.nesterov,
+                momentum_dtype=config.fused_momentum,
+            )
+        ]
+        fused[0].param_groups[0]["base_lr"] = config.lr * head_rate
     groups = [
         (decayed, 1.0, config.weight_decay),
         (spared, 1.0, 0.0),
-        (
-            prototypes,
-            config.head_lr_multiplier,
-            config.weight_decay if head_decay is None else head_decay,
-        ),
-        (head_rest, config.head_lr_multiplier, 0.0),
+        (prototypes, head_rate, head_decay),
+        (head_rest, head_rate, 0.0),
     ]
     settings = [
         {"params": params, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": wd}
@@ -58,16 +74,18 @@ def build_optimizer(
         if params
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(settings, lr=config.lr)
-    return torch.optim.SGD(
+        return [torch.optim.AdamW(settings, lr=config.lr)]
+    sgd = torch.optim.SGD(
         settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
     )
+    return [sgd, *fused]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
     """Set every group's rate to ``factor`` times its base rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
 
 
 class MovingAverage:
@@ -97,7 +115,20 @@ class MovingAverage:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Clip by the global norm and return the norm before clipping (scalar)."""
+    """Clip by the global norm and return the norm before clipping (scalar).
+
+    Sharded parameters count with the shards of all ranks.
+    """
     parameters = [p for p in parameters if p.grad is not None]
-    limit = math.inf if max_norm is None else max_norm
-    return nn.utils.clip_grad_norm_(parameters, limit)
+    plain = [p for p in parameters if not isinstance(p.grad, DTensor)]
+    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    norm = nn.utils.get_total_norm([p.grad for p in plain if p.grad is not None])
+    for gradient in sharded:
+        part = torch.linalg.vector_norm(gradient)
+        assert isinstance(part, DTensor)
+        norm = torch.hypot(norm, part.full_tensor())
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(plain, max_norm, norm)
+        for gradient in sharded:
+            local(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm

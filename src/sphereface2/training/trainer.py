@@ -25,12 +25,12 @@ from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.errors import UserError
 from sphereface2.training import checkpoint as ckpt
-from sphereface2.training.config import RunConfig
+from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
 from sphereface2.training.logging import RunLog
 from sphereface2.training.optim import (
     MovingAverage,
-    build_optimizer,
+    build_optimizers,
     clip_gradients,
     learning_rate_factor,
     set_learning_rate,
@@ -90,9 +90,13 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         network = backbones.create(**config.backbone)
-        head = heads.build(
-            **config.head, embedding_dim=network.embedding_dim, num_classes=num_classes
-        )
+        options, sharded = head_options(config)
+        if sharded and world.size > 1:
+            options["process_group"] = world.group
+        with device:
+            head = heads.build(
+                **options, embedding_dim=network.embedding_dim, num_classes=num_classes
+            )
         # From here on ranks draw differently (dropout); the parameters above are equal.
         torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
         self.memory_format = (
@@ -100,7 +104,7 @@ class Trainer:
         )
         self.network = network.to(device).to(memory_format=self.memory_format)
         self.head = head.to(device)
-        self.optimizer = build_optimizer(settings, self.network, self.head)
+        self.optimizers = build_optimizers(settings, self.network, self.head)
         self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
         self.dtype = AUTOCAST[settings.autocast]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
@@ -109,7 +113,13 @@ class Trainer:
         if settings.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
         self.forward = self._replicate(forward)
-        self.loss = self._replicate(self.head)
+        # A sharded head does its own communication.
+        self.loss = self.head if self.head.shard.group else self._replicate(self.head)
+        if settings.fused_head and isinstance(self.loss, DistributedDataParallel):
+            raise UserError(
+                "training.fused_head on several ranks needs head.sharded true: replicas of the "
+                "prototypes would take different steps"
+            )
 
         workers = config.data.workers
         if workers is None:
@@ -150,7 +160,7 @@ class Trainer:
         if not same_ranks:
             state.pop(f"rng.{self.world.rank}")
         self.checkpointer.load(state)
-        ckpt.restore_training_state(state, self.network, self.head, self.optimizer)
+        ckpt.restore_training_state(state, self.network, self.head, self.optimizers)
         if self.average is not None:
             self.average.average = state["average"]
         if self.scaler.is_enabled():
@@ -176,7 +186,7 @@ class Trainer:
         with log:
             while progress.step < self.total_steps:
                 factor = learning_rate_factor(settings, progress.step, self.total_steps)
-                set_learning_rate(self.optimizer, factor)
+                set_learning_rate(self.optimizers, factor)
                 micro = [next(batches) for _ in range(settings.accumulate)]
                 loss, norm = self.step(micro)
                 self._check_loss(loss)
@@ -198,7 +208,7 @@ class Trainer:
                     progress.seconds += seconds
                     values = {
                         "loss": self.world.mean(loss),
-                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "lr": self.optimizers[0].param_groups[0]["lr"],
                         "gradient_norm": norm,
                         "images_per_second": images / seconds,
                         "seconds_per_step": seconds / steps,
@@ -258,16 +268,28 @@ class Trainer:
                 )
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                     embeddings = self.forward(pixels)
+                    if settings.clip_embedding_norm is not None:
+                        embeddings.register_hook(self._clip_embedding_gradient)
                     loss = self.loss(embeddings, labels) / len(batches)
                 self.scaler.scale(loss).backward()
             total += loss.item()
-        self.scaler.unscale_(self.optimizer)
+        optimizer, *_fused = self.optimizers
+        self.scaler.unscale_(optimizer)
         parameters = [*self.network.parameters(), *self.head.parameters()]
         norm = clip_gradients(parameters, settings.clip_norm)
-        self.scaler.step(self.optimizer)
+        self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return total, norm.item()
+
+    def _clip_embedding_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Scale the batch's gradient by its embeddings (of all ranks) down to the limit."""
+        limit = self.config.training.clip_embedding_norm
+        assert limit is not None
+        squares = self.world.sum(gradient.float().square().sum())
+        # Ranks average their gradients, and a scaler's factor is not part of them.
+        norm = squares.sqrt() / (self.world.size * self.scaler.get_scale())
+        return gradient * (limit / (norm + 1e-6)).clamp(max=1).to(gradient.dtype)
 
     def _check_loss(self, loss: float) -> None:
         progress = self.progress
@@ -315,7 +337,7 @@ class Trainer:
         )
 
     def _state(self) -> dict[str, Any]:
-        state = ckpt.training_state(self.network, self.head, self.optimizer)
+        state = ckpt.training_state(self.network, self.head, self.optimizers)
         if self.average is not None:
             state["average"] = self.average.average
         if self.scaler.is_enabled():

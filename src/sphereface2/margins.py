@@ -167,7 +167,7 @@ class BinaryMargin:
         if own is not None:
             n[own] = -math.inf
         share = (1 - self.lam) * weight
-        loss = softplus(n).sum(1) * (share / self.r)
+        loss = softplus_sum(n) * (share / self.r)
         push = n.sigmoid_().mul_(share)
         dbias = push.sum(1) / self.r if bias.ndim == 0 else push / self.r
         return Terms(loss, push if slope is None else push.mul_(slope), dbias)
@@ -200,6 +200,24 @@ class BinaryMargin:
 def softplus(z: Tensor) -> Tensor:
     """log(1 + exp(z)), accurate over the whole range; any shape."""
     return F.softplus(z, threshold=SOFTPLUS_THRESHOLD)
+
+
+def softplus_sum(z: Tensor) -> Tensor:
+    """Σ_i log(1 + exp(z_i)) over the columns of (B, c), accurate over the whole range; (B,)."""
+    # A logarithm costs as much as ten of the other operations, so most of them are spared:
+    # log1p(u) + log1p(v) = log1p(u + v + uv), where nothing cancels as exp(-|z|) ≥ 0.
+    total = z.clamp_min(0).sum(1)
+    u = z.abs().neg_().exp_()
+    for _ in range(4):  # (1 + u) grows to 2^16 at most
+        half = u.shape[1] // 2
+        if half == 0:
+            break
+        first, second, odd = u[:, :half], u[:, half : 2 * half], u[:, 2 * half :]
+        first.addcmul_(first, second).add_(second)
+        if odd.shape[1]:
+            first[:, :1].addcmul_(first[:, :1], odd).add_(odd)
+        u = first
+    return total + u.log1p().sum(1)
 
 
 def _asinh_of_sinh_times_exp(x: float, k: float) -> float:

@@ -199,11 +199,13 @@ def test_torchrun_restarts_from_the_last_checkpoint(faces: Path, tmp_path: Path)
     process = subprocess.Popen(
         [*fit[:2], *launcher, "-m", *fit[2:]],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     kill_a_rank(process, cut, after=12)
-    assert process.wait(timeout=120) == 0
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
     starts = json.loads((cut / "environment.json").read_text())["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] >= 5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 2048, "cuda": 16384}
+CHUNK = {"cpu": 4096, "cuda": 16384}
 """Classes a block by default: on a CPU so few that a block's cosines and prototypes stay in the
 cache, on a GPU so many that its kernels are busy."""
 

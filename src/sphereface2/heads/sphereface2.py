@@ -111,7 +111,8 @@ class SphereFace2(Head):
         weight = local(self.weight if self.fused is None else self.weight.detach())
         if update is not None:
             update.begin_step()
-        work = Work(self.margin, self.shard, self._plan, self.loss_weight, update)
+        visits_all = self.negatives_visited == "all" or not self.training
+        work = Work(self.margin, self.shard, self._plan, visits_all, self.loss_weight, update)
         return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
 
     def _plan(self, x: Tensor, labels: SortedLabels) -> Iterable[Block]:

@@ -45,6 +45,7 @@ class Work:
         margin: the equations.
         shard: this rank's rows of W.
         plan: the blocks of W to visit, from the samples and their labels among these rows.
+        visits_all: whether these are all rows.
         scale: factor of the mean loss.
         update: consumes the gradient of W in the forward pass, which then yields none.
     """
@@ -52,6 +53,7 @@ class Work:
     margin: BinaryMargin
     shard: Shard
     plan: Callable[[Tensor, SortedLabels], Iterable[Block]]
+    visits_all: bool
     scale: float
     update: RowUpdate | None = None
 
@@ -105,7 +107,8 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         # One tensor, so that one message carries the gradients by x and the losses.
         sums = x.new_zeros(len(x), x.shape[1] + 1)
         grad_x, losses = sums[:, :-1], sums[:, -1]
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        empty = torch.empty_like if work.visits_all else torch.zeros_like
+        grad_weight = empty(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias)
         buffers = _Buffers(x)
         for block in work.plan(x, SortedLabels(own_class)):

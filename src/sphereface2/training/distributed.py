@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +92,41 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
         torch.cuda.set_device(place)
     if size > 1:
         backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store = _fresh_store(rank, size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+        )
     try:
         yield World(rank, size, local_rank, local_size, place)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _fresh_store(rank: int, size: int) -> dist.Store:
+    """The launcher's store under a prefix that no earlier start of these ranks has used.
+
+    torchrun keeps one store over its restarts, so a restarted rank can read the address of a peer
+    that is dead. Rank 0 names the start; a rank that reads the name of an older one finds no mark
+    of its own in the answer and asks again. (Restart counts do not serve: they may differ between
+    the nodes of one job.)
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+    mark = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mark)
+        answers = [f"{mark}/{other}" for other in range(1, size)]
+        store.wait(answers, COLLECTIVE_TIMEOUT)
+        store.set(f"{mark}/all", b" ".join(store.get(answer) for answer in answers))
+        return dist.PrefixStore(mark, store)
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mark)
+        if store.check([f"{start}/all"]) and mark in store.get(f"{start}/all").decode().split():
+            return dist.PrefixStore(start, store)
+        time.sleep(0.02)
+    raise TimeoutError(
+        f"rank {rank} waited {COLLECTIVE_TIMEOUT.total_seconds():.0f} s for rank 0; "
+        "look at the log of rank 0, and whether MASTER_ADDR can be reached from here"
+    )

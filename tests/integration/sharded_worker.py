@@ -48,11 +48,18 @@ def groups(head: heads.Head) -> list[dict[str, Any]]:
     return [{"params": [p]} for p in head.parameters()]
 
 
-def equality(classes: int, steps: int, fused: bool = False, **options: Any) -> None:
+def equality(
+    classes: int,
+    steps: int,
+    fused: bool = False,
+    scaling: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
     """The dense head on everybody's samples, the sharded one on this rank's, step by step."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dense = build(classes, **options)
-    sharded = build(classes, **options, process_group=dist.group.WORLD, chunk_size=3)
+    scaling = {"process_group": dist.group.WORLD, "chunk_size": 3, **(scaling or {})}
+    sharded = build(classes, **options, **scaling)
     assert torch.equal(whole(sharded.weight.detach()), dense.weight)
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
     expected = torch.optim.SGD(groups(dense), **settings)
@@ -146,6 +153,8 @@ def main() -> None:
         equality(53, 20, detach="margin", bias="per_class")
         equality(5, 5)
         equality(53, 20, fused=True)
+        # A sample of everybody: the weights and own classes of a rank's share are right.
+        equality(53, 20, scaling={"negatives": "uniform", "negative_share": 1.0})
     elif task == "bytes":
         counts = {classes: bytes_moved(classes) for classes in (100, 1000)}
         if dist.get_rank() == 0:

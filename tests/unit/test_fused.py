@@ -86,7 +86,7 @@ def test_bfloat16_momentum_follows_float32():
 def test_bfloat16_weights_learn_steps_far_below_their_spacing():
     """Many steps of 1/20 of a spacing: rounding to nearest would stand still."""
     torch.manual_seed(0)
-    coarse = heads.SphereFace2(8, 53, streaming=True, weight_dtype=torch.bfloat16, r=8)
+    coarse = heads.SphereFace2(8, 53, streaming=True, weight_dtype="bfloat16", r=8)
     fine = heads.SphereFace2(8, 53, streaming=True, r=8)
     with torch.no_grad():
         fine.weight.copy_(coarse.weight)

@@ -38,6 +38,7 @@ SMALLEST_NORM = 1e-12
 
 
 Negatives = Literal["all", "uniform", "hard"]
+WeightType = Literal["float32", "bfloat16"]
 
 
 class Scaling(TypedDict, total=False):
@@ -48,7 +49,7 @@ class Scaling(TypedDict, total=False):
     process_group: dist.ProcessGroup | None
     negatives: Negatives
     negative_share: float
-    weight_dtype: torch.dtype
+    weight_dtype: WeightType
 
 
 class Head(nn.Module):
@@ -68,8 +69,8 @@ class Head(nn.Module):
             of the others in each step, weighted so that loss and gradient are right on average.
             "hard": the prototypes nearest to the batch by an approximate index; biased.
         negative_share: share of the classes that a sample of negatives visits, in (0, 1].
-        weight_dtype: type in which W is kept; narrower than float32 needs a `FusedSGD`, which
-            rounds stochastically.
+        weight_dtype: "float32" (default), or "bfloat16" for W in half the memory, which needs a
+            `FusedSGD`: it rounds stochastically, so that small steps are not lost on average.
 
     A head supports those of these options that `parameters` lists for it.
 
@@ -112,9 +113,12 @@ class Head(nn.Module):
             scaling.get("streaming", False) or group is not None or self.negatives_visited != "all"
         )
         self.shard = Shard.of(num_classes, group)
-        self.weight = nn.Parameter(self._initial_weight(scaling.get("weight_dtype")))
+        kept = scaling.get("weight_dtype", "float32")
+        check_choice("weight_dtype", kept, get_args(WeightType))
+        dtype = torch.bfloat16 if kept == "bfloat16" else torch.get_default_dtype()
+        self.weight = nn.Parameter(self._initial_weight(dtype))
 
-    def _initial_weight(self, dtype: torch.dtype | None) -> Tensor:
+    def _initial_weight(self, dtype: torch.dtype) -> Tensor:
         """Xavier-normal rows of this rank, the same whatever the number of ranks and the device."""
         shard, d = self.shard, self.embedding_dim
         rows = torch.empty(shard.rows, d, dtype=dtype)

@@ -100,7 +100,9 @@ class Checkpointer:
 
     def load(self, state: dict[str, Any]) -> None:
         """Fill ``state``'s tensors in place from the last checkpoint, whatever its rank count."""
-        dcp.load(state, checkpoint_id=self.folder / "last" / "state", no_dist=self.world.size == 1)
+        source = self.folder / "last" / "state"
+        with _quiet():
+            dcp.load(state, checkpoint_id=source, no_dist=self.world.size == 1)
 
     def has_rng_of(self, rank: int) -> bool:
         """Whether the last checkpoint was written by a run that had this rank."""

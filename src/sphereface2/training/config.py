@@ -272,6 +272,11 @@ def _check_components(config: RunConfig) -> None:
             raise ValueError(f"head.sharded: {options['name']} cannot be sharded")
         if config.training.fused_head:
             heads.FusedSGD(head, lr=1.0)
+        elif options.get("weight_dtype") == "bfloat16":
+            raise ValueError(
+                "head.weight_dtype: bfloat16 prototypes would lose their small steps to rounding; "
+                "set training.fused_head to true, which rounds stochastically, or leave it out"
+            )
     except ValueError as error:
         raise UserError(str(error)) from error
     except TypeError as error:

@@ -1,0 +1,86 @@
+"""Checkpoints: whole or absent, whatever happens while one is written."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from sphereface2 import backbones
+from sphereface2.backbones import bundle
+from sphereface2.errors import UserError
+from sphereface2.training.checkpoint import Checkpointer
+from sphereface2.training.distributed import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def network() -> torch.nn.Module:
+    return backbones.create("sfnet4", width=0.125, input_size=64, embedding_dim=8)
+
+
+def save(folder: Path, step: int, best: bool = False) -> None:
+    state = {"value": torch.full((4,), float(step))}
+    Checkpointer(folder, ALONE).save(
+        step, model=network(), state=state, progress={"step": step}, best=best
+    )
+
+
+def stored(folder: Path) -> tuple[float, int]:
+    state = {"value": torch.zeros(4)}
+    checkpointer = Checkpointer(folder, ALONE)
+    checkpointer.load(state)
+    return state["value"][0].item(), checkpointer.last_progress()["step"]
+
+
+def _die_at(folder: Path, moment: str) -> None:
+    """Write checkpoint 2 and be killed on the way."""
+    torch.set_num_threads(1)
+    owner, name = {
+        "before the state": (dcp, "save"),
+        "before the network": (bundle, "save"),
+        "before it has its name": (Path, "rename"),
+    }[moment]
+
+    def die(*_args: object, **_options: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, die)
+    save(folder, 2)
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the state", "before the network", "before it has its name"]
+)
+def test_killed_while_writing_the_previous_one_stays_whole(tmp_path: Path, moment: str) -> None:
+    save(tmp_path, 1)
+    process = multiprocessing.get_context("spawn").Process(target=_die_at, args=(tmp_path, moment))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "checkpoints").glob(".step-*.tmp")), "it was killed before it began"
+    assert stored(tmp_path) == (1, 1)
+    bundle.load(tmp_path)
+    # The next start sweeps the half-written folder away and goes on.
+    assert not list((tmp_path / "checkpoints").glob(".step-*.tmp"))
+    save(tmp_path, 2)
+    assert stored(tmp_path) == (2, 2)
+
+
+def test_last_and_best_are_kept_and_the_others_go(tmp_path: Path) -> None:
+    for step, best in ((1, False), (2, True), (3, False), (4, False)):
+        save(tmp_path, step, best)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000002", "step-00000004"]
+    assert (folder / "best").resolve().name == "step-00000002"
+    assert stored(tmp_path) == (4, 4)
+
+
+def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        Checkpointer(tmp_path, ALONE).last_progress()

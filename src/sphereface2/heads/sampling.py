@@ -38,7 +38,8 @@ class HardNegatives:
     The neighbours come from an approximate index over W (faiss, inverted lists) that is rebuilt
     every ``rebuild_every`` steps, so that it knows the prototypes as they were. The loss is biased
     by design: easy negatives are left out and nothing makes up for them, which lowers the loss and
-    moves the balance that the bias settles at.
+    moves the balance that the bias settles at. The index is no part of a checkpoint: a resumed run
+    builds it anew and therefore repeats an uninterrupted one only until then.
     """
 
     def __init__(self, share: float, rebuild_every: int = 100) -> None:

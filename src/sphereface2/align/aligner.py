@@ -1,0 +1,168 @@
+"""Photograph in, aligned crops out."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from sphereface2.align import detector as detectors
+from sphereface2.align.detector import Detector, Face
+from sphereface2.align.photos import Photo, read_photo
+from sphereface2.align.template import SIZE, warp
+from sphereface2.errors import UserError
+
+#: The sides in pixels that a picture's longer side is brought to for detection, one after the
+#: other until a face is found, and the smallest face looked for in it.
+_COARSE, _FINE, _SMALLEST = 512, 1536, 20.0
+#: A face smaller than this in the picture searched is looked at again, enlarged to it.
+_LOOK = 160
+
+
+class NoFaceError(UserError):
+    """No face was found in a picture."""
+
+
+class Aligner:
+    """Finds faces and crops them by the five-point template.
+
+    Detection works on the picture brought to 512 pixels (its longer side), so that faces of a
+    25th of that side and more are found whatever the picture's size. If there is none, or when
+    `align_all` wants every face, it is done at up to 1,536 pixels. Landmarks of small faces are
+    located again in the original pixels.
+
+    Args:
+        detector: ``mtcnn``.
+        size: side of the crops in pixels.
+        min_score: the detector's confidence from which a face counts.
+
+    Raises:
+        UserError: no such detector, its package is missing, or a number is out of range.
+    """
+
+    def __init__(
+        self, detector: str = detectors.DEFAULT, *, size: int = SIZE, min_score: float = 0.9
+    ) -> None:
+        if size < 16:
+            raise UserError(f"crops must be 16 pixels or more, not {size}")
+        if not 0 <= min_score <= 1:
+            raise UserError(f"the smallest score must lie in [0, 1], not {min_score}")
+        self._detector: Detector = detectors.create(detector)
+        self.size = size
+        self.min_score = min_score
+
+    @property
+    def name(self) -> str:
+        """The detector and its version, for fingerprints."""
+        return self._detector.name
+
+    def detect(self, image: Photo, *, thorough: bool = False) -> list[Face]:
+        """The faces of a picture, the largest and most central first; ``[]`` if there is none.
+
+        Args:
+            image: anything `read_photo` takes.
+            thorough: look for small faces though a larger one was found.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        return self._detect(read_photo(image), thorough)
+
+    def align(self, image: Photo) -> tuple[np.ndarray, Face]:
+        """The crop, uint8 (size, size, 3) RGB, of the largest and most central face, and the face.
+
+        Raises:
+            NoFaceError: there is no face.
+            UserError: the picture cannot be read.
+        """
+        pixels = read_photo(image)
+        faces = self._detect(pixels, False)
+        if not faces:
+            raise NoFaceError(f"no face found in {_name(image)}; give a picture that shows one")
+        return warp(pixels, faces[0].landmarks, self.size), faces[0]
+
+    def align_all(self, image: Photo) -> list[tuple[np.ndarray, Face]]:
+        """Crop and face of every face, the largest and most central first; ``[]`` if none."""
+        pixels = read_photo(image)
+        return [
+            (warp(pixels, face.landmarks, self.size), face) for face in self._detect(pixels, True)
+        ]
+
+    def _detect(self, pixels: np.ndarray, thorough: bool) -> list[Face]:
+        longer = max(pixels.shape[:2])
+        faces: list[Face] = []
+        for side in (_COARSE, _FINE):
+            last = longer <= side or side == _FINE
+            if not thorough or last:
+                faces = self._search(pixels, side)
+            if faces or last:
+                break
+        height, width = pixels.shape[:2]
+        return sorted(faces, key=lambda face: -_prominence(face, width, height))
+
+    def _search(self, pixels: np.ndarray, side: int) -> list[Face]:
+        scale = side / max(pixels.shape[:2])
+        faces = []
+        for face in self._at_scale(pixels, scale, _SMALLEST):
+            if face.score >= self.min_score:
+                near = _side(face) * scale >= _LOOK
+                faces.append(face if near else self._look_again(pixels, face))
+        return faces
+
+    def _at_scale(self, pixels: np.ndarray, scale: float, min_face: float) -> list[Face]:
+        """Detect in ``pixels`` resized by ``scale``; faces in coordinates of ``pixels``."""
+        height, width = pixels.shape[:2]
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        resized = pixels if size == (width, height) else cv2.resize(pixels, size, interpolation=how)
+        factor = np.array([width / size[0], height / size[1]], np.float32)
+        return [
+            Face(
+                box=(face.box * np.tile(factor, 2)).astype(np.float32),
+                score=face.score,
+                landmarks=((face.landmarks + 0.5) * factor - 0.5).astype(np.float32),
+            )
+            for face in self._detector.detect(resized, min_face)
+        ]
+
+    def _look_again(self, pixels: np.ndarray, face: Face) -> Face:
+        """The same face with landmarks from the enlarged part of the picture around it."""
+        side = _side(face)
+        centre = (face.box[:2] + face.box[2:]) / 2
+        height, width = pixels.shape[:2]
+        x0, y0 = np.clip(np.floor(centre - side), 0, (width - 1, height - 1)).astype(int)
+        x1, y1 = np.clip(np.ceil(centre + side), (x0 + 1, y0 + 1), (width, height)).astype(int)
+        part = np.ascontiguousarray(pixels[y0:y1, x0:x1])
+        corner = np.array([x0, y0], np.float32)
+        nearer = [
+            Face(f.box + np.tile(corner, 2), f.score, f.landmarks + corner)
+            for f in self._at_scale(part, _LOOK / side, _LOOK / 3)
+        ]
+        nearer = [f for f in nearer if _overlap(f.box, face.box) > 0.5]
+        if not nearer:
+            return face
+        best = max(nearer, key=lambda f: _overlap(f.box, face.box))
+        return Face(best.box, face.score, best.landmarks)
+
+
+def _side(face: Face) -> float:
+    return float(max(face.box[2] - face.box[0], face.box[3] - face.box[1], 1e-3))
+
+
+def _prominence(face: Face, width: int, height: int) -> float:
+    """A face's area less twice its squared distance from the picture's middle."""
+    area = float((face.box[2] - face.box[0]) * (face.box[3] - face.box[1]))
+    offset = (face.box[:2] + face.box[2:]) / 2 - np.array([width, height]) / 2
+    return area - 2 * float(offset @ offset)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    inner = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0).prod()
+    areas = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()
+    return float(inner / max(areas - inner, 1e-9))
+
+
+def _name(image: Photo) -> str:
+    from pathlib import Path
+
+    return str(image) if isinstance(image, str | Path) else "the picture"

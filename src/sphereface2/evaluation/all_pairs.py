@@ -25,7 +25,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import FARS, Tar, allowed_accepts
+from sphereface2.evaluation.verification import FARS, Tar, allowed_accepts, ratio_intervals
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
 _DISTINCT = 1 << 20  # values that a tally keeps apart
@@ -225,7 +225,9 @@ def all_pairs_tar(
     hits = tiles.genuine_hits(bounds, len(per_person))
     pairs_of = per_person * (per_person - 1) // 2
     intervals = (
-        _intervals(hits, pairs_of, replicates, np.random.default_rng(seed)) if replicates else None
+        ratio_intervals(hits, pairs_of, replicates, np.random.default_rng(seed))
+        if replicates
+        else None
     )
     tars = []
     for i, far in enumerate(fars):
@@ -391,16 +393,3 @@ class _Tiles:
 
         self._run(self.mixed, work)
         return hits
-
-
-def _intervals(
-    hits: np.ndarray, pairs: np.ndarray, replicates: int, rng: np.random.Generator
-) -> list[tuple[float, float]]:
-    """95 % bootstrap interval of each TAR: people who have pairs are drawn with replacement."""
-    has = np.flatnonzero(pairs)
-    counted = np.concatenate([hits[:, has], pairs[None, has]]).astype(np.float64)
-    totals = np.empty((replicates, len(counted)))
-    for r in range(replicates):
-        totals[r] = counted @ np.bincount(rng.integers(len(has), size=len(has)), minlength=len(has))
-    bounds = np.percentile(totals[:, :-1] / totals[:, -1:], [2.5, 97.5], axis=0)
-    return [(float(low), float(high)) for low, high in bounds.T]

@@ -256,6 +256,25 @@ def bootstrap(
     )
 
 
+def ratio_intervals(
+    hits: np.ndarray, trials: np.ndarray, replicates: int, rng: np.random.Generator
+) -> list[tuple[float, float]]:
+    """Bootstrap interval at `LEVEL` of each ratio of sums over people, drawn with replacement.
+
+    Args:
+        hits: (K, people), what each of K ratios counts for each person.
+        trials: (people,), out of how many; who has none is not drawn.
+        replicates: number of resamples.
+        rng: draws them.
+    """
+    has = np.flatnonzero(trials)
+    counted = np.concatenate([hits[:, has], trials[None, has]]).astype(np.float64)
+    totals = np.empty((replicates, len(counted)))
+    for r in range(replicates):
+        totals[r] = counted @ np.bincount(rng.integers(len(has), size=len(has)), minlength=len(has))
+    return [_interval(ratio) for ratio in (totals[:, :-1] / totals[:, -1:]).T]
+
+
 def _interval(values: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -1,0 +1,120 @@
+"""Identification metrics against loops over probes and people."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.identification import rank_k, search, search_scores, tpir_at_fpir
+
+RANKS = (1, 2, 5, 10)
+FPIRS = (1.0, 0.5, 0.3, 0.1, 0.01)
+
+
+def brute_force(scores, probe_people, columns):
+    """(person, mate's rank or None, {person: score}) of each probe, by dictionaries."""
+    results = []
+    for row, person in zip(scores.tolist(), probe_people, strict=True):
+        best = {}
+        for score, who in zip(row, columns, strict=True):
+            best[who] = max(score, best.get(who, -9.0))
+        rank = None
+        if person in best:
+            rank = 1 + sum(s >= best[person] for who, s in best.items() if who != person)
+        results.append((person, rank, best))
+    return results
+
+
+def check(found, scores, probe_people, columns):
+    expected = brute_force(scores, probe_people, columns)
+    mated = [(rank, best[person]) for person, rank, best in expected if rank is not None]
+    strangers = [max(best.values()) for _, rank, best in expected if rank is None]
+    assert found.mated.tolist() == [rank is not None for _, rank, _ in expected]
+    assert found.rank.tolist() == [rank or 0 for _, rank, _ in expected]
+    if not mated:
+        for figure in (rank_k, tpir_at_fpir):
+            with pytest.raises(UserError, match="nobody to identify"):
+                figure(found)
+        return
+    for rate in rank_k(found, RANKS):
+        assert rate.value == sum(rank <= rate.at for rank, _ in mated) / len(mated)
+    observed = sorted(strangers + [score for _, score in mated])
+    for rate in tpir_at_fpir(found, FPIRS):
+        if not strangers or rate.at < 1 / len(strangers):
+            assert (rate.value, rate.threshold) == (None, None)
+            continue
+        # Every observed score is tried, and one above them all.
+        for threshold in [*observed, 2.0]:
+            if sum(s >= threshold for s in strangers) / len(strangers) <= rate.at:
+                break
+        assert rate.threshold == (None if threshold == 2.0 else threshold)
+        accepted = sum(rank == 1 and score >= threshold for rank, score in mated)
+        assert rate.value == accepted / len(mated)
+
+
+@st.composite
+def tables(draw):
+    """Few people and coarse scores: ties are everywhere."""
+    columns = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))
+    probes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=14))
+    levels = draw(st.sampled_from([2, 5, 100]))
+    cells = st.lists(st.integers(0, levels), min_size=len(columns) * len(probes), max_size=999)
+    scores = np.array(draw(cells)[: len(columns) * len(probes)], np.float32)
+    return scores.reshape(len(probes), len(columns)) / 128, probes, columns
+
+
+@given(tables())
+@settings(max_examples=200, deadline=None)
+def test_every_figure_on_scores_with_ties(table):
+    scores, probes, columns = table
+    check(search_scores(scores, probes, columns), scores, probes, columns)
+
+
+@pytest.mark.parametrize("block", [None, 1, 7])
+def test_embeddings_are_searched_in_blocks(block):
+    """Eighths of ±1: inner products are exact in float32, and often equal."""
+    rng = np.random.default_rng(1)
+    base = rng.choice([-1, 1], (30, 64)).astype(np.float32) / 8
+    gallery_people = rng.integers(20, size=60)
+    probe_people = rng.integers(30, size=200)
+    flips = [np.where(rng.random((n, 64)) < 0.3, -1, 1) for n in (60, 200)]
+    gallery, probes = base[gallery_people] * flips[0], base[probe_people] * flips[1]
+    scores = probes.astype(np.float64) @ gallery.T
+    found = search(probes, probe_people, gallery, gallery_people, block=block)
+    assert 0.3 < rank_k(found, [1])[0].value < 1
+    check(found, scores, probe_people.tolist(), gallery_people.tolist())
+
+
+def test_names_serve_as_people():
+    found = search(np.eye(3), ["eve", "ann", "zoe"], np.eye(3)[:2] * 0.5, ["eve", "bob"])
+    assert found.mated.tolist() == [True, False, False]
+    assert found.score.tolist() == [0.5, 0.5, 0.0]
+    assert [rate.value for rate in tpir_at_fpir(found, [1.0, 0.5, 0.1])] == [1.0, 1.0, None]
+
+
+def test_intervals_are_over_people():
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(40), 10)
+    skill = rng.random(40)  # one person is found often, another rarely
+    right = rng.random(400) < skill[people]
+    scores = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
+    found = search_scores(scores, np.zeros(400, int), np.arange(2))
+    wide = rank_k(found, [1], people=people, replicates=500)[0]
+    narrow = rank_k(found, [1], replicates=500)[0]
+    assert wide.ci[0] < wide.value < wide.ci[1]
+    share = np.array([right[people == p].mean() for p in range(40)])
+    assert wide.ci[1] - wide.ci[0] == pytest.approx(2 * 1.96 * share.std() / np.sqrt(40), rel=0.15)
+    assert narrow.ci[1] - narrow.ci[0] < 0.6 * (wide.ci[1] - wide.ci[0])
+
+
+def test_what_cannot_be_searched():
+    with pytest.raises(UserError, match="gallery is empty"):
+        search(np.eye(2), [0, 1], np.zeros((0, 2)), [])
+    with pytest.raises(UserError, match="NaN"):
+        search(np.eye(2) * np.nan, [0, 1], np.eye(2), [0, 1])
+    with pytest.raises(ValueError, match="person"):
+        search(np.eye(2), [0, 1, 2], np.eye(2), [0, 1])
+    found = search(np.eye(2), [0, 1], np.eye(2), [0, 2])
+    with pytest.raises(ValueError, match="FPIR"):
+        tpir_at_fpir(found, [0.0])

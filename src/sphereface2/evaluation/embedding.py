@@ -20,8 +20,9 @@ Image = bytes | np.ndarray
 
 def embed(
     net: nn.Module,
-    images: Iterable[Image],
+    images: Iterable[Any],
     *,
+    read: Callable[[Any], np.ndarray] | None = None,
     batch_size: int = 128,
     flip: bool = True,
     device: str | torch.device | None = None,
@@ -36,7 +37,10 @@ def embed(
 
     Args:
         net: a backbone, with its ``preprocessing``.
-        images: encoded images (bytes) or decoded ones (uint8 RGB, (H, W, 3)), sizes may differ.
+        images: encoded images (bytes) or decoded ones (uint8 RGB, (H, W, 3)), sizes may differ;
+            with ``read``, whatever it takes.
+        read: makes a decoded image of one of ``images``, in another thread, while the network is
+            at work. Its UserError names the image itself.
         batch_size: images in one forward pass.
         flip: add the embedding of the mirror image before normalising (the flip test).
         device: where to run; by default where the network is.
@@ -48,12 +52,13 @@ def embed(
     Raises:
         UserError: an image cannot be decoded, or the network gives NaN or infinity.
     """
-    place = torch.device(device) if device is not None else next(net.parameters()).device
+    first = next(net.parameters(), None)  # an exported network has none and takes any device
+    place = torch.device(device or (first.device if first is not None else "cpu"))
     was_training = net.training
     net = net.to(place).eval()
     rows: list[np.ndarray] = []
     try:
-        for taken, batch in _decoded(iter(images), batch_size, name, unreadable):
+        for taken, batch in _decoded(iter(images), batch_size, read, name, unreadable):
             if batch:
                 rows.append(_forward(net, batch, flip, place))
             if progress is not None:
@@ -87,8 +92,9 @@ def _forward(
 
 
 def _decoded(
-    images: Iterator[Image],
+    images: Iterator[Any],
     batch_size: int,
+    read: Callable[[Any], np.ndarray] | None,
     name: Callable[[int], str] | None,
     unreadable: list[int] | None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -97,12 +103,19 @@ def _decoded(
     The next batch is decoded while the network works on this one.
     """
 
-    def batch_at(start: int, encoded: list[Image]) -> tuple[int, list[np.ndarray]]:
+    def as_pixels(image: Image) -> np.ndarray:
+        return image if isinstance(image, np.ndarray) else decode(image)
+
+    read_one = read or as_pixels
+
+    def batch_at(start: int, encoded: list[Any]) -> tuple[int, list[np.ndarray]]:
         batch = []
         for offset, image in enumerate(encoded):
             try:
-                batch.append(image if isinstance(image, np.ndarray) else decode(image))
+                batch.append(read_one(image))
             except UserError as error:
+                if unreadable is None and read is not None:
+                    raise
                 if unreadable is None:
                     label = name(start + offset) if name else f"image {start + offset}"
                     raise UserError(f"{label} cannot be read: {error}") from error

@@ -1,0 +1,783 @@
+"""People and their pictures' embeddings, searched one to many, with strangers among the probes.
+
+Three collections. *pictures* holds one embedding a row. *people* holds one row a person: name,
+metadata, which pictures count, and the person's template, the normalised mean of them. *meta*
+holds the stamp, which names the model and the collections in force, and a note of every change
+under way.
+
+A person's row is what makes it true: it is written after the pictures, in one message, so that a
+change is seen as a whole or not at all, and pictures that no person's row names count for nothing.
+The notes say where to look for such pictures after a crash.
+
+Keys are hashes and random numbers and texts are ASCII JSON; no filter expression is ever built
+from what a user gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sphereface2 import __version__
+from sphereface2.errors import UserError, did_you_mean
+from sphereface2.recognition.store import INDEXES, MOST_ROWS, SCHEMES, Row, Store
+
+FORMAT_VERSION = 1
+PREFIX = "sphereface2_"
+META = PREFIX + "meta"
+STAMP = "stamp"
+NAME_LENGTH = 200
+METADATA_BYTES = 16_384
+SOURCE_BYTES = 8_192
+PICTURES = 1_000  # a person's, at most: their keys must fit in the person's row
+# Pictures that one change writes at a time: their keys must fit in the change's note.
+CHANGE_PICTURES = 1_500
+# A note in a shared gallery this old was left by a process that died, not by one at work.
+NOTE_SECONDS = 3_600
+
+Fusion = Literal["max", "mean"]
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody in a gallery: the name, the number of pictures, the metadata."""
+
+    name: str
+    pictures: int
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Match:
+    """One answer of a search: who, with which cosine (-1 to 1), and the person's metadata."""
+
+    person: str
+    score: float
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What `Gallery.add_many` takes: a person's name, embeddings (k, d) and, if any, the rest."""
+
+    person: str
+    embeddings: np.ndarray
+    metadata: dict[str, Any] | None = None
+    sources: Sequence[str | None] | None = None
+
+
+@dataclass
+class _Record:
+    """The text of a person's row."""
+
+    name: str
+    metadata: dict[str, Any]
+    pictures: list[str]
+
+    def dump(self) -> str:
+        return _json({"name": self.name, "metadata": self.metadata, "pictures": self.pictures})
+
+    @classmethod
+    def load(cls, text: str) -> _Record:
+        return cls(**json.loads(text))
+
+
+@dataclass
+class _Gate:
+    """Many readers or one writer; a writer who waits goes before readers who come later."""
+
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    readers: int = 0
+    waiting: int = 0
+    writing: bool = False
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        with self.condition:
+            self.condition.wait_for(lambda: not self.writing and not self.waiting)
+            self.readers += 1
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.readers -= 1
+                self.condition.notify_all()
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        with self.condition:
+            self.waiting += 1
+            self.condition.wait_for(lambda: not self.writing and not self.readers)
+            self.waiting -= 1
+            self.writing = True
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.writing = False
+                self.condition.notify_all()
+
+
+class Gallery:
+    """People to search among. Make one with `Gallery.open`; safe to use from several threads."""
+
+    def __init__(self, store: Store, stamp: dict[str, Any]) -> None:
+        self._store = store
+        self._stamp = stamp
+        self._changing = threading.Lock()  # held by whoever changes the gallery, start to end
+        self._gate = _Gate()  # and its writing side while searches must not look
+        self._closed = False
+
+    # -- opening and closing ---------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | Path,
+        *,
+        fingerprint: str | None,
+        dim: int | None,
+        index: str | None = None,
+        create: bool = True,
+        token: str = "",
+    ) -> Gallery:
+        """Open a gallery, or make an empty one.
+
+        Args:
+            uri: a folder (Milvus Lite, in this process), or a Milvus server's address:
+                ``http://host:19530``, with ``/database`` to keep several galleries on one server.
+            fingerprint: of the model whose embeddings it holds; None takes what is there.
+            dim: numbers in an embedding; None takes what is there.
+            index: ``flat`` (exact; the default of a new gallery), ``ivf`` or ``hnsw``
+                (approximate, for large galleries on a server). Only when the gallery is made.
+            create: whether a gallery that is not there is made.
+            token: ``user:password`` or an API key, for a server that asks for one.
+
+        Raises:
+            UserError: the gallery is of another model, open in another process, not there and
+                not to be made, or made by a later version.
+        """
+        if index is not None and index not in INDEXES:
+            raise UserError(
+                f"there is no index {index!r}{did_you_mean(index, INDEXES)}; "
+                f"choose from {', '.join(INDEXES)}"
+            )
+        local = not str(uri).startswith(SCHEMES)
+        missing = UserError(f"there is no gallery at {uri}; `sphereface2 gallery add` makes one")
+        if local and not create and not (Path(uri) / "collections").is_dir():
+            raise missing
+        store = Store(uri, token=token)
+        try:
+            stamp = _read_stamp(store)
+            if stamp is None:
+                if not create or fingerprint is None or dim is None:
+                    raise missing
+                stamp = _create(store, fingerprint, dim, index or "flat")
+            _check_stamp(stamp, str(uri), fingerprint, dim, index)
+            gallery = cls(store, stamp)
+            if store.local:
+                gallery._drop_generations()
+            for name in (gallery._people, gallery._pictures):
+                store.load(name)
+            gallery._recover()
+        except BaseException:
+            store.close()
+            raise
+        return gallery
+
+    def close(self) -> None:
+        """Let go of the gallery; everything acknowledged is already stored. May be called twice."""
+        with self._changing, self._gate.write():
+            self._closed = True
+            self._store.close()
+
+    def __enter__(self) -> Gallery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model whose embeddings the gallery holds."""
+        return str(self._stamp["fingerprint"])
+
+    @property
+    def dim(self) -> int:
+        """Numbers in an embedding."""
+        return int(self._stamp["dim"])
+
+    @property
+    def index(self) -> str:
+        """The kind of index: flat, ivf or hnsw."""
+        return str(self._stamp["index"])
+
+    @property
+    def _people(self) -> str:
+        return f"{PREFIX}people_{self._stamp['generation']}"
+
+    @property
+    def _pictures(self) -> str:
+        return f"{PREFIX}pictures_{self._stamp['generation']}"
+
+    # -- changing --------------------------------------------------------------------------------
+
+    def add(
+        self,
+        person: str,
+        embeddings: np.ndarray,
+        *,
+        metadata: dict[str, Any] | None = None,
+        sources: Sequence[str | None] | None = None,
+        replace: bool = False,
+    ) -> list[str]:
+        """Add pictures of a person, who may be new.
+
+        When it returns, the pictures survive the death of the process; until then none of them
+        is found.
+
+        Args:
+            person: any text of 1 to 200 characters. Names that Unicode calls equivalent (é as one
+                character or two) are the same person.
+            embeddings: (k, d) or (d,), brought to length 1.
+            metadata: JSON-able, up to 16 KB; replaces what the person had. None leaves it.
+            sources: where each picture came from, for re-embedding; up to 8 KB each.
+            replace: the person's older pictures go.
+
+        Returns:
+            The pictures' ids.
+
+        Raises:
+            UserError: a bad name, metadata that is not JSON or too long, embeddings that are not
+                finite or of another dimension, more than 1,000 pictures of one person.
+        """
+        item = Enrolment(person, embeddings, metadata, sources)
+        with self._changing:
+            self._check_open()
+            return self._change([self._checked(item)], replace)
+
+    def add_many(self, people: Iterable[Enrolment]) -> Iterator[list[Person]]:
+        """Add many people, many in one call to the database: yields those stored since last time.
+
+        Each person is whole in one call, so whoever was yielded is stored and a crash leaves
+        nobody half there. One person may come several times.
+
+        Raises:
+            UserError: as `add`; what was yielded before stays.
+        """
+        waiting: dict[str, _Checked] = {}
+        for item in people:
+            checked = self._checked(item)
+            total = sum(len(c.vectors) for c in waiting.values())
+            if waiting and (
+                total + len(checked.vectors) > CHANGE_PICTURES or checked.key in waiting
+            ):
+                yield self._add_batch(waiting)
+                waiting = {}
+            waiting[checked.key] = checked
+        if waiting:
+            yield self._add_batch(waiting)
+
+    def _add_batch(self, batch: dict[str, _Checked]) -> list[Person]:
+        with self._changing:
+            self._check_open()
+            self._change(list(batch.values()), replace=False)
+            rows = self._store.get(self._people, batch)
+        return [_person(_Record.load(rows[key].text)) for key in batch]
+
+    def _checked(self, item: Enrolment) -> _Checked:
+        name = _name(item.person)
+        vectors = self._unit(item.embeddings)
+        if not len(vectors):
+            raise UserError(f"{name!r} comes without a picture; give at least one")
+        sources = list(item.sources) if item.sources is not None else [None] * len(vectors)
+        if len(sources) != len(vectors):
+            raise UserError(f"{name!r} has {len(vectors)} pictures and {len(sources)} sources")
+        texts = ["" if source is None else _json(str(source)) for source in sources]
+        if (longest := max(map(len, texts))) > SOURCE_BYTES:
+            raise UserError(f"a source of {name!r} has {longest} bytes; {SOURCE_BYTES} is the most")
+        return _Checked(_key(name), name, vectors, texts, _metadata(name, item.metadata))
+
+    def _change(self, items: list[_Checked], replace: bool) -> list[str]:
+        """Write people's pictures, then the people; the caller holds the lock."""
+        old = self._store.get(self._people, [item.key for item in items])
+        people, pictures, superseded = [], [], []
+        for item in items:
+            record = _Record.load(old[item.key].text) if item.key in old else None
+            kept = [] if record is None or replace else record.pictures
+            if len(kept) + len(item.vectors) > PICTURES:
+                raise UserError(
+                    f"{item.name!r} would have {len(kept) + len(item.vectors)} pictures; "
+                    f"{PICTURES} is the most: leave some out"
+                )
+            taken = set(record.pictures) if record else set()
+            tokens = _tokens(len(item.vectors), taken)
+            total = item.vectors.sum(0)
+            if kept:
+                # Of the pictures themselves, so that it does not drift however often it changes.
+                before = self._store.get(
+                    self._pictures, [f"{item.key}.{t}" for t in kept], vectors=True
+                )
+                total = total + np.sum([row.vector for row in before.values()], axis=0)
+            if record is not None and replace:
+                superseded += [f"{item.key}.{token}" for token in record.pictures]
+            metadata = (
+                item.metadata if item.metadata is not None else (record.metadata if record else {})
+            )
+            text = _Record(item.name, metadata, kept + tokens).dump()
+            people.append(Row(item.key, text, _template(total, item.vectors[0])))
+            pictures += [
+                Row(f"{item.key}.{token}", source, vector)
+                for token, source, vector in zip(tokens, item.texts, item.vectors, strict=True)
+            ]
+        with self._gate.write(), self._note([row.key for row in pictures] + superseded):
+            self._store.put(self._pictures, pictures)
+            self._store.put(self._people, people)
+            self._store.delete(self._pictures, superseded)
+        return [row.key for row in pictures]
+
+    def remove(self, person: str) -> int:
+        """Remove a person: nothing finds them from here on.
+
+        The files of a local gallery hold the embeddings until `compact` rewrites them.
+
+        Returns:
+            How many pictures went; 0 if nobody of that name was there.
+        """
+        key = _key(_name(person))
+        with self._changing:
+            self._check_open()
+            row = self._store.get(self._people, [key]).get(key)
+            if row is None:
+                return 0
+            pictures = [f"{key}.{token}" for token in _Record.load(row.text).pictures]
+            with self._gate.write(), self._note(pictures):
+                self._store.delete(self._people, [key])
+                self._store.delete(self._pictures, pictures)
+            return len(pictures)
+
+    @contextmanager
+    def _note(self, pictures: list[str]) -> Iterator[None]:
+        """Keep a note of the pictures that a change touches, for whoever opens after a crash.
+
+        Not undone by an exception: a change that failed midway is a crash too.
+        """
+        notes = [
+            Row(
+                f"note-{secrets.token_hex(8)}",
+                _json({"time": time.time(), "pictures": pictures[i : i + CHANGE_PICTURES]}),
+                _META_VECTOR,
+            )
+            for i in range(0, len(pictures), CHANGE_PICTURES)
+        ]
+        self._store.put(META, notes)
+        yield
+        self._store.delete(META, [note.key for note in notes])
+
+    def _recover(self) -> None:
+        """Delete the pictures that changes cut short left behind without a person's row."""
+        for note in list(self._store.scan(META)):
+            if not note.key.startswith("note-"):
+                continue
+            content = json.loads(note.text)
+            if not self._store.local and time.time() - content["time"] < NOTE_SECONDS:
+                continue
+            touched = content["pictures"]
+            people = self._store.get(self._people, [key.split(".")[0] for key in touched])
+            named = {
+                f"{key}.{token}"
+                for key, row in people.items()
+                for token in _Record.load(row.text).pictures
+            }
+            self._store.delete(self._pictures, [key for key in touched if key not in named])
+            self._store.delete(META, [note.key])
+
+    # -- searching -------------------------------------------------------------------------------
+
+    def search(
+        self,
+        embeddings: np.ndarray,
+        *,
+        k: int = 5,
+        fusion: Fusion = "max",
+        exact: bool = False,
+        effort: int | None = None,
+    ) -> list[list[Match]]:
+        """The k people most like each probe, best first.
+
+        The answer does not say whether the best is the right one: compare its score with a
+        calibrated threshold (see `decide`).
+
+        Args:
+            embeddings: (q, d) or (d,), brought to length 1.
+            k: people to name, 1 to 1,000; fewer come back if there are fewer.
+            fusion: a person's score is that of the picture most like the probe (``max``) or that
+                of the template, the normalised mean of the pictures (``mean``).
+            exact: look at everything even where the index is approximate.
+            effort: how hard an approximate index searches: cells looked into of 256 (ivf) or
+                candidates (hnsw); more is slower and closer to exact.
+
+        Returns:
+            For each probe up to k matches.
+
+        Raises:
+            UserError: embeddings that are not finite or of another dimension, a bad k or fusion.
+        """
+        if not 1 <= k <= 1_000:
+            raise UserError(f"k is {k}; it must be from 1 to 1000")
+        if fusion not in ("max", "mean"):
+            raise UserError(f"there is no fusion {fusion!r}; choose max or mean")
+        queries = self._unit(embeddings)
+        if not len(queries):
+            return []
+        with self._gate.read():
+            self._check_open()
+            return self._search(queries, k, fusion, exact, effort)
+
+    def _search(
+        self, queries: np.ndarray, k: int, fusion: str, exact: bool, effort: int | None
+    ) -> list[list[Match]]:
+        name = self._people if fusion == "mean" else self._pictures
+        answers: list[list[Match]] = [[] for _ in queries]
+        records: dict[str, _Record] = {}
+        todo = list(range(len(queries)))
+        # Several of the nearest pictures may show one person, so that k people need more than k.
+        limit = k if fusion == "mean" else min(MOST_ROWS, max(16, 4 * k))
+        while todo:
+            found = self._store.search(
+                name, queries[todo], limit, self.index, effort=effort, exact=exact
+            )
+            keys = {key.split(".")[0] for hits in found for key, _ in hits} - records.keys()
+            rows = self._store.get(self._people, keys)
+            records |= {key: _Record.load(row.text) for key, row in rows.items()}
+            unfinished = []
+            for query, hits in zip(todo, found, strict=True):
+                best: dict[str, float] = {}
+                for key, score in hits:
+                    person, _, token = key.partition(".")
+                    # A picture that its person's row does not name is not, or no longer, theirs.
+                    if person in records and (not token or token in records[person].pictures):
+                        best.setdefault(person, score)
+                answers[query] = [
+                    Match(records[p].name, min(1.0, max(-1.0, s)), records[p].metadata)
+                    for p, s in list(best.items())[:k]
+                ]
+                if len(best) < k and len(hits) == limit < MOST_ROWS:
+                    unfinished.append(query)
+            todo, limit = unfinished, min(MOST_ROWS, 4 * limit)
+        return answers
+
+    def get(self, person: str) -> Person | None:
+        """The person of this name, or None."""
+        key = _key(_name(person))
+        with self._gate.read():
+            self._check_open()
+            row = self._store.get(self._people, [key]).get(key)
+        return None if row is None else _person(_Record.load(row.text))
+
+    def people(self) -> list[Person]:
+        """Everybody, by name."""
+        with self._gate.read():
+            self._check_open()
+            records = [_Record.load(row.text) for row in self._store.scan(self._people)]
+        return sorted(map(_person, records), key=lambda person: person.name)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers: people, pictures, dim, fingerprint, index, where, versions."""
+        with self._gate.read():
+            self._check_open()
+            people = self._store.count(self._people)
+            pictures = self._store.count(self._pictures)
+        return {
+            "people": people,
+            "pictures": pictures,
+            "dim": self.dim,
+            "fingerprint": self.fingerprint,
+            "index": self.index,
+            "uri": self._store.uri,
+            "package_version": self._stamp["package_version"],
+        }
+
+    # -- the whole gallery at once ---------------------------------------------------------------
+
+    def compact(self) -> None:
+        """Rewrite the gallery without what was removed.
+
+        The new files hold nobody who was removed, and the old ones are deleted: afterwards no
+        file of a local gallery holds a removed embedding. Searches go on meanwhile; changes wait.
+        A crash leaves the gallery as it was before or after.
+        """
+        with self._changing:
+            self._check_open()
+            self._rewrite(self._stored(), self.fingerprint, self.dim)
+
+    def sources(self) -> Iterator[tuple[Person, list[str | None]]]:
+        """Everybody with where each of their pictures came from, None where nobody said."""
+        with self._gate.read():
+            self._check_open()
+            rows = list(self._store.scan(self._people))
+        for row in rows:
+            record = _Record.load(row.text)
+            keys = [f"{row.key}.{token}" for token in record.pictures]
+            with self._gate.read():
+                found = self._store.get(self._pictures, keys)
+            texts = [found[key].text for key in keys if key in found]
+            yield _person(record), [json.loads(text) if text else None for text in texts]
+
+    def reembed(self, people: Iterable[Enrolment], *, fingerprint: str, dim: int) -> None:
+        """Replace everything by embeddings of another model, at once and at the end.
+
+        Args:
+            people: everybody, once each, embedded by the new model.
+            fingerprint: of the new model.
+            dim: numbers in its embeddings.
+        """
+        with self._changing:
+            self._check_open()
+
+            def rows() -> Iterator[tuple[Row, list[Row]]]:
+                for item in people:
+                    vectors = _unit(item.embeddings, dim)
+                    key, name = _key(_name(item.person)), _name(item.person)
+                    tokens = _tokens(len(vectors), set())
+                    sources = item.sources or [None] * len(vectors)
+                    record = _Record(name, item.metadata or {}, tokens)
+                    yield (
+                        Row(key, record.dump(), _template(vectors.sum(0), vectors[0])),
+                        [
+                            Row(f"{key}.{token}", "" if source is None else _json(source), vector)
+                            for token, source, vector in zip(tokens, sources, vectors, strict=True)
+                        ],
+                    )
+
+            self._rewrite(rows(), fingerprint, dim)
+
+    def _stored(self) -> Iterator[tuple[Row, list[Row]]]:
+        """Everybody's row with their pictures' rows."""
+        waiting: dict[str, tuple[Row, list[str]]] = {}
+
+        def fetch() -> Iterator[tuple[Row, list[Row]]]:
+            keys = [key for _, keys in waiting.values() for key in keys]
+            found = self._store.get(self._pictures, keys, vectors=True)
+            for row, theirs in waiting.values():
+                yield row, [found[key] for key in theirs if key in found]
+            waiting.clear()
+
+        for row in self._store.scan(self._people, vectors=True):
+            tokens = _Record.load(row.text).pictures
+            waiting[row.key] = row, [f"{row.key}.{token}" for token in tokens]
+            if sum(len(keys) for _, keys in waiting.values()) >= CHANGE_PICTURES:
+                yield from fetch()
+        yield from fetch()
+
+    def _rewrite(self, rows: Iterable[tuple[Row, list[Row]]], fingerprint: str, dim: int) -> None:
+        """Write the next generation of the collections, point the stamp at it, drop this one."""
+        self._drop_generations()
+        stamp = {
+            **self._stamp,
+            "fingerprint": fingerprint,
+            "dim": dim,
+            "package_version": __version__,
+            "generation": self._stamp["generation"] + 1,
+        }
+        new = Gallery(self._store, stamp)
+        for name in (new._people, new._pictures):
+            self._store.create(name, dim, self.index)
+        people: list[Row] = []
+        pictures: list[Row] = []
+
+        def put() -> None:
+            self._store.put(new._pictures, pictures)
+            self._store.put(new._people, people)
+            people.clear()
+            pictures.clear()
+
+        for person, theirs in rows:
+            people.append(person)
+            pictures += theirs
+            if len(pictures) >= CHANGE_PICTURES:
+                put()
+        put()
+        for name in (new._people, new._pictures):
+            self._store.flush(name)
+        with self._gate.write():
+            self._store.put(META, [_stamp_row(stamp)])
+            self._stamp = stamp
+            self._drop_generations()
+
+    def _drop_generations(self) -> None:
+        """Drop the collections that the stamp does not name."""
+        for name in self._store.collections():
+            if name.startswith(PREFIX) and name not in (META, self._people, self._pictures):
+                self._store.drop(name)
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError(f"the gallery {self._store.uri} was closed; open it again")
+
+    def _unit(self, embeddings: np.ndarray) -> np.ndarray:
+        return _unit(embeddings, self.dim)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An enrolment that was found right: unit vectors, texts to store."""
+
+    key: str
+    name: str
+    vectors: np.ndarray
+    texts: list[str]
+    metadata: dict[str, Any] | None
+
+
+def decide(matches: Sequence[Match], threshold: float) -> Match | None:
+    """The best match if it reaches the threshold, else None: an unknown person."""
+    return matches[0] if matches and matches[0].score >= threshold else None
+
+
+_META_VECTOR = np.array([1, 0], np.float32)  # Milvus wants a vector in every row
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _person(record: _Record) -> Person:
+    return Person(record.name, len(record.pictures), record.metadata)
+
+
+def _name(person: str) -> str:
+    name = unicodedata.normalize("NFC", person) if isinstance(person, str) else ""
+    if not 1 <= len(name) <= NAME_LENGTH or not name.strip():
+        raise UserError(
+            f"a person's name has 1 to {NAME_LENGTH} characters, not only spaces; "
+            f"{str(person)[:40]!r} will not do"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name {name!r} is not valid Unicode") from error
+    return name
+
+
+def _key(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def _tokens(count: int, taken: set[str]) -> list[str]:
+    tokens: list[str] = []
+    while len(tokens) < count:
+        token = secrets.token_hex(4)
+        if token not in taken:
+            taken.add(token)
+            tokens.append(token)
+    return tokens
+
+
+def _metadata(name: str, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict):
+        raise UserError(f"the metadata of {name!r} is no JSON object; give names with values")
+    try:
+        text = _json(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the metadata of {name!r} is not JSON: {error}") from error
+    if len(text) > METADATA_BYTES:
+        raise UserError(
+            f"the metadata of {name!r} has {len(text):,} bytes; {METADATA_BYTES:,} is the most"
+        )
+    return dict(json.loads(text))
+
+
+def _unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
+    vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
+    if vectors.ndim != 2 or (vectors.size and vectors.shape[1] != dim):
+        raise UserError(
+            f"the embeddings have the shape {np.shape(embeddings)}; the gallery takes (n, {dim})"
+        )
+    if not vectors.size:
+        return np.zeros((0, dim), np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths == 0).any():
+        raise UserError("an embedding is zero, infinite or not a number; its picture is unusable")
+    return np.asarray(vectors / lengths, np.float32)
+
+
+def _template(total: np.ndarray, instead: np.ndarray) -> np.ndarray:
+    """The sum brought to length 1; `instead` if the pictures cancel out."""
+    length = float(np.linalg.norm(total))
+    return np.asarray(total / length, np.float32) if length > 1e-6 else instead
+
+
+def _stamp_row(stamp: dict[str, Any]) -> Row:
+    return Row(STAMP, _json(stamp), _META_VECTOR)
+
+
+def _read_stamp(store: Store) -> dict[str, Any] | None:
+    """The stamp, or None where there is no gallery or its making was cut short."""
+    if META not in store.collections():
+        return None
+    store.load(META)
+    row = store.get(META, [STAMP]).get(STAMP)
+    return None if row is None else dict(json.loads(row.text))
+
+
+def _create(store: Store, fingerprint: str, dim: int, index: str) -> dict[str, Any]:
+    # The stamp comes last: what has none is a making that was cut short.
+    for name in store.collections():
+        if name.startswith(PREFIX):
+            store.drop(name)
+    stamp = {
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "fingerprint": fingerprint,
+        "dim": dim,
+        "index": index,
+        "generation": 1,
+    }
+    store.create(META, 2)
+    for kind in ("people", "pictures"):
+        store.create(f"{PREFIX}{kind}_1", dim, index)
+    store.put(META, [_stamp_row(stamp)])
+    return stamp
+
+
+def _check_stamp(
+    stamp: dict[str, Any], uri: str, fingerprint: str | None, dim: int | None, index: str | None
+) -> None:
+    if stamp["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"the gallery {uri} has format version {stamp['format_version']} and this package "
+            f"reads {FORMAT_VERSION}: use the package version that wrote it "
+            f"({stamp['package_version']})"
+        )
+    if fingerprint is not None and stamp["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the gallery {uri} holds embeddings of the model {stamp['fingerprint'][:12]} and the "
+            f"model given is {fingerprint[:12]}: use the former, or move the gallery to the "
+            "latter with `sphereface2 gallery reembed`"
+        )
+    if dim is not None and stamp["dim"] != dim:
+        raise UserError(
+            f"the gallery {uri} holds embeddings of {stamp['dim']} numbers and the model gives "
+            f"{dim}: use the model it was made with"
+        )
+    if index is not None and stamp["index"] != index:
+        raise UserError(
+            f"the gallery {uri} was made with the index {stamp['index']}, not {index}: leave the "
+            "option out, or make another gallery"
+        )

@@ -60,7 +60,9 @@ def fit(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoint folder or its weights.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint folder, its weights, or an .onnx file.")
+    ],
     pairs: Annotated[
         list[Path] | None, typer.Option(help=".bin, pairs.txt or pair list; repeatable.")
     ] = None,
@@ -91,6 +93,110 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         plots=plots,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoint folder or its weights.")],
+    to: Annotated[str, typer.Option(help="onnx or torch_export.")],
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights and activations.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Training set to measure int8's ranges on.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images of it to use.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of their choice.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="File; default: beside the checkpoint.")] = None,
+) -> None:
+    """Write a checkpoint as one ONNX file or torch.export archive, checked against PyTorch."""
+    from sphereface2.recognition.export import export as run
+
+    run(
+        checkpoint,
+        to=to,
+        int8=int8,
+        calibration=calibration,
+        images=images,
+        seed=seed,
+        out=out,
+    )
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run or a model folder.")],
+    pairs: Annotated[
+        list[Path] | None, typer.Option(help=".bin, pairs.txt or pair list; repeatable.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder of a pairs.txt.")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="pairs.txt that names the people of a .bin.")
+    ] = None,
+    all_pairs: Annotated[
+        list[Path] | None,
+        typer.Option(help="Use every pair of this folder, list or RecordIO; repeatable."),
+    ] = None,
+    far: Annotated[
+        list[float] | None,
+        typer.Option(help="FAR of a threshold; repeatable, the first is the default; 1e-2."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="logistic or isotonic.")] = "logistic",
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Fit similarity to probability and thresholds; write calibration.json beside the model."""
+    from sphereface2.recognition.calibrate import calibrate as run
+
+    run(
+        checkpoint,
+        pairs=pairs or [],
+        images=images,
+        names=names,
+        all_pairs=all_pairs or [],
+        fars=far or [1e-2],
+        method=method,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="A picture.")],
+    second: Annotated[Path, typer.Argument(help="Another picture.")],
+    model: Annotated[str, typer.Option(help="A run, a model folder or a hub id.")],
+    far: Annotated[
+        float | None, typer.Option(help="Decide at this FAR; default: the calibration's first.")
+    ] = None,
+    prior: Annotated[
+        float, typer.Option(help="Share of matched pairs expected, for the probability.")
+    ] = 0.5,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to write: both pictures, landmarks, verdict.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Tell whether two pictures show one person. Exit status 0 for either answer, 2 for errors."""
+    from sphereface2.recognition.verify import verify as run
+
+    run(
+        first,
+        second,
+        model=model,
+        far=far,
+        prior=prior,
+        aligned=aligned,
+        picture=picture,
         device=device,
         as_json=as_json,
     )

@@ -17,6 +17,7 @@ from torch import nn
 
 from sphereface2 import __version__
 from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.backbones.registry import available, create
 from sphereface2.errors import UserError
@@ -68,12 +69,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
 
     Args:
         path: a bundle folder, its ``model.safetensors``, or a run folder (then its best
-            checkpoint, else its last).
-        device: where the weights go.
+            checkpoint, else its last); or an ``.onnx`` file that was exported from one, which
+            gives an `OnnxNetwork`.
+        device: where the weights go; an exported network computes on the CPU.
 
     Raises:
         UserError: nothing there, a foreign or damaged file, weights that do not fit.
     """
+    if Path(path).suffix == ".onnx":
+        return OnnxNetwork(path)
     # Symbolic links are followed once: both files come from the same checkpoint even if training
     # moves the link on between the two reads.
     folder = resolve(path).resolve()

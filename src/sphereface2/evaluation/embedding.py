@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ def embed(
     images: Iterable[Any],
     *,
     read: Callable[[Any], np.ndarray] | None = None,
+    readers: int = 1,
     batch_size: int = 128,
     flip: bool = True,
     device: str | torch.device | None = None,
@@ -39,8 +40,9 @@ def embed(
         net: a backbone, with its ``preprocessing``.
         images: encoded images (bytes) or decoded ones (uint8 RGB, (H, W, 3)), sizes may differ;
             with ``read``, whatever it takes.
-        read: makes a decoded image of one of ``images``, in another thread, while the network is
-            at work. Its UserError names the image itself.
+        read: makes a decoded image of one of ``images``, in a thread of its own while the network
+            is at work. Its UserError names the image itself.
+        readers: threads that read.
         batch_size: images in one forward pass.
         flip: add the embedding of the mirror image before normalising (the flip test).
         device: where to run; by default where the network is.
@@ -58,7 +60,7 @@ def embed(
     net = net.to(place).eval()
     rows: list[np.ndarray] = []
     try:
-        for taken, batch in _decoded(iter(images), batch_size, read, name, unreadable):
+        for taken, batch in _decoded(iter(images), batch_size, read, readers, name, unreadable):
             if batch:
                 rows.append(_forward(net, batch, flip, place))
             if progress is not None:
@@ -95,6 +97,7 @@ def _decoded(
     images: Iterator[Any],
     batch_size: int,
     read: Callable[[Any], np.ndarray] | None,
+    readers: int,
     name: Callable[[int], str] | None,
     unreadable: list[int] | None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -106,28 +109,31 @@ def _decoded(
     def as_pixels(image: Image) -> np.ndarray:
         return image if isinstance(image, np.ndarray) else decode(image)
 
-    read_one = read or as_pixels
+    pool = ThreadPoolExecutor(readers)
 
-    def batch_at(start: int, encoded: list[Any]) -> tuple[int, list[np.ndarray]]:
+    def submit(batch: list[Any]) -> list[Future[np.ndarray]]:
+        return [pool.submit(read or as_pixels, image) for image in batch]
+
+    def collect(start: int, futures: list[Future[np.ndarray]]) -> tuple[int, list[np.ndarray]]:
         batch = []
-        for offset, image in enumerate(encoded):
+        for index, future in enumerate(futures, start):
             try:
-                batch.append(read_one(image))
+                batch.append(future.result())
             except UserError as error:
-                if unreadable is None and read is not None:
+                if unreadable is not None:
+                    unreadable.append(index)
+                elif read is not None:
                     raise
-                if unreadable is None:
-                    label = name(start + offset) if name else f"image {start + offset}"
+                else:
+                    label = name(index) if name else f"image {index}"
                     raise UserError(f"{label} cannot be read: {error}") from error
-                unreadable.append(start + offset)
-        return len(encoded), batch
+        return len(futures), batch
 
-    with ThreadPoolExecutor(1) as pool:
-        start, ahead = 0, None
-        while encoded := list(islice(images, batch_size)):
-            current, ahead = ahead, pool.submit(batch_at, start, encoded)
-            start += len(encoded)
-            if current is not None:
-                yield current.result()
-        if ahead is not None:
-            yield ahead.result()
+    try:
+        start, current = 0, submit(list(islice(images, batch_size)))
+        while current:
+            ahead = submit(list(islice(images, batch_size)))
+            yield collect(start, current)
+            start, current = start + len(current), ahead
+    finally:
+        pool.shutdown(cancel_futures=True)

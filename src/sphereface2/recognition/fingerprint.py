@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.data.sources import digest
 
 
@@ -15,8 +16,10 @@ def fingerprint(net: Backbone) -> str:
     """sha256 (hex) of a network's weights, configuration and preprocessing.
 
     Two networks with one fingerprint give one image one embedding. It survives saving, loading and
-    moving to another device, and does not depend on metadata.
+    moving to another device, and does not depend on metadata. An exported network brings its own.
     """
+    if isinstance(net, OnnxNetwork):
+        return net.fingerprint
     options = {k: v for k, v in net.config["kwargs"].items() if k != "pretrained"}
     described = [net.config["name"], options, net.preprocessing.to_dict()]
     parts: list[str | np.ndarray] = [json.dumps(described, sort_keys=True)]

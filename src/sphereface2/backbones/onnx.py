@@ -1,0 +1,109 @@
+"""An exported network: an ONNX file, run by ONNX Runtime in the place of a backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.preprocessing import Preprocessing
+from sphereface2.errors import UserError
+
+FORMAT = "sphereface2-export"
+FORMAT_VERSION = 1
+METADATA_KEY = "sphereface2"
+"""Of the ONNX metadata entry whose value is a JSON object; see `recognition.export`."""
+
+
+class OnnxNetwork(Backbone):
+    """A file written by ``sphereface2 export --to onnx``, in evaluation only, on the CPU.
+
+    It has the `preprocessing`, `embedding_dim`, `input_size` and `metadata` of the network it was
+    exported from, and takes and gives what that one does. Images and embeddings may lie on any
+    device. It runs on as many threads as torch did when it was loaded.
+
+    Args:
+        source: path of the file, or its content.
+
+    Attributes:
+        fingerprint: of what the file computes: the checkpoint's for float32, its own for int8.
+        description: all that the file says about itself.
+
+    Raises:
+        UserError: no file, damaged, or not written by ``sphereface2 export``; onnxruntime missing.
+    """
+
+    def __init__(self, source: str | Path | bytes):
+        runtime = import_runtime()
+        label = "the exported network" if isinstance(source, bytes) else str(source)
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise UserError(f"{label} does not exist or is no file: give an .onnx file")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors come as exceptions
+        try:
+            session = runtime.InferenceSession(
+                source if isinstance(source, bytes) else str(source),
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+        except Exception as error:  # onnxruntime's own exceptions share no base but this
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
+        described = _description(session, label)
+        super().__init__(described["embedding_dim"], described["preprocessing"]["size"], stride=1)
+        self.preprocessing = Preprocessing.from_dict(described["preprocessing"])
+        self.metadata = described.get("metadata") or {}
+        self.fingerprint: str = described["fingerprint"]
+        self.description = described
+        self._session = session
+        self._input = session.get_inputs()[0].name
+        self.eval()
+
+    def embed(self, images: Tensor) -> Tensor:
+        pixels = np.ascontiguousarray(images.detach().float().cpu().numpy())
+        (embeddings,) = self._session.run(None, {self._input: pixels})
+        return torch.from_numpy(embeddings).to(images.device)
+
+
+def import_runtime() -> Any:
+    """The module onnxruntime, or a UserError that says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            "ONNX files need ONNX Runtime: pip install 'sphereface2[export]'"
+        ) from error
+    return onnxruntime
+
+
+def _description(session: Any, label: str) -> dict[str, Any]:
+    """What the file says about itself, checked against its graph."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    try:
+        described = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise UserError(f"{label} was not written by `sphereface2 export`, which tells its inputs")
+    if (version := described.get("format_version")) != FORMAT_VERSION:
+        raise UserError(
+            f"{label} has format version {version!r} and this package reads {FORMAT_VERSION}: "
+            f"use the package version that wrote it ({described.get('package_version')})"
+        )
+    try:
+        size = Preprocessing.from_dict(described["preprocessing"]).size
+        shapes = [list(place.shape) for place in session.get_inputs() + session.get_outputs()]
+        expected = [[3, *size], [described["embedding_dim"]]]
+        fits = [shape[1:] for shape in shapes] == expected
+        fits = fits and isinstance(described["fingerprint"], str)
+    except (KeyError, UserError) as error:
+        raise UserError(f"{label} lacks its preprocessing, dimension or fingerprint") from error
+    if not fits:
+        raise UserError(f"{label} contradicts itself: its description is not of its graph")
+    return described

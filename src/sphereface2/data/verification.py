@@ -1,13 +1,15 @@
 """Verification sets: which images to compare and which pairs show one person.
 
-Three layouts are read: InsightFace's ``.bin`` (a pickle, read by an unpickler that admits data
-only), LFW's ``pairs.txt`` next to a folder of images, and pair lists of ``label path0 path1``.
+Layouts: InsightFace's ``.bin`` (a pickle, read by an unpickler that admits data only), LFW's
+``pairs.txt`` next to a folder of images, pair lists of ``label path0 path1``, the lists of CALFW
+and CPLFW (two lines of ``image label`` a pair), and CFP's protocol folder.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -18,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from sphereface2.data.sources import digest
 from sphereface2.errors import UserError
 
 Image = bytes | np.ndarray
@@ -67,6 +70,14 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def fingerprint(self) -> str:
+        """sha256 over the images and the pairs; reads every image."""
+        images = (
+            image if isinstance(image, bytes) else f"{image.shape}".encode() + image.tobytes()
+            for image in (self.images[i] for i in range(len(self.images)))
+        )
+        return digest(self.pairs.astype(np.int64), self.same.astype(bool), *images)
+
     def image_name(self, index: int) -> str:
         """Name image ``index`` in a message."""
         if self.image_names is not None:
@@ -95,8 +106,8 @@ def load_pairs(
     """Read a verification set.
 
     Args:
-        path: an InsightFace ``.bin``, an LFW ``pairs.txt``, or a list of ``label path0 path1``
-            lines (tab, comma or space; 1 = one person).
+        path: an InsightFace ``.bin``, an LFW ``pairs.txt``, a list of ``label path0 path1`` lines
+            (tab, comma or space; 1 = one person), or one of ``image label`` lines, two a pair.
         images: the folder that holds the images of a text list; by default the list's own folder.
         names: for a ``.bin``, the ``pairs.txt`` in whose order it was written: it tells who the
             people are, so that intervals can be bootstrapped over people.
@@ -359,7 +370,11 @@ def _load_text(path: Path, root: Path) -> PairSet:
     first = re.split(r"\s+", lines[0][1])
     lfw = all(f.isdigit() for f in first) and len(first) <= 2
     lfw |= len(first) in (3, 4) and not re.fullmatch(r"[01]|-1", first[0]) and first[-1].isdigit()
-    return _load_pairs_txt(path, lines, root) if lfw else _load_pair_list(path, lines, root)
+    if lfw:
+        return _load_pairs_txt(path, lines, root)
+    if len(first) == 2 and PurePath(first[0]).suffix.lower() in _SUFFIXES and first[1].isdigit():
+        return _load_two_line_list(path, lines, root)
+    return _load_pair_list(path, lines, root)
 
 
 def _parse_pairs_txt(path: Path, lines: list[tuple[int, str]]) -> _PairsTxt:
@@ -433,6 +448,137 @@ def _load_pair_list(path: Path, lines: list[tuple[int, str]], root: Path) -> Pai
         folds=consecutive_folds(len(pairs)),
         people=people.astype(np.int64) if agrees else None,
         image_names=[str(p) for p in paths],
+    )
+
+
+def _load_two_line_list(path: Path, lines: list[tuple[int, str]], root: Path) -> PairSet:
+    """CALFW's and CPLFW's list: 0 marks a mismatched pair; a matched one has 1, or its fold."""
+    if len(lines) % 2:
+        raise UserError(f"{path} has {len(lines)} lines: expected two a pair")
+    files: dict[str, int] = {}
+    index, marks = [], []
+    for (number, line), (_, other) in zip(lines[::2], lines[1::2], strict=True):
+        fields = [*line.split(), *other.split()]
+        if len(fields) != 4 or not fields[1].isdigit() or fields[1] != fields[3]:
+            raise UserError(f"{path} line {number}: expected two lines 'image label', labels equal")
+        marks.append(int(fields[1]))
+        index.append([files.setdefault(f, len(files)) for f in fields[::2]])
+    paths = [root / f for f in files]
+    _require(path, paths, root)
+    pairs, label = np.array(index, np.int64), np.array(marks)
+    people = np.unique(
+        [re.sub(r"_\d+$", "", str(PurePath(f).with_suffix(""))) for f in files],
+        return_inverse=True,
+    )[1]
+    agrees = bool(np.array_equal(people[pairs[:, 0]] == people[pairs[:, 1]], label > 0))
+    # The matched pairs may all stand before the mismatched: each kind is split for itself.
+    folds = np.empty(len(label), np.int64)
+    for kind in (label > 0, label == 0):
+        folds[kind] = consecutive_folds(int(kind.sum()))
+    if label.max() > 1:
+        folds[label > 0] = label[label > 0] - 1
+    return PairSet(
+        name=path.stem,
+        images=ImageFiles(paths),
+        pairs=pairs,
+        same=label > 0,
+        folds=folds,
+        people=people.astype(np.int64) if agrees else None,
+        image_names=[str(p) for p in paths],
+    )
+
+
+def load_cfp(root: str | Path, protocol: str) -> PairSet:
+    """Read CFP in its authors' layout.
+
+    ``root/Protocol/Pair_list_F.txt`` and ``Pair_list_P.txt`` number the frontal and the profile
+    images by ``number path`` lines, paths relative to ``Protocol``;
+    ``root/Protocol/Split/FP/01/same.txt`` to ``10/diff.txt`` hold the folds, a line
+    ``number,number`` a pair.
+
+    Args:
+        root: the folder with ``Protocol`` and ``Data``.
+        protocol: "FF" (frontal against frontal) or "FP" (frontal against profile).
+
+    Raises:
+        UserError: a file is missing or says something else.
+    """
+    folder = Path(root) / "Protocol"
+    frontal = _cfp_images(folder / "Pair_list_F.txt")
+    second = frontal if protocol == "FF" else _cfp_images(folder / "Pair_list_P.txt")
+    split = folder / "Split" / protocol
+    folds_at = sorted(p for p in split.iterdir() if p.is_dir()) if split.is_dir() else []
+    if len(folds_at) < 2:
+        raise UserError(f"{split} holds {len(folds_at)} folds: expected the folders 01 to 10")
+    files: dict[Path, int] = {}
+    index, same, folds = [], [], []
+    for fold, place in enumerate(folds_at):
+        for name in ("same.txt", "diff.txt"):
+            for number, line in _lines(place / name):
+                fields = [f.strip() for f in line.split(",")]
+                if len(fields) != 2 or fields[0] not in frontal or fields[1] not in second:
+                    raise UserError(
+                        f"{place / name} line {number}: expected two numbers of the pair lists"
+                    )
+                one, other = frontal[fields[0]], second[fields[1]]
+                index.append([files.setdefault(p, len(files)) for p in (one, other)])
+                same.append(name == "same.txt")
+                folds.append(fold)
+    paths = list(files)
+    _require(split, paths, Path(root))
+    pairs, verdicts = np.array(index, np.int64), np.array(same)
+    # Data/Images/PERSON/frontal/01.jpg, if the labels agree.
+    people = np.unique([str(p.parent.parent) for p in paths], return_inverse=True)[1]
+    agrees = bool(np.array_equal(people[pairs[:, 0]] == people[pairs[:, 1]], verdicts))
+    return PairSet(
+        name=f"cfp_{protocol.lower()}",
+        images=ImageFiles(paths),
+        pairs=pairs,
+        same=verdicts,
+        folds=np.array(folds, np.int64),
+        people=people.astype(np.int64) if agrees else None,
+        image_names=[str(p) for p in paths],
+    )
+
+
+def _cfp_images(path: Path) -> dict[str, Path]:
+    found = {}
+    for number, line in _lines(path):
+        fields = line.split(maxsplit=1)
+        if len(fields) != 2 or not fields[0].isdigit():
+            raise UserError(f"{path} line {number}: expected 'number path'")
+        found[fields[0]] = Path(os.path.normpath(path.parent / fields[1]))
+    return found
+
+
+class _Chain(Sequence[Image]):
+    """Sequences of images one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Image]]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][index - int(self.ends[part]) + len(self.parts[part])]
+
+
+def union(name: str, sets: Sequence[PairSet]) -> PairSet:
+    """One set of all pairs of ``sets``: fold k holds the pairs of their folds k.
+
+    A person may be in several of them under numbers that differ, so the people are not told.
+    """
+    shifts = np.cumsum([0, *(len(s.images) for s in sets)])
+    return PairSet(
+        name=name,
+        images=_Chain([s.images for s in sets]),
+        pairs=np.concatenate([s.pairs + n for s, n in zip(sets, shifts, strict=False)]),
+        same=np.concatenate([s.same for s in sets]),
+        folds=np.concatenate([s.folds for s in sets]),
+        image_names=[s.image_name(i) for s in sets for i in range(len(s.images))],
     )
 
 

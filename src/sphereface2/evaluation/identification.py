@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -221,3 +222,89 @@ def _cis(
     who = np.unique(who[found.mated], return_inverse=True)[1]
     counted = np.stack([np.bincount(who, weights=hit) for hit in hits])
     return ratio_intervals(counted, np.bincount(who), replicates, np.random.default_rng(seed))
+
+
+@dataclass(frozen=True)
+class Distractors:
+    """Rank-1 identification against a growing crowd.
+
+    Attributes:
+        sizes: the numbers of distractors.
+        rank1: one rate a size; ``at`` is the size.
+        searches: how many pairs of a probe and a mate were tried at each size.
+    """
+
+    sizes: list[int]
+    rank1: list[Rate]
+    searches: int
+
+
+def distractor_rank1(
+    probes: np.ndarray,
+    people: np.ndarray,
+    distractors: Iterable[np.ndarray],
+    sizes: Sequence[int],
+    *,
+    replicates: int = 0,
+    seed: int = 0,
+) -> Distractors:
+    """MegaFace's identification: does a probe find its mate among N strangers?
+
+    For each ordered pair of two images of a person, one is searched in a gallery of the other and
+    the first N distractors; it is found if the mate scores strictly above all of them. Distractors
+    are taken block by block and forgotten; for each probe only its best score is kept.
+
+    Args:
+        probes: float32 (Q, d), rows of length 1.
+        people: (Q,); who has one image only is left out.
+        distractors: blocks (n, d) of embeddings of other people.
+        sizes: the N wanted, each at least 1; those beyond the number of distractors are dropped,
+            and that number itself is always told.
+        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over the probes'
+            people, the distractors held fixed.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: nobody has two images, there are no distractors, or embeddings are not finite.
+    """
+    people = np.unique(people, return_inverse=True)[1]
+    best = np.full(len(probes), -np.inf, np.float32)
+    ends = sorted(set(sizes))
+    reached: dict[int, np.ndarray] = {}
+    seen = 0
+    rows = max(1, _SCORES // max(1, len(probes)))
+    for whole in distractors:
+        # Cut where a size is reached, so that each snapshot is of exactly N distractors.
+        cuts = {n - seen for n in ends if seen < n < seen + len(whole)}
+        edges = sorted({*range(0, len(whole), rows), *cuts, len(whole)})
+        for start, stop in pairwise(edges):
+            top = (probes @ whole[start:stop].T).max(axis=1)
+            if not np.isfinite(top).all():
+                raise UserError("the embeddings hold NaN or infinite values")
+            np.maximum(best, top, out=best)
+            if seen + stop in ends:
+                reached[seen + stop] = best.copy()
+        seen += len(whole)
+    if not seen:
+        raise UserError("there are no distractors to hide a mate among")
+    reached[seen] = best
+    told = sorted(reached)
+    hits = np.zeros((len(told), int(people.max(initial=-1)) + 1), np.int64)
+    trials = np.zeros(hits.shape[1], np.int64)
+    for person in range(hits.shape[1]):
+        own = np.flatnonzero(people == person)
+        scores = probes[own] @ probes[own].T
+        others = ~np.eye(len(own), dtype=bool)
+        trials[person] = others.sum()
+        for row, size in zip(hits, told, strict=True):
+            row[person] = np.count_nonzero((scores > reached[size][own, None]) & others)
+    if not trials.sum():
+        raise UserError("no person among the probes has two images: there is no mate to find")
+    cis: Sequence[tuple[float, float] | None] = [None] * len(told)
+    if replicates:
+        cis = ratio_intervals(hits, trials, replicates, np.random.default_rng(seed))
+    rates = [
+        Rate(size, float(row.sum() / trials.sum()), None, ci)
+        for size, row, ci in zip(told, hits, cis, strict=True)
+    ]
+    return Distractors(told, rates, int(trials.sum()))

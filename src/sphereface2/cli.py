@@ -73,6 +73,17 @@ def evaluate(
     all_pairs: Annotated[
         Path | None, typer.Option(help="Score every pair of this folder, list or RecordIO.")
     ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="lfw, agedb30, calfw, cplfw, cfp_ff, cfp_fp, combined, ijbb, ijbc or "
+            "megaface; repeatable."
+        ),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that holds the suites.")] = None,
+    detector_weights: Annotated[
+        bool, typer.Option("--detector-weights", help="IJB: weight images by detector score.")
+    ] = False,
     flip: Annotated[bool, typer.Option(help="Add the mirror image's embedding.")] = True,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -80,7 +91,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Score a checkpoint on verification pairs or on all pairs of a set."""
+    """Score a checkpoint on verification pairs, all pairs of a set, or the field's suites."""
     from sphereface2.evaluation.evaluate import evaluate as run
 
     run(
@@ -89,6 +100,9 @@ def evaluate(
         images=images,
         names=names,
         all_pairs=all_pairs,
+        suites=suite or [],
+        root=root,
+        detector_weights=detector_weights,
         flip=flip,
         batch_size=batch_size,
         seed=seed,

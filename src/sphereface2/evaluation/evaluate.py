@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,19 @@ from sphereface2.device import resolve
 from sphereface2.errors import UserError
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.calibration import quality, reliability
 from sphereface2.evaluation.embedding import embed
+from sphereface2.evaluation.suites import (
+    MegaFace,
+    TemplateSet,
+    evaluate_megaface,
+    evaluate_templates,
+    open_suite,
+    tables,
+)
+
+if TYPE_CHECKING:
+    from sphereface2.recognition.calibration import Calibration
 
 REPLICATES = 1000
 _NAMED = 20  # unreadable images that a report names
@@ -41,6 +53,7 @@ def evaluate_pairs(
     seed: int = 0,
     plots: str | Path | None = None,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Embed a verification set and score its pairs by cosine similarity.
 
@@ -51,10 +64,13 @@ def evaluate_pairs(
         fars: where TAR is wanted.
         replicates: of the bootstrap; 0 leaves the intervals out.
         seed: of the bootstrap.
-        plots: folder for ``NAME_roc.png`` and ``NAME_scores.png``.
+        plots: folder for ``NAME_roc.png``, ``NAME_scores.png`` and, with a calibration,
+            ``NAME_reliability.png``.
+        calibration: of this network, to be judged on the set.
 
     Returns:
-        The report of `score_pairs`.
+        The report of `score_pairs`; with a calibration also ``calibration``: its `quality`, and
+        ``fitted_here``, whether it was fitted on these very pairs, which makes it look too good.
 
     Raises:
         UserError: an image cannot be read. Leaving it out would change the protocol.
@@ -78,6 +94,21 @@ def evaluate_pairs(
 
         written = plot_pairs(pair_set.name, scores, pair_set.same, report["threshold"], plots)
         report["plots"] = [str(path) for path in written]
+    if calibration is not None:
+        fitted_on = {one["fingerprint"] for one in calibration.data}
+        report["calibration"] = quality(scores, pair_set.same, calibration)
+        report["calibration"]["fitted_here"] = pair_set.fingerprint() in fitted_on
+        if report["calibration"]["fitted_here"]:
+            report["notes"].append(
+                "the calibration was fitted on these very pairs: its figures are too good here"
+            )
+        if plots is not None:
+            from sphereface2.evaluation.plots import plot_reliability
+
+            path = Path(plots) / f"{pair_set.name}_reliability.png"
+            found = reliability(calibration.probability(scores), pair_set.same)
+            plot_reliability(found, path, title=f"{pair_set.name}: reliability")
+            report["plots"].append(str(path))
     return report
 
 
@@ -226,6 +257,9 @@ def evaluate(
     images: str | Path | None = None,
     names: str | Path | None = None,
     all_pairs: str | Path | None = None,
+    suites: Sequence[str] = (),
+    root: str | Path | None = None,
+    detector_weights: bool = False,
     flip: bool = True,
     batch_size: int = 128,
     seed: int = 0,
@@ -237,14 +271,31 @@ def evaluate(
 
     The report holds ``checkpoint``, ``flip``, ``sets`` (a list with the `score_pairs` report of
     each of ``pairs``, in their order) and, if asked for, ``all_pairs`` (from `evaluate_people`).
+    Where a ``calibration.json`` lies beside the network, each set is judged by it too, unless
+    ``flip`` is off: it was fitted on embeddings with the mirror image.
     ``images`` is for the text lists among ``pairs``; ``names`` for the one ``.bin`` among them, by
-    default ``X_pairs.txt`` beside ``X.bin``.
+    default ``X_pairs.txt`` beside ``X.bin``. ``suites`` names some of `suites.SUITES`, whose
+    files lie under ``root``: their pairs follow in ``sets``; IJB's reports go to ``templates``,
+    MegaFace's to ``distractors``, a list each.
     """
-    if not pairs and all_pairs is None:
-        raise UserError("nothing to evaluate on: give --pairs FILE or --all-pairs SET")
-    sets = _load_sets([Path(path) for path in pairs], images, names)
+    # Recognition builds on evaluation; here alone it is the other way about.
+    from sphereface2.recognition.calibration import Calibration
+    from sphereface2.recognition.fingerprint import fingerprint
+
+    if not pairs and all_pairs is None and not suites:
+        raise UserError(
+            "nothing to evaluate on: give --pairs FILE, --all-pairs SET or --suite NAME --root DIR"
+        )
+    if suites and root is None:
+        raise UserError(f"--suite {suites[0]} needs --root, the folder that holds it")
+    sets = load_sets([Path(path) for path in pairs], images, names)
+    opened = [open_suite(name, root or ".") for name in suites]
+    sets += [suite for suite in opened if isinstance(suite, PairSet)]
+    paths = [*pairs, *[root or "."] * (len(sets) - len(pairs))]
     source = open_source(all_pairs) if all_pairs is not None else None
-    net = bundle.load(checkpoint, device=(place := resolve(device)))
+    folder = bundle.resolve(checkpoint).resolve()
+    net = bundle.load(folder, device=(place := resolve(device)))
+    calibration = Calibration.load(folder, fingerprint=fingerprint(net)) if flip else None
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "flip": flip, "sets": []}
     columns = (
         TextColumn("{task.description}"),
@@ -261,12 +312,22 @@ def evaluate(
             "plots": plots,
             "progress": progress,
         }
-        for path, pair_set in zip(pairs, sets, strict=True):
-            result = evaluate_pairs(net, pair_set, **options)
+        for path, pair_set in zip(paths, sets, strict=True):
+            result = evaluate_pairs(net, pair_set, calibration=calibration, **options)
             report["sets"].append({"path": str(path), **result})
         if source is not None and all_pairs is not None:
             result = evaluate_people(net, source, name=Path(all_pairs).resolve().stem, **options)
             report["all_pairs"] = {"path": str(all_pairs), **result}
+        del options["plots"]
+        for suite in opened:
+            if isinstance(suite, TemplateSet):
+                result = evaluate_templates(
+                    net, suite, detector_weights=detector_weights, **options
+                )
+                report.setdefault("templates", []).append({"path": str(root), **result})
+            elif isinstance(suite, MegaFace):
+                result = evaluate_megaface(net, suite, **options)
+                report.setdefault("distractors", []).append({"path": str(root), **result})
     if as_json:
         json.dump(report, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
@@ -275,9 +336,10 @@ def evaluate(
     return report
 
 
-def _load_sets(
+def load_sets(
     paths: Sequence[Path], images: str | Path | None, names: str | Path | None
 ) -> list[PairSet]:
+    """The verification sets of a command line's ``--pairs``, ``--images`` and ``--names``."""
     packed = [path for path in paths if path.suffix == ".bin"]
     if names is not None and len(packed) != 1:
         raise UserError(f"--names belongs to one .bin file, and --pairs gives {len(packed)}")
@@ -337,6 +399,10 @@ def _print(report: dict[str, Any]) -> None:
         for line in _remarks(result):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         console.print()
+    for result in [*report.get("templates", []), *report.get("distractors", [])]:
+        for part in tables(result):
+            console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
+        console.print()
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
@@ -380,6 +446,14 @@ def _table(result: dict[str, Any]) -> Table:
     for far, tar in result["tar"].items():
         told = "–" if tar is None else percent(tar)
         table.add_row(f"TAR at FAR {far}", told, interval(result["tar_ci"][far]))
+    if calibration := result.get("calibration"):
+        table.add_section()
+        table.add_row("Cllr", f"{calibration['cllr']:.4f}", "")
+        table.add_row("min-Cllr", f"{calibration['min_cllr']:.4f}", "")
+        table.add_row("ECE", percent(calibration["ece"]), "")
+        for far, found in calibration["far"].items():
+            table.add_row(f"FAR at the threshold for {far}", f"{100 * found:.3g} %", "")
+            table.add_row("  and its TAR", percent(calibration["tar"][far]), "")
     if "rank1" in result:
         table.add_section()
         table.add_row("rank-1 identification", percent(result["rank1"]))

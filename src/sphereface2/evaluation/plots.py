@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
+from sphereface2.evaluation.calibration import Reliability
 from sphereface2.evaluation.verification import roc
 
 _COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
@@ -117,6 +118,42 @@ def plot_scores(
     axes.set_xlabel("cosine similarity", color=_INK)
     axes.set_ylabel("share of pairs a bin", color=_INK)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
+    _write(canvas, Path(path))
+
+
+def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reliability") -> None:
+    """Share of matched pairs over the probability told, with the share of pairs a bin below."""
+    figure, canvas = _axes(title)
+    axes = figure.axes[0]
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.errorbar(
+        found.predicted,
+        found.observed,
+        # Wilson's interval may end a rounding error short of the share itself.
+        yerr=np.maximum([found.observed - found.low, found.high - found.observed], 0),
+        color=_MATCHED,
+        marker="o",
+        markersize=4.5,
+        linewidth=1.6,
+        elinewidth=1,
+        capsize=2.5,
+        label=f"{found.pairs.sum():,} pairs, ECE {100 * found.ece:.2f} %",
+    )
+    axes.bar(
+        found.predicted,
+        found.share,
+        width=0.025,
+        color=_GRID,
+        zorder=0,
+        label="share of pairs",
+    )
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("probability told (both kinds of pair equally frequent)", color=_INK)
+    axes.set_ylabel("share of matched pairs", color=_INK)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
     _write(canvas, Path(path))
 
 

@@ -79,7 +79,8 @@ def _check(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return scores, same
 
 
-def _check_both(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_both(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores as float64 and verdicts as bool; UserError unless there are pairs of both kinds."""
     scores, same = _check(scores, same)
     if same.all() or not same.any():
         raise UserError("the set needs matched and mismatched pairs, it has only one kind")
@@ -133,7 +134,7 @@ def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
     One point for each distinct score, none dropped, starting at (0, 0).
     """
-    scores, same = _check_both(scores, same)
+    scores, same = check_both(scores, same)
     order = np.argsort(-scores, kind="stable")
     s, y = scores[order], same[order]
     last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # the end of each run of equal scores
@@ -209,7 +210,7 @@ def bootstrap(
     Raises:
         UserError: no resample had pairs of both kinds.
     """
-    scores, same = _check_both(scores, same)
+    scores, same = check_both(scores, same)
     order = np.argsort(-scores, kind="stable")
     s, y = scores[order], same[order]
     last = np.flatnonzero(np.append(s[1:] != s[:-1], True))
@@ -308,7 +309,7 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[float] = FAR
     above the (k+1)-th highest mismatched score. A FAR below 1 / (number of mismatched pairs),
     k = 0, cannot be measured on this set and is reported as None.
     """
-    scores, same = _check_both(scores, same)
+    scores, same = check_both(scores, same)
     impostors = np.sort(scores[~same])[::-1]
     ordered = np.sort(scores)
     genuine = np.sort(scores[same])

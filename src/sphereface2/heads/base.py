@@ -187,6 +187,10 @@ class Head(nn.Module):
             raise ValueError(f"label {wrong} is outside 0 … {self.num_classes - 1}")
         return labels
 
+    def summary(self) -> dict[str, Any]:
+        """JSON-able facts worth keeping beside the trained network."""
+        return {"num_classes": self.num_classes}
+
     def extra_repr(self) -> str:
         return f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
@@ -128,6 +129,10 @@ class SphereFace2(Head):
         if not self.streaming:
             raise ValueError("a fused update needs a head with streaming=True")
         self.fused = optimizer
+
+    def summary(self) -> dict[str, Any]:
+        facts = super().summary() | asdict(self.margin)
+        return facts if self.bias.ndim else facts | {"bias": self.bias.item()}
 
     def extra_repr(self) -> str:
         margin = self.margin

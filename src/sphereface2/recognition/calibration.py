@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import (
     LEVEL,
-    _check_both,
     allowed_accepts,
+    check_both,
     far_key,
     tar_at_far,
 )
@@ -139,7 +139,7 @@ class Calibration:
         *,
         fingerprint: str,
         fars: Sequence[float] = (1e-2,),
-        method: Method = "logistic",
+        method: str = "logistic",
         people: np.ndarray | None = None,
         data: Sequence[Mapping[str, Any]] = (),
         replicates: int = 1000,
@@ -171,10 +171,11 @@ class Calibration:
         """
         if method not in get_args(Method):
             raise UserError(f"--method must be logistic or isotonic, not {method!r}")
-        scores, same = _check_both(scores, same)
+        scores, same = check_both(scores, same)
         fars = list(dict.fromkeys(float(far) for far in fars))
-        _check_fars(fars, int((~same).sum()))
-        knots, llrs = (_logistic if method == "logistic" else _isotonic)(scores, same)
+        check_fars(fars, int((~same).sum()))
+        curve = {"logistic": _logistic, "isotonic": _isotonic}[method]
+        knots, llrs = curve(scores, same)
         if not llrs[-1] > llrs[0]:
             raise UserError(
                 "the similarities of matched pairs are no higher than those of mismatched ones: "
@@ -182,7 +183,7 @@ class Calibration:
             )
         return cls(
             fingerprint=fingerprint,
-            method=method,
+            method=cast(Method, method),
             scores=knots,
             llrs=llrs,
             thresholds=_thresholds(scores, same, fars, people, replicates, seed),
@@ -256,7 +257,8 @@ def pairs_needed(far: float) -> int:
     return needed
 
 
-def _check_fars(fars: Sequence[float], impostors: int) -> None:
+def check_fars(fars: Sequence[float], impostors: int) -> None:
+    """UserError unless so many mismatched pairs can tell a threshold for each FAR."""
     if not fars:
         raise UserError("a calibration needs a FAR: give --far, for example --far 1e-2")
     for far in fars:
@@ -352,11 +354,15 @@ def _thresholds(
         ones = np.ones(count)
         pairs_of = coo_matrix((ones, (drawn[:, 0], drawn[:, 1])), (units, units)).tocsr()
     # Far more than a resample accepts at the largest FAR; the whole where the set is small.
-    tail = min(count, 10 * allowed_accepts(max(fars), count) + 1000)
+    tail = min(count, 4 * allowed_accepts(max(fars), count) + 1000)
     top = impostors[order[:tail]]
     last = np.flatnonzero(np.append(top[1:] != top[:-1], True))
     points = tar_at_far(scores, same, fars)
     limits = [float(point.threshold) if point.threshold is not None else np.inf for point in points]
+    # The next score above each mismatched one, which is the threshold that rejects it.
+    ordered = np.sort(scores)
+    following = np.searchsorted(ordered, np.append(top[last], top[-1]), side="right")
+    above = ordered[np.minimum(following, len(ordered) - 1)]
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // max(tail, units))
     drawn_limits: list[np.ndarray] = []
@@ -374,9 +380,7 @@ def _thresholds(
             weights = counts[first[:tail]] * counts[second[:tail]]
         accepted = np.cumsum(weights, axis=0)
         far_at = np.concatenate([np.zeros((1, size)), accepted[last]]) / np.maximum(total, 1)
-        # Accepting the scores above the first distinct value that is too much.
-        beyond = np.append(top[last], top[-1])
-        drawn_limits.append(np.stack([beyond[(far_at <= far).sum(0) - 1] for far in fars]))
+        drawn_limits.append(np.stack([above[(far_at <= far).sum(0) - 1] for far in fars]))
         within = [int((top >= limit).sum()) for limit in limits]
         zero = np.concatenate([np.zeros((1, size)), accepted])
         drawn_fars.append(np.stack([zero[k] / np.maximum(total, 1) for k in within]))

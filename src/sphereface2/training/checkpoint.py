@@ -53,6 +53,7 @@ class Checkpointer:
         model: nn.Module,
         state: dict[str, Any],
         progress: dict[str, Any],
+        about: dict[str, Any] | None = None,
         best: bool = False,
     ) -> Path:
         """Write checkpoint ``step``, point ``last`` (and ``best``) at it, drop the unreferenced.
@@ -61,6 +62,7 @@ class Checkpointer:
             model: the network to ship (its moving average where one is kept).
             state: nested tensors for torch.distributed.checkpoint, this rank's view of them.
             progress: JSON-able position and statistics of the run.
+            about: JSON-able facts to ship with the network, as metadata.
         """
         final = self.folder / f"step-{step:08d}"
         if not final.exists():
@@ -71,7 +73,8 @@ class Checkpointer:
             with _quiet():
                 dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.world.size == 1)
             if self.world.is_main:
-                bundle.save(model, temporary, extra={"step": step, "run": self.folder.parent.name})
+                extra = {"step": step, "run": self.folder.parent.name, **(about or {})}
+                bundle.save(model, temporary, extra=extra)
                 atomic_write(temporary / "progress.json", json.dumps(progress, indent=1).encode())
                 temporary.rename(final)
         elif self.world.is_main:

@@ -333,8 +333,21 @@ class Trainer:
             model=self.evaluated_network(),
             state=self._state(),
             progress=vars(self.progress),
+            about=self._about() if self.world.is_main else None,
             best=best,
         )
+
+    def _about(self) -> dict[str, Any]:
+        """What a user of the network may want to know of its training."""
+        data = self.config.data
+        return {
+            "head": {"name": self.config.head["name"], **self.head.summary()},
+            "data": {
+                "fingerprint": self.dataset.source.fingerprint(),
+                "validation_people": data.validation_people,
+                "split_seed": data.split_seed,
+            },
+        }
 
     def _state(self) -> dict[str, Any]:
         state = ckpt.training_state(self.network, self.head, self.optimizers)

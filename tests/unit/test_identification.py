@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.identification import rank_k, search, search_scores, tpir_at_fpir
+from sphereface2.evaluation.identification import (
+    distractor_rank1,
+    rank_k,
+    search,
+    search_scores,
+    tpir_at_fpir,
+)
 
 RANKS = (1, 2, 5, 10)
 FPIRS = (1.0, 0.5, 0.3, 0.1, 0.01)
@@ -118,3 +124,35 @@ def test_what_cannot_be_searched():
     found = search(np.eye(2), [0, 1], np.eye(2), [0, 2])
     with pytest.raises(ValueError, match="FPIR"):
         tpir_at_fpir(found, [0.0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 40])
+def test_distractors_in_any_blocks(size):
+    rng = np.random.default_rng(3)
+    base = rng.choice([-1, 1], (6, 64)).astype(np.float32) / 8
+    people = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])  # person 2 has no mate
+    probes = base[people] * np.where(rng.random((10, 64)) < 0.35, -1, 1)
+    crowd = rng.choice([-1, 1], (40, 64)).astype(np.float32) / 8
+    found = distractor_rank1(
+        probes, people, np.split(crowd, range(size, 40, size)), [1, 10, 33, 999], replicates=50
+    )
+    assert found.sizes == [1, 10, 33, 40]
+    pairs = [(i, j) for i in range(10) for j in range(10) if i != j and people[i] == people[j]]
+    assert found.searches == len(pairs) == 20
+    for rate in found.rank1:
+        hits = [
+            all(probes[i] @ probes[j] > probes[i] @ other for other in crowd[: int(rate.at)])
+            for i, j in pairs
+        ]
+        assert rate.value == np.mean(hits)
+        assert rate.ci[0] <= rate.value <= rate.ci[1]
+    assert found.rank1[0].value > found.rank1[-1].value
+
+
+def test_crowds_that_hide_nobody():
+    with pytest.raises(UserError, match="no distractors"):
+        distractor_rank1(np.eye(2), np.zeros(2), [], [10])
+    with pytest.raises(UserError, match="two images"):
+        distractor_rank1(np.eye(2), np.arange(2), [np.eye(2)], [1])
+    with pytest.raises(UserError, match="NaN"):
+        distractor_rank1(np.eye(2), np.zeros(2), [np.eye(2) * np.nan], [1])

@@ -1,0 +1,68 @@
+"""Template features and scores against loops over dictionaries."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
+
+
+def by_hand(embeddings, template, media, weights):
+    frames = {}
+    for row, t, m, w in zip(embeddings.astype(np.float64), template, media, weights, strict=True):
+        frames.setdefault(t, {}).setdefault(m, []).append(row * w)
+    features = []
+    for t in range(len(frames)):
+        total = sum(sum(rows) / len(rows) for rows in frames[t].values())
+        features.append(total / np.linalg.norm(total))
+    return np.array(features)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_features_are_sums_over_media_of_means_over_frames(images, step, weighted):
+    """Templates and media come in any order, and the stream may be cut anywhere."""
+    template = np.unique([t for t, _ in images], return_inverse=True)[1]
+    media = np.array([m for _, m in images])
+    rng = np.random.default_rng(len(images))
+    embeddings = rng.normal(size=(len(images), 8)).astype(np.float32)
+    weights = rng.uniform(0.1, 1, len(images)) if weighted else None
+    averager = TemplateAverager(template, media, weights)
+    for start in range(0, len(images), step):
+        averager.add(embeddings[start : start + step])
+    expected = by_hand(
+        embeddings, template, media, np.ones(len(images)) if weights is None else weights
+    )
+    np.testing.assert_allclose(averager.features(), expected, atol=1e-6)
+
+
+def test_frames_of_a_video_count_as_one_picture():
+    averager = TemplateAverager([0, 0, 0, 0], [7, 7, 7, 8])
+    averager.add(np.array([[1, 0], [1, 0], [1, 0], [0, 1]], np.float32))
+    np.testing.assert_allclose(averager.features(), [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+
+
+def test_an_unfinished_template_is_not_given():
+    averager = TemplateAverager([0, 1], [0, 0], [1.0, 0.0])
+    averager.add(np.ones((1, 2), np.float32))
+    with pytest.raises(ValueError, match="1 of 2 images"):
+        averager.features()
+    averager.add(np.ones((1, 2), np.float32))
+    assert averager.features()[1].tolist() == [0, 0]  # nothing is known of it
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_pair_scores_in_any_order_and_block(block):
+    rng = np.random.default_rng(0)
+    features = rng.choice([-1, 1], (40, 64)).astype(np.float32) / 8  # exact in float32
+    pairs = rng.integers(40, size=(500, 2)).astype(np.int32)
+    pairs[:, 0] //= 2  # some templates are on no left side
+    done = []
+    scores = template_pair_scores(features, pairs, block=block, progress=done.append)
+    assert scores.tolist() == [float(features[a] @ features[b]) for a, b in pairs]
+    assert sum(done) == pytest.approx(1)

@@ -448,21 +448,21 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
         return
     weighted = ", weighted by the detector's scores" if report["detector_weights"] else ""
     counts = f"{report['templates']:,} templates of {report['images']:,} images"
-    title = f"{report['name']}: {counts}{weighted}"
+    yield f"{report['name']}: {counts}{weighted}"
     if (pairs := report["verification"]) is not None:
-        table = Table(title=f"{title}, 1:1", title_justify="left")
+        table = Table(title="1:1 verification", title_justify="left")
         table.add_column("")
         table.add_column("value", justify="right")
         over = f" over {pairs['intervals']['over']}" if "intervals" in pairs else ""
         table.add_column(f"{metrics.LEVEL:.0%} interval{over}", justify="right", style="dim")
-        for far, tar in reversed(pairs["tar"].items()):
+        for far, tar in pairs["tar"].items():
             ci = pairs.get("tar_ci", {}).get(far)
             table.add_row(f"TAR at FAR {far}", _percent(tar), _interval(ci))
         yield table
         yield f"{pairs['matched']:,} matched and {pairs['mismatched']:,} mismatched pairs"
         yield from pairs["notes"]
     if (found := report["identification"]) is not None:
-        table = Table(title=f"{title}, 1:N", title_justify="left")
+        table = Table(title="1:N identification", title_justify="left")
         table.add_column("")
         table.add_column("mean", justify="right", style="bold")
         for gallery in found["galleries"]:

@@ -216,6 +216,45 @@ def verify(
     )
 
 
+@app.command()
+def embed(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A run, a model folder, or a hub's owner/name.")
+    ],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Folder, list, RecordIO or WebDataset.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file to make.")],
+    aligned: Annotated[
+        bool,
+        typer.Option("--aligned/--align", help="The pictures are crops; or find their faces."),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Pictures a forward pass.", min=1)] = 64,
+    flip: Annotated[bool, typer.Option(help="Add the mirror image's embedding.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; default: one of its own, here.")
+    ] = None,
+) -> None:
+    """Write the embeddings of a set of pictures to a Parquet file; resumable."""
+    from sphereface2.recognition.features import embed_set
+
+    embed_set(
+        checkpoint,
+        source,
+        out,
+        aligned=aligned,
+        dtype=dtype,
+        batch_size=batch_size,
+        flip=flip,
+        device=device,
+        engine=engine,
+        ray_address=ray_address,
+    )
+
+
 @data_app.command("info")
 def data_info(
     path: Annotated[Path, typer.Argument(help="Folder, list, .rec, .tar(s) or .bin.")],

@@ -1,0 +1,135 @@
+"""The parts of a features file computed by a Ray Data pipeline, here or on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sphereface2.device import resolve
+from sphereface2.errors import UserError
+from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.features import Job, open_pictures
+
+if TYPE_CHECKING:
+    from sphereface2.data.sources import Source
+
+
+def compute(
+    job: Job,
+    embedder: FaceEmbedder,
+    numbers: Sequence[int],
+    *,
+    address: str | None,
+    device: str | None,
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, Parquet file) of each part as it is finished, in any order.
+
+    The network travels to the workers; each opens the set itself, under the same path. There is
+    one worker a GPU if the cluster has GPUs and ``device`` does not say cpu, else one a CPU core.
+
+    Args:
+        job: what is computed.
+        embedder: holds the network.
+        numbers: of the parts wanted.
+        address: of a cluster; None starts a Ray on this machine and stops it afterwards.
+        device: of a worker's network; by default the best it has.
+
+    Raises:
+        UserError: Ray is missing or cannot be reached, or a worker does not see the same set.
+    """
+    if not numbers:
+        return
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install 'sphereface2[ray]'") from error
+    # A user's pictures are nobody's business: no report of use is sent.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = not ray.is_initialized()
+    try:
+        if own:
+            options: dict[str, Any] = {} if address else {"include_dashboard": False}
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"Ray cannot be reached at {address or 'this machine'}: {error}") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        resources = ray.cluster_resources()
+        gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
+        workers = max(1, min(len(numbers), gpus or int(resources.get("CPU", 1))))
+        parts = ray.data.from_items(
+            [{"number": number} for number in numbers], override_num_blocks=len(numbers)
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(job, ray.put(embedder.network.cpu()), device),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=0 if gpus else 1,
+            num_gpus=1 if gpus else 0,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+        )
+        try:
+            for row in parts.iter_rows():
+                yield int(row["number"]), row["part"]
+        except Exception as error:
+            raise _told(error) from error
+    finally:
+        if own:
+            ray.shutdown()
+
+
+class _Worker:
+    """Computes parts in a process of its own; everything is made for the first of them."""
+
+    def __init__(self, job: Job, network: Any, device: str | None) -> None:
+        self._job = job
+        self._network = network
+        self._device = device
+        self._ready: tuple[FaceEmbedder, Source] | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        if self._ready is None:
+            self._ready = self._prepare()
+        numbers = [int(number) for number in batch["number"]]
+        parts = [self._job.compute(*self._ready, number, readers=1) for number in numbers]
+        return {"number": numbers, "part": parts}
+
+    def _prepare(self) -> tuple[FaceEmbedder, Source]:
+        import ray
+
+        pictures = open_pictures(self._job.path)
+        if pictures.fingerprint() != self._job.input:
+            raise UserError(
+                f"a worker of the cluster finds other pictures under {self._job.path}: the set "
+                "must lie on storage that all machines share"
+            )
+        embedder = FaceEmbedder(ray.get(self._network).to(resolve(self._device)))
+        if not self._job.aligned and embedder.aligner.name != self._job.aligner:
+            raise UserError(
+                f"a worker of the cluster finds faces with {embedder.aligner.name} and this "
+                f"machine with {self._job.aligner}: install the same packages"
+            )
+        return embedder, pictures
+
+
+def _told(error: BaseException) -> BaseException:
+    """The UserError that a worker raised, where there is one, else ``error``."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None) or seen.__cause__
+        if isinstance(seen, UserError) or isinstance(cause, UserError):
+            found = cause if isinstance(cause, UserError) else seen
+            return UserError(str(found.args[0] if found.args else found).splitlines()[-1])
+        seen = cause
+    return error

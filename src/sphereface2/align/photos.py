@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Photo: TypeAlias = "Path | str | bytes | Image.Image | np.ndarray | torch.Tensor"
 
 #: The decoders that may be tried; some of Pillow's others start programs or follow file names.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ORIENTATION = 0x0112
 
 

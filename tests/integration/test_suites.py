@@ -398,6 +398,10 @@ def test_a_suite_that_is_not_there_tells_where_it_was_looked_for(name: str, tmp_
         open_suite(name, tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs --root"):
         evaluate("net", suites=[name])
+    with pytest.raises(UserError, match="--detector-weights belongs to --suite ijbb"):
+        evaluate("net", suites=[name], root=tmp_path, detector_weights=True)
+    with pytest.raises(UserError, match="--root belongs to --suite"):
+        evaluate("net", pairs=["a.bin"], root=tmp_path)
 
 
 def test_lists_of_two_lines_a_pair_that_are_wrong(tmp_path: Path) -> None:

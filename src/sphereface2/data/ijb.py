@@ -176,31 +176,36 @@ def load(name: str, root: str | Path) -> TemplateSet:
     )
 
 
-def _reader(path: Path, columns: dict[str, str], **options: Any) -> Any:
-    """A pyarrow reader that parses a file in blocks, whatever separates its columns."""
+def _reader(path: Path, columns: dict[str, str], header: bool = False) -> Any:
+    """A pyarrow reader that parses a file in blocks, whatever separates its columns.
+
+    With a header, ``columns`` are some of those that it names.
+    """
     import pyarrow as pa
     from pyarrow import csv
 
     with path.open("rb") as file:
         first = file.readline()
     delimiter = next((d for d in ("\t", ",") if d.encode() in first), " ")
-    header = {} if options else {"column_names": list(columns)}
     return csv.open_csv(
         path,
-        read_options=csv.ReadOptions(block_size=1 << 22, **header),
+        read_options=csv.ReadOptions(
+            block_size=1 << 22, column_names=None if header else list(columns)
+        ),
         parse_options=csv.ParseOptions(delimiter=delimiter),
         convert_options=csv.ConvertOptions(
-            column_types={c: pa.type_for_alias(t) for c, t in columns.items()}, **options
+            column_types={c: pa.type_for_alias(t) for c, t in columns.items()},
+            include_columns=list(columns) if header else None,
         ),
     )
 
 
-def _table(path: Path, columns: dict[str, str], **options: Any) -> dict[str, Any]:
+def _table(path: Path, columns: dict[str, str], header: bool = False) -> dict[str, Any]:
     """The columns of a file: strings as a list, numbers as arrays."""
     import pyarrow as pa
 
     try:
-        table = _reader(path, columns, **options).read_all()
+        table = _reader(path, columns, header).read_all()
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
         wanted = " ".join(columns)
         raise UserError(f"{path} is damaged, its columns are {wanted}: {error}") from error
@@ -234,7 +239,7 @@ def _people(path: Path, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     wanted = [c for key in ("TEMPLATE_ID", "SUBJECT_ID") for c in header if c.upper() == key]
     if len(wanted) != 2:
         raise UserError(f"{path} has no columns TEMPLATE_ID and SUBJECT_ID in its first line")
-    found = _table(path, dict.fromkeys(wanted, "int64"), include_columns=wanted)
+    found = _table(path, dict.fromkeys(wanted, "int64"), header=True)
     both = np.unique(np.stack([found[c] for c in wanted], axis=1), axis=0)
     doubled = both[1:, 0] == both[:-1, 0]
     if doubled.any():

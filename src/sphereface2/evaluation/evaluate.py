@@ -21,11 +21,13 @@ from sphereface2.data.sources import Source, open_source
 from sphereface2.data.verification import Image, PairSet, load_pairs
 from sphereface2.device import resolve
 from sphereface2.errors import UserError
+from sphereface2.evaluation import reports
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.calibration import quality, reliability
 from sphereface2.evaluation.embedding import embed
 from sphereface2.evaluation.suites import (
+    SUITES,
     MegaFace,
     TemplateSet,
     evaluate_megaface,
@@ -147,7 +149,7 @@ def score_pairs(
         "auc": metrics.auc(scores, same),
         "tar": {metrics.far_key(t.far): t.tar for t in tars},
         "tar_threshold": {metrics.far_key(t.far): t.threshold for t in tars},
-        "notes": _notes(tars, int((~same).sum())),
+        "notes": _untold(tars, int((~same).sum())),
     }
     if replicates:
         people = None if pair_set.people is None else pair_set.people[pair_set.pairs]
@@ -156,11 +158,11 @@ def score_pairs(
         )
         report |= {
             "tar_ci": {
-                metrics.far_key(f): _pair(ci) for f, ci in zip(fars, found.tar, strict=True)
+                metrics.far_key(f): reports.pair(ci) for f, ci in zip(fars, found.tar, strict=True)
             },
-            "eer_ci": _pair(found.eer),
-            "auc_ci": _pair(found.auc),
-            "intervals": _how(found.over, found.replicates, seed),
+            "eer_ci": reports.pair(found.eer),
+            "auc_ci": reports.pair(found.auc),
+            "intervals": reports.how(found.over, found.replicates, seed),
         }
     return report
 
@@ -216,7 +218,7 @@ def evaluate_people(
         [*fars, *curve],
         seed=seed,
         replicates=replicates,
-        progress=_advance(progress, f"{name}: pairs", 1),
+        progress=reports.advance(progress, f"{name}: pairs", 1),
     )
     tars = found.tars[: len(fars)]
     report: dict[str, Any] = {
@@ -231,11 +233,11 @@ def evaluate_people(
         "tar": {metrics.far_key(t.far): t.tar for t in tars},
         "tar_threshold": {metrics.far_key(t.far): t.threshold for t in tars},
         "rank1": found.rank1,
-        "notes": _notes(tars, found.impostors),
+        "notes": _untold(tars, found.impostors),
     }
     if replicates:
-        report["tar_ci"] = {metrics.far_key(t.far): _pair(t.ci) for t in tars}
-        report["intervals"] = _how("people", replicates, seed) | {"thresholds": "fixed"}
+        report["tar_ci"] = {metrics.far_key(t.far): reports.pair(t.ci) for t in tars}
+        report["intervals"] = reports.how_fixed("people", replicates, seed)
     if plots is not None:
         from sphereface2.evaluation.plots import plot_roc
 
@@ -288,6 +290,10 @@ def evaluate(
         )
     if suites and root is None:
         raise UserError(f"--suite {suites[0]} needs --root, the folder that holds it")
+    if root is not None and not suites:
+        raise UserError(f"--root belongs to --suite, one of {', '.join(SUITES)}")
+    if detector_weights and not {"ijbb", "ijbc"} & set(suites):
+        raise UserError("--detector-weights belongs to --suite ijbb or ijbc")
     sets = load_sets([Path(path) for path in pairs], images, names)
     opened = [open_suite(name, root or ".") for name in suites]
     sets += [suite for suite in opened if isinstance(suite, PairSet)]
@@ -353,13 +359,6 @@ def load_sets(
     ]
 
 
-def _advance(progress: Progress | None, title: str, total: float) -> Callable[[float], None]:
-    if progress is None:
-        return lambda amount: None
-    task = progress.add_task(title, total=total)
-    return lambda amount: progress.advance(task, amount)
-
-
 def _embed(
     net: nn.Module,
     images: Iterable[Image],
@@ -368,25 +367,12 @@ def _embed(
     progress: Progress | None,
     **options: Any,
 ) -> np.ndarray:
-    return embed(net, images, progress=_advance(progress, title, count), **options)
+    return embed(net, images, progress=reports.advance(progress, title, count), **options)
 
 
-def _notes(tars: Sequence[metrics.Tar], impostors: int) -> list[str]:
+def _untold(tars: Sequence[metrics.Tar], impostors: int) -> list[str]:
     untold = [t.far for t in tars if t.tar is None]
-    if not untold:
-        return []
-    return [
-        f"TAR at FAR {metrics.far_key(max(untold))} and below cannot be told from "
-        f"{impostors:,} mismatched pairs"
-    ]
-
-
-def _pair(ci: tuple[float, float] | None) -> list[float] | None:
-    return None if ci is None else list(ci)
-
-
-def _how(over: str, replicates: int, seed: int) -> dict[str, Any]:
-    return {"level": metrics.LEVEL, "over": over, "replicates": replicates, "seed": seed}
+    return reports.untold("TAR at FAR", untold, impostors, "mismatched pairs")
 
 
 # --- tables --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sphereface2.data.locate import TrainingData
 from sphereface2.data.sources import IMAGE_SUFFIXES, open_source
 from sphereface2.data.verification import PairSet, load_cfp, load_pairs, union
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.evaluation import identification
+from sphereface2.evaluation import identification, reports
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.embedding import embed
 from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
@@ -167,7 +167,7 @@ def evaluate_templates(
     averager = TemplateAverager(
         templates.template, templates.media, templates.scores if detector_weights else None
     )
-    advance = _advance(progress, f"{templates.name}: images", len(templates))
+    advance = reports.advance(progress, f"{templates.name}: images", len(templates))
     for start in range(0, len(templates), _CHUNK):
         part = range(start, min(start + _CHUNK, len(templates)))
         averager.add(
@@ -232,7 +232,7 @@ def _verification(
     seed: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    scores = template_pair_scores(features, pairs, progress=_advance(progress, "pairs", 1))
+    scores = template_pair_scores(features, pairs, progress=reports.advance(progress, "pairs", 1))
     tars = metrics.tar_at_far(scores, same)
     impostors = int(np.count_nonzero(~same))
     report: dict[str, Any] = {
@@ -241,8 +241,8 @@ def _verification(
         "mismatched": impostors,
         "tar": {metrics.far_key(t.far): t.tar for t in tars},
         "tar_threshold": {metrics.far_key(t.far): t.threshold for t in tars},
-        "notes": _untold(
-            "TAR at FAR", [t.far for t in tars if t.tar is None], "mismatched pairs", impostors
+        "notes": reports.untold(
+            "TAR at FAR", [t.far for t in tars if t.tar is None], impostors, "mismatched pairs"
         ),
     }
     if replicates:
@@ -259,7 +259,7 @@ def _verification(
             metrics.far_key(t.far): None if t.tar is None else list(ci)
             for t, ci in zip(tars, cis, strict=True)
         }
-        report["intervals"] = _how(over, replicates, seed)
+        report["intervals"] = reports.how_fixed(over, replicates, seed)
     return report
 
 
@@ -286,17 +286,17 @@ def _identification(
             **{f"rank{rate.at:g}": rate.value for rate in ranks},
             "tpir": {metrics.far_key(rate.at): rate.value for rate in tpirs},
             "tpir_threshold": {metrics.far_key(rate.at): rate.threshold for rate in tpirs},
-            "notes": _untold(
+            "notes": reports.untold(
                 "TPIR at FPIR",
                 [r.at for r in tpirs if r.value is None],
-                f"probes of people outside {gallery.name}",
                 strangers,
+                f"probes of people outside {gallery.name}",
             ),
         }
         if replicates:
-            one |= {f"rank{rate.at:g}_ci": _pair(rate.ci) for rate in ranks}
-            one["tpir_ci"] = {metrics.far_key(rate.at): _pair(rate.ci) for rate in tpirs}
-            one["intervals"] = _how("people", replicates, seed)
+            one |= {f"rank{rate.at:g}_ci": reports.pair(rate.ci) for rate in ranks}
+            one["tpir_ci"] = {metrics.far_key(rate.at): reports.pair(rate.ci) for rate in tpirs}
+            one["intervals"] = reports.how_fixed("people", replicates, seed)
         galleries.append(one)
 
     def mean(values: list[float | None]) -> float | None:
@@ -337,13 +337,13 @@ def evaluate_megaface(
         net,
         (_or_nothing(source.read, i) for i in range(len(source))),
         unreadable=lost,
-        progress=_advance(progress, "megaface: probes", len(source)),
+        progress=reports.advance(progress, "megaface: probes", len(source)),
         **options,
     )
     people = np.delete(np.asarray(source.labels), lost)
     count, read = _images(suite.distractors)
     order = np.random.default_rng(seed).permutation(count)
-    advance = _advance(progress, "megaface: distractors", count)
+    advance = reports.advance(progress, "megaface: distractors", count)
     left_out: list[int] = []
 
     def blocks() -> Iterator[np.ndarray]:
@@ -377,9 +377,10 @@ def evaluate_megaface(
     }
     if replicates:
         report["rank1_ci"] = {
-            str(size): _pair(rate.ci) for size, rate in zip(found.sizes, found.rank1, strict=True)
+            str(size): reports.pair(rate.ci)
+            for size, rate in zip(found.sizes, found.rank1, strict=True)
         }
-        report["intervals"] = _how("people", replicates, seed)
+        report["intervals"] = reports.how_fixed("people", replicates, seed)
     return report
 
 
@@ -398,38 +399,6 @@ def _or_nothing(read: Callable[[int], bytes], index: int) -> bytes:
         return read(index)
     except (OSError, UserError):
         return b""  # no image decodes from this: counted with the unreadable ones
-
-
-# --- what both share -----------------------------------------------------------------------------
-
-
-def _advance(progress: Progress | None, title: str, total: float) -> Callable[[float], None] | None:
-    if progress is None:
-        return None
-    task = progress.add_task(title, total=total)
-    return lambda amount: progress.advance(task, amount)
-
-
-def _untold(figure: str, rates: list[float], kind: str, count: int) -> list[str]:
-    if not rates:
-        return []
-    return [
-        f"{figure} {metrics.far_key(max(rates))} and below cannot be told from {count:,} {kind}"
-    ]
-
-
-def _how(over: str, replicates: int, seed: int) -> dict[str, Any]:
-    return {
-        "level": metrics.LEVEL,
-        "over": over,
-        "replicates": replicates,
-        "seed": seed,
-        "thresholds": "fixed",
-    }
-
-
-def _pair(ci: tuple[float, float] | None) -> list[float] | None:
-    return None if ci is None else list(ci)
 
 
 # --- tables --------------------------------------------------------------------------------------

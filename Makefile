@@ -22,7 +22,7 @@ train: install  ## train SphereFace2 and report its accuracy (CONFIG=configs/sma
 	$(BIN)/sphereface2 fit --config $(CONFIG) --ranks auto
 
 test: install  ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 test-slow: install  ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1800

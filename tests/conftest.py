@@ -1,0 +1,7 @@
+"""Every test: the workers that run tests side by side share the cores instead of fighting."""
+
+import os
+
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+# For the processes that tests start too, and before torch reads it.
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))

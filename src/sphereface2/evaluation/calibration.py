@@ -46,7 +46,8 @@ def min_cllr(scores: np.ndarray, same: np.ndarray) -> float:
 
     scores, same = check_both(scores, same)
     weight = np.where(same, 0.5 / same.sum(), 0.5 / (~same).sum())
-    p = IsotonicRegression(y_min=0, y_max=1).fit_transform(scores, same.astype(float), weight)
+    regression = IsotonicRegression(y_min=0, y_max=1).fit(scores, same.astype(float), weight)
+    p = regression.predict(scores)
     with np.errstate(divide="ignore"):
         return cllr(np.log(p) - np.log1p(-p), same)
 

@@ -1,0 +1,222 @@
+"""`sphereface2 calibrate`, `verify` and what `evaluate` says of a calibration, on drawn faces."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sphereface2 import backbones
+from sphereface2.backbones import bundle
+from sphereface2.cli import main
+from sphereface2.data import open_source
+from sphereface2.errors import UserError
+from sphereface2.evaluation.evaluate import evaluate
+from sphereface2.recognition.calibrate import calibrate
+from sphereface2.recognition.calibration import Calibration
+
+PEOPLE, IMAGES = 20, 5
+
+
+def run(*words, cwd=None):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "sphereface2", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        check=False,
+    )
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The same command in this process, which spares the seconds that imports take."""
+
+    def command(*words):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["sphereface2", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(words, left.value.code or 0, told.out, told.err)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A network, people that differ in colour, two lists of pairs of different people."""
+    root = tmp_path_factory.mktemp("verify")
+    rng = np.random.default_rng(0)
+    for p in range(PEOPLE):
+        base = cv2.resize(rng.integers(0, 256, (4, 4, 3), np.uint8), (32, 32))
+        (root / "faces" / f"P{p:02}").mkdir(parents=True)
+        for k in range(IMAGES):
+            noisy = base + rng.normal(0, 50, base.shape)
+            path = root / "faces" / f"P{p:02}" / f"{k}.png"
+            cv2.imwrite(str(path), noisy.clip(0, 255).astype(np.uint8))
+    for name, people in (("fit", range(10)), ("test", range(10, 20))):
+        lines = []
+        for _ in range(60):
+            a, b = rng.choice(people, 2, replace=False)
+            for other in (a, b):
+                m, n = rng.choice(IMAGES, 2, replace=False)
+                lines.append(f"{int(other == a)} P{a:02}/{m}.png P{other:02}/{n}.png")
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    torch.manual_seed(0)
+    net = backbones.create("sfnet4", embedding_dim=32, input_size=32, width=0.25)
+    (root / "net").mkdir()
+    head = {"name": "sphereface2", "bias": -3.0, "r": 30.0, "t": 3.0, "m": 0.3}
+    bundle.save(net, root / "net", extra={"head": head})
+    return root
+
+
+@pytest.fixture
+def net(place, tmp_path):
+    """A copy of the network without a calibration."""
+    return shutil.copytree(place / "net", tmp_path / "net")
+
+
+def test_calibrate_then_verify(place, net, call, tmp_path):
+    faces = place / "faces"
+    done = run(*("calibrate", net, "--all-pairs", faces, "--far", "0.1", "--far", "1e-2", "--json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    stored = json.loads((net / "calibration.json").read_text())
+    assert report["calibration"] == stored
+    assert stored["data"] == [
+        {
+            "name": "faces",
+            "pairs": 4950,
+            "matched": PEOPLE * IMAGES * (IMAGES - 1) // 2,
+            "mismatched": 4750,
+            "people": PEOPLE,
+            "fingerprint": open_source(faces).fingerprint(),
+            "unreadable": 0,
+        }
+    ]
+    assert stored["intervals"]["over"] == "people"
+    assert report["shared_bias"]["g"] == pytest.approx(0.1)
+    assert report["shared_bias"]["similarity"] == pytest.approx(2 * 0.55 ** (1 / 3) - 1)
+
+    done = call("verify", faces / "P03/0.png", faces / "P03/1.png", "--model", net, "--aligned")
+    assert done.returncode == 0, done.stderr
+    assert "same person" in done.stdout
+    assert "threshold for FAR 1e-1" in done.stdout
+    words = ("verify", faces / "P03/0.png", faces / "P04/1.png", "--model", net, "--aligned")
+    done = call(*words, "--far", "1e-2", "--json", "--picture", tmp_path / "new" / "both.png")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["decision"] == "different"
+    calibration = Calibration.load(net)
+    assert report["threshold"] == calibration.threshold(1e-2) > report["similarity"]
+    assert report["llr"] == pytest.approx(float(calibration.llr(report["similarity"])))
+    assert report["probability"] == pytest.approx(1 / (1 + np.exp(-report["llr"])))
+    assert report["faces"] == [None, None]
+    assert cv2.imread(report["picture"]).shape == (735, 1200, 3)
+
+    done = call(*words, "--far", "1e-3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no threshold for a FAR of 0.001, it has 1e-1, 1e-2" in done.stderr
+
+
+def test_a_table_tells_thresholds_and_the_shared_bias(place, net, call):
+    done = call("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces",
+               "--far", "0.2", "--method", "isotonic")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for told in ("FAR 2e-1", "-b/r = 0.100", "60 matched and 60 mismatched", "isotonic"):
+        assert told in done.stdout
+    # The intervals fit into 80 columns.
+    assert max(map(len, done.stdout.split("fit: ")[0].splitlines())) <= 80
+
+
+def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
+    place, net, call, tmp_path
+):
+    options = {"pairs": [place / "fit.txt"], "images": place / "faces", "fars": [0.2]}
+    assert "calibration" not in evaluate(net, **{k: options[k] for k in ("pairs", "images")})
+    calibrate(net, **options)
+    both = [place / "fit.txt", place / "test.txt"]
+    done = call("evaluate", net, "--pairs", both[0], "--pairs", both[1],
+               "--images", place / "faces", "--plots", tmp_path / "plots")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("min-Cllr") == done.stdout.count("FAR at the threshold for 2e-1") == 2
+    assert done.stdout.count("fitted on these very pairs") == 1
+    assert cv2.imread(str(tmp_path / "plots/test_reliability.png")).shape == (660, 960, 3)
+    report = evaluate(net, pairs=both, images=place / "faces", as_json=True)
+    first, second = (one["calibration"] for one in report["sets"])
+    assert (first["fitted_here"], second["fitted_here"]) == (True, False)
+    assert first["far"]["2e-1"] <= 0.2
+    assert first["min_cllr"] <= first["cllr"] < 1
+    # Without the mirror image the scores are others.
+    report = evaluate(net, pairs=both, images=place / "faces", flip=False, as_json=True)
+    assert "calibration" not in report["sets"][0]
+
+
+def test_the_training_set_gives_its_held_out_people_alone(place, net):
+    source = open_source(place / "faces")
+    data = {"fingerprint": source.fingerprint(), "validation_people": 8, "split_seed": 1}
+    loaded = bundle.load(net)
+    bundle.save(loaded, net, extra={"data": data})
+    report = calibrate(net, all_pairs=[place / "faces"], fars=[0.1], as_json=True)
+    (used,) = report["calibration"]["data"]
+    assert used["people"] == 8
+    assert used["pairs"] == 40 * 39 // 2
+    assert "held out" in used["name"]
+    assert report["shared_bias"] is None
+    bundle.save(loaded, net, extra={"data": data | {"validation_people": 0}})
+    with pytest.raises(UserError, match="trained on everybody"):
+        calibrate(net, all_pairs=[place / "faces"], fars=[0.1])
+
+
+def test_without_a_calibration_there_is_a_similarity_and_advice(place, net, call):
+    pictures = [place / "faces/P03/0.png", place / "faces/P03/1.png"]
+    done = call("verify", *pictures, "--model", net, "--aligned")
+    assert done.returncode == 0, done.stderr
+    assert "no decision" in done.stdout
+    assert f"sphereface2 calibrate {net}" in done.stdout
+    done = call("verify", *pictures, "--model", net, "--aligned", "--far", "1e-2")
+    assert done.returncode == 2
+    assert "--far needs a calibration" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("calibrate", "net"), "nothing to calibrate on"),
+        (("calibrate", "net", "--pairs", "absent.bin"), "no verification set absent.bin"),
+        (
+            ("calibrate", "net", "--all-pairs", "faces", "--far", "1e-3"),
+            "4,750 mismatched pairs are too few for a FAR of 1e-3: 10,000 are needed",
+        ),
+        (("calibrate", "net", "--all-pairs", "faces", "--far", "2"), "between 0 and 1"),
+        (
+            ("verify", "fit.txt", "fit.txt", "--model", "net", "--aligned"),
+            "fit.txt",
+        ),
+        (
+            ("verify", "faces/P03/0.png", "faces/P03/1.png", "--model", "net"),
+            "no face found in faces/P03/0.png",
+        ),
+        (
+            ("verify", "a.png", "b.png", "--model", "net", "--picture", "out.jpg"),
+            "name it out.png",
+        ),
+        (("verify", "a.png", "b.png", "--model", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(place, call, monkeypatch, words, message):
+    monkeypatch.chdir(place)
+    done = call(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (place / "net" / "calibration.json").exists()

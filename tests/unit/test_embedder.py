@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -287,10 +288,8 @@ def run_folder(tmp_path: Path, kind: str) -> Path:
     step.mkdir(parents=True)
     bundle.save(network(), step, extra={"step": 1})
     (run / "checkpoints" / "best").symlink_to("step-1")
-    (run / "environment.json").write_text(
-        '{"data": {"kind": "%s", "train": "/home/me/secret", "fingerprint": "f00d", "images": 1200,'
-        ' "people": 30}}' % kind
-    )
+    data = {"kind": kind, "train": "/home/me/secret", "fingerprint": "f00d", "images": 1200}
+    (run / "environment.json").write_text(json.dumps({"data": data | {"people": 30}}))
     (run / "config.yaml").write_text(
         "data: {train: /home/me/secret}\nbackbone: {name: sfnet4}\nhead: {name: sphereface2}\n"
         "training: {epochs: 2}\n"

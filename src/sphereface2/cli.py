@@ -20,6 +20,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Inspect and convert data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+gallery_app = typer.Typer(
+    help="Enrol people, search for faces among them, with unknowns.", no_args_is_help=True
+)
+app.add_typer(gallery_app, name="gallery")
 
 
 def _version(value: bool) -> None:
@@ -252,6 +256,188 @@ def embed(
         device=device,
         engine=engine,
         ray_address=ray_address,
+    )
+
+
+_GALLERY = Annotated[str, typer.Argument(help="A folder, or http://host:19530 of a Milvus server.")]
+
+
+@gallery_app.command("add")
+def gallery_add(
+    gallery: _GALLERY,
+    person: Annotated[str | None, typer.Argument(help="Whom the pictures show.")] = None,
+    pictures: Annotated[list[Path] | None, typer.Argument(help="Their pictures.")] = None,
+    model: Annotated[str | None, typer.Option(help="A run, a model folder or a hub id.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Enrol everybody in this folder: person/picture.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Enrol everybody in this table of `sphereface2 embed`.")
+    ] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
+    ] = False,
+    metadata: Annotated[
+        str | None, typer.Option(help='JSON object to keep with the person: {"since": 2024}.')
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="The person's older pictures go.")
+    ] = False,
+    index: Annotated[
+        str | None, typer.Option(help="Of a new gallery: flat (exact, the default), ivf or hnsw.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+) -> None:
+    """Enrol a person's pictures, a folder of people or a table of embeddings."""
+    from sphereface2.recognition.enrol import add
+
+    add(
+        gallery,
+        person,
+        pictures or [],
+        folder=folder,
+        features=features,
+        model=model,
+        aligned=aligned,
+        metadata=metadata,
+        replace=replace,
+        index=index,
+        device=device,
+    )
+
+
+@gallery_app.command("search")
+def gallery_search(
+    gallery: _GALLERY,
+    pictures: Annotated[list[Path], typer.Argument(help="Faces to look for.")],
+    model: Annotated[str, typer.Option(help="A run, a model folder or a hub id.")],
+    k: Annotated[int, typer.Option(help="People to name for each picture.", min=1)] = 5,
+    fusion: Annotated[
+        str, typer.Option(help="A person's score: of the best picture (max) or of their mean.")
+    ] = "max",
+    far: Annotated[
+        float | None, typer.Option(help="Unknown below the calibrated threshold for this FAR.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Unknown below this similarity, instead of --far.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Look past an approximate index.")] = False,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tell whom pictures show, or that they show nobody enrolled."""
+    from sphereface2.recognition.enrol import search
+
+    search(
+        gallery,
+        pictures,
+        model=model,
+        k=k,
+        fusion=fusion,
+        far=far,
+        threshold=threshold,
+        exact=exact,
+        aligned=aligned,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@gallery_app.command("remove")
+def gallery_remove(
+    gallery: _GALLERY,
+    person: Annotated[str, typer.Argument(help="Whom to remove.")],
+    keep_bytes: Annotated[
+        bool, typer.Option("--keep-bytes", help="Leave the rewriting of the files for later.")
+    ] = False,
+) -> None:
+    """Remove a person and every trace of their embeddings from the files."""
+    from sphereface2.recognition.enrol import remove
+
+    remove(gallery, person, keep_bytes=keep_bytes)
+
+
+@gallery_app.command("list")
+def gallery_list(
+    gallery: _GALLERY,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Name everybody in a gallery."""
+    from sphereface2.recognition.enrol import list_people
+
+    list_people(gallery, as_json=as_json)
+
+
+@gallery_app.command("stats")
+def gallery_stats(
+    gallery: _GALLERY,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Count people and pictures; name the model."""
+    from sphereface2.recognition.enrol import stats
+
+    stats(gallery, as_json=as_json)
+
+
+@gallery_app.command("compact")
+def gallery_compact(gallery: _GALLERY) -> None:
+    """Rewrite the files without what was removed or replaced."""
+    from sphereface2.recognition.enrol import compact
+
+    compact(gallery)
+
+
+@gallery_app.command("reembed")
+def gallery_reembed(
+    gallery: _GALLERY,
+    model: Annotated[str, typer.Option(help="The new model: a run, a model folder or a hub id.")],
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out pictures whose files are gone.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+) -> None:
+    """Move a gallery to another model, from the files people were enrolled from."""
+    from sphereface2.recognition.enrol import reembed
+
+    reembed(gallery, model=model, drop_missing=drop_missing, device=device)
+
+
+@app.command()
+def align(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the crops.")],
+    all_faces: Annotated[
+        bool, typer.Option("--all-faces", help="Every face, not only the main one.")
+    ] = False,
+    landmarks: Annotated[
+        Path | None, typer.Option(help="File of 'path x1 y1 … x5 y5' lines: crop by these.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: one a core.", min=1)
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the crops in pixels.")] = 112,
+    png: Annotated[bool, typer.Option("--png", help="Write PNG instead of JPEG.")] = False,
+    min_score: Annotated[float, typer.Option(help="Confidence from which a face counts.")] = 0.9,
+    max_pixels: Annotated[
+        int, typer.Option(help="Refuse pictures with more pixels.", min=1)
+    ] = 100_000_000,
+) -> None:
+    """Find faces in photographs and crop them for training and embedding."""
+    from sphereface2.align.folder import align as run
+
+    run(
+        source,
+        target,
+        all_faces=all_faces,
+        landmarks=landmarks,
+        workers=workers,
+        size=size,
+        png=png,
+        min_score=min_score,
+        max_pixels=max_pixels,
     )
 
 

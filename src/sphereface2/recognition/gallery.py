@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +45,6 @@ PICTURES = 1_000  # a person's, at most: their keys must fit in the person's row
 CHANGE_PICTURES = 1_500
 # A note in a shared gallery this old was left by a process that died, not by one at work.
 NOTE_SECONDS = 3_600
-
-Fusion = Literal["max", "mean"]
 
 
 @dataclass(frozen=True)
@@ -410,7 +408,7 @@ class Gallery:
         embeddings: np.ndarray,
         *,
         k: int = 5,
-        fusion: Fusion = "max",
+        fusion: str = "max",
         exact: bool = False,
         effort: int | None = None,
     ) -> list[list[Match]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,6 +70,8 @@ class Store:
             raise UserError(
                 "a gallery needs pymilvus: pip install 'sphereface2[gallery]'"
             ) from error
+        # In every scan of a local database it warns of a time stamp that is not needed there.
+        logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
         self.uri = str(uri)
         self.local = not self.uri.startswith(SCHEMES)
         self._server: Any = None
@@ -145,7 +148,10 @@ class Store:
         params = self._client.prepare_index_params()
         # Vectors have length 1, so the inner product is the cosine; Milvus Lite would normalise
         # all of them again in every search by COSINE.
-        params.add_index("vector", index_type=kind, metric_type="IP", params=build)
+        # pymilvus spreads `params` over the request, as servers want it; Milvus Lite 3.2 reads what
+        # is under a key of that name, and builds with its defaults where there is none.
+        spread = {"params": build} if self.local else build
+        params.add_index("vector", index_type=kind, metric_type="IP", params=spread)
         self._client.create_collection(
             name,
             schema=schema,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 
@@ -163,6 +165,4 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _name(image: Photo) -> str:
-    from pathlib import Path
-
     return str(image) if isinstance(image, str | Path) else "the picture"

@@ -1,0 +1,128 @@
+"""One picture of a batch job: read, find, crop, write. What worker processes run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from sphereface2.align.aligner import Aligner
+from sphereface2.align.photos import read_photo
+from sphereface2.align.template import warp
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write
+
+_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how crops look; a folder of crops has one."""
+
+    detector: str
+    size: int
+    min_score: float
+    all_faces: bool
+    landmarks: bool
+    suffix: str
+    max_pixels: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture, where its crops go (a path without its end) and its landmarks, if known."""
+
+    name: str
+    source: Path
+    target: Path
+    landmarks: np.ndarray | None = None
+
+
+class Cropper:
+    """Turns jobs into crops on disk and one JSON-able record each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.aligner = (
+            None
+            if settings.landmarks
+            else Aligner(settings.detector, size=settings.size, min_score=settings.min_score)
+        )
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """``picture``, ``status`` (aligned, no face, unreadable, bad landmarks), and ``faces`` or
+        ``reason``. OSError if a crop cannot be written.
+        """
+        try:
+            pixels = read_photo(job.source, max_pixels=self.settings.max_pixels)
+        except UserError as error:
+            return {"picture": job.name, "status": "unreadable", "reason": str(error)}
+        try:
+            found = self._crops(pixels, job)
+        except UserError as error:
+            reason = f"{job.name}: {error}"
+            return {"picture": job.name, "status": "bad landmarks", "reason": reason}
+        if not found:
+            return {"picture": job.name, "status": "no face"}
+        faces = []
+        for number, (crop, told) in enumerate(found, 1):
+            end = f"_face{number}" if self.settings.all_faces else ""
+            target = job.target.with_name(f"{job.target.name}{end}{self.settings.suffix}")
+            options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
+            encoded = cv2.imencode(self.settings.suffix, crop[..., ::-1], options)[1].tobytes()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(target, encoded)
+            faces.append({"crop": target.name, **told})
+        return {"picture": job.name, "status": "aligned", "faces": faces}
+
+    def _crops(self, pixels: np.ndarray, job: Job) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        if job.landmarks is not None:
+            told: dict[str, Any] = {"landmarks": job.landmarks.tolist()}
+            return [(warp(pixels, job.landmarks, self.settings.size), told)]
+        assert self.aligner is not None
+        faces = self.aligner.detect(pixels, thorough=self.settings.all_faces)
+        return [
+            (
+                warp(pixels, face.landmarks, self.settings.size),
+                {
+                    "score": round(face.score, 4),
+                    "box": np.round(face.box.astype(float), 1).tolist(),
+                    "landmarks": np.round(face.landmarks.astype(float), 2).tolist(),
+                },
+            )
+            for face in (faces if self.settings.all_faces else faces[:1])
+        ]
+
+
+_cropper: Cropper | None = None
+
+
+def start_worker(settings: Settings) -> None:
+    """Prepare a worker process; it ends with its parent, however that ends."""
+    global _cropper
+    cv2.setNumThreads(1)  # one process a core is faster than threads within
+    _cropper = Cropper(settings)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+
+def _follow(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def run_in_worker(jobs: list[Job]) -> list[dict[str, Any]]:
+    """The records of some jobs."""
+    assert _cropper is not None
+    return [_cropper.run(job) for job in jobs]

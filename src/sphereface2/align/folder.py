@@ -1,0 +1,260 @@
+"""``sphereface2 align``: a tree of pictures in, the same tree of aligned crops out."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rich.console import Console
+
+from sphereface2.align import detector as detectors
+from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start_worker
+from sphereface2.align.landmarks import Landmarks, read_landmarks
+from sphereface2.align.template import SIZE
+from sphereface2.data.convert import progress_bar
+from sphereface2.data.sources import IMAGE_SUFFIXES
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write
+
+SUFFIXES = IMAGE_SUFFIXES | {".gif", ".avif"}
+JOURNAL, REPORT = "faces.jsonl", "report.json"
+_STATUSES = ("aligned", "no face", "unreadable", "bad landmarks")
+_CHUNK = 8  # pictures that go to a worker at a time
+_NAMED_IN_REPORT = 20
+
+
+def align(
+    source: str | Path,
+    target: str | Path,
+    *,
+    all_faces: bool = False,
+    landmarks: str | Path | None = None,
+    workers: int | None = None,
+    size: int = SIZE,
+    png: bool = False,
+    min_score: float = 0.9,
+    max_pixels: int = 100_000_000,
+    detector: str = detectors.DEFAULT,
+) -> dict[str, Any]:
+    """Crop the faces of the pictures below ``source`` into the same tree below ``target``.
+
+    ``person/name.png`` becomes ``person/name.jpg`` (quality 95), with the picture's own suffix
+    kept in the name (``name.png.jpg``) where two pictures would share one. A picture without a
+    face or one that cannot be read is reported and does not stop the rest. ``target/faces.jsonl``
+    says for each picture what became of it, with boxes and landmarks; pictures that it holds are
+    skipped when the job is run again, so that one which was cut goes on where it stopped.
+
+    Args:
+        source: a folder of pictures; hidden files and those with no image suffix are ignored.
+        target: a folder, made if need be; not one inside ``source``.
+        all_faces: every face (``name_face1.jpg``, …) instead of the largest and most central.
+        landmarks: a file of ``path x1 y1 … x5 y5`` lines, paths relative to ``source``: only
+            these pictures are cropped, by these points, and nothing is detected.
+        workers: processes; by default one a core.
+        size: side of the crops.
+        png: write PNG instead of JPEG.
+        min_score: the detector's confidence from which a face counts.
+        max_pixels: a picture with more is not read.
+        detector: as for `Aligner`.
+
+    Returns:
+        The report, also in ``target/report.json``: ``pictures``, ``aligned``, ``crops``,
+        ``no_face``, ``unreadable`` and ``bad_landmarks`` count all pictures of the folder,
+        ``skipped`` those of them that were done before; ``pictures_without_face`` and ``reasons``
+        name the pictures that gave no crop.
+
+    Raises:
+        UserError: ``source`` is no folder of pictures, ``target`` lies inside it or holds crops
+            made with other settings, the landmark file is unusable, or a file cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    known = read_landmarks(landmarks) if landmarks is not None else None
+    settings = Settings(
+        detector=detector,
+        size=size,
+        min_score=min_score,
+        all_faces=all_faces,
+        landmarks=landmarks is not None,
+        suffix=".png" if png else ".jpg",
+        max_pixels=max_pixels,
+    )
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be 1 or more, not {workers}")
+    Cropper(settings)  # a wrong setting or a missing package shows here, once
+    names = _pictures(source, target, known)
+    console = Console(stderr=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        journal = _Journal(target, settings)
+        jobs = [job for job in _jobs(source, target, names, known) if job.name not in journal.done]
+        skipped = len(names) - len(jobs)
+        for name, reason in (known.bad if known else {}).items():
+            journal.done[name] = {"picture": name, "status": "bad landmarks", "reason": reason}
+        with progress_bar(console) as bar:
+            task = bar.add_task("aligning", total=len(names), completed=skipped)
+            for record in _run(jobs, settings, workers or _cores()):
+                journal.add(record)
+                bar.advance(task)
+        report = _report(journal.done, [*names, *(known.bad if known else [])], skipped)
+        atomic_write(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False).encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write below {target}: {error}; make room or name another folder and run again"
+        ) from error
+    _print(report, target, console)
+    return report
+
+
+def _pictures(source: Path, target: Path, known: Landmarks | None) -> list[str]:
+    """The pictures' paths relative to ``source``, sorted."""
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is not a folder of pictures; packed sets become one by "
+            "sphereface2 data convert SET FOLDER --to folder"
+        )
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} lies inside {source}; name a folder outside it for the crops")
+    if known is not None:
+        return sorted(known.points)
+    names = []
+    for folder, below, files in os.walk(source):
+        below[:] = [name for name in below if not name.startswith(".")]
+        place = Path(folder).relative_to(source)
+        names += [
+            (place / name).as_posix()
+            for name in files
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        ]
+    if not names:
+        raise UserError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+    return sorted(names)
+
+
+def _jobs(source: Path, target: Path, names: list[str], known: Landmarks | None) -> Iterator[Job]:
+    stems = Counter(PurePosixPath(name).with_suffix("") for name in names)
+    for name in names:
+        stem = PurePosixPath(name).with_suffix("")
+        place = stem if stems[stem] == 1 else PurePosixPath(name)
+        points = known.points[name] if known is not None else None
+        yield Job(name, source / name, target / place, points)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(jobs: list[Job], settings: Settings, workers: int) -> Iterator[dict[str, Any]]:
+    """The jobs' records as they come in."""
+    workers = min(workers, -(-len(jobs) // _CHUNK))
+    if workers <= 1:
+        cropper = Cropper(settings)
+        for job in jobs:
+            yield cropper.run(job)
+        return
+    remaining = iter(jobs)
+    chunks = iter(lambda: list(islice(remaining, _CHUNK)), [])
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(settings,),
+    )
+    try:
+        pending: set[Future[list[dict[str, Any]]]] = set()
+        while True:
+            for chunk in islice(chunks, 2 * workers - len(pending)):
+                pending.add(pool.submit(run_in_worker, chunk))
+            if not pending:
+                return
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield from future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was ended, perhaps for want of memory; run the same command again "
+            "to go on, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Journal:
+    """What became of each picture: a line of JSON each, the settings in the first."""
+
+    def __init__(self, target: Path, settings: Settings) -> None:
+        self.path = target / JOURNAL
+        self.done: dict[str, dict[str, Any]] = {}
+        header = {"settings": settings.as_dict()}
+        if self.path.exists():
+            for stale in target.rglob(".*.tmp"):  # of a run that was killed
+                stale.unlink(missing_ok=True)
+            lines = self._lines()
+            if not lines or lines[0] != header:
+                raise UserError(
+                    f"{target} holds crops made with other settings; name a new folder or remove it"
+                )
+            self.done = {record["picture"]: record for record in lines[1:]}
+        else:
+            self._append(header)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The whole lines; the rest of one that was cut is removed."""
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged; remove it to start anew") from error
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.done[record["picture"]] = record
+        self._append(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _report(done: dict[str, dict[str, Any]], names: list[str], skipped: int) -> dict[str, Any]:
+    records = [done[name] for name in dict.fromkeys(names)]
+    counts = Counter(record["status"] for record in records)
+    return {
+        "pictures": len(records),
+        "crops": sum(len(record.get("faces", ())) for record in records),
+        **{status.replace(" ", "_"): counts[status] for status in _STATUSES},
+        "skipped": skipped,
+        "pictures_without_face": [r["picture"] for r in records if r["status"] == "no face"],
+        "reasons": {r["picture"]: r["reason"] for r in records if "reason" in r},
+    }
+
+
+def _print(report: dict[str, Any], target: Path, console: Console) -> None:
+    before = f" ({report['skipped']:,} done before)" if report["skipped"] else ""
+    console.print(
+        f"{report['pictures']:,} pictures{before}: {report['aligned']:,} aligned, "
+        f"{report['crops']:,} crops in {target}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    for what, names in (
+        ("with no face found", report["pictures_without_face"]),
+        ("unreadable or with bad landmarks", list(report["reasons"].values())),
+    ):
+        if names:
+            console.print(f"[yellow]{len(names):,} {what}:[/yellow]")
+            for name in names[:_NAMED_IN_REPORT]:
+                console.print(f"  {name}", markup=False, highlight=False, soft_wrap=True)
+            if len(names) > _NAMED_IN_REPORT:
+                console.print(f"  … and {len(names) - _NAMED_IN_REPORT:,} more in {REPORT}")

@@ -87,6 +87,12 @@ def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) ->
     network = bundle.load(uninterrupted)
     assert network.preprocessing.size == (64, 64)
     record = json.loads((uninterrupted / "environment.json").read_text())
+    # What calibrating the network needs to know of its training.
+    head, data = network.metadata["head"], network.metadata["data"]
+    assert (head["name"], head["r"], head["t"]) == ("sphereface2", 40, 3)
+    assert -100 < head["bias"] < 100
+    assert data["fingerprint"] == record["data"]["fingerprint"]
+    assert data["validation_people"] == 4
     assert len(record["data"]["fingerprint"]) == 64
     (start,) = record["starts"]
     assert start["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -1,0 +1,322 @@
+"""The gallery: exact, whole or not at all, safe with any name, and rid of whom it forgets."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sphereface2.errors import UserError
+from sphereface2.recognition import gallery as module
+from sphereface2.recognition.gallery import Enrolment, Gallery, Match, decide
+from sphereface2.recognition.store import Row, Store
+
+pytest.importorskip("pymilvus")
+pytest.importorskip("milvus_lite")
+
+MODEL, DIM = "a" * 64, 16
+
+
+def opened(folder: Path, **options) -> Gallery:
+    return Gallery.open(folder, **{"fingerprint": MODEL, "dim": DIM, **options})
+
+
+def vectors(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, DIM)).astype(np.float32)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
+def test_exact_search_equals_brute_force(tmp_path: Path, index: str) -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 6, 120)
+    people = {f"p{i}": vectors(i, int(n)) for i, n in enumerate(counts)}
+    probes = vectors(1000, 25)
+    with opened(tmp_path / "g", index=index) as gallery:
+        stored = list(gallery.add_many(Enrolment(n, rows) for n, rows in people.items()))
+        assert sorted(p.name for some in stored for p in some) == sorted(people)
+    with opened(tmp_path / "g") as gallery:  # from the files, with the index built
+        for fusion in ("max", "mean"):
+            scores = np.stack(
+                [
+                    (unit(probes) @ unit(rows).T).max(1)
+                    if fusion == "max"
+                    else unit(probes) @ unit(unit(rows).sum(0))
+                    for rows in people.values()
+                ],
+                axis=1,
+            )
+            best = np.argsort(-scores, axis=1)[:, :7]
+            found = gallery.search(probes, k=7, fusion=fusion, exact=True)
+            names = list(people)
+            assert [[m.person for m in ms] for ms in found] == [[names[i] for i in r] for r in best]
+            np.testing.assert_allclose(
+                [[m.score for m in ms] for ms in found],
+                np.take_along_axis(scores, best, 1),
+                atol=1e-5,
+            )
+
+
+def test_k_people_are_found_though_one_has_the_nearest_hundred_pictures(tmp_path: Path) -> None:
+    probe = vectors(0)
+    with opened(tmp_path / "g") as gallery:
+        gallery.add("many", unit(probe) + 0.01 * vectors(1, 100))
+        for i in range(3):
+            gallery.add(f"other {i}", vectors(10 + i))
+        found = gallery.search(probe, k=3)[0]
+        assert found[0].person == "many" and len({m.person for m in found}) == 3
+        assert len(gallery.search(probe, k=9)[0]) == 4  # as many as there are
+
+
+def test_a_person_grows_is_replaced_and_goes(tmp_path: Path) -> None:
+    a, b = vectors(1, 2), vectors(2, 1)
+    with opened(tmp_path / "g") as gallery:
+        assert gallery.search(a) == [[], []] and gallery.people() == []
+        first = gallery.add("Zoé", a, metadata={"since": 2024})
+        gallery.add("Zoe\u0301", b)  # the same name, written otherwise
+        person = gallery.get("Zoé")
+        assert person is not None and (person.pictures, person.metadata) == (3, {"since": 2024})
+        template = unit(unit(np.concatenate([a, b])).sum(0))
+        assert gallery.search(template, fusion="mean")[0][0].score == pytest.approx(1, abs=1e-6)
+        second = gallery.add("Zoé", b, replace=True, metadata={})
+        assert len(set(first + second)) == 3 and gallery.stats()["pictures"] == 1
+        assert gallery.get("Zoé") == module.Person("Zoé", 1, {})
+        assert gallery.remove("Zoé") == 1 and gallery.remove("Zoé") == 0
+        assert gallery.search(b) == [[]] and gallery.search(b, fusion="mean") == [[]]
+    with opened(tmp_path / "g") as gallery:
+        assert gallery.people() == [] and gallery.search(b) == [[]]
+    with pytest.raises(UserError, match="was closed"):
+        gallery.people()
+
+
+def test_compacting_leaves_no_byte_of_whom_was_removed(tmp_path: Path) -> None:
+    gone, stays = vectors(1, 1), vectors(2, 3)
+
+    def files_with(row: np.ndarray) -> list[Path]:
+        # Files may be compressed by pages, but random float32 numbers do not compress: four
+        # neighbouring ones are found as they are.
+        needles = [unit(row).astype("<f4")[i : i + 4].tobytes() for i in range(0, DIM, 4)]
+        files = [path for path in (tmp_path / "g").rglob("*") if path.is_file()]
+        return [p for p in files if any(n in p.read_bytes() for n in needles)]
+
+    with opened(tmp_path / "g") as gallery:
+        gallery.add("gone", gone)
+        gallery.add("stays", stays, metadata={"a": [1]}, sources=["x", None, "z"])
+    assert files_with(gone[0]) and files_with(stays[2])  # the search can find what is there
+    with opened(tmp_path / "g") as gallery:
+        gallery.remove("gone")
+        gallery.compact()
+        assert files_with(gone[0]) == []
+        ((person, sources),) = gallery.sources()
+        assert (person.name, person.pictures, person.metadata) == ("stays", 3, {"a": [1]})
+        assert sources == ["x", None, "z"]
+    assert files_with(gone[0]) == [] and files_with(stays[2])
+    with opened(tmp_path / "g") as gallery:
+        assert gallery.search(stays)[2][0].score == pytest.approx(1, abs=1e-6)
+
+
+def test_a_change_cut_short_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies between the pictures and the person: as if it had died before."""
+    put = Store.put
+
+    def cut(self: Store, name: str, rows: list[Row]) -> None:
+        if "people" in name:
+            raise KeyboardInterrupt
+        put(self, name, rows)
+
+    a = vectors(1, 2)
+    gallery = opened(tmp_path / "g")
+    gallery.add("old", a)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", cut)
+        for person in ("new", "old"):
+            with pytest.raises(KeyboardInterrupt):
+                gallery.add(person, vectors(2, 3), replace=person == "old")
+        assert [m.person for m in gallery.search(vectors(2, 3), k=5)[0]] == ["old"]
+        with pytest.raises(KeyboardInterrupt):
+            gallery.compact()
+    assert gallery.stats()["pictures"] == 8  # the leftovers, found by nobody
+    gallery.close()
+    with opened(tmp_path / "g") as gallery:
+        assert gallery.stats()["pictures"] == 2 and gallery.get("new") is None
+        assert gallery.search(a)[1] == [Match("old", pytest.approx(1, abs=1e-6), {})]
+        assert len(gallery._store.collections()) == 3  # and the half-written copy is gone
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    opened(tmp_path / "g").close()
+    with pytest.raises(UserError, match="model aaaaaaaaaaaa and the model given is bbbbbbbbbbbb"):
+        opened(tmp_path / "g", fingerprint="b" * 64)
+    with pytest.raises(UserError, match="16 numbers and the model gives 32"):
+        opened(tmp_path / "g", dim=32)
+    with pytest.raises(UserError, match="made with the index flat, not hnsw"):
+        opened(tmp_path / "g", index="hnsw")
+    with pytest.raises(UserError, match="did you mean 'flat'"):
+        opened(tmp_path / "g", index="flta")
+    with pytest.raises(UserError, match="no gallery at"):
+        opened(tmp_path / "none", create=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        opened(tmp_path / "full")
+    with opened(tmp_path / "g") as gallery:
+        new = [Enrolment("x", np.ones((2, 3), np.float32), {"k": 1})]
+        gallery.reembed(new, fingerprint="c" * 64, dim=3)
+        assert gallery.search(np.ones(3))[0][0].person == "x"
+    with opened(tmp_path / "g", fingerprint="c" * 64, dim=3) as gallery:
+        assert gallery.get("x") == module.Person("x", 2, {"k": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings": np.full(DIM, np.nan)}, "zero, infinite or not a number"),
+        ({"embeddings": np.zeros(DIM)}, "zero, infinite"),
+        ({"embeddings": np.ones(DIM - 1)}, r"gallery takes \(n, 16\)"),
+        ({"embeddings": np.ones((0, DIM))}, "without a picture"),
+        ({"embeddings": np.ones((1001, DIM))}, "1000 is the most"),
+        ({"person": ""}, "1 to 200"),
+        ({"person": "  "}, "1 to 200"),
+        ({"person": "x" * 201}, "1 to 200"),
+        ({"person": "\ud800"}, "not valid Unicode"),
+        ({"metadata": {"x": float("nan")}}, "not JSON"),
+        ({"metadata": {"x": b""}}, "not JSON"),
+        ({"metadata": [1]}, "no JSON object"),
+        ({"metadata": {"x": "y" * 20_000}}, "16,384 is the most"),
+        ({"sources": ["a", "b"]}, "1 pictures and 2 sources"),
+        ({"sources": ["a" * 9000]}, "9002 bytes"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(
+    shared: Gallery, change: dict[str, object], message: str
+) -> None:
+    good = {"person": "x", "embeddings": np.ones(DIM)}
+    with pytest.raises(UserError, match=message):
+        shared.add(**{**good, **change})  # type: ignore[arg-type]
+    assert shared.get("x") is None
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory):
+    with opened(tmp_path_factory.mktemp("gallery") / "g") as gallery:
+        gallery.add("bystander", vectors(99, 1), metadata={"kept": True})
+        yield gallery
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@example(name='x" or "1" == "1')
+@example(name="key in ['stamp'] or true // '")
+@example(name="bystander\x00")
+@example(name="%' like \\")
+@example(name="../../collections")
+@example(name="\u202e[red]{a}\n$meta")
+@given(name=st.text(min_size=1, max_size=30).filter(str.strip))
+def test_any_name_is_a_name_and_nothing_more(shared: Gallery, name: str) -> None:
+    row = vectors(len(name), 1)
+    before = shared.people()
+    shared.add(name, row, metadata={name: name})
+    found = shared.get(name)
+    assert found is not None and list(found.metadata.values()) == [name]
+    assert found in shared.people() and shared.search(row, k=2)[0][0].score > 0.999
+    assert shared.remove(name) == 1
+    assert shared.people() == before
+
+
+def test_threads_see_people_whole_and_in_order(tmp_path: Path) -> None:
+    """While people are added, replaced and removed, a search finds them whole or not at all."""
+    seen: list[str] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    rows = {f"p{i}": vectors(i, 3) for i in range(12)}
+
+    with opened(tmp_path / "g") as gallery:
+        gallery.add("always", vectors(500, 1))
+
+        def look() -> None:
+            try:
+                while not stop.is_set():
+                    matches = gallery.search(np.concatenate([*rows.values()]), k=20)
+                    for name, mine in zip(rows, range(0, 36, 3), strict=True):
+                        there = [
+                            any(m.person == name and m.score > 0.999 for m in matches[mine + j])
+                            for j in range(3)
+                        ]
+                        if any(there) != all(there):
+                            seen.append(name)
+                    assert all("always" in [m.person for m in some] for some in matches)
+            except BaseException as error:
+                errors.append(error)
+
+        def change(names: list[str]) -> None:
+            try:
+                for _ in range(3):
+                    for name in names:
+                        gallery.add(name, rows[name])
+                        gallery.add(name, rows[name], replace=True)
+                    for name in names:
+                        assert gallery.remove(name) == 3
+            except BaseException as error:
+                errors.append(error)
+
+        readers = [threading.Thread(target=look) for _ in range(2)]
+        writers = [threading.Thread(target=change, args=(list(rows)[i::3],)) for i in range(3)]
+        for thread in readers + writers:
+            thread.start()
+        for thread in writers:
+            thread.join()
+        stop.set()
+        for thread in readers:
+            thread.join()
+        assert not errors and not seen
+        assert [person.name for person in gallery.people()] == ["always"]
+
+
+def test_a_server_is_asked_for_what_a_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server here: what goes to the client is checked, not what a server makes of it."""
+    import pymilvus
+
+    made: dict[str, object] = {}
+    real = pymilvus.MilvusClient
+
+    class Client:
+        create_schema = staticmethod(real.create_schema)
+        prepare_index_params = staticmethod(real.prepare_index_params)
+
+        def __init__(self, **options: object) -> None:
+            made["client"] = options
+
+        def create_collection(self, name: str, **options: object) -> None:
+            made[name] = options
+
+    monkeypatch.setattr(pymilvus, "MilvusClient", Client)
+    store = Store("http://milvus.example:19530/lobby", token="user:secret")
+    assert not store.local
+    assert made["client"] == {"uri": "http://milvus.example:19530/lobby", "token": "user:secret"}
+    store.create("c", 512, "hnsw")
+    options = made["c"]
+    assert isinstance(options, dict)
+    assert options["consistency_level"] == "Strong" and options["num_shards"] == 1
+    (index,) = options["index_params"]
+    assert index.get_index_configs() == {
+        "M": 16,
+        "efConstruction": 200,
+        "index_type": "HNSW",
+        "metric_type": "IP",
+    }
+
+
+def test_decide() -> None:
+    best = Match("a", 0.5, {})
+    assert decide([best, Match("b", 0.4, {})], 0.5) is best
+    assert decide([best], 0.51) is None and decide([], 0.0) is None

@@ -64,7 +64,8 @@ def model_card(
     """The card of a network, with YAML that the hub reads.
 
     Args:
-        network: its ``metadata["training"]``, from `facts_of_run`, fills the card.
+        network: its ``metadata["training"]``, from `facts_of_run`, fills the card; without it what
+            a checkpoint tells, ``metadata["head"]`` and ``metadata["data"]``.
         fingerprint: of the network.
         calibration: its thresholds are told.
         license: the hub's identifier of the weights' licence.
@@ -72,7 +73,7 @@ def model_card(
         license_link: where that one can be read.
     """
     facts: dict[str, Any] = network.metadata.get("training") or {}
-    data = facts.get("data") or {}
+    data = facts.get("data") or network.metadata.get("data") or {}
     if license == "other":
         license_name = license_name or UNSTATED
     synthetic = bool(data.get("synthetic"))
@@ -105,7 +106,8 @@ def model_card(
 
 
 def _title(network: Backbone, facts: dict[str, Any]) -> str:
-    head = (facts.get("settings") or {}).get("head", {}).get("name")
+    settings = facts.get("settings") or {}
+    head = (settings.get("head") or network.metadata.get("head") or {}).get("name")
     return f"Face embeddings: {network.config['name']}" + (f" trained with {head}" if head else "")
 
 
@@ -167,15 +169,15 @@ def _figures_text(facts: dict[str, Any], synthetic: bool) -> str:
         )
     if not rows:
         return "## Figures\n\nNone are recorded: measure it with `sphereface2 evaluate`."
-    drawn = "\n\nThese are figures on drawn faces." if synthetic else ""
-    return "\n".join(
-        [
-            "## Figures\n",
-            "| set | size | accuracy (mean ± s.d. over folds) | EER | TAR at FAR |",
-            "|---|---|---|---|---|",
-            *rows,
-        ]
-    ) + drawn  # fmt: skip
+    lines = [
+        "## Figures\n",
+        "| set | size | accuracy (mean ± s.d. over folds) | EER | TAR at FAR |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    if synthetic:
+        lines.append("\nThese are figures on drawn faces.")
+    return "\n".join(lines)
 
 
 def _calibration(calibration: Calibration | None) -> str:

@@ -79,11 +79,10 @@ def compute(
             num_gpus=1 if gpus else 0,
             compute=ray.data.ActorPoolStrategy(size=workers),
         )
-        try:
-            for row in parts.iter_rows():
-                yield int(row["number"]), row["part"]
-        except Exception as error:
-            raise _told(error) from error
+        for row in parts.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            yield int(row["number"]), row["part"]
     finally:
         if own:
             ray.shutdown()
@@ -99,11 +98,15 @@ class _Worker:
         self._ready: tuple[FaceEmbedder, Source] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        if self._ready is None:
-            self._ready = self._prepare()
-        numbers = [int(number) for number in batch["number"]]
-        parts = [self._job.compute(*self._ready, number, readers=1) for number in numbers]
-        return {"number": numbers, "part": parts}
+        # A mistake of the user travels as a row: Ray would wrap an exception up beyond finding.
+        try:
+            if self._ready is None:
+                self._ready = self._prepare()
+            number = int(batch["number"][0])
+            part, error = self._job.compute(*self._ready, number, readers=1), ""
+        except UserError as raised:
+            part, error = b"", str(raised)
+        return {"number": batch["number"], "part": [part], "error": [error]}
 
     def _prepare(self) -> tuple[FaceEmbedder, Source]:
         import ray
@@ -121,15 +124,3 @@ class _Worker:
                 f"machine with {self._job.aligner}: install the same packages"
             )
         return embedder, pictures
-
-
-def _told(error: BaseException) -> BaseException:
-    """The UserError that a worker raised, where there is one, else ``error``."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(seen, UserError) or isinstance(cause, UserError):
-            found = cause if isinstance(cause, UserError) else seen
-            return UserError(str(found.args[0] if found.args else found).splitlines()[-1])
-        seen = cause
-    return error

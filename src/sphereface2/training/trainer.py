@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -337,13 +338,18 @@ class Trainer:
             best=best,
         )
 
+    @cached_property
+    def _data_fingerprint(self) -> str:
+        """Of the training set; it may ask for the size of every file, so once a run."""
+        return self.dataset.source.fingerprint()
+
     def _about(self) -> dict[str, Any]:
         """What a user of the network may want to know of its training."""
         data = self.config.data
         return {
             "head": {"name": self.config.head["name"], **self.head.summary()},
             "data": {
-                "fingerprint": self.dataset.source.fingerprint(),
+                "fingerprint": self._data_fingerprint,
                 "validation_people": data.validation_people,
                 "split_seed": data.split_seed,
             },

@@ -118,8 +118,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
 
 
 def resolve(path: str | Path) -> Path:
-    """The bundle folder that `path` (bundle, weights file or run folder) stands for."""
+    """The bundle folder that `path` (bundle, weights file or run folder) stands for.
+
+    An ``.onnx`` file stands for itself.
+    """
     path = Path(path)
+    if path.suffix == ".onnx":
+        return path
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is no network: give a run folder, a bundle or its {WEIGHTS}")

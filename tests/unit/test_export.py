@@ -1,0 +1,265 @@
+"""Exported networks against the networks they came from, read by ONNX Runtime and torch alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+
+from sphereface2 import backbones
+from sphereface2.align.template import TEMPLATE
+from sphereface2.backbones import bundle
+from sphereface2.backbones.onnx import METADATA_KEY, OnnxNetwork
+from sphereface2.data import synthetic
+from sphereface2.errors import UserError
+from sphereface2.evaluation.embedding import embed
+from sphereface2.recognition import export as module
+from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.export import export
+from sphereface2.recognition.fingerprint import fingerprint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(name, **options):
+    """Untrained, but with statistics and slopes that no folding may lose."""
+    torch.manual_seed(0)
+    net = backbones.create(name, embedding_dim=32, **options).train()
+    for module_ in net.modules():
+        if isinstance(module_, torch.nn.PReLU):
+            torch.nn.init.uniform_(module_.weight, 0.0, 0.5)
+        if isinstance(module_, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            torch.nn.init.uniform_(module_.weight, 0.8, 1.2)
+            torch.nn.init.normal_(module_.bias, std=0.1)
+            module_.momentum = None
+    net(net.preprocessing(torch.from_numpy(np.stack(faces(8))).permute(0, 3, 1, 2)))
+    return net.eval()
+
+
+def faces(count, seed=1):
+    rng = np.random.default_rng(seed)
+    return [synthetic.render(synthetic.Identity.draw(rng), rng) for _ in range(count)]
+
+
+def saved(net, folder):
+    folder.mkdir()
+    bundle.save(net, folder, extra={"note": "trained on drawings"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    net = network(
+        "sfnet4", width=0.25, input_size=(32, 48), batch_norm=True,
+        mean=(100.0, 110.0, 120.0), std=(60.0, 61.0, 62.0), colour_order="BGR",
+    )  # fmt: skip
+    return saved(net, tmp_path_factory.mktemp("export") / "net")
+
+
+@pytest.fixture(scope="module")
+def float32(checkpoint):
+    return export(checkpoint, to="onnx")["path"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A training set of 24 drawings, one file unreadable."""
+    import cv2
+
+    root = tmp_path_factory.mktemp("drawn")
+    for i, image in enumerate(faces(24)):
+        (root / f"p{i // 4}").mkdir(exist_ok=True)
+        cv2.imwrite(str(root / f"p{i // 4}" / f"{i}.png"), image[..., ::-1])
+    (root / "p0" / "broken.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "int8"),
+    [
+        ("sfnet10", {"width": 0.125, "activation": "relu", "dropout": 0.5}, False),
+        ("sfnet10", {"width": 0.125, "batch_norm": True}, True),
+        ("iresnet18", {"width": 0.125}, True),
+        ("mobilefacenet", {"width": 0.125}, False),
+        ("timm/resnet10t", {}, False),
+    ],
+)
+def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, drawn):
+    net = network(name, input_size=32, **options)
+    folder = saved(net, tmp_path / "net")
+    path = export(folder, to="onnx")["path"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        (found,) = session.run(None, {"images": images.numpy()})
+        wanted = net(images).detach().numpy()
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    if int8:
+        quantised = export(folder, to="onnx", int8=True, calibration=drawn)
+        assert quantised["bytes"] < 0.6 * path.stat().st_size
+        rows = embed(OnnxNetwork(quantised["path"]), faces(6, seed=2))
+        assert (rows * embed(net, faces(6, seed=2))).sum(1).min() > 0.95
+
+
+def test_a_transformer_exports(tmp_path):
+    net = backbones.create("timm/vit_tiny_patch16_224", embedding_dim=8, input_size=32, depth=1)
+    assert export(saved(net, tmp_path / "net"), to="onnx")["cosine_min"] >= module.PARITY
+
+
+def test_what_the_file_says_about_itself(checkpoint, float32):
+    net = bundle.load(checkpoint)
+    meta = onnxruntime.InferenceSession(float32).get_modelmeta().custom_metadata_map
+    said = json.loads(meta[METADATA_KEY])
+    assert said["preprocessing"] == {
+        "size": [32, 48], "mean": [100.0, 110.0, 120.0], "std": [60.0, 61.0, 62.0],
+        "colour_order": "BGR",
+    }  # fmt: skip
+    assert (said["embedding_dim"], said["precision"]) == (32, "float32")
+    assert said["fingerprint"] == said["checkpoint_fingerprint"] == fingerprint(net)
+    assert np.array_equal(said["aligner"]["template"], TEMPLATE)
+    assert said["metadata"] == {"note": "trained on drawings"}
+    assert said["backbone"]["name"] == "sfnet4"
+    model = onnx.load(float32)
+    assert not model.graph.initializer[0].external_data
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert str(os.getcwd()).encode() not in float32.read_bytes()
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert [shape[0].dim_param, *(d.dim_value for d in shape[1:])] == ["batch", 3, 32, 48]
+
+
+def test_it_stands_in_for_the_backbone(checkpoint, float32):
+    net, exported = bundle.load(checkpoint), bundle.load(float32)
+    assert exported.preprocessing == net.preprocessing
+    assert exported.metadata == net.metadata
+    assert fingerprint(exported) == fingerprint(net)
+    images = [*faces(3), faces(1)[0][:90]]
+    np.testing.assert_allclose(embed(exported, images), embed(net, images), atol=1e-5)
+    rows = FaceEmbedder.from_pretrained(float32).embed(images[:3], aligned=True)
+    np.testing.assert_allclose(rows, embed(net, images[:3]), atol=1e-5)
+    with pytest.raises(UserError, match="shape"):
+        exported(torch.zeros(1, 3, 112, 112))
+    with pytest.raises(TypeError):
+        bundle.save(exported, checkpoint)
+
+
+def test_torch_export_archive(checkpoint):
+    report = export(checkpoint, to="torch_export")
+    said = {module.EXTRA_FILE: ""}
+    program = torch.export.load(report["path"], extra_files=said)
+    assert json.loads(said[module.EXTRA_FILE]) == report["description"]
+    images = torch.randn(3, 3, 32, 48)
+    torch.testing.assert_close(program.module()(images), bundle.load(checkpoint)(images))
+
+
+def test_int8_keeps_embeddings_float_and_tells_its_own_fingerprint(checkpoint, drawn, tmp_path):
+    first, again = (
+        export(checkpoint, to="onnx", int8=True, calibration=drawn, images=9, out=tmp_path / name)
+        for name in ("a.onnx", "b.onnx")
+    )
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    original = fingerprint(bundle.load(checkpoint))
+    assert again["description"]["fingerprint"] != original
+    assert first["description"]["checkpoint_fingerprint"] == original
+    assert first["description"]["calibration"]["images"] == 9
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    assert {w.dtype for w in weights.values() if w.ndim > 1} == {np.dtype(np.int8)}
+    assert max(np.abs(w.astype(int)).max() for w in weights.values() if w.ndim > 1) <= 64
+    assert graph.node[-1].op_type == "Gemm"
+    assert not any(node.op_type == "PRelu" for node in graph.node)
+
+
+def test_a_result_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch):
+    traced = module.trace
+
+    def wrong(net):
+        other = network("sfnet4", width=0.25, input_size=(32, 48), batch_norm=True)
+        torch.nn.init.normal_(other.fc.weight)
+        return traced(other)
+
+    monkeypatch.setattr(module, "trace", wrong)
+    for to, name in (("onnx", "x.onnx"), ("torch_export", "x.pt2")):
+        with pytest.raises(UserError, match="does not agree with PyTorch"):
+            export(checkpoint, to=to, out=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "onxx"}, "did you mean 'onnx'"),
+        ({"to": "onnx", "int8": True}, "give --calibration SET"),
+        ({"to": "onnx", "calibration": "x"}, "belongs to --int8"),
+        ({"to": "torch_export", "int8": True, "calibration": "x"}, "int8 is for ONNX"),
+        ({"to": "onnx", "int8": True, "calibration": "absent"}, "absent does not exist"),
+        ({"to": "onnx", "int8": True, "calibration": "few"}, "has 4 readable images"),
+        ({"to": "onnx", "out": "model.bin"}, "must end in .onnx"),
+        ({"to": "onnx", "out": "nowhere/model.onnx"}, "nowhere must be a folder"),
+    ],
+)
+def test_mistakes_are_named(checkpoint, drawn, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "p1").symlink_to(drawn / "p1")
+    with pytest.raises(UserError, match=message):
+        export(checkpoint, **options)
+
+
+def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monkeypatch):
+    plain = onnx.load(float32)
+    del plain.metadata_props[:]
+    onnx.save(plain, tmp_path / "foreign.onnx")
+    said = json.loads(onnx.load(float32).metadata_props[0].value)
+    onnx.helper.set_model_props(plain, {METADATA_KEY: json.dumps(said | {"embedding_dim": 5})})
+    onnx.save(plain, tmp_path / "contradictory.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(float32.read_bytes()[:5000])
+    (tmp_path / "empty.onnx").touch()
+    for name, message in [
+        ("foreign", "was not written by"),
+        ("contradictory", "contradicts itself"),
+        ("damaged", "damaged or no ONNX file"),
+        ("empty", "damaged or no ONNX file|was not written by"),
+        ("absent", "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            bundle.load(tmp_path / f"{name}.onnx")
+    with pytest.raises(UserError, match="exported already"):
+        export(float32, to="onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"sphereface2\[export\]"):
+        bundle.load(float32)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"needs onnxscript.*sphereface2\[export\]"):
+        export(checkpoint, to="onnx")
+
+
+def test_the_command(checkpoint, tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "sphereface2", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+
+    out = tmp_path / "net.onnx"
+    done = run("export", checkpoint, "--to", "onnx", "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "float32" in done.stdout and "cosine with PyTorch 1.0000000" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    done = run("export", checkpoint, "--to", "onnx", "--int8", "--out", out)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: int8 needs training faces")

@@ -112,7 +112,9 @@ def test_compacting_leaves_no_byte_of_whom_was_removed(tmp_path: Path) -> None:
     assert files_with(gone[0]) and files_with(stays[2])  # the search can find what is there
     with opened(tmp_path / "g") as gallery:
         gallery.remove("gone")
+        assert gallery.stats()["removed"] == 1
         gallery.compact()
+        assert gallery.stats()["removed"] == 0
         assert files_with(gone[0]) == []
         ((person, sources),) = gallery.sources()
         assert (person.name, person.pictures, person.metadata) == ("stays", 3, {"a": [1]})

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 PREFIX = "sphereface2_"
 META = PREFIX + "meta"
 STAMP = "stamp"
+REMOVED = "removed"  # the key of the number of pictures that files may still hold
 NAME_LENGTH = 200
 METADATA_BYTES = 16_384
 SOURCE_BYTES = 8_192
@@ -343,6 +344,7 @@ class Gallery:
             self._store.put(self._pictures, pictures)
             self._store.put(self._people, people)
             self._store.delete(self._pictures, superseded)
+            self._count_removed(len(superseded))
         return [row.key for row in pictures]
 
     def remove(self, person: str) -> int:
@@ -363,7 +365,17 @@ class Gallery:
             with self._gate.write(), self._note(pictures):
                 self._store.delete(self._people, [key])
                 self._store.delete(self._pictures, pictures)
+                self._count_removed(len(pictures))
             return len(pictures)
+
+    def _removed(self) -> int:
+        row = self._store.get(META, [REMOVED]).get(REMOVED)
+        return 0 if row is None else int(row.text)
+
+    def _count_removed(self, pictures: int) -> None:
+        if pictures:
+            number = str(self._removed() + pictures)
+            self._store.put(META, [Row(REMOVED, number, _META_VECTOR)])
 
     @contextmanager
     def _note(self, pictures: list[str]) -> Iterator[None]:
@@ -492,14 +504,18 @@ class Gallery:
         return sorted(map(_person, records), key=lambda person: person.name)
 
     def stats(self) -> dict[str, Any]:
-        """Numbers: people, pictures, dim, fingerprint, index, where, versions."""
+        """Facts: ``people``, ``pictures``, ``removed`` (pictures that went since the last
+        `compact`, whose embeddings the files may still hold), ``dim``, ``fingerprint``,
+        ``index``, ``uri``, ``package_version``."""
         with self._gate.read():
             self._check_open()
             people = self._store.count(self._people)
             pictures = self._store.count(self._pictures)
+            removed = self._removed()
         return {
             "people": people,
             "pictures": pictures,
+            "removed": removed,
             "dim": self.dim,
             "fingerprint": self.fingerprint,
             "index": self.index,
@@ -613,6 +629,7 @@ class Gallery:
             self._store.put(META, [_stamp_row(stamp)])
             self._stamp = stamp
             self._drop_generations()
+            self._store.delete(META, [REMOVED])
 
     def _drop_generations(self) -> None:
         """Drop the collections that the stamp does not name."""

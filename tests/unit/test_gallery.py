@@ -154,6 +154,27 @@ def test_a_change_cut_short_leaves_nothing_half_done(
         assert len(gallery._store.collections()) == 3  # and the half-written copy is gone
 
 
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
+def test_a_torn_index_is_made_again_and_torn_data_are_told(tmp_path: Path, index: str) -> None:
+    """A process killed while the database writes an index leaves part of a file."""
+    rows = vectors(1, 50)
+    with opened(tmp_path / "g", index=index) as gallery:
+        for _ in gallery.add_many(Enrolment(f"p{i}", row) for i, row in enumerate(rows)):
+            pass
+    torn = list((tmp_path / "g").rglob("*.idx"))
+    assert len(torn) >= 3
+    for file in torn:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with opened(tmp_path / "g") as gallery:
+        assert [m[0].person for m in gallery.search(rows, exact=True)] == [
+            f"p{i}" for i in range(50)
+        ]
+    (data,) = (tmp_path / "g").glob("collections/*pictures*/partitions/*/data/*.parquet")
+    data.write_bytes(data.read_bytes()[:20])
+    with pytest.raises(UserError, match="cannot be read"):
+        opened(tmp_path / "g")
+
+
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     opened(tmp_path / "g").close()
     with pytest.raises(UserError, match="model aaaaaaaaaaaa and the model given is bbbbbbbbbbbb"):
@@ -166,6 +187,8 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
         opened(tmp_path / "g", index="flta")
     with pytest.raises(UserError, match="no gallery at"):
         opened(tmp_path / "none", create=False)
+    with pytest.raises(UserError, match="no address of a Milvus server"):
+        Gallery.open("ftp://x/y", fingerprint=MODEL, dim=DIM)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):

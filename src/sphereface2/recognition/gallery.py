@@ -164,8 +164,8 @@ class Gallery:
             token: ``user:password`` or an API key, for a server that asks for one.
 
         Raises:
-            UserError: the gallery is of another model, open in another process, not there and
-                not to be made, or made by a later version.
+            UserError: the gallery is of another model, open in another process, damaged, not there
+                and not to be made, or made by a later version.
         """
         if index is not None and index not in INDEXES:
             raise UserError(
@@ -174,7 +174,12 @@ class Gallery:
             )
         local = not str(uri).startswith(SCHEMES)
         missing = UserError(f"there is no gallery at {uri}; `sphereface2 gallery add` makes one")
-        if local and not create and not (Path(uri) / "collections").is_dir():
+        if (
+            local
+            and "://" not in str(uri)
+            and not create
+            and not (Path(uri) / "collections").is_dir()
+        ):
             raise missing
         store = Store(uri, token=token)
         try:
@@ -185,13 +190,18 @@ class Gallery:
                 stamp = _create(store, fingerprint, dim, index or "flat")
             _check_stamp(stamp, str(uri), fingerprint, dim, index)
             gallery = cls(store, stamp)
-            if store.local:
-                gallery._drop_generations()
             for name in (gallery._people, gallery._pictures):
                 store.load(name)
+            if store.local:  # on a server another process may be writing the next ones
+                gallery._drop_generations()
             gallery._recover()
-        except BaseException:
+        except BaseException as error:
             store.close()
+            if store.refused(error):
+                raise UserError(
+                    f"the gallery {uri} cannot be read; if its files are damaged, put back a copy "
+                    f"or enrol anew ({error})"
+                ) from error
             raise
         return gallery
 

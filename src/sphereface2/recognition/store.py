@@ -70,10 +70,17 @@ class Store:
             raise UserError(
                 "a gallery needs pymilvus: pip install 'sphereface2[gallery]'"
             ) from error
-        # In every scan of a local database it warns of a time stamp that is not needed there.
-        logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
+        # What these log is raised too, or is a warning in every scan of a local database of a time
+        # stamp that is not needed there.
+        for noisy in ("client.iterator.query_iterator", "decorators"):
+            logging.getLogger(f"pymilvus.{noisy}").setLevel(logging.CRITICAL)
+        logging.getLogger("milvus_lite.adapter").setLevel(logging.CRITICAL)
         self.uri = str(uri)
         self.local = not self.uri.startswith(SCHEMES)
+        if self.local and "://" in self.uri:
+            raise UserError(
+                f"{self.uri} is no address of a Milvus server; give http://host:19530, or a folder"
+            )
         self._server: Any = None
         address = self._serve(Path(uri)) if self.local else self.uri
         try:
@@ -132,6 +139,13 @@ class Store:
             self._client.close()
         self._stop()
 
+    @staticmethod
+    def refused(error: BaseException) -> bool:
+        """Whether an exception is the database's own: it could not do what was asked."""
+        from pymilvus import MilvusException
+
+        return isinstance(error, MilvusException)
+
     def collections(self) -> list[str]:
         """The names of the collections there are."""
         return list(self._client.list_collections())
@@ -163,7 +177,19 @@ class Store:
 
     def load(self, name: str) -> None:
         """Make a collection that was there searchable."""
-        self._client.load_collection(name)
+        from pymilvus import MilvusException
+
+        try:
+            self._client.load_collection(name)
+        except MilvusException:
+            # Milvus Lite writes an index in place, so that a process killed meanwhile leaves a
+            # torn one; they are made from the data and can be made again.
+            torn = list(Path(self.uri).glob(f"collections/{name}/partitions/*/indexes/*.idx"))
+            if not self.local or not torn:
+                raise
+            for file in torn:
+                file.unlink()
+            self._client.load_collection(name)
 
     def drop(self, name: str) -> None:
         """Delete a collection, with its files if they are local."""

@@ -44,6 +44,7 @@ SOURCE_BYTES = 8_192
 PICTURES = 1_000  # a person's, at most: their keys must fit in the person's row
 # Pictures that one change writes at a time: their keys must fit in the change's note.
 CHANGE_PICTURES = 1_500
+PROBES = 256  # in one call: Milvus Lite holds all their products with the gallery
 # A note in a shared gallery this old was left by a process that died, not by one at work.
 NOTE_SECONDS = 3_600
 
@@ -463,7 +464,10 @@ class Gallery:
             return []
         with self._gate.read():
             self._check_open()
-            return self._search(queries, k, fusion, exact, effort)
+            answers: list[list[Match]] = []
+            for i in range(0, len(queries), PROBES):
+                answers += self._search(queries[i : i + PROBES], k, fusion, exact, effort)
+            return answers
 
     def _search(
         self, queries: np.ndarray, k: int, fusion: str, exact: bool, effort: int | None

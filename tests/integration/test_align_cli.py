@@ -1,0 +1,139 @@
+"""``sphereface2 align`` as a user runs it: odd files, a kill, landmark files, what fit reads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from skimage.data import astronaut
+
+from sphereface2.align import TEMPLATE, read_photo, warp
+from sphereface2.align.folder import align as align_folder
+from sphereface2.data import open_source
+from sphereface2.errors import UserError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*words):
+    return [sys.executable, "-m", "sphereface2", "align", *map(str, words)]
+
+
+def align(*words):
+    return subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """48 pictures of one face, moved and brightened, two that cannot be read and one wall."""
+    root = tmp_path_factory.mktemp("photos")
+    image = astronaut()[:300, 50:400, ::-1]
+    for number in range(48):
+        path = root / f"person{number % 4}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        moved = np.roll(image, number % 20, axis=1)
+        cv2.imwrite(str(path), cv2.convertScaleAbs(moved, alpha=1 - number / 200))
+    cv2.imwrite(str(root / "person0" / "0.jpg"), image)  # one stem, two pictures
+    (root / "person1" / "text.jpg").write_text("not a picture")
+    (root / "person1" / "empty.jpg").write_bytes(b"")
+    cv2.imwrite(str(root / "person2" / "wall.png"), np.full((90, 90, 3), 77, np.uint8))
+    (root / "notes.txt").write_text("no picture")
+    return root
+
+
+def crops(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.jpg")}
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by /proc")
+def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
+    whole = align(photos, tmp_path / "whole", "--workers", 1)
+    assert whole.returncode == 0, whole.stderr
+    cut = tmp_path / "cut"
+    running = subprocess.Popen(
+        command(photos, cut, "--workers", 2), stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    journal = cut / "faces.jsonl"
+    limit = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
+        assert running.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    workers = children(running.pid)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    limit = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < limit, "workers outlive their parent"
+        time.sleep(0.05)
+    assert all(read_photo(p).shape == (112, 112, 3) for p in cut.rglob("*.jpg"))
+    with journal.open("a") as file:
+        file.write('{"picture": "person3/3.png", "sta')  # as a crash might leave it
+    again = align(photos, cut, "--workers", 2)
+    assert again.returncode == 0, again.stderr
+    report = json.loads((cut / "report.json").read_text())
+    assert 8 <= report["skipped"] < 52
+    assert crops(cut) == crops(tmp_path / "whole")
+    assert not list(cut.rglob("*.tmp"))
+
+    assert [report[k] for k in ("pictures", "aligned", "crops", "no_face", "unreadable")] == [
+        52, 49, 49, 1, 2,
+    ]  # fmt: skip
+    assert report["pictures_without_face"] == ["person2/wall.png"]
+    assert "is empty" in report["reasons"]["person1/empty.jpg"]
+    assert "not an image" in report["reasons"]["person1/text.jpg"]
+    assert {"person0/0.png.jpg", "person0/0.jpg.jpg"} <= crops(cut).keys()
+    source = open_source(cut)
+    assert len(source) == 49 and source.class_names == [f"person{i}" for i in range(4)]
+
+    other = align(photos, cut, "--size", 96)
+    assert other.returncode == 2
+    assert "other settings" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_by_a_landmark_file(photos, tmp_path):
+    points = TEMPLATE * 1.1 + 60
+    told = " ".join(repr(float(v)) for v in points.ravel())
+    lines = [
+        f"person0/0.png {told} 0.9",
+        f"person3/3.png {told}",
+        "person1/1.png " + told.replace(told.split()[4], "nan"),
+        f"person9/none.png {told}",
+        "person2/2.png " + "7 " * 10,
+    ]
+    (tmp_path / "points.txt").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    done = align(photos, out, "--landmarks", tmp_path / "points.txt", "--png")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    counts = [report[k] for k in ("pictures", "aligned", "unreadable", "bad_landmarks")]
+    assert counts == [5, 2, 1, 2]
+    assert "x3 is 'nan'" in report["reasons"]["person1/1.png"]
+    assert "coincide" in report["reasons"]["person2/2.png"]
+    np.testing.assert_array_equal(
+        read_photo(out / "person3" / "3.png"),
+        warp(read_photo(photos / "person3" / "3.png"), points),
+    )
+
+
+def test_mistakes_are_one_sentence(photos, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for source, target, told in [
+        (tmp_path / "none", tmp_path / "out", "is not a folder"),
+        (tmp_path / "bare", tmp_path / "out", "holds no pictures"),
+        (photos, photos / "out", "lies inside"),
+        (photos, tmp_path / "bare" / "file" / "out", "cannot write"),
+    ]:
+        (tmp_path / "bare" / "file").write_text("")
+        with pytest.raises(UserError, match=told):
+            align_folder(source, target, workers=1)
+    assert not (photos / "out").exists()

@@ -285,6 +285,26 @@ def test_a_calibration_survives_its_file(model, method):
     assert Calibration.load(folder) is None
 
 
+def test_an_exported_file_has_its_own_calibration_or_its_checkpoints(model):
+    folder, net = model
+    exported = folder / "x.onnx"
+    exported.touch()
+    ours = fit(*gaussian(200, 2000), fingerprint=fingerprint(net))
+    ours.save(folder)
+    assert Calibration.load(exported, fingerprint=fingerprint(net)).to_dict() == ours.to_dict()
+    # An int8 file lies there too, and is another network.
+    assert Calibration.load(exported, fingerprint="int8") is None
+    path = fit(*gaussian(200, 2000), fingerprint="int8").save(exported)
+    assert path == folder / "x.calibration.json"
+    assert Calibration.load(exported, fingerprint="int8").fingerprint == "int8"
+    with pytest.raises(UserError, match=r"x\.calibration\.json belongs to another network"):
+        Calibration.load(exported, fingerprint=fingerprint(net))
+    for leftover in (path, exported, folder / "calibration.json"):
+        leftover.unlink()
+    with pytest.raises(UserError, match="cannot write"):
+        ours.save(folder / "absent")
+
+
 def test_another_network_or_a_damaged_file_is_told(model):
     folder, net = model
     fit(*gaussian(200, 2000), fingerprint="0" * 64).save(folder)

@@ -299,14 +299,9 @@ def evaluate(
     sets += [suite for suite in opened if isinstance(suite, PairSet)]
     paths = [*pairs, *[root or "."] * (len(sets) - len(pairs))]
     source = open_source(all_pairs) if all_pairs is not None else None
-    place, calibration = resolve(device), None
-    if Path(checkpoint).suffix == ".onnx":  # an exported network stands alone
-        net = bundle.load(checkpoint, device=place)
-    else:
-        folder = bundle.resolve(checkpoint).resolve()
-        net = bundle.load(folder, device=place)
-        if flip:
-            calibration = Calibration.load(folder, fingerprint=fingerprint(net))
+    folder = bundle.resolve(checkpoint).resolve()
+    net = bundle.load(folder, device=(place := resolve(device)))
+    calibration = Calibration.load(folder, fingerprint=fingerprint(net)) if flip else None
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "flip": flip, "sets": []}
     columns = (
         TextColumn("{task.description}"),

@@ -59,7 +59,7 @@ def calibrate(
     """The command ``sphereface2 calibrate``: fit, write ``calibration.json``, print, return.
 
     Args:
-        checkpoint: a bundle or a run; the file is written beside its weights.
+        checkpoint: a bundle, a run or an exported ``.onnx`` file; beside it the file is written.
         pairs, images, names: verification sets, as in `evaluate`.
         all_pairs: labelled sets of which every pair is used (a sample of `MOST_PAIRS` of either
             kind where there are more). Of the network's own training set only the people who were
@@ -310,15 +310,15 @@ def _print(report: Mapping[str, Any], calibration: Calibration) -> None:
             f"FAR {far_key(one.far)}",
             f"{one.threshold:.4f}",
             f"{one.ci[0]:.3f}–{one.ci[1]:.3f}",
-            f"{100 * one.far:.2g} %",
-            f"{100 * low:.2g}–{100 * high:.2g} %",
+            f"{_percent(one.far)} %",
+            f"{_percent(low)}–{_percent(high)} %",
             f"{100 * one.tar:.1f} %",
         )
     bias = report["shared_bias"]
     if bias is not None:
         table.add_section()
         similarity = "none" if bias["similarity"] is None else f"{bias['similarity']:.4f}"
-        far, tar = f"{100 * bias['far']:.2g} %", f"{100 * bias['tar']:.1f} %"
+        far, tar = f"{_percent(bias['far'])} %", f"{100 * bias['tar']:.1f} %"
         table.add_row("-b/r", similarity, "", far, "", tar)
     console.print(table)
     lines = [
@@ -333,3 +333,8 @@ def _print(report: Mapping[str, Any], calibration: Calibration) -> None:
     lines.append(f"{calibration.method} calibration written to {report['file']}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _percent(share: float) -> str:
+    """Two significant digits, without an exponent for 100."""
+    return f"{float(f'{100 * share:.2g}'):g}"

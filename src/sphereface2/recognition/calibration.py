@@ -211,30 +211,47 @@ class Calibration:
             "intervals": dict(self.intervals),
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``calibration.json`` into the network's folder, whole or not at all."""
-        path = Path(folder) / FILE
+    def save(self, network: str | Path) -> Path:
+        """Write it beside a network, whole or not at all; returns the file.
+
+        Args:
+            network: a model folder, for ``calibration.json`` in it, or an exported ``X.onnx``, for
+                ``X.calibration.json`` beside it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        path = _file_of(Path(network))
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        atomic_write(path, text.encode())
+        try:
+            atomic_write(path, text.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         return path
 
     @classmethod
-    def load(cls, folder: str | Path, *, fingerprint: str | None = None) -> Calibration | None:
+    def load(cls, network: str | Path, *, fingerprint: str | None = None) -> Calibration | None:
         """The calibration beside a network, or None where there is none.
 
         Args:
-            folder: a bundle or a run.
+            network: a bundle, a run or an exported ``.onnx`` file; the last has its own
+                calibration, or that of the checkpoint in whose folder it lies, if they compute the
+                same.
             fingerprint: of the network there, where the caller knows it; else it is computed.
 
         Raises:
             UserError: the file is damaged, or belongs to another network.
         """
-        folder = bundle.resolve(folder).resolve()
-        path = folder / FILE
+        network = bundle.resolve(network).resolve()
+        path, borrowed = _file_of(network), False
+        if not path.exists() and network.suffix == ".onnx":
+            path, borrowed = network.with_name(FILE), True
         if not path.exists():
             return None
         found = _read(path)
-        if found.fingerprint != (fingerprint or fingerprint_of(folder)):
+        if found.fingerprint != (fingerprint or fingerprint_of(network)):
+            if borrowed:
+                return None
             raise UserError(
                 f"{path} belongs to another network than the one beside it: delete it, or "
                 "overwrite it with sphereface2 calibrate"
@@ -242,9 +259,15 @@ class Calibration:
         return found
 
 
-def fingerprint_of(folder: str | Path) -> str:
-    """Fingerprint of the network in a bundle folder."""
-    return fingerprint(bundle.load(folder))
+def fingerprint_of(network: str | Path) -> str:
+    """Fingerprint of the network at a path that `bundle.load` takes."""
+    return fingerprint(bundle.load(network))
+
+
+def _file_of(network: Path) -> Path:
+    if network.suffix == ".onnx":
+        return network.with_suffix(f".{FILE}")
+    return network / FILE
 
 
 def pairs_needed(far: float) -> int:

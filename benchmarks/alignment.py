@@ -187,7 +187,7 @@ def main() -> None:
 
     aligner, bare = Aligner(), Mtcnn()
     methods: dict[str, Any] = {
-        "bare detector, no crop": lambda p: main_face(bare.detect(p, 20), p),
+        "bare detector": lambda p: main_face(bare.detect(p, 20), p),
         f"Aligner ({aligner.name})": lambda p: next(iter(aligner.detect(p)), None),
     }
     for name in args.peers:

@@ -264,6 +264,10 @@ def test_bad_settings_and_missing_data_are_one_sentence(tmp_path: Path) -> None:
     done = run("--training.fused_head", "true", "--training.clip_norm", "null")
     assert done.returncode == 2
     assert "a fused update needs a head with streaming=True" in done.stderr
+    fused = {"training.fused_head": "true", "head.streaming": "true", "training.clip_norm": "null"}
+    done = run(**fused, **{"training.autocast": "fp16"})
+    assert done.returncode == 2
+    assert "set training.autocast to bf16" in done.stderr
     done = run("--head.name", "cosface", "--head.sharded", "true")
     assert done.returncode == 2
     assert "cosface cannot be sharded" in done.stderr

@@ -1,5 +1,8 @@
 """Sampled negatives: right on average, own classes always there, other rows left alone."""
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from sphereface2 import heads
 from sphereface2.heads.blocks import SortedLabels
-from sphereface2.heads.sampling import uniform
+from sphereface2.heads.sampling import _distinct, uniform
 
 DIM, PEOPLE = 6, 24
 
@@ -57,6 +60,20 @@ def test_a_plan_visits_own_classes_and_a_weighted_share_of_the_others(labels, ro
     assert all(weights[row] == 1 for row in own)
     # Inclusion probability times weight is 1: the sum over the others is right on average.
     assert all(weights[row] == (rows - len(own)) / len(others) for row in others)
+
+
+@pytest.mark.parametrize(("count", "below"), [(3, 20), (3, 5)])
+def test_every_set_is_as_likely_as_any_other(count, below):
+    """Both ways of drawing, by a χ² test over all sets."""
+    torch.manual_seed(0)
+    draws = 20_000
+    drawn = Counter(tuple(_distinct(count, below).tolist()) for _ in range(draws))
+    sets = list(itertools.combinations(range(below), count))
+    assert set(drawn) <= set(sets)
+    expected = draws / len(sets)
+    chi2 = sum((drawn[one] - expected) ** 2 / expected for one in sets)
+    freedom = len(sets) - 1
+    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("bias", ["learned", "per_class"])

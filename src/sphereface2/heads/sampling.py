@@ -25,11 +25,22 @@ def uniform(labels: SortedLabels, rows: int, share: float, chunk: int) -> Iterat
     if len(present):
         yield from labels.blocks_of(present, chunk)
     if drawn:
-        chosen = torch.randperm(others)[:drawn].sort().values
+        chosen = _distinct(drawn, others)
         # The k-th row that is not present: present[i] - i rows below present[i] are not.
         gaps = present - torch.arange(len(present))
         chosen += torch.searchsorted(gaps, chosen, right=True)
         yield from labels.blocks_of(chosen, chunk, others / drawn)
+
+
+def _distinct(count: int, below: int) -> Tensor:
+    """``count`` distinct numbers below ``below``, ascending, every set as likely as any other."""
+    if 4 * count > below:
+        return torch.randperm(below)[:count].sort().values
+    # Drawing again what came twice treats all numbers alike, and costs nothing of size ``below``.
+    chosen = torch.randint(below, (count,)).unique()
+    while len(chosen) < count:
+        chosen = torch.cat([chosen, torch.randint(below, (count - len(chosen),))]).unique()
+    return chosen
 
 
 class HardNegatives:

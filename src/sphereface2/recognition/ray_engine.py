@@ -97,7 +97,7 @@ class _Worker:
         self._device = device
         self._ready: tuple[FaceEmbedder, Source] | None = None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         # A mistake of the user travels as a row: Ray would wrap an exception up beyond finding.
         try:
             if self._ready is None:

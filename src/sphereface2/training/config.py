@@ -341,6 +341,11 @@ def _check_fused(training: TrainingConfig) -> None:
             "which training.fused_head cannot wait for; set training.clip_norm to null and "
             "training.clip_embedding_norm instead"
         )
+    if training.autocast == "fp16":
+        raise UserError(
+            "training.autocast fp16 must be able to skip a step whose gradients overflow, which "
+            "training.fused_head has already taken; set training.autocast to bf16"
+        )
     if training.accumulate > 1:
         raise UserError(
             "training.fused_head takes a step with every batch and cannot wait for "

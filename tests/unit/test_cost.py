@@ -34,7 +34,7 @@ def test_memory_is_that_of_a_fresh_process(name: str, shape: tuple[int, int, int
     measured = cost_model.measured_memory(setup, *shape, chunk)
     # W, its gradient and the logits: a single one of the large tensors is 123 MB. The rest is
     # the libraries' scratch memory and what the allocator does not give back.
-    assert told.memory == pytest.approx(measured, abs=60e6)
+    assert -40e6 < measured - told.memory < 115e6
 
 
 def test_messages_are_those_of_real_ranks_and_results_those_of_the_dense_head() -> None:

@@ -24,6 +24,8 @@ gallery_app = typer.Typer(
     help="Enrol people, search for faces among them, with unknowns.", no_args_is_help=True
 )
 app.add_typer(gallery_app, name="gallery")
+keys_app = typer.Typer(help="API keys of the service.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 
 def _version(value: bool) -> None:
@@ -439,6 +441,98 @@ def align(
         min_score=min_score,
         max_pixels=max_pixels,
     )
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a model folder or a name on the hub.")],
+    gallery: Annotated[str, typer.Option(help="Gallery folder, or a Milvus server's address.")],
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535)] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option(help="Key file; needed unless bound to loopback.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Host name that requests may use; repeatable.")
+    ] = None,
+    keep_crops: Annotated[
+        Path | None, typer.Option(help="Folder for enrolled people's crops; default: none kept.")
+    ] = None,
+    audit: Annotated[Path | None, typer.Option(help="Audit log; default: standard output.")] = None,
+    far: Annotated[
+        float | None, typer.Option(help="False accept rate to decide at; default: the model's.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Faces in a forward pass.", min=1)] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="Longest wait of a face for company.", min=0)
+    ] = 5.0,
+    max_queue: Annotated[int, typer.Option(help="Pictures in work; beyond: 503.", min=1)] = 128,
+    max_body_mb: Annotated[float, typer.Option(help="Size of a request.", min=0.001)] = 20.0,
+    max_megapixels: Annotated[float, typer.Option(help="Size of a picture.", min=0.001)] = 50.0,
+    rate: Annotated[float, typer.Option(help="Requests/s of a client; 0: any.", min=0)] = 50.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="After SIGTERM: unready, but still serving.", min=0)
+    ] = 5.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+) -> None:
+    """Serve a model and a gallery: REST API and web page."""
+    from sphereface2.recognition.service import serve as run
+
+    run(
+        checkpoint,
+        gallery,
+        host=host,
+        port=port,
+        keys=keys,
+        allow_hosts=allow_host or [],
+        keep_crops=keep_crops,
+        audit=audit,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        drain_seconds=drain_seconds,
+        device=device,
+        far=far,
+        max_batch=max_batch,
+        max_wait=max_wait_ms / 1000,
+        max_queue=max_queue,
+        max_body=int(max_body_mb * 1e6),
+        max_pixels=int(max_megapixels * 1e6),
+        rate=rate,
+        burst=2 * rate,
+    )
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Who will use it.")],
+    file: Annotated[Path, typer.Option(help="Key file, made if it is missing.")],
+) -> None:
+    """Make a key and print it; the file holds its hash alone."""
+    from sphereface2.recognition.service import keys
+
+    typer.echo(keys.add(name, file))
+
+
+@keys_app.command("list")
+def keys_list(file: Annotated[Path, typer.Option(help="Key file.")]) -> None:
+    """List ids, names and when they were made."""
+    from sphereface2.recognition.service import keys
+
+    for key in keys.read(file):
+        typer.echo(f"{key.id}  {key.created}  {key.name}")
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(help="The key's name or id.")],
+    file: Annotated[Path, typer.Option(help="Key file.")],
+) -> None:
+    """Remove a key; a running server refuses it at once."""
+    from sphereface2.recognition.service import keys
+
+    keys.remove(name, file)
 
 
 @data_app.command("info")

@@ -1,0 +1,49 @@
+"""The audit log: who did what to whom, and no more.
+
+One JSON object a line: time, request id, client, key id, action, person, pictures, status, outcome.
+No image, embedding, similarity, landmark or file name is ever written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+
+from sphereface2.errors import UserError
+
+
+class Audit:
+    """Appends to a file (which logrotate may move away), or to standard output."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        """Open the log.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._handler: logging.Handler
+        if path is None:
+            self._handler = logging.StreamHandler(sys.stdout)
+        else:
+            mask = os.umask(0o077)
+            try:
+                self._handler = WatchedFileHandler(path, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"the audit log {path} cannot be written: {error}") from error
+            finally:
+                os.umask(mask)
+
+    def write(self, **fields: str | int | None) -> None:
+        """Append one line; empty fields are left out."""
+        told = {name: value for name, value in fields.items() if value is not None}
+        text = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told})
+        self._handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._handler.close()

@@ -1,0 +1,103 @@
+"""The outermost layer: every request gets an answer, headers, a metric and its line of audit."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sphereface2.recognition.service.audit import Audit
+from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.gate import OPEN_PATHS, OPEN_PREFIX
+from sphereface2.recognition.service.metrics import Metrics
+
+log = logging.getLogger("sphereface2.service")
+
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _CSP,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
+
+
+class Observer:
+    """ASGI: wraps all the rest."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, audit: Audit) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.audit = audit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1002})
+            return
+        started, status = time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        state["request"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+        async def decorated(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                headers["X-Request-Id"] = state["request"]
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, decorated)
+        except Exception as error:
+            if isinstance(error, Refusal):
+                answer = error
+            else:
+                log.exception("request %s failed", state["request"])
+                answer = Refusal(
+                    500, "internal", f"the server failed: see its log for {state['request']}"
+                )
+            state["code"] = answer.code
+            if status:  # the answer has begun: the connection has to be cut
+                raise
+            await answer.response()(scope, receive, decorated)
+        finally:
+            self._record(scope, status, time.monotonic() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        state, method = scope["state"], scope["method"]
+        route = getattr(scope.get("route"), "path", "other")
+        self.metrics.request(route, method if method in _METHODS else "other", status, seconds)
+        if code := state.get("code"):
+            self.metrics.refused(code)
+        path = scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or path == "/metrics":
+            return
+        caller = state.get("caller")
+        self.audit.write(
+            request=state["request"],
+            client=caller.address if caller else None,
+            key=caller.key if caller else None,
+            action=state.get("action", "refused"),
+            person=state.get("person"),
+            pictures=state.get("pictures"),
+            status=status,
+            outcome=state.get("code") or state.get("outcome", "ok"),
+        )

@@ -1,0 +1,69 @@
+// The calibrated curve with one similarity marked on it, as SVG.
+
+import { decimal, percent } from "./dom.js";
+
+const [WIDTH, HEIGHT] = [560, 270];
+const [LEFT, RIGHT, TOP, BOTTOM] = [44, 14, 30, 46];
+
+/** `curve`: {similarity, probability}; `verdict`: {similarity, probability, threshold}. */
+export function drawCurve(curve, verdict) {
+  const low = Math.max(-1, Math.min(-0.3, Math.floor((verdict.similarity - 0.05) * 10) / 10));
+  const x = (value) => LEFT + ((value - low) / (1 - low)) * (WIDTH - LEFT - RIGHT);
+  const y = (value) => HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM);
+  const root = element("svg", {
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+    class: "curve",
+    role: "img",
+    "aria-label":
+      `Curve of the probability that two pictures show one person, over their similarity. ` +
+      `This pair: similarity ${decimal(verdict.similarity)}, probability ${percent(verdict.probability)}; ` +
+      `the threshold is ${decimal(verdict.threshold)}.`,
+  });
+
+  for (const share of [0, 0.5, 1]) {
+    root.append(
+      element("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }),
+      text(LEFT - 8, y(share) + 4, `${100 * share} %`, "end"),
+    );
+  }
+  for (let tick = Math.ceil(low * 5) / 5; tick <= 1.001; tick += 0.2) {
+    root.append(text(x(tick), HEIGHT - BOTTOM + 18, tick.toFixed(1).replace("-0.0", "0.0").replace("-", "−"), "middle"));
+  }
+  root.append(
+    text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "similarity", "middle"),
+    text(4, 14, "probability of the same person", "start"),
+  );
+
+  const points = curve.similarity
+    .map((similarity, at) => [similarity, curve.probability[at]])
+    .filter(([similarity]) => similarity >= low)
+    .map(([similarity, probability]) => `${x(similarity).toFixed(1)},${y(probability).toFixed(1)}`);
+  const edge = x(verdict.threshold);
+  root.append(
+    element("line", { class: "threshold", x1: edge, x2: edge, y1: y(1), y2: y(0) }),
+    element("polyline", { class: "line", points: points.join(" ") }),
+  );
+
+  const [px, py] = [x(verdict.similarity), y(verdict.probability)];
+  const left = px > WIDTH * 0.72;
+  const lift = verdict.probability > 0.85 ? 20 : -10;
+  root.append(
+    element("line", { class: "drop-line", x1: px, x2: px, y1: py, y2: y(0) }),
+    element("circle", { class: "point", cx: px, cy: py, r: 7 }),
+    text(px + (left ? -12 : 12), py + lift, `${decimal(verdict.similarity)} → ${percent(verdict.probability)}`, left ? "end" : "start", "told"),
+    text(edge + 6, y(0) - 8, "threshold", "start"),
+  );
+  return root;
+}
+
+function element(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function text(x, y, content, anchor, kind = "") {
+  const made = element("text", { x, y, "text-anchor": anchor, class: kind });
+  made.textContent = content;
+  return made;
+}

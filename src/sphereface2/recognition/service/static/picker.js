@@ -1,0 +1,133 @@
+// A place for a picture: choose a file, drop it, paste it, or take it with the camera.
+
+import { takePicture } from "./camera.js";
+import { make } from "./dom.js";
+
+const TYPES = ["image/jpeg", "image/png", "image/webp"];
+const ARROW = "M12 16V5m0 0 4.5 4.5M12 5 7.5 9.5M5 19h14";
+
+/** Turns `place` into a picker; `changed(files)` is called with the files whenever they change. */
+export class Picker {
+  constructor(place, changed) {
+    this.multiple = "multiple" in place.dataset;
+    this.changed = changed;
+    this.files = [];
+    this.urls = [];
+    this.label = place.dataset.label;
+    this.input = make("input", {
+      type: "file",
+      accept: TYPES.join(","),
+      multiple: this.multiple,
+      className: "unseen",
+      name: place.dataset.picker,
+      "aria-label": this.label,
+    });
+    this.drop = make("label", { className: "drop" });
+    this.strip = make("ul", { className: "strip", "aria-label": "Chosen pictures", hidden: true });
+    const camera = make("button", { type: "button", textContent: "Camera" });
+    camera.setAttribute("aria-label", `${this.label}: use the camera`);
+    this.remove = make("button", { type: "button", textContent: "Remove", hidden: true });
+    this.remove.setAttribute("aria-label", `${this.label}: remove`);
+    const group = make(
+      "fieldset",
+      { className: "picker" },
+      make("legend", { textContent: this.label }),
+      this.drop,
+      this.strip,
+      make("div", { className: "buttons" }, camera, this.remove),
+    );
+    if (this.multiple) group.dataset.many = "";
+    place.append(group);
+    this.show();
+
+    this.input.addEventListener("change", () => this.take(this.input.files));
+    camera.addEventListener("click", async () => {
+      const picture = await takePicture();
+      if (picture) this.take([picture]);
+    });
+    this.remove.addEventListener("click", () => {
+      this.clear();
+      this.input.focus();
+    });
+    for (const kind of ["dragenter", "dragover"]) {
+      this.drop.addEventListener(kind, (event) => {
+        event.preventDefault();
+        this.drop.classList.add("over");
+      });
+    }
+    this.drop.addEventListener("dragleave", () => this.drop.classList.remove("over"));
+    this.drop.addEventListener("drop", (event) => {
+      event.preventDefault();
+      this.drop.classList.remove("over");
+      this.take(event.dataTransfer.files);
+    });
+    group.addEventListener("paste", (event) => this.take(event.clipboardData.files));
+  }
+
+  /** Add files, or take the first in the place of the one before. */
+  take(files) {
+    const given = [...files];
+    if (!given.length) return;
+    this.files = this.multiple ? [...this.files, ...given] : [given[0]];
+    this.update();
+  }
+
+  /** Remove all. */
+  clear() {
+    this.files = [];
+    this.update();
+  }
+
+  update() {
+    this.input.value = "";
+    this.show();
+    this.changed(this.files);
+  }
+
+  show() {
+    this.urls.forEach((url) => URL.revokeObjectURL(url));
+    this.urls = this.files.map((file) => URL.createObjectURL(file));
+    const single = !this.multiple && this.files.length === 1;
+    this.drop.classList.toggle("filled", single);
+    this.remove.hidden = !single;
+    const focused = document.activeElement === this.input;
+    this.drop.replaceChildren(this.input, ...(single ? [this.preview()] : invitation(this.multiple)));
+    if (focused) this.input.focus();
+    this.strip.hidden = !this.multiple || !this.files.length;
+    this.strip.replaceChildren(...(this.multiple ? this.files.map((_, at) => this.item(at)) : []));
+  }
+
+  preview() {
+    const image = make("img", { src: this.urls[0], alt: `${this.label}, chosen` });
+    image.addEventListener("error", () => image.replaceWith(this.files[0]?.name ?? ""));
+    return image;
+  }
+
+  item(at) {
+    const remove = make("button", { type: "button", textContent: "×" });
+    remove.setAttribute("aria-label", `Remove picture ${at + 1}`);
+    remove.addEventListener("click", () => {
+      this.files.splice(at, 1);
+      this.update();
+      this.input.focus();
+    });
+    return make("li", {}, make("img", { src: this.urls[at], alt: `Picture ${at + 1}` }), remove);
+  }
+}
+
+function invitation(multiple) {
+  const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  icon.setAttribute("viewBox", "0 0 24 24");
+  icon.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", ARROW);
+  for (const [name, value] of [["fill", "none"], ["stroke", "currentColor"], ["stroke-width", "1.8"], ["stroke-linecap", "round"], ["stroke-linejoin", "round"]]) {
+    path.setAttribute(name, value);
+  }
+  icon.append(path);
+  return [
+    icon,
+    make("strong", { textContent: multiple ? "Choose pictures" : "Choose a picture" }),
+    make("span", { className: "hint", textContent: "or drop, or paste" }),
+  ];
+}

@@ -1,0 +1,86 @@
+// Two pictures, one verdict.
+
+import { call } from "./api.js";
+import { drawCurve } from "./curve.js";
+import { decimal, make, oneIn, percent, say } from "./dom.js";
+import { Picker } from "./picker.js";
+
+export function startVerify(panel, app) {
+  const line = panel.querySelector("[data-message]");
+  const result = panel.querySelector("[data-result]");
+  let latest = 0;
+  const pickers = [...panel.querySelectorAll("[data-picker]")].map((place) => new Picker(place, compare));
+  app.onSettings(compare);
+
+  async function compare() {
+    const [a, b] = pickers.map((picker) => picker.files[0]);
+    const mine = ++latest;
+    result.hidden = true;
+    if (!a || !b) return say(line, "");
+    say(line, "Comparing…", "busy");
+    try {
+      const verdict = await call("POST", "verify", { a, b, crops: true, ...app.settings() });
+      if (mine !== latest) return;
+      result.replaceChildren(show(verdict, app.model));
+      result.hidden = false;
+      say(line, "");
+      line.append(make("span", { className: "unseen", textContent: summary(verdict) }));
+    } catch (error) {
+      if (mine === latest) say(line, error.message, "error");
+    }
+  }
+}
+
+function title(verdict) {
+  if (verdict.same === null) return `Similarity ${decimal(verdict.similarity)}`;
+  return verdict.same ? "The same person" : "Different people";
+}
+
+function summary(verdict) {
+  const told = `${title(verdict)}. Similarity ${decimal(verdict.similarity)}`;
+  return verdict.probability === null ? told : `${told}, probability ${percent(verdict.probability)}.`;
+}
+
+function show(verdict, model) {
+  const kind = { true: "yes", false: "no", null: "" }[verdict.same];
+  const sign = { true: "✓", false: "≠", null: "?" }[verdict.same];
+  const rows = [["Similarity", decimal(verdict.similarity)]];
+  if (verdict.same !== null) {
+    rows.push(
+      ["Probability", percent(verdict.probability)],
+      ["Threshold", decimal(verdict.threshold)],
+      ["False accepts", oneIn(verdict.far)],
+    );
+  }
+  const words = make(
+    "div",
+    {},
+    make(
+      "div",
+      { className: "crops" },
+      ...verdict.crops.map((src, at) => make("img", { src, alt: `Aligned face of picture ${at + 1}` })),
+    ),
+    make(
+      "h3",
+      {},
+      make("span", { className: "mark", textContent: sign, "aria-hidden": "true" }),
+      make("span", { textContent: title(verdict) }),
+    ),
+    make("dl", {}, ...rows.flatMap(([name, value]) => [
+      make("dt", { textContent: name }),
+      make("dd", { textContent: value }),
+    ])),
+  );
+  const side = model?.curve
+    ? make(
+        "div",
+        {},
+        drawCurve(model.curve, verdict),
+        make("p", { className: "hint", textContent: "Probability with even odds beforehand." }),
+      )
+    : make("p", {
+        className: "hint",
+        textContent: "The model is not calibrated, so there is no threshold to decide by: run sphereface2 calibrate.",
+      });
+  return make("div", { className: `verdict ${kind}` }, words, side);
+}

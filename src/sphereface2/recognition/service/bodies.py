@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from sphereface2.recognition.service.errors import Refusal
 
@@ -27,7 +27,10 @@ async def read(request: Request, model: type[Model]) -> Model:
         Refusal: 415 for another content type, 400 for a broken body, 422 for wrong values.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise Refusal(400, "hung_up", "the connection ended before the request did") from None
     try:
         if kind == "application/json":
             return model.model_validate_json(body)

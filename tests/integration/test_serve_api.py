@@ -1,0 +1,531 @@
+"""The service's API inside this process: what it answers, what it refuses, and a lot of rubbish."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from serving import drawn, encoded, make_model, photograph
+
+from sphereface2.align import read_photo
+from sphereface2.errors import UserError
+from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.gallery import Gallery
+from sphereface2.recognition.service import keys, serve
+from sphereface2.recognition.service.app import Settings, create_app
+from sphereface2.recognition.service.audit import Audit
+from sphereface2.recognition.service.gate import LOOPBACK_NAMES
+from sphereface2.recognition.service.people import Crops
+
+BASE = "http://127.0.0.1:8000"
+ALIGNED = {"aligned": "true"}
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> FaceEmbedder:
+    folder = make_model(tmp_path_factory.mktemp("model") / "small")
+    return FaceEmbedder.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def client(embedder: FaceEmbedder, folder: Path) -> Iterator[TestClient]:
+    """A service as on a laptop: bound to loopback, no keys, crops kept."""
+    gallery = Gallery.open(
+        folder / "gallery", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+    )
+    app = create_app(
+        embedder,
+        gallery,
+        hosts=LOOPBACK_NAMES,
+        audit=Audit(folder / "audit.jsonl"),
+        crops=Crops(folder / "crops"),
+        settings=Settings(max_pixels=2_000_000, max_pictures=4, max_body=3_000_000, rate=0),
+    )
+    with TestClient(app, base_url=BASE, raise_server_exceptions=True) as client:
+        yield client
+
+
+def files(*pictures: bytes, name: str = "images") -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [(name, ("secret-file-name.jpg", picture, "image/jpeg")) for picture in pictures]
+
+
+def base64_of(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def test_every_way_of_sending_a_picture_gives_the_embedder_s_own_numbers(
+    client: TestClient, embedder: FaceEmbedder
+) -> None:
+    picture = drawn(1)
+    expected = embedder.embed([picture], aligned=True)
+    answers = [
+        client.post("/v1/embed", files=files(picture), data=ALIGNED),
+        client.post("/v1/embed", json={"images": [base64_of(picture)], "aligned": True}),
+        client.post(
+            "/v1/embed?aligned=true", content=picture, headers={"content-type": "image/jpeg"}
+        ),
+    ]
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        np.testing.assert_allclose(answer.json()["embeddings"], expected, atol=1e-6)
+        assert answer.json()["model"] == embedder.fingerprint
+    photo = photograph()
+    found = client.post("/v1/embed", files=files(photo)).json()
+    np.testing.assert_allclose(found["embeddings"], embedder.embed([photo]), atol=1e-5)
+    face = found["faces"][0]
+    assert len(face["landmarks"]) == 5 and face["box"][0] < face["box"][2]
+
+
+def test_concurrent_requests_each_get_their_own_answer(
+    client: TestClient, embedder: FaceEmbedder
+) -> None:
+    pictures = [drawn(seed) for seed in range(12)]
+    expected = embedder.embed(pictures, aligned=True)
+    rows: dict[int, np.ndarray] = {}
+
+    def ask(number: int) -> None:
+        answer = client.post("/v1/embed", files=files(pictures[number]), data=ALIGNED)
+        rows[number] = np.array(answer.json()["embeddings"][0])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_allclose(np.stack([rows[n] for n in range(12)]), expected, atol=1e-5)
+
+
+def test_a_verdict_follows_from_the_calibration(client: TestClient, embedder: FaceEmbedder) -> None:
+    a, b = drawn(1), drawn(2)
+    rows = embedder.embed([a, b], aligned=True)
+    form = {"a": ("a", a), "b": ("b", b)}
+    answer = client.post("/v1/verify", files=form, data={**ALIGNED, "crops": "1", "far": "0.1"})
+    verdict = answer.json()
+    assert embedder.calibration is not None
+    assert verdict["similarity"] == pytest.approx(float(rows[0] @ rows[1]), abs=1e-5)
+    assert verdict["threshold"] == embedder.calibration.threshold(0.1)
+    assert verdict["same"] == (verdict["similarity"] >= verdict["threshold"])
+    expected = embedder.calibration.probability(verdict["similarity"])
+    assert verdict["probability"] == pytest.approx(float(expected))
+    crop = base64.b64decode(verdict["crops"][0].partition(",")[2])
+    np.testing.assert_array_equal(read_photo(crop), read_photo(a))
+    refused = client.post("/v1/verify", files=form, data={**ALIGNED, "far": "0.00001"})
+    assert refused.status_code == 422 and refused.json()["code"] == "unknown_far"
+
+
+def test_people_come_and_go(client: TestClient, folder: Path) -> None:
+    metadata = json.dumps({"room": 7})
+    made = client.post(
+        "/v1/people",
+        data={"name": "Ada Łovelace", "metadata": metadata, **ALIGNED},
+        files=files(drawn(1), drawn(1, 1)),
+    )
+    assert made.status_code == 201, made.text
+    assert (made.json()["pictures"], len(made.json()["added"])) == (2, 2)
+    again = client.post(
+        "/v1/people", data={"name": "Ada Łovelace", **ALIGNED}, files=files(drawn(1))
+    )
+    assert (again.status_code, again.json()["code"]) == (409, "exists")
+    for number, name in enumerate(("b", "c", "d"), 2):
+        client.post("/v1/people", data={"name": name, **ALIGNED}, files=files(drawn(number)))
+    page = client.get("/v1/people?limit=3").json()
+    assert [one["name"] for one in page["people"]] == ["Ada Łovelace", "b", "c"]
+    assert (page["total"], page["next"]) == (4, 3)
+    rest = client.get("/v1/people?limit=3&offset=3").json()
+    assert ([one["name"] for one in rest["people"]], rest["next"]) == (["d"], None)
+    found = client.post(
+        "/v1/search", data={**ALIGNED, "k": "2"}, files=files(drawn(3), name="image")
+    )
+    assert found.json()["matches"][0]["name"] == "c" and found.json()["known"] is True
+    assert found.json()["matches"][0]["similarity"] == pytest.approx(1, abs=1e-4)
+
+    more = client.post("/v1/people/c/pictures", data=ALIGNED, files=files(drawn(3, 1)))
+    assert (more.status_code, more.json()["pictures"]) == (201, 2)
+    new = client.put(
+        "/v1/people/c", data={**ALIGNED, "metadata": '{"x": 1}'}, files=files(drawn(9))
+    )
+    assert (new.json()["pictures"], new.json()["metadata"]) == (1, {"x": 1})
+    person = client.get("/v1/people/Ada Łovelace").json()
+    assert (person["metadata"], person["thumbnail"]) == ({"room": 7}, True)
+    thumbnail = client.get("/v1/people/Ada Łovelace/thumbnail")
+    assert read_photo(thumbnail.content).shape == (112, 112, 3)
+    assert len(list((folder / "crops").rglob("*.jpg"))) == 5
+
+    assert client.delete("/v1/people/Ada Łovelace").status_code == 204
+    for path in ("Ada Łovelace", "Ada Łovelace/thumbnail", "nobody"):
+        assert client.get(f"/v1/people/{path}").status_code == 404
+    assert client.delete("/v1/people/nobody").status_code == 404
+    for name in "bcd":
+        client.delete(f"/v1/people/{name}")
+    assert client.get("/v1/people").json()["total"] == 0
+    assert not list((folder / "crops").rglob("*.jpg"))
+    empty = client.post("/v1/search", data=ALIGNED, files=files(drawn(3), name="image")).json()
+    assert (empty["known"], empty["matches"]) == (False, [])
+
+
+def bomb() -> bytes:
+    """A PNG that says it has 20,000 × 20,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    side = (20_000).to_bytes(4, "big")
+    rows = zlib.compress(b"\0" * 2501 * 20_000, 9)
+    head = chunk(b"IHDR", side + side + b"\x01\0\0\0\0")
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("picture", "status", "code"),
+    [
+        (b"", 415, "not_a_picture"),
+        (b"a text that was renamed to .jpg", 415, "not_a_picture"),
+        (b"GIF89a" + b"\0" * 40, 415, "not_a_picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not_a_picture"),
+        (drawn(1)[:600], 422, "unreadable"),
+        (b"\xff\xd8\xff", 422, "unreadable"),
+        (bomb(), 422, "unreadable"),
+        (encoded(np.zeros((200, 200, 3), np.uint8)), 422, "no_face"),
+        (encoded(np.zeros((1, 1, 3), np.uint8), "PNG"), 422, "no_face"),
+    ],
+    ids=["empty", "text", "gif", "svg", "truncated", "three bytes", "bomb", "no face", "1x1"],
+)
+def test_a_bad_picture_is_refused_in_one_sentence(
+    client: TestClient, picture: bytes, status: int, code: str
+) -> None:
+    answer = client.post("/v1/embed", files=files(picture))
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert "\n" not in answer.json()["error"] and "secret" not in answer.text
+
+
+def test_unusual_pictures_are_taken(client: TestClient) -> None:
+    pixels = read_photo(drawn(1))
+    image = Image.fromarray(pixels)
+    animated = encoded(pixels, "WEBP", save_all=True, append_images=[image.rotate(90)])
+    unusual = [
+        encoded(image.convert("L"), "PNG"),
+        encoded(image.convert("RGBA"), "PNG"),
+        encoded(pixels, "WEBP", lossless=True),
+        animated,
+        encoded(image.convert("CMYK")),
+        encoded(np.zeros((1, 1, 3), np.uint8), "PNG"),
+    ]
+    for picture in unusual:
+        answer = client.post("/v1/embed", files=files(picture), data=ALIGNED)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422),
+        ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 422),
+        ({"json": {"images": ["%%%"]}}, 422),
+        ({"json": {"images": []}}, 422),
+        ({"json": {"images": "x", "unknown": 1}}, 422),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
+        ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
+        ({"files": files(*[b"\xff\xd8\xff"] * 5)}, 422),
+        ({"content": b"\0" * 3_000_001, "headers": {"content-type": "image/png"}}, 413),
+    ],
+    ids=[
+        "half JSON",
+        "deep JSON",
+        "no base64",
+        "no image",
+        "unknown field",
+        "no boundary",
+        "no form",
+        "text",
+        "too many",
+        "too large",
+    ],
+)
+def test_a_bad_request_is_refused_in_one_sentence(
+    client: TestClient, request_: dict, status: int
+) -> None:
+    answer = client.post("/v1/embed", **request_)
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"code", "error"} and "\n" not in answer.json()["error"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\0b", "x" * 201, "a\nb"])
+def test_a_bad_name_is_refused(client: TestClient, name: str) -> None:
+    picture = base64_of(drawn(1))
+    answer = client.post("/v1/people", json={"name": name, "images": [picture], "aligned": True})
+    assert answer.status_code == 422, answer.text
+    assert client.get("/v1/people").json()["total"] == 0
+
+
+def test_a_page_of_another_site_gets_nothing(client: TestClient) -> None:
+    refused = [
+        {"host": "evil.example"},  # its name points to 127.0.0.1
+        {"host": "evil.example:8000"},
+        {"host": "127.0.0.1@evil.example"},
+        {"host": ""},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:9000"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+        {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
+    ]
+    for headers in refused:
+        for path in ("/v1/people", "/", "/metrics"):
+            assert client.get(path, headers=headers).status_code in (400, 403, 421), headers
+    for headers in (
+        {},
+        {"host": "localhost:8000"},
+        {"host": "[::1]:8000"},
+        {"origin": BASE, "sec-fetch-site": "same-origin"},
+    ):
+        assert client.get("/v1/people", headers=headers).status_code == 200
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/", headers=link).status_code == 200
+    assert client.get("/v1/people", headers=link).status_code == 403
+
+
+def test_headers_documents_and_metrics(client: TestClient) -> None:
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    document = client.get("/openapi.json").json()
+    paths = {"/v1/embed", "/v1/verify", "/v1/search", "/v1/people", "/v1/people/{name}"}
+    assert paths <= set(document["paths"])
+    for path in paths - {"/v1/people/{name}"}:
+        body = document["paths"][path]["post"]["requestBody"]["content"]
+        assert "example" in body["application/json"]["schema"]
+        assert "binary" in json.dumps(body["multipart/form-data"])
+    client.get("/v1/people/somebody")
+    text = client.get("/metrics").text
+    assert 'route="/v1/people/{name}"' in text and "sphereface2_batch_size_bucket" in text
+    assert "somebody" not in text
+    assert client.get("/v1/nothing").json()["code"] == "not_found"
+    assert client.put("/v1/embed").json()["code"] == "method_not_allowed"
+
+
+def test_the_audit_log_says_who_did_what_and_nothing_more(client: TestClient, folder: Path) -> None:
+    client.post("/v1/people", data={"name": "Eve", **ALIGNED}, files=files(drawn(5)))
+    client.post("/v1/search", data=ALIGNED, files=files(drawn(5), name="image"))
+    client.delete("/v1/people/Eve")
+    client.post("/v1/embed", files=files(b"nothing"))
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    told = [(line["action"], line.get("person"), line["outcome"]) for line in lines[-4:]]
+    assert told == [
+        ("enrol", "Eve", "ok"),
+        ("search", "Eve", "known"),
+        ("remove", "Eve", "ok"),
+        ("embed", None, "not_a_picture"),
+    ]
+    fields = {"time", "request", "client", "key", "action", "person", "pictures", "status"}
+    assert all(set(line) <= fields | {"outcome"} for line in lines)
+    assert "secret-file-name" not in (folder / "audit.jsonl").read_text()
+
+
+def test_keys_rates_and_hosts_of_a_server_in_the_open(
+    embedder: FaceEmbedder, tmp_path: Path
+) -> None:
+    token = keys.add("desk", tmp_path / "keys.json")
+    gallery = Gallery.open(
+        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+    )
+    app = create_app(
+        embedder,
+        gallery,
+        keys=keys.KeyFile(tmp_path / "keys.json"),
+        audit=Audit(tmp_path / "audit.jsonl"),
+        settings=Settings(rate=0.001, burst=6, max_pictures=1, max_queue=1),
+    )
+    with TestClient(app, base_url="http://faces.example") as client:
+        for path in ("/", "/healthz", "/readyz", "/openapi.json", "/static/main.js"):
+            assert client.get(path).status_code == 200, path
+        for path in ("/metrics", "/v1/people", "/v1/model", "/v1/unknown"):
+            assert client.get(path).status_code == 401, path
+        wrong = {"authorization": f"Bearer {token[:-2]}"}
+        assert client.get("/v1/people", headers=wrong).status_code == 401
+        good = {"authorization": f"Bearer {token}"}
+        assert client.get("/v1/people", headers=good).status_code == 200
+        assert client.get("/metrics", headers={"x-api-key": token}).status_code == 200
+        no_crop = client.get("/v1/people/x/thumbnail", headers=good)
+        assert no_crop.status_code == 404
+        answers = [client.get("/v1/people", headers=good) for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        assert int(answers[-1].headers["retry-after"]) > 100
+        keys.add("other", tmp_path / "keys.json")
+        keys.remove("desk", tmp_path / "keys.json")
+        assert client.get("/v1/people", headers=good).status_code == 401
+    key = token.split("_")[1]
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert {line.get("key") for line in lines} == {None, key}
+    assert token not in (tmp_path / "audit.jsonl").read_text()
+
+
+def test_what_is_too_much_is_refused_with_a_time_to_return(
+    embedder: FaceEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = Gallery.open(
+        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+    )
+    settings = Settings(max_pictures=1, max_queue=2, rate=0)
+    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+    entered, gate = threading.Event(), threading.Event()
+    with TestClient(app, base_url=BASE) as client:
+        original = embedder.embed
+
+        def slow(*args: object, **options: object) -> np.ndarray:
+            entered.set()
+            assert gate.wait(20)
+            return original(*args, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(embedder, "embed", slow)
+        answers: list[int] = []
+
+        def ask() -> None:
+            answer = client.post("/v1/embed", files=files(drawn(1)), data=ALIGNED)
+            answers.append(answer.status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert entered.wait(10)
+        threads[1].start()
+        accepted = app.state.service.recogniser
+        for _ in range(500):
+            if accepted._accepted == 2:
+                break
+            threading.Event().wait(0.01)
+        refused = client.post("/v1/embed", files=files(drawn(1)), data=ALIGNED)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        gate.set()
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        app.state.service.draining = True
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
+
+
+def test_without_calibration_there_is_a_similarity_and_no_verdict(tmp_path: Path) -> None:
+    embedder = FaceEmbedder.from_pretrained(make_model(tmp_path / "m", calibrated=False))
+    gallery = Gallery.open(
+        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+    )
+    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"))
+    with TestClient(app, base_url=BASE) as client:
+        form = {"a": ("a", drawn(1)), "b": ("b", drawn(2))}
+        verdict = client.post("/v1/verify", files=form, data=ALIGNED).json()
+        assert verdict["same"] is None and verdict["probability"] is None
+        far = client.post("/v1/verify", files=form, data={**ALIGNED, "far": "0.1"})
+        assert far.json()["code"] == "not_calibrated"
+        assert client.get("/v1/model").json()["curve"] is None
+
+
+def test_an_unsafe_start_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
+        with pytest.raises(UserError, match="keys"):
+            serve(str(model), str(tmp_path / "g"), host=host)
+    with pytest.raises(UserError, match="does not exist"):
+        serve(str(model), str(tmp_path / "g"), keys=tmp_path / "none.json")
+    with pytest.raises(UserError, match="both"):
+        serve(str(model), str(tmp_path / "g"), tls_cert=tmp_path / "c.pem")
+    with pytest.raises(UserError, match="--max-queue"):
+        serve(str(model), str(tmp_path / "g"), max_queue=3)
+    (tmp_path / "evil.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
+    with pytest.raises(UserError):
+        serve(str(tmp_path / "evil.bin"), str(tmp_path / "g"))
+
+
+# --- rubbish -------------------------------------------------------------------------------------
+
+FUZZED = 400
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Some bytes changed, cut out, doubled or moved."""
+    content = bytearray(data)
+    for _ in range(int(rng.integers(1, 6))):
+        if not content:
+            break
+        at = int(rng.integers(len(content)))
+        length = int(rng.integers(1, 1 + max(1, len(content) // 8)))
+        match int(rng.integers(5)):
+            case 0:
+                content[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                del content[at : at + length]
+            case 2:
+                content[at:at] = content[at : at + length]
+            case 3:
+                content[at : at + length] = rng.integers(0, 256, length, np.uint8).tobytes()
+            case 4:
+                del content[at:]
+    return bytes(content)
+
+
+def test_rubbish_never_breaks_the_server(client: TestClient) -> None:
+    rng = np.random.default_rng(20)
+    pixels = read_photo(drawn(1))
+    pictures = [
+        drawn(1),
+        encoded(pixels, "PNG"),
+        encoded(pixels, "WEBP"),
+        encoded(pixels, "JPEG", progressive=True, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"),
+    ]
+    boundary = b"----boundary"
+    part = b'--%b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+    fields = [(b"aligned", b"", b"true"), (b"name", b"", b"Zoe"), (b"metadata", b"", b'{"a": 1}')]
+    form = b"".join(part % (boundary, *field) for field in fields)
+    form += part % (boundary, b"images", b'; filename="x.jpg"', pictures[0])
+    form += b"--%b--\r\n" % boundary
+    document = json.dumps(
+        {"name": "Zoe", "images": [base64_of(pictures[0][:400])], "metadata": {"a": 1}}
+    ).encode()
+    multipart = "multipart/form-data; boundary=----boundary"
+    statuses: list[int] = []
+    for number in range(FUZZED):
+        headers = {"content-type": "application/octet-stream"}
+        match number % 8:
+            case 0 | 1 | 2 | 3 as kind:
+                path, body = "/v1/embed?aligned=true", mutated(pictures[kind], rng)
+            case 4:
+                path, body = "/v1/search", mutated(pictures[number % 4], rng)
+            case 5:
+                path, body = "/v1/people", mutated(form, rng)
+                headers = {"content-type": multipart}
+            case 6:
+                path, body = "/v1/people", mutated(document, rng)
+                headers = {"content-type": "application/json"}
+            case _:
+                path, body = "/v1/verify", mutated(form, rng)
+                kind = mutated(multipart.encode(), rng).decode("latin-1")
+                headers = {"content-type": "".join(c for c in kind if c.isprintable())}
+        answer = client.post(path, content=body, headers=_sendable(headers))
+        assert answer.status_code < 500, (number, path, answer.text)
+        if answer.status_code >= 400:
+            assert "\n" not in answer.json()["error"]
+        statuses.append(answer.status_code)
+    assert client.get("/readyz").status_code == 200
+    # Both sides were met: much is refused, and what was hardly touched is served.
+    assert 20 < sum(status < 300 for status in statuses) < FUZZED - 100
+    for person in client.get("/v1/people").json()["people"]:
+        client.delete(f"/v1/people/{person['name']}")
+
+
+def _sendable(headers: dict[str, str]) -> dict[str, bytes]:
+    return {name: value.encode("latin-1") for name, value in headers.items()}

@@ -43,7 +43,9 @@ def test_a_server_limits_recovers_drains_and_keeps_what_it_acknowledged(tmp_path
             head = b"POST /v1/embed HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
             # Too large as declared; too large without saying so; bytes that are no HTTP.
             told = raw(
-                server.url, head + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
+                server.url,
+                head
+                + b"Content-Length: 2000000\r\nConnection: close\r\nExpect: 100-continue\r\n\r\n",
             )
             assert told.startswith(b"HTTP/1.1 413") and b"body_too_large" in told
             chunk = b"10000\r\n" + b"\0" * 65536 + b"\r\n"

@@ -281,9 +281,10 @@ async def add_pictures(name: str, request: Request, service: Current) -> schemas
 
 
 @api.delete("/people/{name}", tags=["people"], status_code=204, dependencies=_doing("remove"))
-async def remove_person(name: str, service: Current) -> None:
+async def remove_person(name: str, service: Current) -> Response:
     """Delete a person: embeddings, metadata and kept crops."""
     await service.people.remove(name)
+    return Response(status_code=204)
 
 
 @api.get(

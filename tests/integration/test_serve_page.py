@@ -1,0 +1,222 @@
+"""The web page in a real browser: what a person does with it, by mouse, by keyboard, by camera."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import Server, drawn, encoded, make_model, photograph, serving
+
+from sphereface2.recognition.service import keys
+
+CHROMIUM = (
+    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium: install it (apt-get install chromium) or set CHROMIUM"
+)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("page") / "m")
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "crops"
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, crops: Path) -> Iterator[Server]:
+    options = ["--keep-crops", str(crops), "--drain-seconds", "0"]
+    with serving(model, crops.parent / "gallery", *options) as server:
+        yield server
+
+
+def watched(browser: Any, **options: Any) -> tuple[Any, list[str], list[str]]:
+    """A page, the addresses it asks for, and what its console complains of."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(10_000)
+    asked: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text)
+            if message.type == "error" and "Failed to load resource" not in message.text
+            else None
+        ),
+    )
+    return page, asked, complaints
+
+
+def file(content: bytes, name: str = "face.jpg") -> dict[str, Any]:
+    return {"name": name, "mimeType": "image/jpeg", "buffer": content}
+
+
+def nameless(page: Any) -> list[str]:
+    """Controls and pictures that a screen reader could not name; see also the tree itself."""
+    found: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll("button,input,select,video,dialog,[role=tabpanel]")]
+          .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.length
+            || document.getElementById(e.getAttribute("aria-labelledby"))?.textContent.trim()))
+          .concat([...document.querySelectorAll("img:not([alt])")])
+          .map((e) => e.outerHTML.slice(0, 120))"""
+    )
+    tree = page.locator("body").aria_snapshot()
+    unnamed = re.findall(
+        r"^\s*- (?:button|textbox|checkbox|combobox|tab|link|dialog):?$", tree, re.M
+    )
+    return [*found, *unnamed]
+
+
+def test_verify_enrol_search_and_delete(browser: Any, server: Server, crops: Path) -> None:
+    from playwright.sync_api import expect
+
+    page, asked, complaints = watched(browser, viewport={"width": 1280, "height": 900})
+    page.goto(server.url)
+    expect(page.locator("#model")).to_contain_text("calibrated")
+    assert nameless(page) == []
+
+    # A photograph, whose face is found, against itself; then what is no picture.
+    for name in ("a", "b"):
+        page.set_input_files(f"#verify input[name={name}]", file(photograph()))
+    expect(page.get_by_role("heading", name="The same person")).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("similarity 1.00"))).to_be_visible()
+    expect(page.get_by_alt_text("Aligned face of picture 2")).to_be_visible()
+    page.set_input_files("#verify input[name=b]", file(b"words"))
+    expect(page.locator("#verify [role=status]")).to_have_text(
+        "Picture 2 is no JPEG, PNG or WebP file."
+    )
+    page.set_input_files("#verify input[name=b]", file(encoded(np.zeros((99, 99, 3), np.uint8))))
+    expect(page.locator("#verify [role=status]")).to_contain_text("No face was found")
+    page.get_by_text("Settings").click()
+    page.get_by_label("aligned face crops").check()
+    expect(page.locator("#verify .verdict")).to_be_visible()  # asked again by itself
+
+    # By keyboard alone: the next tab, a name, a picture, enrol.
+    page.get_by_role("tab", name="Verify").focus()
+    page.keyboard.press("End")
+    expect(page.get_by_role("tab", name="People")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.get_by_label("Name").focus()
+    page.keyboard.type("Ada <b>Lovelace")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.name") == "images"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Space")
+    chooser.value.set_files([file(drawn(1)), file(drawn(1, 1))])
+    page.get_by_role("button", name="Enrol").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#people [role=status]")).to_contain_text("enrolled with 2 pictures")
+    row = page.get_by_role("listitem").filter(has_text="Ada <b>Lovelace")
+    expect(row.locator("img.portrait")).to_be_visible()
+
+    # The same name again asks, and adds; nothing at all says what is missing.
+    page.get_by_role("button", name="Enrol").click()
+    expect(page.locator("#people [role=status]")).to_have_text("Give a name.")
+    page.get_by_label("Name").fill("Ada <b>Lovelace")
+    page.set_input_files("#people input[name=images]", [file(drawn(1, 2))])
+    page.get_by_role("button", name="Enrol").click()
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(row).to_contain_text("3 pictures")
+
+    page.get_by_role("tab", name="Search").click()
+    page.set_input_files("#search input[name=image]", file(drawn(1)))
+    expect(page.get_by_role("heading", name="Ada <b>Lovelace")).to_be_visible()
+    expect(page.locator("#search ol img.portrait")).to_be_visible()
+    assert nameless(page) == []
+
+    page.get_by_role("tab", name="People").click()
+    page.get_by_role("button", name="Delete Ada").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.get_by_text("Nobody yet.")).to_be_visible()
+    assert list(crops.rglob("*.jpg")) == []
+
+    own = (server.url, f"blob:{server.url}", "data:")
+    assert [url for url in asked if not url.startswith(own)] == []
+    assert complaints == []
+    page.context.close()
+
+
+def test_camera_small_screens_and_dark(browser: Any, server: Server) -> None:
+    from playwright.sync_api import expect
+
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        page, _, complaints = watched(
+            browser, viewport={"width": 360, "height": 740}, color_scheme=scheme
+        )
+        page.goto(server.url)
+        expect(page.locator("#model")).to_contain_text("calibrated")
+        page.get_by_text("Settings").click()
+        page.get_by_label("aligned face crops").check()
+        page.set_input_files("#verify input[name=a]", file(drawn(1)))
+        page.set_input_files("#verify input[name=b]", file(drawn(2)))
+        expect(page.locator("#verify .verdict")).to_be_visible()
+        for tab in ("Verify", "Search", "People"):
+            page.get_by_role("tab", name=tab).click()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.get_by_role("tab", name="Search").click()
+        page.get_by_role("button", name="use the camera").click()
+        take = page.get_by_role("button", name="Take the picture")
+        expect(take).to_be_focused()
+        take.click()
+        expect(page.get_by_alt_text("Picture to look for, chosen")).to_be_visible()
+        page.get_by_role("button", name="use the camera").click()
+        page.keyboard.press("Escape")
+        expect(page.locator("#camera")).to_be_hidden()
+        assert complaints == []
+        page.context.close()
+    assert len(backgrounds) == 2
+
+
+def test_the_page_asks_for_a_key(browser: Any, model: Path, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    token = keys.add("page", tmp_path / "keys.json")
+    options = ["--keys", str(tmp_path / "keys.json"), "--drain-seconds", "0"]
+    with serving(model, tmp_path / "g", *options) as server:
+        page, _, complaints = watched(browser)
+        page.goto(server.url)
+        field = page.get_by_label("API key")
+        field.fill("sf2_wrong")
+        field.press("Enter")
+        expect(field).to_have_value("")  # asked once more
+        field.fill(token)
+        field.press("Enter")
+        expect(page.locator("#model")).to_contain_text("calibrated")
+        expect(page.locator("#people [data-empty]")).to_have_count(1)
+        assert complaints == []
+        page.context.close()

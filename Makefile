@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/small.yaml
+GALLERY ?= gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench docs clean
+.PHONY: help install train test test-slow check bench serve docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ check: install  ## lint, format and types
 
 bench: install  ## measure every performance claim
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+serve: install  ## serve a model and a gallery on 127.0.0.1:8000 (MODEL=runs/NAME GALLERY=gallery)
+	$(BIN)/sphereface2 serve $(or $(MODEL),$(error give MODEL=runs/NAME)) --gallery $(GALLERY)
 
 docs: install  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

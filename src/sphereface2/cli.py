@@ -447,6 +447,9 @@ def align(
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="A run, a model folder or a name on the hub.")],
     gallery: Annotated[str, typer.Option(help="Gallery folder, or a Milvus server's address.")],
+    gallery_token: Annotated[
+        str, typer.Option(envvar="SPHEREFACE2_GALLERY_TOKEN", help="Login of the Milvus server.")
+    ] = "",
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535)] = 8000,
     keys: Annotated[
@@ -493,6 +496,7 @@ def serve(
         tls_key=tls_key,
         drain_seconds=drain_seconds,
         device=device,
+        gallery_token=gallery_token,
         far=far,
         max_batch=max_batch,
         max_wait=max_wait_ms / 1000,

@@ -296,8 +296,8 @@ async def remove_person(name: str, service: Current) -> Response:
 )
 async def thumbnail(name: str, service: Current) -> Response:
     """The first crop kept of a person."""
-    await service.people.get(name)
-    file = service.people.crops.first(name) if service.people.crops else None
+    person = await service.people.get(name)
+    file = service.people.crops.first(person.name) if service.people.crops else None
     if file is None:
         raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
     return FileResponse(file, media_type="image/jpeg")

@@ -37,6 +37,7 @@ def serve(
     tls_key: Path | None = None,
     drain_seconds: float = 5.0,
     device: str | None = None,
+    gallery_token: str = "",
     settings: Settings | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -59,6 +60,7 @@ def serve(
         tls_key: its key.
         drain_seconds: see above.
         device: cpu, cuda, mps; by default the best there is.
+        gallery_token: ``user:password`` or an API key of the Milvus server.
         settings: the limits.
 
     Raises:
@@ -79,7 +81,12 @@ def serve(
     key_file = KeyFile(keys) if keys is not None else None
     hosts = {*(LOOPBACK_NAMES if local else ()), *([host] if local else ()), *allow_hosts}
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
-    people = Gallery.open(gallery, fingerprint=embedder.fingerprint, dim=embedder.embedding_dim)
+    people = Gallery.open(
+        gallery,
+        fingerprint=embedder.fingerprint,
+        dim=embedder.embedding_dim,
+        token=gallery_token,
+    )
     app = create_app(
         embedder,
         people,

@@ -1,0 +1,245 @@
+"""The service's requests a second and latency, what batching brings, and its memory over time.
+
+Servers are processes of their own on 127.0.0.1, the clients threads of this one, each with one
+connection that it keeps; all share the machine's cores. A request embeds one aligned JPEG crop.
+The server with batches of one is the alternative, measured in turns with the default; the bound is
+the embedder alone, called in this process with batches of the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from sphereface2 import backbones
+from sphereface2.backbones import bundle
+from sphereface2.data.synthetic import person
+from sphereface2.recognition.embedder import FaceEmbedder
+
+CLIENTS = (1, 8, 64)
+ROUNDS = 2
+
+
+@contextmanager
+def server(model: Path, gallery: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Address and process id of a running service."""
+    command = [sys.executable, "-m", "sphereface2", "serve", str(model), "--gallery", str(gallery)]
+    command += ["--port", "0", "--rate", "0", "--drain-seconds", "0", "--device", "cpu"]
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, "--audit", str(gallery.parent / "audit.jsonl"), *options],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            for _ in range(600):
+                text = Path(log.name).read_text()
+                if found := re.search(r"running on (\S+)", text):
+                    break
+                if process.poll() is not None:
+                    sys.exit(text)
+                time.sleep(0.1)
+            else:
+                sys.exit(f"the server did not start: {text}")
+            yield found[1], process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, url: str) -> None:
+        place = urlsplit(url)
+        self.connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> int:
+        """Send, read all of the answer, return the status."""
+        self.connection.request(method, path, body, {"Content-Type": kind} if kind else {})
+        answer = self.connection.getresponse()
+        answer.read()
+        return answer.status
+
+
+def load(url: str, pictures: list[bytes], clients: int, seconds: float) -> list[float]:
+    """Latencies of all requests, in seconds; any refusal ends the benchmark."""
+    latencies: list[list[float]] = [[] for _ in range(clients)]
+    failures: list[int] = []
+    end = time.perf_counter() + seconds
+
+    def work(number: int) -> None:
+        client = Client(url)
+        turn = number
+        while (started := time.perf_counter()) < end and not failures:
+            picture = pictures[turn % len(pictures)]
+            status = client.ask("POST", "/v1/embed?aligned=true", picture, "image/jpeg")
+            if status != 200:
+                failures.append(status)
+            latencies[number].append(time.perf_counter() - started)
+            turn += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        sys.exit(f"the service answered {failures[0]}")
+    return [latency for one in latencies for latency in one]
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def compare(model: Path, folder: Path, pictures: list[bytes], seconds: float) -> None:
+    """Requests a second of batches up to 32 and of one, and of the embedder alone."""
+    embedder = FaceEmbedder.from_pretrained(model, device="cpu")
+    embedder.embed(pictures, aligned=True, batch_size=32)
+    started = time.perf_counter()
+    repeats = 0
+    while time.perf_counter() - started < seconds:
+        embedder.embed(pictures, aligned=True, batch_size=32)
+        repeats += 1
+    bound = repeats * len(pictures) / (time.perf_counter() - started)
+    print(f"the embedder alone, batches of 32: {bound:,.0f} pictures/s")
+    print(f"{'clients':>7}  {'max batch':>9}  {'requests/s':>10}  {'p50 ms':>7}  {'p99 ms':>7}")
+    with (
+        server(model, folder / "one", "--max-batch", "1") as (single, _),
+        server(model, folder / "many") as (batched, _),
+    ):
+        for url in (single, batched):
+            load(url, pictures, 8, 2)
+        for clients in CLIENTS:
+            rates = {}
+            taken: dict[str, list[float]] = {single: [], batched: []}
+            for _ in range(ROUNDS):
+                for url in taken:
+                    taken[url] += load(url, pictures, clients, seconds)
+            for url, size in ((single, "1"), (batched, "32")):
+                latencies = taken[url]
+                rates[url] = clients / statistics.mean(latencies)
+                print(
+                    f"{clients:>7}  {size:>9}  {rates[url]:>10,.0f}  "
+                    f"{1000 * percentile(latencies, 0.5):>7.1f}  "
+                    f"{1000 * percentile(latencies, 0.99):>7.1f}"
+                )
+            print(
+                f"{clients:>7}  batching: {rates[batched] / rates[single]:.2f}× the requests/s; "
+                f"{rates[batched] / bound:.2f} of the embedder alone"
+            )
+
+
+def resident(process: int) -> float:
+    """Resident memory in MB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+
+def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> None:
+    """Mixed requests of 8 clients, good and bad, and the server's memory meanwhile."""
+    options = ["--keep-crops", str(folder / "crops")]
+    with server(model, folder / "soak", *options) as (url, process):
+        end = time.monotonic() + 60 * minutes
+        counts: dict[int, int] = {}
+        lock = threading.Lock()
+
+        def work(number: int) -> None:
+            client = Client(url)
+            turn = number
+            while time.monotonic() < end:
+                picture = pictures[turn % len(pictures)]
+                name = f"/v1/people/p{number}"
+                form = json.dumps({"aligned": True, "name": f"p{number}"}).encode()
+                requests = [
+                    ("POST", "/v1/embed?aligned=true", picture, "image/jpeg"),
+                    ("POST", "/v1/embed", picture, "image/jpeg"),  # with detection
+                    ("POST", "/v1/search?aligned=true", picture, "image/jpeg"),
+                    ("POST", "/v1/people", enrolment(f"p{number}", picture), FORM),
+                    ("GET", "/v1/people", None, ""),
+                    ("POST", "/v1/embed", picture[: len(picture) // 2], "image/jpeg"),
+                    ("POST", "/v1/people", form, "application/json"),
+                    ("DELETE", name, None, ""),
+                ]
+                status = client.ask(*requests[turn // 8 % len(requests)])
+                with lock:
+                    counts[status] = counts.get(status, 0) + 1
+                turn += 8
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        memory = []
+        started = time.monotonic()
+        while time.monotonic() < end:
+            memory.append((time.monotonic() - started, resident(process)))
+            time.sleep(min(5.0, max(0.01, end - time.monotonic())))
+        for thread in threads:
+            thread.join()
+        memory.append((time.monotonic() - started, resident(process)))
+    total = sum(counts.values())
+    told = ", ".join(f"{count:,} × {status}" for status, count in sorted(counts.items()))
+    print(f"soak: {minutes:g} min, {total:,} requests ({told})")
+    tenth = max(1, len(memory) // 10)
+    for part in range(0, len(memory), tenth):
+        seconds, megabytes = memory[part]
+        print(f"  {seconds / 60:5.1f} min  {megabytes:7.1f} MB")
+    settled = [value for second, value in memory if second >= 6 * minutes]  # past a tenth
+    half = len(settled) // 2
+    before, after = statistics.mean(settled[:half]), statistics.mean(settled[half:])
+    print(
+        f"  mean memory of the second half over the first, warm-up left out: {after / before:.3f}"
+    )
+    if any(status >= 500 for status in counts):
+        sys.exit("the server failed")
+
+
+FORM = "multipart/form-data; boundary=soak"
+
+
+def enrolment(name: str, picture: bytes) -> bytes:
+    fields = {"name": name, "aligned": "true"}
+    parts = [
+        f'--soak\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
+        for key, value in fields.items()
+    ]
+    head = b'--soak\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'
+    return b"".join(parts) + head + picture + b"\r\n--soak--\r\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--soak", type=float, default=0, help="minutes")
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    network = backbones.create("sfnet20", width=0.25, input_size=64, batch_norm=True)
+    pictures = [picture for number in range(16) for picture in person(0, number, 4)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "model"
+        model.mkdir()
+        bundle.save(network, model)
+        if arguments.soak:
+            soak(model, folder, pictures, arguments.soak)
+        else:
+            compare(model, folder, pictures, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

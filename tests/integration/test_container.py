@@ -1,0 +1,59 @@
+"""The container recipes: linted, valid by the Compose specification, and starting what exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from compose_spec import PyCompose
+from typer.main import get_command
+
+from sphereface2.cli import app
+
+CONTAINER = Path(__file__).parents[2] / "deploy/container"
+HADOLINT = Path(sys.executable).with_name("hadolint")
+
+
+def parses(words: list[str]) -> dict[str, object]:
+    """The options of a `sphereface2` command; it fails on a word that the command does not know."""
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    context = command.make_context("sphereface2", list(words))
+    assert not context.args
+    return context.params
+
+
+def test_the_container_file_is_clean_and_starts_the_service() -> None:
+    file = CONTAINER / "Dockerfile"
+    done = subprocess.run([HADOLINT, file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = file.read_text()
+    entry, command = (
+        json.loads(re.findall(rf"^{word} (\[.*\])$", text, re.MULTILINE)[0])
+        for word in ("ENTRYPOINT", "CMD")
+    )
+    assert entry == ["sphereface2"]
+    options = parses(command)
+    assert options["host"] == "0.0.0.0" and options["keys"] is not None
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["10001"]
+
+
+def test_the_compose_file_is_valid_and_its_parts_fit() -> None:
+    given = (CONTAINER / "compose.yaml").read_text()
+    set_ = re.sub(r"\$\{\w+:\?[^}]*\}", "/somewhere", given)  # as the environment would
+    set_ = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", set_)
+    PyCompose.from_yaml(set_).validate()
+    services = yaml.safe_load(set_)["services"]
+    service, milvus = services["service"], services["milvus"]
+    options = parses(list(service["command"]))
+    assert options["gallery"] == "http://milvus:19530"
+    mounted = {volume.split(":")[1] for volume in service["volumes"]}
+    assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent)} == mounted
+    assert service["read_only"] and all(p.startswith("127.0.0.1:") for p in service["ports"])
+    assert "ports" not in milvus  # reached by the service alone
+    assert (CONTAINER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()

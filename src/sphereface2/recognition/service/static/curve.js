@@ -3,7 +3,7 @@
 import { decimal, percent } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [560, 270];
-const [LEFT, RIGHT, TOP, BOTTOM] = [44, 14, 30, 46];
+const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 34, 50];
 
 /** `curve`: {similarity, probability}; `verdict`: {similarity, probability, threshold}. */
 export function drawCurve(curve, verdict) {
@@ -27,7 +27,7 @@ export function drawCurve(curve, verdict) {
     );
   }
   for (let tick = Math.ceil(low * 5) / 5; tick <= 1.001; tick += 0.2) {
-    root.append(text(x(tick), HEIGHT - BOTTOM + 18, tick.toFixed(1).replace("-0.0", "0.0").replace("-", "−"), "middle"));
+    root.append(text(x(tick), HEIGHT - BOTTOM + 20, tick.toFixed(1).replace("-0.0", "0.0").replace("-", "−"), "middle"));
   }
   root.append(
     text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "similarity", "middle"),
@@ -45,12 +45,12 @@ export function drawCurve(curve, verdict) {
   );
 
   const [px, py] = [x(verdict.similarity), y(verdict.probability)];
-  const left = px > WIDTH * 0.72;
-  const lift = verdict.probability > 0.85 ? 20 : -10;
+  const left = px > WIDTH * 0.85;
+  const lift = verdict.probability > 0.85 ? 26 : -12;
   root.append(
     element("line", { class: "drop-line", x1: px, x2: px, y1: py, y2: y(0) }),
     element("circle", { class: "point", cx: px, cy: py, r: 7 }),
-    text(px + (left ? -12 : 12), py + lift, `${decimal(verdict.similarity)} → ${percent(verdict.probability)}`, left ? "end" : "start", "told"),
+    text(px + (left ? -12 : 12), py + lift, decimal(verdict.similarity), left ? "end" : "start", "told"),
     text(edge + 6, y(0) - 8, "threshold", "start"),
   );
   return root;

@@ -151,37 +151,50 @@ def resident(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> None:
-    """Mixed requests of 8 clients, good and bad, and the server's memory meanwhile."""
+def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float, changes: float) -> None:
+    """Mixed requests of 8 clients, good and bad, and the server's memory meanwhile.
+
+    A ninth client enrols somebody and deletes them again ``changes`` times a second.
+    """
     options = ["--keep-crops", str(folder / "crops")]
     with server(model, folder / "soak", *options) as (url, process):
         end = time.monotonic() + 60 * minutes
         counts: dict[int, int] = {}
         lock = threading.Lock()
 
+        def count(status: int) -> None:
+            with lock:
+                counts[status] = counts.get(status, 0) + 1
+
+        def change() -> None:
+            client, turn = Client(url), 0
+            while changes and time.monotonic() < end:
+                body = enrolment("somebody", pictures[turn % len(pictures)])
+                count(client.ask("POST", "/v1/people", body, FORM))
+                count(client.ask("DELETE", "/v1/people/somebody"))
+                turn += 1
+                time.sleep(1 / changes)
+
         def work(number: int) -> None:
             client = Client(url)
             turn = number
             while time.monotonic() < end:
                 picture = pictures[turn % len(pictures)]
-                name = f"/v1/people/p{number}"
-                form = json.dumps({"aligned": True, "name": f"p{number}"}).encode()
+                form = json.dumps({"aligned": True, "name": "nobody"}).encode()
                 requests = [
                     ("POST", "/v1/embed?aligned=true", picture, "image/jpeg"),
                     ("POST", "/v1/embed", picture, "image/jpeg"),  # with detection
                     ("POST", "/v1/search?aligned=true", picture, "image/jpeg"),
-                    ("POST", "/v1/people", enrolment(f"p{number}", picture), FORM),
                     ("GET", "/v1/people", None, ""),
                     ("POST", "/v1/embed", picture[: len(picture) // 2], "image/jpeg"),
                     ("POST", "/v1/people", form, "application/json"),
-                    ("DELETE", name, None, ""),
+                    ("DELETE", "/v1/people/nobody", None, ""),
                 ]
-                status = client.ask(*requests[turn // 8 % len(requests)])
-                with lock:
-                    counts[status] = counts.get(status, 0) + 1
+                count(client.ask(*requests[turn // 8 % len(requests)]))
                 turn += 8
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        threads.append(threading.Thread(target=change))
         for thread in threads:
             thread.start()
         memory = []
@@ -225,6 +238,7 @@ def enrolment(name: str, picture: bytes) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--soak", type=float, default=0, help="minutes")
+    parser.add_argument("--changes", type=float, default=1, help="enrolments/s of the soak")
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -236,7 +250,7 @@ def main() -> None:
         model.mkdir()
         bundle.save(network, model)
         if arguments.soak:
-            soak(model, folder, pictures, arguments.soak)
+            soak(model, folder, pictures, arguments.soak, arguments.changes)
         else:
             compare(model, folder, pictures, arguments.seconds)
 

@@ -18,8 +18,11 @@ from sphereface2.files import atomic_write
 from sphereface2.recognition.gallery import Gallery, Match, Person
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.recogniser import encode
+from sphereface2.recognition.store import SCHEMES
 
 Result = TypeVar("Result")
+_READERS = 4
+_COMPACT_FROM = 1_000  # pictures removed
 
 
 class Crops:
@@ -67,31 +70,40 @@ class Crops:
 
 
 class People:
-    """The gallery for coroutines: one thread does what is asked, in the order it is asked for."""
+    """The gallery for coroutines: one thread changes it, in the order asked for, others read."""
 
     def __init__(self, gallery: Gallery, crops: Crops | None) -> None:
         self._gallery = gallery
         self.crops = crops
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gallery")
+        self._local = not str(gallery.stats()["uri"]).startswith(SCHEMES)
+        self._removed = 0
+        self._changes = ThreadPoolExecutor(1, thread_name_prefix="gallery-change")
+        self._reads = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-read")
 
-    async def _do(self, work: Callable[[], Result]) -> Result:
+    async def _read(self, work: Callable[[], Result]) -> Result:
+        return await self._do(self._reads, work)
+
+    async def _change(self, work: Callable[[], Result]) -> Result:
+        return await self._do(self._changes, work)
+
+    async def _do(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
         except UserError as error:  # a name or metadata that the gallery does not take
             raise Refusal(422, "invalid", str(error)) from None
 
     async def count(self) -> int:
         """How many there are; also tells whether the gallery answers."""
-        return await self._do(lambda: int(self._gallery.stats()["people"]))
+        return await self._read(lambda: int(self._gallery.stats()["people"]))
 
     async def page(self, offset: int, limit: int) -> tuple[list[Person], int]:
         """People by name, and how many there are in all."""
-        people = await self._do(self._gallery.people)
+        people = await self._read(self._gallery.people)
         return people[offset : offset + limit], len(people)
 
     async def get(self, name: str) -> Person:
         """One person; a 404 if there is none."""
-        return await self._do(lambda: self._found(name))
+        return await self._read(lambda: self._found(name))
 
     async def create(
         self, name: str, rows: np.ndarray, metadata: Mapping[str, Any], crops: list[np.ndarray]
@@ -108,7 +120,7 @@ class People:
                 )
             return self._add(name, rows, metadata, crops)
 
-        return await self._do(work)
+        return await self._change(work)
 
     async def add(
         self, name: str, rows: np.ndarray, crops: list[np.ndarray]
@@ -119,7 +131,7 @@ class People:
             self._found(name)
             return self._add(name, rows, None, crops)
 
-        return await self._do(work)
+        return await self._change(work)
 
     async def replace(
         self, name: str, rows: np.ndarray, metadata: Mapping[str, Any], crops: list[np.ndarray]
@@ -127,10 +139,12 @@ class People:
         """Put new pictures and metadata in the place of the old."""
 
         def work() -> tuple[Person, list[str]]:
-            self._found(name)
-            return self._add(name, rows, metadata, crops, replace=True)
+            pictures = self._found(name).pictures
+            answer = self._add(name, rows, metadata, crops, replace=True)
+            self._went(pictures)
+            return answer
 
-        return await self._do(work)
+        return await self._change(work)
 
     async def remove(self, name: str) -> None:
         """Delete somebody, crops included; a 404 if there is no such person."""
@@ -140,26 +154,35 @@ class People:
             self._gallery.remove(person.name)
             if self.crops is not None:
                 self.crops.remove(person.name)
+            self._went(person.pictures)
 
-        await self._do(work)
+        await self._change(work)
 
     async def search(
         self, row: np.ndarray, k: int, fusion: Literal["max", "mean"]
     ) -> Sequence[Match]:
         """The k most similar people."""
-        return await self._do(lambda: self._gallery.search(row[None], k=k, fusion=fusion)[0])
+        return await self._read(lambda: self._gallery.search(row[None], k=k, fusion=fusion)[0])
 
     def start(self) -> None:
         """Erase what was removed before: embeddings from the gallery's files, kept crops."""
-        if self._gallery.stats()["removed"]:
+        if self._local and self._gallery.stats()["removed"]:
             self._gallery.compact()
         if self.crops is not None:
             self.crops.keep_only([person.name for person in self._gallery.people()])
 
     def close(self) -> None:
         """Finish what was asked for and close the gallery."""
-        self._thread.submit(self._gallery.close).result()
-        self._thread.shutdown()
+        self._reads.shutdown()
+        self._changes.submit(self._gallery.close).result()
+        self._changes.shutdown()
+
+    def _went(self, pictures: int) -> None:
+        """Compact once as many pictures went as are there: the database keeps what was removed."""
+        self._removed += pictures
+        if self._local and self._removed >= max(_COMPACT_FROM, self._gallery.stats()["pictures"]):
+            self._removed = 0
+            self._changes.submit(self._gallery.compact)
 
     def _found(self, name: str) -> Person:
         person = self._gallery.get(name)

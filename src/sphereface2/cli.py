@@ -27,6 +27,21 @@ app.add_typer(gallery_app, name="gallery")
 keys_app = typer.Typer(help="API keys of the service.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
+# Options that several commands take.
+_PAIRS = Annotated[
+    list[Path] | None, typer.Option(help=".bin, pairs.txt or pair list; repeatable.")
+]
+_IMAGES = Annotated[Path | None, typer.Option(help="Image folder of a pairs.txt.")]
+_NAMES = Annotated[Path | None, typer.Option(help="pairs.txt that names the people of a .bin.")]
+_ALIGNED = Annotated[
+    bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
+]
+_FLIP = Annotated[bool, typer.Option(help="Add the mirror image's embedding.")]
+_BATCH_SIZE = Annotated[int, typer.Option(help="Images a forward pass.", min=1)]
+_DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")]
+_JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_GALLERY = Annotated[str, typer.Argument(help="A folder, or http://host:19530 of a Milvus server.")]
+
 
 def _version(value: bool) -> None:
     if value:
@@ -69,13 +84,9 @@ def evaluate(
     checkpoint: Annotated[
         Path, typer.Argument(help="A run, a checkpoint folder, its weights, or an .onnx file.")
     ],
-    pairs: Annotated[
-        list[Path] | None, typer.Option(help=".bin, pairs.txt or pair list; repeatable.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Image folder of a pairs.txt.")] = None,
-    names: Annotated[
-        Path | None, typer.Option(help="pairs.txt that names the people of a .bin.")
-    ] = None,
+    pairs: _PAIRS = None,
+    images: _IMAGES = None,
+    names: _NAMES = None,
     all_pairs: Annotated[
         Path | None, typer.Option(help="Score every pair of this folder, list or RecordIO.")
     ] = None,
@@ -90,12 +101,12 @@ def evaluate(
     detector_weights: Annotated[
         bool, typer.Option("--detector-weights", help="IJB: weight images by detector score.")
     ] = False,
-    flip: Annotated[bool, typer.Option(help="Add the mirror image's embedding.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 128,
+    flip: _FLIP = True,
+    batch_size: _BATCH_SIZE = 128,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     plots: Annotated[Path | None, typer.Option(help="Folder for ROC and histogram PNGs.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: _DEVICE = None,
+    as_json: _JSON = False,
 ) -> None:
     """Score a checkpoint on verification pairs, all pairs of a set, or the field's suites."""
     from sphereface2.evaluation.evaluate import evaluate as run
@@ -147,13 +158,9 @@ def export(
 @app.command()
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="A run or a model folder.")],
-    pairs: Annotated[
-        list[Path] | None, typer.Option(help=".bin, pairs.txt or pair list; repeatable.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Image folder of a pairs.txt.")] = None,
-    names: Annotated[
-        Path | None, typer.Option(help="pairs.txt that names the people of a .bin.")
-    ] = None,
+    pairs: _PAIRS = None,
+    images: _IMAGES = None,
+    names: _NAMES = None,
     all_pairs: Annotated[
         list[Path] | None,
         typer.Option(help="Use every pair of this folder, list or RecordIO; repeatable."),
@@ -163,10 +170,10 @@ def calibrate(
         typer.Option(help="FAR of a threshold; repeatable, the first is the default; 1e-2."),
     ] = None,
     method: Annotated[str, typer.Option(help="logistic or isotonic.")] = "logistic",
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 128,
+    batch_size: _BATCH_SIZE = 128,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: _DEVICE = None,
+    as_json: _JSON = False,
 ) -> None:
     """Fit similarity to probability and thresholds; write calibration.json beside the model."""
     from sphereface2.recognition.calibrate import calibrate as run
@@ -197,13 +204,11 @@ def verify(
     prior: Annotated[
         float, typer.Option(help="Share of matched pairs expected, for the probability.")
     ] = 0.5,
-    aligned: Annotated[
-        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
-    ] = False,
+    aligned: _ALIGNED = False,
     picture: Annotated[
         Path | None, typer.Option(help="PNG to write: both pictures, landmarks, verdict.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    device: _DEVICE = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Tell whether two pictures show one person. Exit status 0 for either answer, 2 for errors."""
@@ -237,8 +242,8 @@ def embed(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(help="Pictures a forward pass.", min=1)] = 64,
-    flip: Annotated[bool, typer.Option(help="Add the mirror image's embedding.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    flip: _FLIP = True,
+    device: _DEVICE = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     ray_address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster; default: one of its own, here.")
@@ -261,9 +266,6 @@ def embed(
     )
 
 
-_GALLERY = Annotated[str, typer.Argument(help="A folder, or http://host:19530 of a Milvus server.")]
-
-
 @gallery_app.command("add")
 def gallery_add(
     gallery: _GALLERY,
@@ -276,9 +278,7 @@ def gallery_add(
     features: Annotated[
         Path | None, typer.Option(help="Enrol everybody in this table of `sphereface2 embed`.")
     ] = None,
-    aligned: Annotated[
-        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
-    ] = False,
+    aligned: _ALIGNED = False,
     metadata: Annotated[
         str | None, typer.Option(help='JSON object to keep with the person: {"since": 2024}.')
     ] = None,
@@ -288,7 +288,7 @@ def gallery_add(
     index: Annotated[
         str | None, typer.Option(help="Of a new gallery: flat (exact, the default), ivf or hnsw.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    device: _DEVICE = None,
 ) -> None:
     """Enrol a person's pictures, a folder of people or a table of embeddings."""
     from sphereface2.recognition.enrol import add
@@ -324,11 +324,9 @@ def gallery_search(
         float | None, typer.Option(help="Unknown below this similarity, instead of --far.")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Look past an approximate index.")] = False,
-    aligned: Annotated[
-        bool, typer.Option("--aligned", help="The pictures are aligned crops already.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    aligned: _ALIGNED = False,
+    device: _DEVICE = None,
+    as_json: _JSON = False,
 ) -> None:
     """Tell whom pictures show, or that they show nobody enrolled."""
     from sphereface2.recognition.enrol import search
@@ -399,7 +397,7 @@ def gallery_reembed(
     drop_missing: Annotated[
         bool, typer.Option("--drop-missing", help="Leave out pictures whose files are gone.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    device: _DEVICE = None,
 ) -> None:
     """Move a gallery to another model, from the files people were enrolled from."""
     from sphereface2.recognition.enrol import reembed
@@ -478,7 +476,7 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="After SIGTERM: unready, but still serving.", min=0)
     ] = 5.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    device: _DEVICE = None,
 ) -> None:
     """Serve a model and a gallery: REST API and web page."""
     from sphereface2.recognition.service import serve as run
@@ -542,7 +540,7 @@ def keys_remove(
 @data_app.command("info")
 def data_info(
     path: Annotated[Path, typer.Argument(help="Folder, list, .rec, .tar(s) or .bin.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: _JSON = False,
 ) -> None:
     """Count images, people, unreadable files and duplicates."""
     from sphereface2.data.info import info

@@ -72,6 +72,14 @@ def embed(
     return np.concatenate(rows)
 
 
+def or_nothing(read: Callable[[int], bytes], index: int) -> bytes:
+    """Image ``index`` by a source's ``read``, or nothing, which `embed` counts as unreadable."""
+    try:
+        return read(index)
+    except (OSError, UserError):
+        return b""
+
+
 @torch.inference_mode()
 def _forward(
     net: nn.Module, batch: list[np.ndarray], flip: bool, place: torch.device

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from sphereface2.evaluation import reports
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.calibration import quality, reliability
-from sphereface2.evaluation.embedding import embed
+from sphereface2.evaluation.embedding import embed, or_nothing
 from sphereface2.evaluation.suites import (
     SUITES,
     MegaFace,
@@ -192,16 +190,10 @@ def evaluate_people(
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices)
 
-    def read(i: int) -> bytes:
-        try:
-            return source.read(int(indices[i]))
-        except (OSError, UserError):
-            return b""  # no image decodes from this: counted with the unreadable ones
-
     unreadable: list[int] = []
     embeddings = _embed(
         net,
-        (read(i) for i in range(len(indices))),
+        (or_nothing(source.read, int(i)) for i in indices),
         len(indices),
         f"{name}: images",
         progress,
@@ -335,8 +327,7 @@ def evaluate(
                 result = evaluate_megaface(net, suite, **options)
                 report.setdefault("distractors", []).append({"path": str(root), **result})
     if as_json:
-        json.dump(report, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        reports.print_json(report)
     else:
         _print(report)
     return report
@@ -414,33 +405,30 @@ def _table(result: dict[str, Any]) -> Table:
     table.add_column("value", justify="right")
     table.add_column(level, justify="right", style="dim")
 
-    def percent(value: float) -> str:
-        return f"{100 * value:.2f} %"
-
-    def interval(ci: list[float] | None, told: Callable[[float], str] = percent) -> str:
-        return "" if ci is None else f"{told(ci[0])} – {told(ci[1])}"
-
     if "accuracy" in result:
         table.add_row(
             f"{result['folds']}-fold accuracy",
             f"[bold]{100 * result['accuracy']:.2f} ± {100 * result['accuracy_std']:.2f} %[/bold]",
             "",
         )
-        table.add_row("EER", percent(result["eer"]), interval(result["eer_ci"]))
-        table.add_row("AUC", f"{result['auc']:.4f}", interval(result["auc_ci"], "{:.4f}".format))
+        table.add_row("EER", reports.percent(result["eer"]), reports.interval(result["eer_ci"]))
+        table.add_row(
+            "AUC", f"{result['auc']:.4f}", reports.interval(result["auc_ci"], "{:.4f}".format)
+        )
         table.add_section()
     for far, tar in result["tar"].items():
-        told = "–" if tar is None else percent(tar)
-        table.add_row(f"TAR at FAR {far}", told, interval(result["tar_ci"][far]))
+        table.add_row(
+            f"TAR at FAR {far}", reports.percent(tar), reports.interval(result["tar_ci"][far])
+        )
     if calibration := result.get("calibration"):
         table.add_section()
         table.add_row("Cllr", f"{calibration['cllr']:.4f}", "")
         table.add_row("min-Cllr", f"{calibration['min_cllr']:.4f}", "")
-        table.add_row("ECE", percent(calibration["ece"]), "")
+        table.add_row("ECE", reports.percent(calibration["ece"]), "")
         for far, found in calibration["far"].items():
             table.add_row(f"FAR at the threshold for {far}", f"{100 * found:.3g} %", "")
-            table.add_row("  and its TAR", percent(calibration["tar"][far]), "")
+            table.add_row("  and its TAR", reports.percent(calibration["tar"][far]), "")
     if "rank1" in result:
         table.add_section()
-        table.add_row("rank-1 identification", percent(result["rank1"]))
+        table.add_row("rank-1 identification", reports.percent(result["rank1"]))
     return table

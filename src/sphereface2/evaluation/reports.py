@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.progress import Progress
@@ -41,3 +43,19 @@ def how(over: str, replicates: int, seed: int) -> dict[str, Any]:
 def how_fixed(over: str, replicates: int, seed: int) -> dict[str, Any]:
     """How intervals were made, with thresholds held fixed."""
     return how(over, replicates, seed) | {"thresholds": "fixed"}
+
+
+def percent(value: float | None) -> str:
+    """A share in a table; a dash where it is not told."""
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def interval(ci: Sequence[float] | None, told: Callable[[float], str] = percent) -> str:
+    """An interval in a table; nothing where there is none."""
+    return "" if ci is None else f"{told(ci[0])} – {told(ci[1])}"
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """A command's report on standard output, for ``--json``."""
+    json.dump(report, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")

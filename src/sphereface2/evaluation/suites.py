@@ -20,7 +20,7 @@ from sphereface2.data.verification import PairSet, load_cfp, load_pairs, union
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.evaluation import identification, reports
 from sphereface2.evaluation import verification as metrics
-from sphereface2.evaluation.embedding import embed
+from sphereface2.evaluation.embedding import embed, or_nothing
 from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
 
 _CHUNK = 4096  # images embedded before they are folded into what is kept
@@ -335,7 +335,7 @@ def evaluate_megaface(
     lost: list[int] = []
     probes = embed(
         net,
-        (_or_nothing(source.read, i) for i in range(len(source))),
+        (or_nothing(source.read, i) for i in range(len(source))),
         unreadable=lost,
         progress=reports.advance(progress, "megaface: probes", len(source)),
         **options,
@@ -352,7 +352,7 @@ def evaluate_megaface(
             chosen = order[start : start + _CHUNK]
             yield embed(
                 net,
-                (_or_nothing(read, int(i)) for i in chosen),
+                (or_nothing(read, int(i)) for i in chosen),
                 unreadable=unreadable,
                 progress=advance,
                 **options,
@@ -394,13 +394,6 @@ def _images(path: Path) -> tuple[int, Callable[[int], bytes]]:
     return len(files), lambda i: files[i].read_bytes()
 
 
-def _or_nothing(read: Callable[[int], bytes], index: int) -> bytes:
-    try:
-        return read(index)
-    except (OSError, UserError):
-        return b""  # no image decodes from this: counted with the unreadable ones
-
-
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -426,7 +419,7 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
         table.add_column(f"{metrics.LEVEL:.0%} interval{over}", justify="right", style="dim")
         for far, tar in pairs["tar"].items():
             ci = pairs.get("tar_ci", {}).get(far)
-            table.add_row(f"TAR at FAR {far}", _percent(tar), _interval(ci))
+            table.add_row(f"TAR at FAR {far}", reports.percent(tar), reports.interval(ci))
         yield table
         yield f"{pairs['matched']:,} matched and {pairs['mismatched']:,} mismatched pairs"
         yield from pairs["notes"]
@@ -438,10 +431,10 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
             table.add_column(gallery["name"], justify="right")
         for k in identification.RANKS:
             every = [found, *found["galleries"]]
-            table.add_row(f"rank-{k}", *(_percent(one[f"rank{k}"]) for one in every))
+            table.add_row(f"rank-{k}", *(reports.percent(one[f"rank{k}"]) for one in every))
         table.add_section()
         for fpir in found["tpir"]:
-            told = [_percent(one["tpir"][fpir]) for one in [found, *found["galleries"]]]
+            told = [reports.percent(one["tpir"][fpir]) for one in [found, *found["galleries"]]]
             table.add_row(f"TPIR at FPIR {fpir}", *told)
         yield table
         for one in found["galleries"]:
@@ -460,13 +453,5 @@ def _megaface_table(report: dict[str, Any]) -> Table:
     table.add_column(f"{metrics.LEVEL:.0%} interval over people", justify="right", style="dim")
     for size, rate in report["rank1"].items():
         ci = report.get("rank1_ci", {}).get(size)
-        table.add_row(f"{int(size):,}", _percent(rate), _interval(ci))
+        table.add_row(f"{int(size):,}", reports.percent(rate), reports.interval(ci))
     return table
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def _interval(ci: list[float] | None) -> str:
-    return "" if ci is None else f"{_percent(ci[0])} – {_percent(ci[1])}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,8 @@ from sphereface2.data.sources import Source, open_source, split_people
 from sphereface2.data.verification import PairSet
 from sphereface2.device import resolve
 from sphereface2.errors import UserError
-from sphereface2.evaluation.embedding import embed
+from sphereface2.evaluation import reports
+from sphereface2.evaluation.embedding import embed, or_nothing
 from sphereface2.evaluation.evaluate import load_sets
 from sphereface2.evaluation.verification import far_key, pair_scores
 from sphereface2.recognition.calibration import Calibration, check_fars
@@ -115,8 +114,7 @@ def calibrate(
         "shared_bias": shared_bias(net.metadata, one.scores, one.same),
     }
     if as_json:
-        json.dump(report, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        reports.print_json(report)
     else:
         _print(report, calibration)
     return report
@@ -212,14 +210,13 @@ def _score_set(
     device: torch.device,
     progress: Progress,
 ) -> Scored:
-    task = progress.add_task(pair_set.name, total=len(pair_set.images))
     embeddings = embed(
         net,
         (pair_set.images[i] for i in range(len(pair_set.images))),
         batch_size=batch_size,
         device=device,
         name=pair_set.image_name,
-        progress=lambda done: progress.advance(task, done),
+        progress=reports.advance(progress, pair_set.name, len(pair_set.images)),
     )
     people = None if pair_set.people is None else pair_set.people[pair_set.pairs]
     return Scored(
@@ -241,21 +238,14 @@ def _score_labelled(
     device: torch.device,
     progress: Progress,
 ) -> Scored:
-    def read(i: int) -> bytes:
-        try:
-            return source.read(int(i))
-        except (OSError, UserError):
-            return b""  # no image decodes from this: left out with the unreadable ones
-
-    task = progress.add_task(name, total=len(chosen))
     unreadable: list[int] = []
     embeddings = embed(
         net,
-        (read(i) for i in chosen),
+        (or_nothing(source.read, int(i)) for i in chosen),
         batch_size=batch_size,
         device=device,
         unreadable=unreadable,
-        progress=lambda done: progress.advance(task, done),
+        progress=reports.advance(progress, name, len(chosen)),
     )
     labels = np.delete(source.labels[chosen], unreadable)
     pairs, same = all_pairs_of(labels, rng)

@@ -28,7 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sphereface2 import __version__
 from sphereface2.align import Face, read_photo
-from sphereface2.data.sources import IMAGE_SUFFIXES, Source, digest, open_source
+from sphereface2.data.folder import PictureSource, is_picture
+from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.embedding import embed
 from sphereface2.files import atomic_write
@@ -270,43 +271,9 @@ def open_pictures(path: str | Path) -> Source:
     A folder that itself holds pictures is a folder of pictures: all those in it and below it.
     """
     path = Path(path)
-    if path.is_dir() and any(_is_picture(entry) for entry in path.iterdir()):
-        return _Pictures(path)
+    if path.is_dir() and any(is_picture(entry) for entry in path.iterdir()):
+        return PictureSource(path)
     return open_source(path)
-
-
-class _Pictures:
-    """All pictures of a folder and below it, sorted by path. It knows no people."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._files = sorted(
-            entry.relative_to(root).as_posix() for entry in root.rglob("*") if _is_picture(entry)
-        )
-        self.labels = np.zeros(0, np.int64)
-        self.num_classes = 0
-        self.class_names: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> bytes:
-        return (self.root / self._files[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        return self._files[index]
-
-    def fingerprint(self) -> str:
-        sizes = [(self.root / name).stat().st_size for name in self._files]
-        return digest("pictures", "\0".join(self._files), np.array(sizes, np.int64))
-
-
-def _is_picture(entry: Path) -> bool:
-    return (
-        entry.suffix.lower() in IMAGE_SUFFIXES
-        and not entry.name.startswith(".")
-        and entry.is_file()
-    )
 
 
 def _compute(

@@ -229,6 +229,11 @@ class Gallery:
         return int(self._stamp["dim"])
 
     @property
+    def local(self) -> bool:
+        """Whether it lies in a folder, not on a server."""
+        return self._store.local
+
+    @property
     def index(self) -> str:
         """The kind of index: flat, ivf or hnsw."""
         return str(self._stamp["index"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation import reports
 from sphereface2.evaluation.verification import far_key, pair_scores
 from sphereface2.files import atomic_write
 
@@ -123,8 +122,7 @@ def verify(
         draw(report, faces, picture)
         report["picture"] = str(picture)
     if as_json:
-        json.dump(report, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        reports.print_json(report)
     else:
         _print(report, model)
     return report

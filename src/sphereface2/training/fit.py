@@ -90,7 +90,7 @@ def fit(
         if resume:
             trainer.resume()
         if place.is_main:
-            _record(folder, settings, inputs, trainer.progress.step, overrides)
+            _record(folder, settings, inputs, trainer, overrides)
         progress = trainer.train()
         main = place.is_main
     if main:
@@ -252,7 +252,7 @@ def _announce(
 
 
 def _record(
-    run: Path, settings: RunConfig, inputs: Inputs, step: int, overrides: Sequence[str]
+    run: Path, settings: RunConfig, inputs: Inputs, trainer: Trainer, overrides: Sequence[str]
 ) -> None:
     """Write what determines the run beside its results: ``config.yaml``, ``environment.json``.
 
@@ -260,14 +260,14 @@ def _record(
     and ``environment.json`` tells of every start, its step and what was changed.
     """
     path = run / "environment.json"
-    fingerprint = inputs.source.fingerprint()
+    fingerprint = trainer.data_fingerprint
     before = json.loads(path.read_text()) if path.exists() else {"starts": []}
     if before["starts"] and before["data"]["fingerprint"] != fingerprint:
         raise UserError(
             f"{inputs.located.train} is not what {run} was trained on (its fingerprint changed); "
             "resume with the original data or start a new run"
         )
-    start = {"step": step, "overrides": list(overrides), **environment()}
+    start = {"step": trainer.progress.step, "overrides": list(overrides), **environment()}
     record = {
         "starts": [*before["starts"], start],
         "data": {

@@ -339,7 +339,7 @@ class Trainer:
         )
 
     @cached_property
-    def _data_fingerprint(self) -> str:
+    def data_fingerprint(self) -> str:
         """Of the training set; it may ask for the size of every file, so once a run."""
         return self.dataset.source.fingerprint()
 
@@ -349,7 +349,7 @@ class Trainer:
         return {
             "head": {"name": self.config.head["name"], **self.head.summary()},
             "data": {
-                "fingerprint": self._data_fingerprint,
+                "fingerprint": self.data_fingerprint,
                 "validation_people": data.validation_people,
                 "split_seed": data.split_seed,
             },

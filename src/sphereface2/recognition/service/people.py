@@ -18,7 +18,6 @@ from sphereface2.files import atomic_write
 from sphereface2.recognition.gallery import Gallery, Match, Person
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.recogniser import encode
-from sphereface2.recognition.store import SCHEMES
 
 Result = TypeVar("Result")
 _READERS = 4
@@ -75,7 +74,6 @@ class People:
     def __init__(self, gallery: Gallery, crops: Crops | None) -> None:
         self._gallery = gallery
         self.crops = crops
-        self._local = not str(gallery.stats()["uri"]).startswith(SCHEMES)
         self._removed = 0
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="gallery-change")
         self._reads = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-read")
@@ -166,7 +164,7 @@ class People:
 
     def start(self) -> None:
         """Erase what was removed before: embeddings from the gallery's files, kept crops."""
-        if self._local and self._gallery.stats()["removed"]:
+        if self._gallery.local and self._gallery.stats()["removed"]:
             self._gallery.compact()
         if self.crops is not None:
             self.crops.keep_only([person.name for person in self._gallery.people()])
@@ -180,7 +178,9 @@ class People:
     def _went(self, pictures: int) -> None:
         """Compact once as many pictures went as are there: the database keeps what was removed."""
         self._removed += pictures
-        if self._local and self._removed >= max(_COMPACT_FROM, self._gallery.stats()["pictures"]):
+        if self._gallery.local and self._removed >= max(
+            _COMPACT_FROM, self._gallery.stats()["pictures"]
+        ):
             self._removed = 0
             self._changes.submit(self._gallery.compact)
 

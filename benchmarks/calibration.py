@@ -98,7 +98,7 @@ def main() -> None:
         metadata = net.metadata
         source = open_source(options.data / "celeb50k")
         split = metadata.get("data", {"validation_people": 400, "split_seed": 0})
-        _, held_out, _ = split_people(source, split["validation_people"], split["split_seed"])
+        held_out = split_people(source, split["validation_people"], split["split_seed"]).validation
         embeddings = embed(net, (source.read(int(i)) for i in held_out))
         labels = source.labels[held_out]
         sets = {"held-out people": (embeddings, labels)}

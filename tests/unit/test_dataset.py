@@ -61,8 +61,7 @@ def key(indices, step=0, epoch=0, offset=0):
 
 def test_a_batch_holds_the_images_and_classes_asked_for():
     indices = np.arange(8, 40)
-    label_map = np.array([-1, 2, 0, 1, 3, -1])
-    dataset = make(indices=indices, label_map=label_map)
+    dataset = make(indices=indices, labels=np.repeat([2, 0, 1, 3], 8))
     assert len(dataset) == 32
     assert dataset.num_classes == 4
     batch = dataset[key([0, 9, 31])]
@@ -72,8 +71,8 @@ def test_a_batch_holds_the_images_and_classes_asked_for():
     assert batch.labels.tolist() == [2, 0, 3]
     assert batch.images[:, :, 5, 5].tolist() == [[i, 2 * i, 255 - i] for i in (8, 17, 39)]
     assert batch.unreadable == []
-    with pytest.raises(UserError, match="without a class"):
-        make(label_map=label_map)
+    with pytest.raises(ValueError, match="equally long"):
+        make(indices=indices, labels=[0, 1])
 
 
 def test_augmentation_depends_on_seed_epoch_step_and_place_alone():
@@ -93,7 +92,7 @@ def test_augmentation_depends_on_seed_epoch_step_and_place_alone():
 
 def test_unreadable_images_are_replaced_named_and_counted():
     source = MemorySource(broken=[3, 4, 47], gone=[10])
-    dataset = make(source, label_map=np.arange(PEOPLE) + 10)
+    dataset = make(source, labels=source.labels + 10)
     batch = dataset[key([2, 3, 4, 10, 11, 47])]
     assert batch.unreadable == [3, 4, 10, 47]
     # Each takes the next readable image of the batch, the last one starts over.

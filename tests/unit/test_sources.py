@@ -158,17 +158,15 @@ def test_split_people_by_label(tmp_path):
     np.random.default_rng(0).shuffle(lines)
     files(tmp_path, {"x.jpg": b"x", "train.txt": "".join(lines).encode()})
     source = open_source(tmp_path)
-    train, val, label_map = split_people(source, 2, seed=1)
-    assert sorted([*train, *val]) == list(range(13))
-    people = set(source.labels[val].tolist())
-    assert len(people) == 2
-    assert not people & set(source.labels[train].tolist())
-    assert all(sizes[person] >= 2 for person in people)
-    mapped = label_map[source.labels[train]]
-    assert sorted(set(mapped.tolist())) == list(range(4))
-    assert (label_map[[*people, 3]] == -1).all()
-    assert np.array_equal(split_people(source, 2, seed=1)[1], val)
-    assert len({tuple(split_people(source, 2, seed=s)[1]) for s in range(20)}) > 1
-    assert len(split_people(source, 0, seed=0)[0]) == 13
+    train, val, test = split_people(source, 2, seed=1, test_people=1)
+    assert sorted([*train, *val, *test]) == list(range(13))
+    whose = [set(source.labels[part].tolist()) for part in (train, val, test)]
+    assert [len(people) for people in whose] == [3, 2, 1]
+    assert not whose[0] & whose[1] | whose[0] & whose[2] | whose[1] & whose[2]
+    assert all(sizes[person] >= 2 for person in whose[1] | whose[2])
+    # Setting test people aside leaves the validation people who they were.
+    assert np.array_equal(split_people(source, 2, seed=1).validation, val)
+    assert len({tuple(split_people(source, 2, seed=s).validation) for s in range(20)}) > 1
+    assert len(split_people(source, 0, seed=0).train) == 13
     with pytest.raises(UserError, match="5 people aside"):
-        split_people(source, 5, seed=0)
+        split_people(source, 4, seed=0, test_people=1)

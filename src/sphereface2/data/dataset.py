@@ -38,8 +38,8 @@ class FaceDataset(Dataset[Batch]):
     indices:
         int64 (n,) indices into the source that belong to the set; default all. A BatchKey's
         indices are positions in this array.
-    label_map:
-        int64 over the source's labels: the class of each label; default the labels themselves.
+    labels:
+        int64 (n,), the class of each image of the set; default the source's labels.
     augmentation:
         The random transformation and the size S of its result.
     seed:
@@ -57,7 +57,7 @@ class FaceDataset(Dataset[Batch]):
         self,
         source: Source,
         indices: npt.ArrayLike | None = None,
-        label_map: npt.ArrayLike | None = None,
+        labels: npt.ArrayLike | None = None,
         *,
         augmentation: Augmentation,
         seed: int = 0,
@@ -67,11 +67,14 @@ class FaceDataset(Dataset[Batch]):
         self.indices = (
             np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
         )
-        labels = np.asarray(source.labels)[self.indices]
         #: int64 (n,): the class of each image of the set.
-        self.labels = labels if label_map is None else np.asarray(label_map, np.int64)[labels]
-        if len(self.labels) and self.labels.min() < 0:
-            raise UserError("the label map leaves some of the chosen images without a class")
+        self.labels = np.asarray(
+            np.asarray(source.labels)[self.indices] if labels is None else labels, np.int64
+        )
+        if self.labels.shape != self.indices.shape:
+            raise ValueError(
+                f"labels {self.labels.shape} and indices {self.indices.shape} must be equally long"
+            )
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
         self.augmentation = augmentation
         self.seed = seed

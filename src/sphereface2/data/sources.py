@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -98,36 +98,44 @@ def open_source(path: str | Path) -> Source:
     )
 
 
-def split_people(
-    source: Source, validation_people: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Set whole people aside for validation.
+class Split(NamedTuple):
+    """Image indices of a source, int64, ascending; no person is in two of them."""
 
-    ``validation_people`` people are drawn among those with two images or more (a person with one
-    image makes no genuine pair). Returns ``(train_indices, val_indices, label_map)``: int64 image
-    indices in ascending order, and an int64 array over the source's labels that gives a training
-    person's class in ``[0, training people)`` and -1 for validation people and unused labels.
-    The draw depends on the source's labels, ``validation_people`` and ``seed`` alone.
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_people(
+    source: Source, validation_people: int, seed: int, *, test_people: int = 0
+) -> Split:
+    """Set whole people aside for validation and for test.
+
+    They are drawn among those with two images or more (a person with one image makes no genuine
+    pair). The draw depends on the source's labels, the numbers and ``seed`` alone; who is a
+    validation person does not depend on ``test_people``.
+
+    Raises:
+        UserError: more people asked for than there are, or nobody left to train on.
     """
     labels = np.asarray(source.labels)
     counts = np.bincount(labels, minlength=source.num_classes)
     eligible = np.flatnonzero(counts >= 2)
     present = int((counts > 0).sum())
-    if validation_people < 0:
-        raise UserError(f"validation people must be 0 or more, not {validation_people}")
-    if validation_people > len(eligible) or (validation_people and validation_people >= present):
+    aside = validation_people + test_people
+    if min(validation_people, test_people) < 0:
+        raise UserError(f"people set aside must be 0 or more, not {validation_people, test_people}")
+    if aside > len(eligible) or (aside and aside >= present):
         raise UserError(
-            f"cannot set {validation_people} people aside for validation: the set has {present} "
+            f"cannot set {aside} people aside for validation and test: the set has {present} "
             f"people, {len(eligible)} of them with two images or more"
         )
-    held_out = np.zeros(source.num_classes, dtype=bool)
     rng = np.random.default_rng(seed)
-    held_out[rng.choice(eligible, size=validation_people, replace=False)] = True
-    in_training = (counts > 0) & ~held_out
-    label_map = np.full(source.num_classes, -1, dtype=np.int64)
-    label_map[in_training] = np.arange(int(in_training.sum()))
-    is_validation = held_out[labels]
-    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation), label_map
+    role = np.zeros(source.num_classes, np.int8)
+    role[rng.choice(eligible, size=validation_people, replace=False)] = 1
+    role[rng.choice(eligible[role[eligible] == 0], size=test_people, replace=False)] = 2
+    of_image = role[labels]
+    return Split(*(np.flatnonzero(of_image == which) for which in range(3)))
 
 
 def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:

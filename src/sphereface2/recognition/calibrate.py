@@ -198,8 +198,8 @@ def _chosen(path: str | Path, metadata: Mapping[str, Any]) -> tuple[Source, np.n
         raise UserError(
             f"the network was trained on everybody in {path}: calibrate it on other people"
         )
-    _, held_out, _ = split_people(source, people, int(trained_on.get("split_seed", 0)))
-    return source, held_out, f"{name}, {people} people held out of training"
+    split = split_people(source, people, int(trained_on.get("split_seed", 0)))
+    return source, split.validation, f"{name}, {people} people held out of training"
 
 
 def _score_set(

@@ -20,6 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sphereface2 import backbones, heads
+from sphereface2.data.conditions import LabelNoise, Subset
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError, did_you_mean
 
@@ -32,8 +33,13 @@ class DataConfig:
     """Folder, list, RecordIO or WebDataset; ``auto`` finds one (see ``data.locate``)."""
     validation_people: int = 400
     """People split off by label, never trained on; the best checkpoint is chosen on them."""
+    test_people: int = 0
+    """People split off likewise whom the run never looks at: for judging several runs
+    (``sphereface2 study``) on people that chose neither a checkpoint nor a setting."""
     split_seed: int = 0
-    """Seed of that split, apart from ``seed`` so that seeds share their validation people."""
+    """Seed of the split, apart from ``seed`` so that seeds share their held-out people."""
+    subset: Subset = field(default_factory=Subset)
+    label_noise: LabelNoise = field(default_factory=LabelNoise)
     workers: int | None = None
     """Loader processes a rank; default 0 on the CPU (its cores train) and 4 with CUDA."""
     max_unreadable: float = 0.01
@@ -316,6 +322,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("training.log_every", training.log_every, training.log_every >= 1, "at least 1"),
         ("data.max_unreadable", data.max_unreadable, 0 <= data.max_unreadable <= 1, "in [0, 1]"),
         ("data.validation_people", data.validation_people, data.validation_people >= 0, ">= 0"),
+        ("data.test_people", data.test_people, data.test_people >= 0, ">= 0"),
         ("data.workers", data.workers, (data.workers or 0) >= 0, "at least 0"),
         ("validation.every", validation.every, validation.every >= 0, "at least 0"),
     ]

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.locate import TrainingData, locate
 from sphereface2.data.sampler import BatchSampler
@@ -40,7 +41,9 @@ class Inputs:
     source: Source
     train_indices: np.ndarray
     held_out_indices: np.ndarray
-    label_map: np.ndarray
+    test_indices: np.ndarray
+    train_labels: np.ndarray
+    """int64, the class of each training image, in [0, num_classes)."""
     num_classes: int
     pairs: list[PairSet]
     located: TrainingData
@@ -182,7 +185,12 @@ def open_inputs(settings: RunConfig, place: World) -> Inputs:
             kind="given", train=path, pairs=[], names=None, note=str(path), is_synthetic=False
         )
     source = open_source(located.train)
-    train, held_out, label_map = split_people(source, data.validation_people, data.split_seed)
+    split = split_people(
+        source, data.validation_people, data.split_seed, test_people=data.test_people
+    )
+    labels = np.asarray(source.labels)
+    train = split.train[choose(labels[split.train], data.subset)]
+    people, classes = np.unique(labels[train], return_inverse=True)
     paths = [Path(p) for p in settings.validation.pairs if p != "auto"]
     if "auto" in settings.validation.pairs:
         paths = [*located.pairs, *paths]
@@ -190,9 +198,10 @@ def open_inputs(settings: RunConfig, place: World) -> Inputs:
     return Inputs(
         source=source,
         train_indices=train,
-        held_out_indices=held_out,
-        label_map=label_map,
-        num_classes=int(label_map.max()) + 1,
+        held_out_indices=split.validation,
+        test_indices=split.test,
+        train_labels=corrupt(classes, data.label_noise),
+        num_classes=len(people),
         pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
         located=located,
     )
@@ -210,7 +219,7 @@ def build_trainer(settings: RunConfig, run: Path, place: World, inputs: Inputs) 
     dataset = FaceDataset(
         inputs.source,
         inputs.train_indices,
-        inputs.label_map,
+        inputs.train_labels,
         augmentation=data.augmentation,
         seed=settings.seed,
         max_unreadable=data.max_unreadable,
@@ -240,7 +249,7 @@ def _announce(
     print(
         f"data       {inputs.located.note}\n"
         f"           {len(inputs.train_indices):,} images of {inputs.num_classes:,} people; "
-        f"{len(np.unique(inputs.source.labels[inputs.held_out_indices])):,} people held out\n"
+        f"{settings.data.validation_people:,} people held out{_aside(settings)}\n"
         f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
         f"input {trainer.network.preprocessing.size}\n"
         f"head       {settings.head['name']}\n"
@@ -249,6 +258,15 @@ def _announce(
         f"run        {run}",
         flush=True,
     )
+
+
+def _aside(settings: RunConfig) -> str:
+    """What else is special about the data."""
+    data = settings.data
+    told = f", {data.test_people:,} set aside for test" if data.test_people else ""
+    if data.label_noise.share:
+        told += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
+    return told
 
 
 def _record(

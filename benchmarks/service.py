@@ -151,10 +151,10 @@ def resident(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float, changes: float) -> None:
+def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> None:
     """Mixed requests of 8 clients, good and bad, and the server's memory meanwhile.
 
-    A ninth client enrols somebody and deletes them again ``changes`` times a second.
+    A quarter of the requests change the gallery: each client enrols somebody and deletes them.
     """
     options = ["--keep-crops", str(folder / "crops")]
     with server(model, folder / "soak", *options) as (url, process):
@@ -166,21 +166,13 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float, chang
             with lock:
                 counts[status] = counts.get(status, 0) + 1
 
-        def change() -> None:
-            client, turn = Client(url), 0
-            while changes and time.monotonic() < end:
-                body = enrolment("somebody", pictures[turn % len(pictures)])
-                count(client.ask("POST", "/v1/people", body, FORM))
-                count(client.ask("DELETE", "/v1/people/somebody"))
-                turn += 1
-                time.sleep(1 / changes)
-
         def work(number: int) -> None:
             client = Client(url)
             turn = number
             while time.monotonic() < end:
                 picture = pictures[turn % len(pictures)]
                 form = json.dumps({"aligned": True, "name": "nobody"}).encode()
+                name = f"somebody-{number}"
                 requests = [
                     ("POST", "/v1/embed?aligned=true", picture, "image/jpeg"),
                     ("POST", "/v1/embed", picture, "image/jpeg"),  # with detection
@@ -188,13 +180,13 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float, chang
                     ("GET", "/v1/people", None, ""),
                     ("POST", "/v1/embed", picture[: len(picture) // 2], "image/jpeg"),
                     ("POST", "/v1/people", form, "application/json"),
-                    ("DELETE", "/v1/people/nobody", None, ""),
+                    ("POST", "/v1/people", enrolment(name, picture), FORM),
+                    ("DELETE", f"/v1/people/{name}", None, ""),
                 ]
                 count(client.ask(*requests[turn // 8 % len(requests)]))
                 turn += 8
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-        threads.append(threading.Thread(target=change))
         for thread in threads:
             thread.start()
         memory = []
@@ -237,8 +229,7 @@ def enrolment(name: str, picture: bytes) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--soak", type=float, default=0, help="minutes")
-    parser.add_argument("--changes", type=float, default=1, help="enrolments/s of the soak")
+    parser.add_argument("--soak", type=float, default=0, help="minutes of mixed requests")
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -250,7 +241,7 @@ def main() -> None:
         model.mkdir()
         bundle.save(network, model)
         if arguments.soak:
-            soak(model, folder, pictures, arguments.soak, arguments.changes)
+            soak(model, folder, pictures, arguments.soak)
         else:
             compare(model, folder, pictures, arguments.seconds)
 

@@ -124,6 +124,31 @@ def test_compacting_leaves_no_byte_of_whom_was_removed(tmp_path: Path) -> None:
         assert gallery.search(stays)[2][0].score == pytest.approx(1, abs=1e-6)
 
 
+def test_changes_without_end_take_no_space_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People come and go: neither the database's memory nor its files grow with how many did."""
+    import pyarrow
+
+    from sphereface2.recognition import store
+
+    monkeypatch.setattr(store, "FLUSH_WRITES", 20)
+    monkeypatch.setattr(module, "COMPACT_FROM", 16)
+    memory, files = [], []
+    with opened(tmp_path / "g") as gallery:
+        gallery.add("stays", vectors(0, 3))
+        for i in range(40):
+            gallery.add(f"passer-by {i}", vectors(i + 1, 2))
+            gallery.remove(f"passer-by {i}")
+            assert gallery.stats()["removed"] < 16
+            memory.append(pyarrow.total_allocated_bytes())
+            files.append(sum(p.stat().st_size for p in (tmp_path / "g").rglob("*.*")))
+        assert max(memory[20:]) <= 1.1 * max(memory[:20])
+        assert max(files[20:]) <= 1.1 * max(files[:20])
+        assert gallery.people() == [module.Person("stays", 3, {})]
+        assert [m[0].person for m in gallery.search(vectors(0, 3))] == ["stays"] * 3
+
+
 def test_a_change_cut_short_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

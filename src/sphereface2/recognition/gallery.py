@@ -2,8 +2,8 @@
 
 Three collections. *pictures* holds one embedding a row. *people* holds one row a person: name,
 metadata, which pictures count, and the person's template, the normalised mean of them. *meta*
-holds the stamp, which names the model and the collections in force, and a note of every change
-under way.
+holds the stamp, which names the model and the collections in force, and a note of the change under
+way.
 
 A person's row is what makes it true: it is written after the pictures, in one message, so that a
 change is seen as a whole or not at all, and pictures that no person's row names count for nothing.
@@ -47,6 +47,8 @@ CHANGE_PICTURES = 1_500
 PROBES = 256  # in one call: Milvus Lite holds all their products with the gallery
 # A note in a shared gallery this old was left by a process that died, not by one at work.
 NOTE_SECONDS = 3_600
+# A local gallery is compacted once as many pictures went as are there, but for no fewer than these.
+COMPACT_FROM = 1_000
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,9 @@ class Gallery:
         self._changing = threading.Lock()  # held by whoever changes the gallery, start to end
         self._gate = _Gate()  # and its writing side while searches must not look
         self._closed = False
+        # Processes that share a gallery must not clear each other's notes.
+        self._notes = "note" if store.local else _note_keys()
+        self._compact_at = COMPACT_FROM
 
     # -- opening and closing ---------------------------------------------------------------------
 
@@ -360,13 +365,15 @@ class Gallery:
             self._store.put(self._pictures, pictures)
             self._store.put(self._people, people)
             self._store.delete(self._pictures, superseded)
-            self._count_removed(len(superseded))
+            removed = self._count_removed(len(superseded))
+        self._compact_if_due(removed)
         return [row.key for row in pictures]
 
     def remove(self, person: str) -> int:
         """Remove a person: nothing finds them from here on.
 
-        The files of a local gallery hold the embeddings until `compact` rewrites them.
+        The files of a local gallery hold the embeddings until `compact` rewrites them, which
+        happens by itself once as many pictures were removed as are left, 1,000 at least.
 
         Returns:
             How many pictures went; 0 if nobody of that name was there.
@@ -381,35 +388,60 @@ class Gallery:
             with self._gate.write(), self._note(pictures):
                 self._store.delete(self._people, [key])
                 self._store.delete(self._pictures, pictures)
-                self._count_removed(len(pictures))
+                removed = self._count_removed(len(pictures))
+            self._compact_if_due(removed)
             return len(pictures)
 
     def _removed(self) -> int:
         row = self._store.get(META, [REMOVED]).get(REMOVED)
         return 0 if row is None else int(row.text)
 
-    def _count_removed(self, pictures: int) -> None:
-        if pictures:
-            number = str(self._removed() + pictures)
-            self._store.put(META, [Row(REMOVED, number, _META_VECTOR)])
+    def _count_removed(self, pictures: int) -> int:
+        """Add to the number of pictures removed since the last `compact`; that number."""
+        if not pictures:
+            return 0
+        total = self._removed() + pictures
+        self._store.put(META, [Row(REMOVED, str(total), _META_VECTOR)])
+        return total
+
+    def _compact_if_due(self, removed: int) -> None:
+        """Compact a local gallery of much that was removed: its database keeps it all in memory."""
+        if not self._store.local or removed < self._compact_at:
+            return
+        self._compact_at = max(COMPACT_FROM, self._store.count(self._pictures))
+        if removed >= self._compact_at:
+            self._rewrite(self._stored(), self.fingerprint, self.dim)
 
     @contextmanager
     def _note(self, pictures: list[str]) -> Iterator[None]:
         """Keep a note of the pictures that a change touches, for whoever opens after a crash.
 
-        Not undone by an exception: a change that failed midway is a crash too.
+        Not undone by an exception: a change that failed midway is a crash too, and later notes
+        take other keys. A note is cleared by writing it empty: Milvus Lite remembers each key that
+        was ever deleted while an older row is there, as the stamp always is.
         """
         notes = [
-            Row(
-                f"note-{secrets.token_hex(8)}",
-                _json({"time": time.time(), "pictures": pictures[i : i + CHANGE_PICTURES]}),
-                _META_VECTOR,
-            )
-            for i in range(0, len(pictures), CHANGE_PICTURES)
+            pictures[i : i + CHANGE_PICTURES] for i in range(0, len(pictures), CHANGE_PICTURES)
         ]
-        self._store.put(META, notes)
-        yield
-        self._store.delete(META, [note.key for note in notes])
+
+        def write(notes: list[list[str]]) -> None:
+            rows = [
+                Row(
+                    f"{self._notes}-{i}",
+                    _json({"time": time.time(), "pictures": note}),
+                    _META_VECTOR,
+                )
+                for i, note in enumerate(notes)
+            ]
+            self._store.put(META, rows)
+
+        try:
+            write(notes)
+            yield
+            write([[] for _ in notes])
+        except BaseException:
+            self._notes = _note_keys()
+            raise
 
     def _recover(self) -> None:
         """Delete the pictures that changes cut short left behind without a person's row."""
@@ -417,9 +449,12 @@ class Gallery:
             if not note.key.startswith("note-"):
                 continue
             content = json.loads(note.text)
-            if not self._store.local and time.time() - content["time"] < NOTE_SECONDS:
-                continue
             touched = content["pictures"]
+            if self._store.local:
+                if not touched:
+                    continue
+            elif time.time() - content["time"] < NOTE_SECONDS:
+                continue
             people = self._store.get(self._people, [key.split(".")[0] for key in touched])
             named = {
                 f"{key}.{token}"
@@ -648,7 +683,8 @@ class Gallery:
             self._store.put(META, [_stamp_row(stamp)])
             self._stamp = stamp
             self._drop_generations()
-            self._store.delete(META, [REMOVED])
+            self._store.put(META, [Row(REMOVED, "0", _META_VECTOR)])
+        self._compact_at = COMPACT_FROM
 
     def _drop_generations(self) -> None:
         """Drop the collections that the stamp does not name."""
@@ -755,6 +791,10 @@ def _template(total: np.ndarray, instead: np.ndarray) -> np.ndarray:
     """The sum brought to length 1; `instead` if the pictures cancel out."""
     length = float(np.linalg.norm(total))
     return np.asarray(total / length, np.float32) if length > 1e-6 else instead
+
+
+def _note_keys() -> str:
+    return f"note-{secrets.token_hex(8)}"
 
 
 def _stamp_row(stamp: dict[str, Any]) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ SCHEMES = ("http://", "https://", "tcp://", "unix:")
 MOST_ROWS = 16_384
 # Rows in one call: 4,000 of 512 numbers are 8 MB, below a cluster's limit of 64 MB a message.
 CALL_ROWS = 4_000
+# Milvus Lite keeps every write in memory as an object of its own, some 3 KB each whatever it holds,
+# and moves them to files only when what they hold is 128 MB.
+FLUSH_WRITES = 500
 KEY_BYTES = 64
 TEXT_BYTES = 65_535
 
@@ -82,6 +86,7 @@ class Store:
                 f"{self.uri} is no address of a Milvus server; give http://host:19530, or a folder"
             )
         self._server: Any = None
+        self._writes: Counter[str] = Counter()  # of each collection, since its last flush
         address = self._serve(Path(uri)) if self.local else self.uri
         try:
             self._client = MilvusClient(uri=address, token=token)
@@ -194,6 +199,7 @@ class Store:
     def drop(self, name: str) -> None:
         """Delete a collection, with its files if they are local."""
         self._client.drop_collection(name)
+        del self._writes[name]
 
     def put(self, name: str, rows: Sequence[Row]) -> None:
         """Insert rows, or replace those with the same keys: in one call, so all or none."""
@@ -201,11 +207,18 @@ class Store:
             self._client.upsert(
                 name, [{"key": r.key, "text": r.text, "vector": r.vector} for r in rows]
             )
+            self._count_write(name)
 
     def delete(self, name: str, keys: Iterable[str]) -> None:
         """Delete rows; keys that are not there are no error."""
         for some in _chunks(list(keys)):
             self._client.delete(name, ids=some)
+            self._count_write(name)
+
+    def _count_write(self, name: str) -> None:
+        self._writes[name] += 1
+        if self.local and self._writes[name] >= FLUSH_WRITES:
+            self.flush(name)
 
     def get(self, name: str, keys: Iterable[str], *, vectors: bool = False) -> dict[str, Row]:
         """The rows of these keys, by key; what is not there is left out."""
@@ -282,6 +295,7 @@ class Store:
     def flush(self, name: str) -> None:
         """Move what is in memory to the collection's files."""
         self._client.flush(name)
+        self._writes[name] = 0
 
 
 def _row(row: dict[str, Any]) -> Row:

@@ -21,7 +21,6 @@ from sphereface2.recognition.service.recogniser import encode
 
 Result = TypeVar("Result")
 _READERS = 4
-_COMPACT_FROM = 1_000  # pictures removed
 
 
 class Crops:
@@ -74,7 +73,6 @@ class People:
     def __init__(self, gallery: Gallery, crops: Crops | None) -> None:
         self._gallery = gallery
         self.crops = crops
-        self._removed = 0
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="gallery-change")
         self._reads = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-read")
 
@@ -137,10 +135,8 @@ class People:
         """Put new pictures and metadata in the place of the old."""
 
         def work() -> tuple[Person, list[str]]:
-            pictures = self._found(name).pictures
-            answer = self._add(name, rows, metadata, crops, replace=True)
-            self._went(pictures)
-            return answer
+            self._found(name)
+            return self._add(name, rows, metadata, crops, replace=True)
 
         return await self._change(work)
 
@@ -152,7 +148,6 @@ class People:
             self._gallery.remove(person.name)
             if self.crops is not None:
                 self.crops.remove(person.name)
-            self._went(person.pictures)
 
         await self._change(work)
 
@@ -174,15 +169,6 @@ class People:
         self._reads.shutdown()
         self._changes.submit(self._gallery.close).result()
         self._changes.shutdown()
-
-    def _went(self, pictures: int) -> None:
-        """Compact once as many pictures went as are there: the database keeps what was removed."""
-        self._removed += pictures
-        if self._gallery.local and self._removed >= max(
-            _COMPACT_FROM, self._gallery.stats()["pictures"]
-        ):
-            self._removed = 0
-            self._changes.submit(self._gallery.compact)
 
     def _found(self, name: str) -> Person:
         person = self._gallery.get(name)

@@ -26,6 +26,10 @@ gallery_app = typer.Typer(
 app.add_typer(gallery_app, name="gallery")
 keys_app = typer.Typer(help="API keys of the service.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+study_app = typer.Typer(
+    help="Compare losses and settings over seeds and data conditions.", no_args_is_help=True
+)
+app.add_typer(study_app, name="study")
 
 # Options that several commands take.
 _PAIRS = Annotated[
@@ -40,6 +44,7 @@ _FLIP = Annotated[bool, typer.Option(help="Add the mirror image's embedding.")]
 _BATCH_SIZE = Annotated[int, typer.Option(help="Images a forward pass.", min=1)]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_CELLS = Annotated[Path, typer.Option(help="Folder of the studies' runs, one a cell.")]
 _GALLERY = Annotated[str, typer.Argument(help="A folder, or http://host:19530 of a Milvus server.")]
 
 
@@ -558,6 +563,18 @@ def data_convert(
     from sphereface2.data.convert import convert
 
     convert(source, target, to=to)
+
+
+@study_app.command("run")
+def study_run(
+    study: Annotated[Path, typer.Argument(help="YAML of the study, as in configs/study/.")],
+    cells: _CELLS = Path("runs/study"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time, sharing the CPU's cores.")] = 1,
+) -> None:
+    """Train what is missing of a study; finished runs are kept, interrupted ones go on."""
+    from sphereface2.study.runner import run_study
+
+    run_study(study, cells=cells, jobs=jobs)
 
 
 def main() -> None:

@@ -147,19 +147,25 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     where = "the command line"
     if path is not None:
         where = str(path)
-        try:
-            loaded = yaml.load(path.read_text(), Loader=_Loader)
-        except OSError as error:
-            raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            line = str(error).replace("\n", " ")
-            raise UserError(f"{path} is not valid YAML: {line}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise UserError(f"{path} must hold a mapping of settings, found a {type(loaded)}")
-        tree = loaded or {}
+        tree = read_yaml(path, "configuration")
     for key, value in _parse_overrides(overrides):
-        _assign(tree, key, value)
+        assign(tree, key, value)
     return from_dict(tree, where)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file, which messages call a ``what``; an empty file has none."""
+    try:
+        loaded = yaml.load(path.read_text(), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"cannot read the {what} {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        line = str(error).replace("\n", " ")
+        raise UserError(f"{path} is not valid YAML: {line}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise UserError(f"{path} must hold a mapping of settings, found a {type(loaded)}")
+    return loaded or {}
 
 
 def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConfig:
@@ -228,7 +234,12 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
             raise UserError(f"the value {text!r} of --{key} cannot be read") from error
 
 
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` of nested settings.
+
+    Raises:
+        UserError: a part of the way is a setting, not a section.
+    """
     *parents, leaf = key.split(".")
     for depth, part in enumerate(parents):
         tree = tree.setdefault(part, {})

@@ -97,7 +97,7 @@ def fit(
         progress = trainer.train()
         main = place.is_main
     if main:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
         report(
             folder,
             settings,

@@ -1,0 +1,1 @@
+"""Many runs compared: a grid of losses, settings, seeds and data conditions."""

@@ -1,0 +1,297 @@
+"""A study's definition: from a YAML file to cells, each of which is one training run.
+
+about: what is asked, for the report
+extends: losses.yaml            # optional: that study's settings, changed by what follows
+base: {...}                     # a run's configuration, shared by all cells
+seeds: [0, 1, 2]
+baseline: cosface               # the arm others are compared with
+arms:
+  cosface:
+    settings: {head: {name: cosface, s: 30}}
+    trials: [{head.m: 0.1}, {head.m: 0.2}]    # the best on the validation people is used
+conditions:                     # each arm under each; the first is where trials are judged
+  clean: {}
+  uniform 20 %: {data.label_noise.share: 0.2}
+sweeps:                         # one setting of one arm varied alone, under the first condition
+  λ: {arm: sphereface2-c, key: head.lam, values: [0.3, 0.5, 0.9], seeds: [0]}
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sphereface2 import __version__
+from sphereface2.errors import UserError, did_you_mean
+from sphereface2.training import config as configuration
+from sphereface2.training.config import RunConfig
+
+# What changes neither what is learned nor what is measured.
+_WITHOUT_EFFECT = {
+    "": ("name", "output"),
+    "data": ("train", "workers"),
+    "training": ("threads", "checkpoint_every", "log_every"),
+}
+
+
+@dataclass
+class Arm:
+    """One of the things compared, most often a loss."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Nested settings on top of the study's base."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """Alternatives ``{section.key: value}`` to choose from on the validation people."""
+    only: list[str] | None = None
+    """The conditions it takes part in; default: all."""
+
+
+@dataclass
+class Sweep:
+    """One setting of one arm, varied alone; the arm's chosen trial is where it starts from."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    arm: str
+    key: str
+    values: list[Any]
+    seeds: list[int] | None = None
+    """Default: the study's first."""
+
+
+@dataclass
+class Selection:
+    """How a trial is chosen."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    far: float = 1e-3
+    """TAR at this FAR on the validation people decides."""
+    seed: int | None = None
+    """The seed that trials are run with; default: the study's first."""
+
+
+@dataclass
+class Study:
+    """What to run; see the module for its YAML."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    arms: dict[str, Arm]
+    name: str = "study"
+    about: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baseline: str | None = None
+    pairs: list[str] = field(default_factory=lambda: ["auto"])
+    """Verification sets to judge finished cells on; ``auto``: those that lie with the data."""
+    conditions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all data": {}})
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+
+    @property
+    def tuning_seed(self) -> int:
+        return self.seeds[0] if self.selection.seed is None else self.selection.seed
+
+    @property
+    def first_condition(self) -> str:
+        return next(iter(self.conditions))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study, and its place in it.
+
+    Attributes:
+        arm, condition, seed: where in the grid.
+        role: a ``trial`` is judged on validation people only; ``grid`` and ``sweep`` cells are
+            judged on the test people.
+        config: of the run.
+        changed: the trial's or the sweep's settings, ``{key: value}``.
+        sweep: name of the sweep.
+    """
+
+    arm: str
+    condition: str
+    seed: int
+    role: Literal["trial", "grid", "sweep"]
+    config: RunConfig = field(repr=False)
+    changed: dict[str, Any] = field(default_factory=dict)
+    sweep: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Hex, 16 digits: equal for cells that must give equal results on equal data.
+
+        Of the configuration without what has no effect on the result, and the package's version.
+        The data's fingerprint is kept with the results and compared there.
+        """
+        settings = configuration.to_dict(self.config)
+        for section, names in _WITHOUT_EFFECT.items():
+            for name in names:
+                del (settings[section] if section else settings)[name]
+        told = json.dumps([settings, __version__], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """For a line of progress."""
+        what = [self.arm, self.condition, f"seed {self.seed}"]
+        if self.changed:
+            told = ", ".join(f"{key} {value}" for key, value in self.changed.items())
+            what.insert(1, f"{self.role}: {told}")
+        return " · ".join(what)
+
+
+def load(path: Path) -> Study:
+    """Read a study's YAML.
+
+    Raises:
+        UserError: unreadable, unknown keys, names that do not exist, arms that would not be tuned
+            alike (trials of different number), settings that no run accepts.
+    """
+    tree = _read(path)
+    tree.setdefault("name", path.stem)
+    try:
+        study = TypeAdapter(Study).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{key} in {path}: {reason}") from error
+    _check(study, path)
+    return study
+
+
+def trials(study: Study) -> list[Cell]:
+    """Every arm's trials."""
+    return [
+        _cell(study, name, study.first_condition, study.tuning_seed, "trial", trial)
+        for name, arm in study.arms.items()
+        for trial in arm.trials
+    ]
+
+
+def grid(study: Study, chosen: dict[str, dict[str, Any]]) -> list[Cell]:
+    """Arms × conditions × seeds, then the sweeps; ``chosen`` has each tuned arm's trial.
+
+    Seed by seed, so that an unfinished study has something on everything.
+    """
+    cells = [
+        _cell(study, name, condition, seed, "grid", chosen.get(name, {}))
+        for seed in study.seeds
+        for condition in study.conditions
+        for name, arm in study.arms.items()
+        if arm.only is None or condition in arm.only
+    ]
+    for sweep_name, sweep in study.sweeps.items():
+        for seed in sweep.seeds or study.seeds[:1]:
+            for value in sweep.values:
+                changed = chosen.get(sweep.arm, {}) | {sweep.key: value}
+                cell = _cell(study, sweep.arm, study.first_condition, seed, "sweep", changed)
+                cells.append(replace(cell, changed={sweep.key: value}, sweep=sweep_name))
+    return cells
+
+
+def swept_value(study: Study, sweep: Sweep, chosen: dict[str, dict[str, Any]]) -> Any:
+    """The value of the swept setting in the arm itself."""
+    cell = _cell(study, sweep.arm, study.first_condition, 0, "grid", chosen[sweep.arm])
+    value: Any = configuration.to_dict(cell.config)
+    for part in sweep.key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _cell(
+    study: Study,
+    arm: str,
+    condition: str,
+    seed: int,
+    role: Literal["trial", "grid", "sweep"],
+    changed: dict[str, Any],
+) -> Cell:
+    tree = _merge(study.base, study.arms[arm].settings)
+    for key, value in [*study.conditions[condition].items(), *changed.items()]:
+        configuration.assign(tree, key, value)
+    tree |= {"name": arm, "seed": seed}
+    config = configuration.from_dict(tree, f"{study.name}: {arm}, {condition}")
+    return Cell(arm, condition, seed, role, config, dict(changed))
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """``low`` changed by ``high``, section by section; a head of another name replaces the head."""
+    merged = copy.deepcopy(low)
+    for key, value in high.items():
+        before: Any = merged.get(key)
+        both = isinstance(value, dict) and isinstance(before, dict)
+        if both and value.get("name", before.get("name")) == before.get("name"):
+            merged[key] = _merge(before, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    tree: dict[str, Any] = configuration.read_yaml(path, "study")
+    if (parent := tree.pop("extends", None)) is not None:
+        wanted = path.parent / str(parent)
+        if wanted in within:
+            raise UserError(f"{path} extends {parent}, which extends it in turn")
+        inherited = _read(wanted, (*within, path))
+        inherited.pop("name", None)
+        arms = tree.pop("arms", None)
+        if isinstance(arms, list):  # names: those of the parent's arms to keep
+            there = inherited.get("arms", {})
+            for name in arms:
+                if name not in there:
+                    raise UserError(
+                        f"{path}: {parent} has no arm {name}{did_you_mean(name, there)}"
+                    )
+            inherited["arms"] = {name: there[name] for name in arms}
+        elif arms is not None:
+            tree["arms"] = arms
+        # Conditions and sweeps are asked anew; an arm of the same name is changed.
+        for section in ("conditions", "sweeps"):
+            if section in tree:
+                inherited.pop(section, None)
+        tree = _merge(inherited, tree)
+    return tree
+
+
+def _check(study: Study, path: Path) -> None:
+    if not study.arms or not study.seeds or not study.conditions:
+        raise UserError(f"{path} needs at least one arm, one seed and one condition")
+    for name in [study.baseline, *(sweep.arm for sweep in study.sweeps.values())]:
+        if name is not None and name not in study.arms:
+            raise UserError(
+                f"{path} names the arm {name}{did_you_mean(name, study.arms)}, "
+                f"but its arms are {', '.join(study.arms)}"
+            )
+    counts = {name: len(arm.trials) for name, arm in study.arms.items() if arm.trials}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(
+            f"{path}: arms must be tuned alike, but their numbers of trials differ ({told})"
+        )
+    for cell in _all_possible(study):
+        if not cell.config.data.validation_people and study.arms[cell.arm].trials:
+            raise UserError(f"{path}: trials need base.data.validation_people to be judged on")
+        if cell.config.validation.pairs:
+            raise UserError(
+                f"{path}: runs must not choose by what they are judged on; set "
+                "base.validation.pairs to [] and name the sets under pairs"
+            )
+        if not cell.config.data.test_people:
+            raise UserError(f"{path} needs base.data.test_people, to judge the cells on")
+
+
+def _all_possible(study: Study) -> Iterator[Cell]:
+    """Cells that use every setting between them: mistakes are found before the first run."""
+    yield from trials(study)
+    firsts = {name: arm.trials[0] for name, arm in study.arms.items() if arm.trials}
+    yield from grid(study, firsts)

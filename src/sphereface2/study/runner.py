@@ -1,0 +1,218 @@
+"""Runs the cells of a study that are not done yet, several at a time, each in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.verification import far_key
+from sphereface2.files import atomic_write
+from sphereface2.study import design
+from sphereface2.study.cell import RESULT
+from sphereface2.study.design import Cell, Study
+from sphereface2.training import config as configuration
+
+FAILURE = "failed.txt"
+
+
+def run_study(path: Path, *, cells: Path, jobs: int) -> None:
+    """Run what is missing of the study in ``path``: its trials, then its grid and its sweeps.
+
+    A cell has a folder ``cells/KEY``, whatever study it is part of; one with ``cell.json`` is done,
+    one that was interrupted goes on from its last checkpoint. A cell that fails (a loss that
+    diverges, say) is noted in ``failed.txt`` with the end of its log, and the others go on; it is
+    tried again when the study is run again.
+
+    Args:
+        path: a study's YAML.
+        cells: folder of cells, shared by studies.
+        jobs: cells at a time; each has its share of the CPU cores.
+
+    Raises:
+        UserError: a bad definition, or cells failed.
+    """
+    study = design.load(path)
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    cells.mkdir(parents=True, exist_ok=True)
+    with _locked(cells, study.name):
+        runner = _Runner(study, cells, jobs)
+        failed = runner.run("trials", design.trials(study))
+        chosen = choose(study, cells)
+        failed += runner.run("cells", design.grid(study, chosen))
+    if failed:
+        raise UserError(
+            f"{len(failed)} cells failed, the others are done: see {FAILURE} in "
+            f"{', '.join(str(cells / key) for key in failed[:3])}"
+        )
+
+
+def choose(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
+    """Each tuned arm's best trial by TAR on the validation people; ``{}`` for untuned arms.
+
+    Trials that failed are passed over.
+
+    Raises:
+        UserError: an arm none of whose trials is done.
+    """
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in study.arms}
+    best: dict[str, float] = {}
+    for cell in design.trials(study):
+        result = read(cells, cell)
+        if result is None:
+            continue
+        figure = validation_tar(study, result)
+        if figure > best.get(cell.arm, -1.0):
+            best[cell.arm], chosen[cell.arm] = figure, cell.changed
+    missing = [name for name, arm in study.arms.items() if arm.trials and name not in best]
+    if missing:
+        raise UserError(
+            f"no trial of {', '.join(missing)} is done in {cells}; "
+            "run `sphereface2 study run` first"
+        )
+    return chosen
+
+
+def validation_tar(study: Study, result: dict[str, Any]) -> float:
+    """The figure in [0, 1] that trials are compared by; 0 where there are too few pairs for it."""
+    key = far_key(study.selection.far)
+    told = result["validation"]
+    if key not in told:
+        raise UserError(
+            f"selection.far = {study.selection.far:g} is not among base.validation.fars "
+            f"({', '.join(told)})"
+        )
+    return told[key] or 0.0
+
+
+def read(cells: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result of a cell, or None if it is not done."""
+    path = cells / cell.key / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class _Runner:
+    def __init__(self, study: Study, cells: Path, jobs: int) -> None:
+        self.study, self.cells, self.jobs = study, cells, jobs
+        self.console = Console()
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.lock = Lock()
+        self.stopping = False
+
+    def run(self, what: str, wanted: Iterable[Cell]) -> list[str]:
+        """Run the cells not done yet; the keys of those that failed."""
+        cells = list({cell.key: cell for cell in wanted}.values())
+        missing = [cell for cell in cells if not (self.cells / cell.key / RESULT).exists()]
+        self.console.print(
+            f"{self.study.name}: {len(cells)} {what}, {len(cells) - len(missing)} done before"
+        )
+        failed: list[str] = []
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+        )
+        with progress, ThreadPoolExecutor(self.jobs) as pool:
+            task = progress.add_task(what, total=len(missing))
+            running: dict[Future[str], Cell] = {}
+            queue: Iterator[Cell] = iter(missing)
+            try:
+                while True:
+                    while len(running) < self.jobs and (cell := next(queue, None)) is not None:
+                        running[pool.submit(self._one, cell)] = cell
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        cell = running.pop(future)
+                        progress.console.print(f"{cell.label}  {future.result()}", highlight=False)
+                        if not (self.cells / cell.key / RESULT).exists():
+                            failed.append(cell.key)
+                        progress.advance(task)
+            except BaseException:
+                self._stop()
+                raise
+        return failed
+
+    def _one(self, cell: Cell) -> str:
+        """Run a cell's process to its end; what to tell of it."""
+        folder = self.cells / cell.key
+        folder.mkdir(exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            atomic_write(folder / "config.yaml", configuration.dump(cell.config).encode())
+        (folder / FAILURE).unlink(missing_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "sphereface2.study.cell", str(folder), *self.study.pairs]
+        start = time.monotonic()
+        with (folder / "log.txt").open("ab") as log:
+            with self.lock:
+                if self.stopping:
+                    return "not started"
+                child = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
+                self.children.add(child)
+            status = child.wait()
+            with self.lock:
+                self.children.discard(child)
+        if status:
+            end = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
+            told = "\n".join([f"exit status {status}", *end])
+            atomic_write(folder / FAILURE, f"{told}\n".encode())
+            return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
+        return f"{_told(read(self.cells, cell) or {})}, {time.monotonic() - start:.0f} s"
+
+    def _stop(self) -> None:
+        """End the cells' processes: each goes on from its last checkpoint next time."""
+        with self.lock:
+            self.stopping = True
+            for child in self.children:
+                child.terminate()
+
+
+def _told(result: dict[str, Any]) -> str:
+    figures = [f"{one['name']} {100 * one['accuracy']:.2f} %" for one in result["pairs"]]
+    tar = result["test"]["tar"].get("1e-3")
+    if tar is not None:
+        figures.append(f"test TAR@1e-3 {100 * tar:.2f} %")
+    return ", ".join(figures)
+
+
+@contextmanager
+def _locked(cells: Path, name: str) -> Iterator[None]:
+    """Only one process at a time runs cells in a folder, lest two train the same one."""
+    import fcntl
+
+    with (cells / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another study is being run in {cells}: wait for it, or give {name} --cells of "
+                "its own"
+            ) from error
+        yield

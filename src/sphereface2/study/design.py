@@ -128,14 +128,16 @@ class Cell:
     def key(self) -> str:
         """Hex, 16 digits: equal for cells that must give equal results on equal data.
 
-        Of the configuration without what has no effect on the result, and the package's version.
-        The data's fingerprint is kept with the results and compared there.
+        Of the package's version and of the settings that differ from their defaults and have an
+        effect on the result, so that a setting that is new to the package leaves cells as they
+        are. The data's fingerprint is kept with the results and compared there.
         """
         settings = configuration.to_dict(self.config)
         for section, names in _WITHOUT_EFFECT.items():
             for name in names:
                 del (settings[section] if section else settings)[name]
-        told = json.dumps([settings, __version__], sort_keys=True)
+        special = _unlike(settings, configuration.to_dict(RunConfig()))
+        told = json.dumps([special, __version__], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
@@ -234,6 +236,20 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = copy.deepcopy(value)
     return merged
+
+
+def _unlike(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that are as by default."""
+    left = {}
+    for key, value in settings.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value = _unlike(value, default)
+            if value:
+                left[key] = value
+        elif value != default or key not in defaults:
+            left[key] = value
+    return left
 
 
 def _read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:

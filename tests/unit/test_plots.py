@@ -27,7 +27,7 @@ def test_both_pictures_of_a_set(tmp_path, scored):
 
 def test_roc_draws_the_points_it_is_given(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_write", lambda canvas, path: drawn.append(canvas.figure))
+    monkeypatch.setattr(plots, "write", lambda canvas, path: drawn.append(canvas.figure))
     far, tar = np.array([0, 1e-3, 0.1, 1]), np.array([0.2, 0.5, 0.9, 1])
     plots.plot_roc({"a": (far, tar), "b": (far[1:], tar[1:] / 2)}, tmp_path / "roc.png")
     axes = drawn[0].axes[0]
@@ -39,7 +39,7 @@ def test_roc_draws_the_points_it_is_given(tmp_path, monkeypatch):
 
 def test_each_histogram_sums_to_one(tmp_path, monkeypatch, scored):
     drawn = []
-    monkeypatch.setattr(plots, "_write", lambda canvas, path: drawn.append(canvas.figure))
+    monkeypatch.setattr(plots, "write", lambda canvas, path: drawn.append(canvas.figure))
     plots.plot_scores(*scored, tmp_path / "scores.png", threshold=0.35)
     plots.plot_scores(np.ones(5), np.arange(5) < 2, tmp_path / "equal.png")
     for figure in drawn:

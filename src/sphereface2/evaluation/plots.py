@@ -1,11 +1,15 @@
-"""Pictures of an evaluation: ROC curves and score histograms, as PNG."""
+"""Pictures of an evaluation: ROC curves and score histograms, as PNG.
+
+Other reports draw with the same colours and `panels`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
@@ -13,23 +17,36 @@ from matplotlib.ticker import LogLocator, PercentFormatter
 from sphereface2.evaluation.calibration import Reliability
 from sphereface2.evaluation.verification import roc
 
-_COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
-_MATCHED, _MISMATCHED, _INK, _GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
+COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
+MATCHED, MISMATCHED, INK, GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
 
 
-def _axes(title: str) -> tuple[Figure, FigureCanvasAgg]:
+def panels(
+    titles: Sequence[str],
+    *,
+    columns: int = 1,
+    size: tuple[float, float] = (6.4, 4.4),
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[FigureCanvasAgg, list[Axes]]:
+    """A picture of ``size`` inches with a panel a title, row by row."""
     # A Figure of its own, outside pyplot: no global state, no window, safe in threads.
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", color=_INK, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=_INK, labelsize=9)
-    return figure, canvas
+    rows = -(-len(titles) // columns)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).ravel()
+    for empty in grid[len(titles) :]:
+        empty.set_axis_off()
+    for axes, title in zip(grid, titles, strict=False):
+        axes.set_title(title, loc="left", color=INK, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#999999")
+        axes.tick_params(colors=INK, labelsize=9)
+    return canvas, list(grid[: len(titles)])
 
 
-def _write(canvas: FigureCanvasAgg, path: Path) -> None:
+def write(canvas: FigureCanvasAgg, path: Path) -> None:
+    """Write the picture as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     canvas.print_png(str(temporary))
@@ -43,8 +60,7 @@ def plot_roc(
 
     Points at FAR 0 are left out. The axis starts at the smallest FAR that a curve resolves.
     """
-    figure, canvas = _axes(title)
-    axes = figure.axes[0]
+    canvas, (axes,) = panels([title])
     lowest = 1.0
     for k, (name, (far, tar)) in enumerate(curves.items()):
         shown = far > 0
@@ -55,7 +71,7 @@ def plot_roc(
             far[shown],
             tar[shown],
             where="post",
-            color=_COLOURS[k % len(_COLOURS)],
+            color=COLOURS[k % len(COLOURS)],
             linewidth=1.8,
             label=name,
         )
@@ -64,13 +80,13 @@ def plot_roc(
     axes.set_ylim(0, 1.01)
     axes.xaxis.set_major_locator(LogLocator(numticks=12))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("FAR: mismatched pairs accepted", color=_INK)
-    axes.set_ylabel("TAR: matched pairs accepted", color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.set_xlabel("FAR: mismatched pairs accepted", color=INK)
+    axes.set_ylabel("TAR: matched pairs accepted", color=INK)
+    axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     if len(curves) > 1:
         axes.legend(frameon=False, loc="lower right", fontsize=9)
-    _write(canvas, Path(path))
+    write(canvas, Path(path))
 
 
 def plot_scores(
@@ -82,13 +98,12 @@ def plot_scores(
     title: str = "Scores",
 ) -> None:
     """Histograms of the matched and the mismatched scores, each summing to one."""
-    figure, canvas = _axes(title)
-    axes = figure.axes[0]
+    canvas, (axes,) = panels([title])
     low, high = float(scores.min()), float(scores.max())
     bins = np.linspace(low, high if high > low else low + 1e-6, 61).tolist()
     for chosen, colour, name in (
-        (~same, _MISMATCHED, "mismatched"),
-        (same, _MATCHED, "matched"),
+        (~same, MISMATCHED, "mismatched"),
+        (same, MATCHED, "matched"),
     ):
         count = int(chosen.sum())
         if count:
@@ -103,7 +118,7 @@ def plot_scores(
                 label=f"{count:,} {name} pairs",
             )
     if threshold is not None:
-        axes.axvline(threshold, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axvline(threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
             f"threshold {threshold:.3f}",
             (threshold, 1),
@@ -112,26 +127,25 @@ def plot_scores(
             textcoords="offset points",
             va="top",
             fontsize=9,
-            color=_INK,
+            color=INK,
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("cosine similarity", color=_INK)
-    axes.set_ylabel("share of pairs a bin", color=_INK)
+    axes.set_xlabel("cosine similarity", color=INK)
+    axes.set_ylabel("share of pairs a bin", color=INK)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
-    _write(canvas, Path(path))
+    write(canvas, Path(path))
 
 
 def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reliability") -> None:
     """Share of matched pairs over the probability told, with the share of pairs a bin below."""
-    figure, canvas = _axes(title)
-    axes = figure.axes[0]
+    canvas, (axes,) = panels([title])
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1.2, linestyle=(0, (4, 3)))
     axes.errorbar(
         found.predicted,
         found.observed,
         # Wilson's interval may end a rounding error short of the share itself.
         yerr=np.maximum([found.observed - found.low, found.high - found.observed], 0),
-        color=_MATCHED,
+        color=MATCHED,
         marker="o",
         markersize=4.5,
         linewidth=1.6,
@@ -143,7 +157,7 @@ def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reli
         found.predicted,
         found.share,
         width=0.025,
-        color=_GRID,
+        color=GRID,
         zorder=0,
         label="share of pairs",
     )
@@ -151,10 +165,10 @@ def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reli
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("probability told (both kinds of pair equally frequent)", color=_INK)
-    axes.set_ylabel("share of matched pairs", color=_INK)
+    axes.set_xlabel("probability told (both kinds of pair equally frequent)", color=INK)
+    axes.set_ylabel("share of matched pairs", color=INK)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    _write(canvas, Path(path))
+    write(canvas, Path(path))
 
 
 def plot_pairs(

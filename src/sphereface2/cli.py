@@ -351,6 +351,20 @@ def gallery_search(
     )
 
 
+@gallery_app.command("set")
+def gallery_set(
+    gallery: _GALLERY,
+    person: Annotated[str, typer.Argument(help="Who is there.")],
+    metadata: Annotated[
+        str, typer.Option(help='JSON object to keep with them instead: {"since": 2024}.')
+    ],
+) -> None:
+    """Change a person's metadata; the pictures stay."""
+    from sphereface2.recognition.enrol import set_metadata
+
+    set_metadata(gallery, person, metadata)
+
+
 @gallery_app.command("remove")
 def gallery_remove(
     gallery: _GALLERY,

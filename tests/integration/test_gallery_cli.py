@@ -95,6 +95,12 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     assert [(m["person"], m["metadata"]) for m in found["matches"]] == [("ann", {"a": 1})]
     assert found["person"] == "ann"
 
+    assert '{"a": 2}' in run("set", gallery, "ann", "--metadata", '{"a": 2}').stdout
+    assert json.loads(run("list", gallery, "--json").stdout)[0]["metadata"] == {"a": 2}
+    with pytest.raises(UserError, match="--metadata takes a JSON object"):
+        run("set", gallery, "ann", "--metadata", "3")
+    with pytest.raises(UserError, match="there is no 'nobody'"):
+        run("set", gallery, "nobody", "--metadata", "{}")
     assert "2 pictures" in run("remove", gallery, "ann").stdout
     with pytest.raises(UserError, match="there is no 'ann'"):
         run("remove", gallery, "ann")

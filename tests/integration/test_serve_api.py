@@ -158,6 +158,16 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
         "/v1/people/c", data={**ALIGNED, "metadata": '{"x": 1}'}, files=files(drawn(9))
     )
     assert (new.json()["pictures"], new.json()["metadata"]) == (1, {"x": 1})
+    for kind in ({"json": {"metadata": {"y": 2}}}, {"files": {"metadata": (None, '{"y": 2}')}}):
+        changed = client.patch("/v1/people/c", **kind)
+        assert (changed.status_code, changed.json()) == (
+            200,
+            {"name": "c", "pictures": 1, "metadata": {"y": 2}, "thumbnail": True},
+        )
+    refused = client.patch("/v1/people/c", content=b"x", headers={"content-type": "image/png"})
+    assert (refused.status_code, refused.json()["code"]) == (415, "content_type")
+    assert client.patch("/v1/people/c", json={}).status_code == 422
+    assert client.patch("/v1/people/nobody", json={"metadata": {}}).status_code == 404
     person = client.get("/v1/people/Ada Łovelace").json()
     assert (person["metadata"], person["thumbnail"]) == ({"room": 7}, True)
     thumbnail = client.get("/v1/people/Ada Łovelace/thumbnail")

@@ -88,6 +88,12 @@ def test_a_person_grows_is_replaced_and_goes(tmp_path: Path) -> None:
         second = gallery.add("Zoé", b, replace=True, metadata={})
         assert len(set(first + second)) == 3 and gallery.stats()["pictures"] == 1
         assert gallery.get("Zoé") == module.Person("Zoé", 1, {})
+        assert gallery.set_metadata("Zoe\u0301", {"room": 7}) == gallery.get("Zoé")
+        assert gallery.search(b, fusion="mean")[0][0].metadata == {"room": 7}
+        assert gallery.search(b, fusion="mean")[0][0].score == pytest.approx(1, abs=1e-6)
+        assert gallery.set_metadata("nobody", {}) is None
+        with pytest.raises(UserError, match="no JSON object"):
+            gallery.set_metadata("Zoé", [1])  # type: ignore[arg-type]
         assert gallery.remove("Zoé") == 1 and gallery.remove("Zoé") == 0
         assert gallery.search(b) == [[]] and gallery.search(b, fusion="mean") == [[]]
     with opened(tmp_path / "g") as gallery:

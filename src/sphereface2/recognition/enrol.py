@@ -121,14 +121,23 @@ def add(
     return report
 
 
+def set_metadata(gallery: str, person: str, metadata: str) -> Person:
+    """Put other metadata, a JSON object, in the place of a person's."""
+    about = _metadata(metadata)
+    with _existing(gallery) as opened:
+        changed = opened.set_metadata(person, about)
+    if changed is None:
+        raise _nobody(person, gallery)
+    print(f"{changed.name}: {json.dumps(changed.metadata, ensure_ascii=False)}")
+    return changed
+
+
 def remove(gallery: str, person: str, *, keep_bytes: bool = False) -> int:
     """Remove a person and, unless ``keep_bytes``, rewrite the files without them."""
     with _existing(gallery) as opened:
         count = opened.remove(person)
         if not count:
-            raise UserError(
-                f"there is no {person!r} in {gallery}; `sphereface2 gallery list` names everybody"
-            )
+            raise _nobody(person, gallery)
         if not keep_bytes:
             opened.compact()
     print(f"removed {person} and {count} pictures")
@@ -390,6 +399,12 @@ def _embedder(model: str | None, device: str | None) -> FaceEmbedder:
 
 def _existing(gallery: str) -> Gallery:
     return Gallery.open(gallery, fingerprint=None, dim=None, create=False)
+
+
+def _nobody(person: str, gallery: str) -> UserError:
+    return UserError(
+        f"there is no {person!r} in {gallery}; `sphereface2 gallery list` names everybody"
+    )
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +368,31 @@ class Gallery:
             removed = self._count_removed(len(superseded))
         self._compact_if_due(removed)
         return [row.key for row in pictures]
+
+    def set_metadata(self, person: str, metadata: dict[str, Any]) -> Person | None:
+        """Put other metadata in the place of a person's; the pictures stay as they are.
+
+        Args:
+            person: as in `add`.
+            metadata: as in `add`; ``{}`` takes away what was there.
+
+        Returns:
+            The person as they are now, or None if nobody of that name is there.
+
+        Raises:
+            UserError: as `add`.
+        """
+        name = _name(person)
+        key, about = _key(name), _metadata(name, metadata) or {}
+        with self._changing:
+            self._check_open()
+            row = self._store.get(self._people, [key], vectors=True).get(key)
+            if row is None:
+                return None
+            record = replace(_Record.load(row.text), metadata=about)
+            with self._gate.write():
+                self._store.put(self._people, [replace(row, text=record.dump())])
+            return _person(record)
 
     def remove(self, person: str) -> int:
         """Remove a person: nothing finds them from here on.

@@ -105,7 +105,10 @@ def _is_list(model: type[BaseModel], name: str) -> bool:
 def _bare_field(model: type[BaseModel]) -> str | None:
     """The field that a bare picture fills: there is one where nothing else is required."""
     required = [name for name, field in model.model_fields.items() if field.is_required()]
-    return required[0] if len(required) == 1 else None
+    if len(required) != 1:
+        return None
+    (name,) = required
+    return name if _is_list(model, name) or model.model_fields[name].annotation is bytes else None
 
 
 def _binary(schema: Any) -> Any:

@@ -140,6 +140,17 @@ class People:
 
         return await self._change(work)
 
+    async def set_metadata(self, name: str, metadata: Mapping[str, Any]) -> Person:
+        """Put other metadata in the place of somebody's; a 404 if there is no such person."""
+
+        def work() -> Person:
+            self._found(name)
+            person = self._gallery.set_metadata(name, dict(metadata))
+            assert person is not None  # this thread alone removes people
+            return person
+
+        return await self._change(work)
+
     async def remove(self, name: str) -> None:
         """Delete somebody, crops included; a 404 if there is no such person."""
 

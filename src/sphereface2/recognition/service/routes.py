@@ -265,6 +265,18 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
     return _enrolled(service, *await service.people.replace(name, rows, asked.metadata, crops))
 
 
+@api.patch(
+    "/people/{name}",
+    tags=["people"],
+    dependencies=_doing("change"),
+    openapi_extra=bodies.documentation(schemas.ChangeRequest),
+)
+async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
+    """Put new metadata in the place of all there was."""
+    asked = await bodies.read(request, schemas.ChangeRequest)
+    return _person(service, await service.people.set_metadata(name, asked.metadata))
+
+
 @api.post(
     "/people/{name}/pictures",
     tags=["people"],

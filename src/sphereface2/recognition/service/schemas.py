@@ -131,6 +131,13 @@ class ReplaceRequest(_Request):
     aligned: bool = Field(False, description=_ALIGNED)
 
 
+class ChangeRequest(_Request):
+    """What is to change about a person; the pictures stay."""
+
+    model_config = _example(metadata={"department": "R&D"})
+    metadata: Metadata = Field(description="It replaces the one before.")
+
+
 class Face(BaseModel):
     """Where a face was found, in pixels of the upright picture."""
 

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sphereface2.errors import UserError
+from sphereface2.study import design
+
+BASE = {
+    "data": {"validation_people": 4, "test_people": 4},
+    "training": {"epochs": 1},
+    "validation": {"pairs": [], "fars": [0.1, 0.001]},
+}
+TREE = {
+    "base": BASE,
+    "seeds": [0, 1],
+    "baseline": "cosface",
+    "arms": {
+        "cosface": {
+            "settings": {"head": {"name": "cosface", "s": 30}},
+            "trials": [{"head.m": 0.1}, {"head.m": 0.2}],
+        },
+        "normface": {"settings": {"head": {"name": "normface"}}},
+    },
+    "conditions": {"clean": {}, "noisy": {"data.label_noise.share": 0.2}},
+    "sweeps": {"s": {"arm": "cosface", "key": "head.s", "values": [30, 64]}},
+}
+
+
+def write(folder: Path, tree: dict, name: str = "study.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def changed(**sections):
+    return TREE | sections
+
+
+def test_a_study_becomes_its_cells(tmp_path):
+    study = design.load(write(tmp_path, TREE))
+    assert study.name == "study"
+    trials = design.trials(study)
+    assert [(cell.arm, cell.changed, cell.seed) for cell in trials] == [
+        ("cosface", {"head.m": 0.1}, 0),
+        ("cosface", {"head.m": 0.2}, 0),
+    ]
+    cells = design.grid(study, {"cosface": {"head.m": 0.2}, "normface": {}})
+    grid = [cell for cell in cells if cell.role == "grid"]
+    places = [(c.seed, c.condition, c.arm) for c in grid]
+    assert places == [
+        (seed, condition, arm)
+        for seed in (0, 1)
+        for condition in ("clean", "noisy")
+        for arm in ("cosface", "normface")
+    ]
+    of = dict(zip(places, grid, strict=True))
+    noisy = of[1, "noisy", "cosface"].config
+    assert noisy.data.label_noise.share == 0.2
+    assert noisy.seed == 1
+    assert noisy.head == {"name": "cosface", "s": 30, "m": 0.2}
+    # A chosen trial and a sweep's value that the arm has anyway are the grid's own cell.
+    sweep = [cell for cell in cells if cell.role == "sweep"]
+    assert [cell.config.head["s"] for cell in sweep] == [30, 64]
+    assert sweep[0].key == of[0, "clean", "cosface"].key == trials[1].key
+    assert sweep[1].key != sweep[0].key
+    assert design.swept_value(study, study.sweeps["s"], {"cosface": {"head.m": 0.2}}) == 30
+
+
+def test_a_key_tells_what_determines_a_cell_and_nothing_else(tmp_path):
+    def key(base, name="study.yaml"):
+        study = design.load(write(tmp_path, changed(base=base), name))
+        return design.trials(study)[0].key
+
+    def with_(section, **settings):
+        return BASE | {section: BASE.get(section, {}) | settings}
+
+    first = key(BASE)
+    assert key(BASE, "another.yaml") == first
+    assert key(with_("training", log_every=3, threads=2, checkpoint_every=7)) == first
+    assert key(with_("training", momentum=0.9)) == first  # the default, spelt out
+    assert key(BASE | {"output": "elsewhere"}) == first
+    for base in (
+        with_("training", epochs=2),
+        with_("training", lr=0.3),
+        with_("data", split_seed=1),
+        with_("data", augmentation={"flip": 0.0}),
+    ):
+        assert key(base) != first
+
+
+def test_a_study_extends_another(tmp_path):
+    write(tmp_path, TREE, "parent.yaml")
+    child = {
+        "extends": "parent.yaml",
+        "arms": ["cosface"],
+        "seeds": [5],
+        "sweeps": {},
+        "base": {"training": {"lr": 0.3}},
+    }
+    study = design.load(write(tmp_path, child, "child.yaml"))
+    assert study.name == "child"
+    assert list(study.arms) == ["cosface"]
+    assert list(study.conditions) == ["clean", "noisy"]
+    assert not study.sweeps
+    config = design.grid(study, {})[0].config
+    assert (config.training.lr, config.training.epochs, config.seed) == (0.3, 1, 5)
+    with pytest.raises(UserError, match="no arm cosfac \(did you mean 'cosface'"):
+        design.load(write(tmp_path, child | {"arms": ["cosfac"]}, "wrong.yaml"))
+    with pytest.raises(UserError, match="extends"):
+        design.load(write(tmp_path, {"extends": "loop.yaml"}, "loop.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"arms": {}}, "at least one arm"),
+        ({"seeds": []}, "at least one"),
+        ({"baseline": "arcface"}, "names the arm arcface"),
+        ({"armz": {}}, "armz"),
+        ({"seeds": ["x"]}, "seeds"),
+        ({"conditions": {"clean": {"data.label_noize.share": 1}}}, "label_noize"),
+        ({"sweeps": {"s": {"arm": "cosface", "key": "head.q", "values": [1]}}}, "q"),
+        ({"base": BASE | {"data": {"validation_people": 4}}}, "test_people"),
+        ({"base": BASE | {"data": {"validation_people": 0, "test_people": 4}}}, "judged on"),
+        ({"base": BASE | {"validation": {}}}, "must not choose"),
+        (
+            {
+                "arms": TREE["arms"]
+                | {"arcface": {"settings": {"head": {"name": "arcface"}}, "trials": [{"seed": 1}]}}
+            },
+            "tuned alike",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(tmp_path, sections, message):
+    with pytest.raises(UserError, match=message):
+        design.load(write(tmp_path, changed(**sections)))
+
+
+def test_the_studies_of_the_project_are_valid():
+    folder = Path(__file__).parents[2] / "configs" / "study"
+    studies = {path.stem: design.load(path) for path in sorted(folder.glob("*.yaml"))}
+    assert {"losses", "noise", "principles", "people"} <= set(studies)
+    # What they share is run once: each has the arms as the study of losses tuned them.
+    tuned = {cell.key for cell in design.trials(studies["losses"])}
+    for study in studies.values():
+        assert {cell.key for cell in design.trials(study)} <= tuned

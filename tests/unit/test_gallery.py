@@ -355,6 +355,13 @@ def test_a_server_is_asked_for_what_a_folder_is(monkeypatch: pytest.MonkeyPatch)
         def create_collection(self, name: str, **options: object) -> None:
             made[name] = options
 
+        def create_index(self, name: str, params: list, **options: object) -> None:
+            (made["index"],) = params
+            made["waits"] = options["sync"]
+
+        def load_collection(self, name: str) -> None:
+            made["loaded"] = name
+
     monkeypatch.setattr(pymilvus, "MilvusClient", Client)
     store = Store("http://milvus.example:19530/lobby", token="user:secret")
     assert not store.local
@@ -363,8 +370,8 @@ def test_a_server_is_asked_for_what_a_folder_is(monkeypatch: pytest.MonkeyPatch)
     options = made["c"]
     assert isinstance(options, dict)
     assert options["consistency_level"] == "Strong" and options["num_shards"] == 1
-    (index,) = options["index_params"]
-    assert index.get_index_configs() == {
+    assert made["waits"] and made["loaded"] == "c"
+    assert made["index"].get_index_configs() == {  # type: ignore[attr-defined]
         "M": 16,
         "efConstruction": 200,
         "index_type": "HNSW",

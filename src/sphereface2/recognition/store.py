@@ -174,11 +174,13 @@ class Store:
         self._client.create_collection(
             name,
             schema=schema,
-            index_params=params,
             # One shard, so that one call is one message; and whoever was told, sees.
             num_shards=1,
             consistency_level="Strong",
         )
+        # To wait takes pymilvus half a second at least, and Milvus Lite is done when it answers.
+        self._client.create_index(name, params, sync=not self.local)
+        self._client.load_collection(name)
 
     def load(self, name: str) -> None:
         """Make a collection that was there searchable."""

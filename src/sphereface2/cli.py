@@ -591,6 +591,19 @@ def study_run(
     run_study(study, cells=cells, jobs=jobs)
 
 
+@study_app.command("report")
+def study_report(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="YAML of studies.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    cells: _CELLS = Path("runs/study"),
+) -> None:
+    """Tell of the finished runs: tables with intervals, pictures; Markdown and HTML."""
+    from sphereface2.study.report import write_reports
+
+    for page in write_reports(studies, cells=cells, out=out):
+        typer.echo(page)
+
+
 def main() -> None:
     """Entry point: a UserError ends in one sentence on stderr and exit status 2."""
     try:

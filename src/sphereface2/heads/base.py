@@ -251,6 +251,19 @@ def parameters(name: str) -> list[str]:
     return own + [keyword for keyword in get_type_hints(Scaling) if keyword in head.scaling]
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """Values of those of a head's own `parameters` that may be left out.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(_find(name)).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+
+
 def build(name: str, embedding_dim: int, num_classes: int, **kwargs: Any) -> Head:
     """Build a head by its name.
 

@@ -30,6 +30,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sphereface2 import __version__
 from sphereface2.errors import UserError, did_you_mean
+from sphereface2.heads import base as heads
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 
@@ -204,6 +205,7 @@ def swept_value(study: Study, sweep: Sweep, chosen: dict[str, dict[str, Any]]) -
     """The value of the swept setting in the arm itself."""
     cell = _cell(study, sweep.arm, study.first_condition, 0, "grid", chosen[sweep.arm])
     value: Any = configuration.to_dict(cell.config)
+    value["head"] = heads.defaults(cell.config.head["name"]) | value["head"]
     for part in sweep.key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value

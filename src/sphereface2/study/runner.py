@@ -75,7 +75,21 @@ def choose(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: an arm none of whose trials is done.
     """
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in study.arms}
+    chosen = best_trials(study, cells)
+    missing = [name for name in study.arms if name not in chosen]
+    if missing:
+        raise UserError(
+            f"no trial of {', '.join(missing)} is done in {cells}; "
+            "run `sphereface2 study run` first"
+        )
+    return chosen
+
+
+def best_trials(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
+    """As `choose`, without the arms none of whose trials is done."""
+    chosen: dict[str, dict[str, Any]] = {
+        name: {} for name, arm in study.arms.items() if not arm.trials
+    }
     best: dict[str, float] = {}
     for cell in design.trials(study):
         result = read(cells, cell)
@@ -84,12 +98,6 @@ def choose(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
         figure = validation_tar(study, result)
         if figure > best.get(cell.arm, -1.0):
             best[cell.arm], chosen[cell.arm] = figure, cell.changed
-    missing = [name for name, arm in study.arms.items() if arm.trials and name not in best]
-    if missing:
-        raise UserError(
-            f"no trial of {', '.join(missing)} is done in {cells}; "
-            "run `sphereface2 study run` first"
-        )
     return chosen
 
 

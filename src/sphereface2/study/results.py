@@ -1,0 +1,280 @@
+"""What is there of a study: its finished cells, and the figures of each with their resamples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.verification import far_key
+from sphereface2.study import design, runner, statistics
+from sphereface2.study.cell import SETS
+from sphereface2.study.design import Cell, Study
+from sphereface2.study.measure import FARS, OWN_FARS
+from sphereface2.study.statistics import Figure, Series
+
+MAIN_FAR = 1e-3
+"""Of the TAR that plots and summaries show, and of people's own FAR at the common threshold."""
+PERCENTILES = (5, 50, 95)
+RANK1, DPRIME, OWN_GINI = "rank-1", "d'", "own FAR gini"
+
+
+def tar_name(far: float) -> str:
+    """The name of a TAR among a cell's figures."""
+    return f"TAR@{far_key(far)}"
+
+
+def own_name(far: float, *, scaled: bool) -> str:
+    """The name of the spread of people's own thresholds, as it is or divided by the gap."""
+    return f"own threshold {far_key(far)}{' / gap' if scaled else ''}"
+
+
+def percentile_name(percentile: int) -> str:
+    """The name of a percentile of people's own FAR."""
+    return f"own FAR p{percentile}"
+
+
+@dataclass
+class Results:
+    """A study's cells as far as they are done.
+
+    Attributes:
+        chosen: each arm's trial; an arm none of whose trials is done is not in it.
+        trials, grid: the cells that the study asks for; ``grid`` has the sweeps too, but not the
+            arms that are not chosen for.
+        pending: how many cells wait for the choice of a trial.
+        found: each finished cell's result, by its key.
+        failures: the last line of what a failed cell said, by its key.
+        figures: of each finished cell, by its key, then by name.
+    """
+
+    study: Study
+    chosen: dict[str, dict[str, Any]]
+    trials: list[Cell]
+    grid: list[Cell]
+    pending: int
+    found: dict[str, dict[str, Any]]
+    failures: dict[str, str]
+    figures: dict[str, dict[str, Figure]] = field(repr=False)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Distinct cells; trials come first."""
+        return distinct([*self.trials, *self.grid])
+
+    @property
+    def missing(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.key not in self.found]
+
+    @property
+    def pair_sets(self) -> list[str]:
+        """Names of the verification sets, LFW first."""
+        names = {one["name"] for result in self.found.values() for one in result["pairs"]}
+        return sorted(names, key=lambda name: (name != "lfw", name))
+
+    @property
+    def main(self) -> list[tuple[str, str]]:
+        """The figures that plots and summaries show: name and title."""
+        sets = [(name, accuracy_title(name)) for name in self.pair_sets[:1]]
+        return [*sets, (tar_name(MAIN_FAR), f"test {tar_name(MAIN_FAR)}")]
+
+    def arms(self, condition: str) -> list[str]:
+        """The arms with a finished cell under a condition."""
+        done = {
+            cell.arm
+            for cell in self.grid
+            if cell.role == "grid" and cell.condition == condition and cell.key in self.found
+        }
+        return [arm for arm in self.study.arms if arm in done]
+
+    def cells_of(self, arm: str, condition: str) -> list[Cell]:
+        """The finished cells of an arm under a condition, a seed each."""
+        where = ("grid", arm, condition)
+        there = [cell for cell in self.grid if (cell.role, cell.arm, cell.condition) == where]
+        return [cell for cell in there if cell.key in self.found]
+
+    def series(self, arm: str, condition: str, figure: str) -> Series:
+        """A figure by seed, of the seeds that are done."""
+        return self._series(self.cells_of(arm, condition), figure)
+
+    def sweep(self, name: str, figure: str) -> tuple[list[tuple[Any, Series]], Any]:
+        """A figure by seed for each value of a sweep, and the arm's own value.
+
+        The arm itself, with the sweep's seeds, is one of the points. Numbers come in ascending
+        order.
+        """
+        sweep, first = self.study.sweeps[name], self.study.first_condition
+        points: list[tuple[Any, Series]] = []
+        for wanted in sweep.values:
+            cells = [c for c in self.grid if c.sweep == name and c.changed == {sweep.key: wanted}]
+            done = [cell for cell in cells if cell.key in self.found]
+            points.append((wanted, self._series(done, figure)))
+        own = None
+        if sweep.arm in self.chosen:
+            own = design.swept_value(self.study, sweep, self.chosen)
+            if own not in sweep.values:
+                seeds = sweep.seeds or self.study.seeds[:1]
+                done = [c for c in self.cells_of(sweep.arm, first) if c.seed in seeds]
+                points.append((own, self._series(done, figure)))
+        if all(is_number(value) for value, _ in points):
+            points.sort(key=lambda point: float(point[0]))
+        return points, own
+
+    def _series(self, cells: Iterable[Cell], figure: str) -> Series:
+        figures = {cell.seed: self.figures[cell.key].get(figure) for cell in cells}
+        return {seed: found for seed, found in figures.items() if found is not None}
+
+
+def load(path: Path, cells: Path) -> Results:
+    """What ``cells`` holds of the study in ``path``.
+
+    Raises:
+        UserError: a bad definition; no cell is done; cells were trained on different data or
+            judged on different versions of a verification set.
+    """
+    study = design.load(path)
+    chosen = runner.best_trials(study, cells)
+    trials = distinct(design.trials(study))
+    # The cells of an arm without a choice cannot be told yet, only counted.
+    known = replace(
+        study,
+        arms={name: arm for name, arm in study.arms.items() if name in chosen},
+        sweeps={name: sweep for name, sweep in study.sweeps.items() if sweep.arm in chosen},
+    )
+    grid = design.grid(known, chosen)
+    pending = len(design.grid(study, chosen)) - len(grid)
+    found, failures = {}, {}
+    for cell in distinct([*trials, *grid]):
+        failure = cells / cell.key / runner.FAILURE
+        if (result := runner.read(cells, cell)) is not None:
+            found[cell.key] = result
+        elif failure.exists():
+            lines = failure.read_text(errors="replace").split("\n")
+            failures[cell.key] = next((line for line in reversed(lines) if line.strip()), "")
+    if not found:
+        raise UserError(
+            f"no cell of {study.name} is done in {cells}; run `sphereface2 study run {path}` first"
+        )
+    _check_data(found, cells)
+    used = {cell.key for cell in grid if cell.key in found}
+    figures = _figures({key: found[key] for key in used}, cells / SETS)
+    return Results(study, chosen, trials, grid, pending, found, failures, figures)
+
+
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell a key, in order."""
+    return list({cell.key: cell for cell in reversed(list(cells))}.values())[::-1]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting's value has a place on an axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def accuracy_title(name: str) -> str:
+    """What the accuracy on a verification set is called."""
+    return f"{name.upper() if name == 'lfw' else name} accuracy"
+
+
+def _check_data(found: dict[str, dict[str, Any]], cells: Path) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for key, result in found.items():
+        told = {"training data": result["data"]["fingerprint"]}
+        told |= {f"version of {one['name']}": one["fingerprint"] for one in result["pairs"]}
+        for what, fingerprint in told.items():
+            other, before = first.setdefault(what, (key, fingerprint))
+            if before != fingerprint:
+                raise UserError(
+                    f"{cells / other} and {cells / key} were made with different {what}, so they "
+                    "cannot be compared; remove those of the wrong one and run the study again"
+                )
+
+
+def _figures(found: dict[str, dict[str, Any]], sets: Path) -> dict[str, dict[str, Figure]]:
+    """All figures of each cell; every cell is resampled with the same people."""
+    figures: dict[str, dict[str, Figure]] = {key: {} for key in found}
+    draws: dict[int, np.ndarray] = {}
+    for key, result in found.items():
+        count = result["test"]["people"]
+        if count not in draws:
+            draws[count] = statistics.draw(count)
+        figures[key] |= _people_figures(result, draws[count])
+    del draws
+    fingerprints = {one["fingerprint"] for result in found.values() for one in result["pairs"]}
+    for fingerprint in sorted(fingerprints):
+        judged = {
+            key: one
+            for key, result in found.items()
+            for one in result["pairs"]
+            if one["fingerprint"] == fingerprint
+        }
+        path = sets / f"{fingerprint}.json"
+        described = json.loads(path.read_text()) if path.exists() else None
+        replicates = _pair_replicates(judged, described)
+        for key, one in judged.items():
+            figures[key][one["name"]] = Figure(one["accuracy"], replicates.get(key), fingerprint)
+    return figures
+
+
+def _people_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figure]:
+    test, data = result["test"], result["config"]["data"]
+    # Which people are set aside hangs on these alone.
+    aside = [data[name] for name in ("split_seed", "validation_people", "test_people")]
+    units = f"{aside} {test['people']}"
+    figures: dict[str, Figure] = {}
+    for far in FARS:
+        key = far_key(far)
+        value, hits = test["tar"].get(key), test["hits"].get(key)
+        if value is not None:
+            again = None if hits is None else statistics.ratios(counts, hits, test["genuine"])
+            figures[tar_name(far)] = Figure(value, again, units)
+    again = statistics.ratios(counts, test["found"], test["probes"])
+    figures[RANK1] = Figure(test["rank1"], again, units)
+
+    genuine, impostor = test["genuine_scores"], test["impostor_scores"]
+    gap = genuine["mean"] - impostor["mean"]
+    for side, scores in (("genuine", genuine), ("impostor", impostor)):
+        figures |= {f"{side} {what}": Figure(scores[what]) for what in ("mean", "std")}
+    noise = np.sqrt((genuine["std"] ** 2 + impostor["std"] ** 2) / 2)
+    figures[DPRIME] = Figure(float(gap / noise) if noise else float("nan"))
+    for far in OWN_FARS:
+        own = np.array(test["own_threshold"][far_key(far)], np.float64)  # None becomes nan
+        value, again = statistics.spread(own), statistics.spreads(counts, own)
+        figures[own_name(far, scaled=False)] = Figure(value, again, units)
+        figures[own_name(far, scaled=True)] = Figure(value / gap, again / gap, units)
+    accepts = test["false_accepts"].get(far_key(MAIN_FAR))
+    if accepts is not None:
+        rates = np.array(accepts) / np.array(test["impostors"])
+        for percentile in PERCENTILES:
+            value = float(np.percentile(rates, percentile))
+            figures[percentile_name(percentile)] = Figure(value)
+        figures[OWN_GINI] = Figure(statistics.gini(rates), statistics.ginis(counts, rates), units)
+    return figures
+
+
+def _pair_replicates(
+    judged: dict[str, dict[str, Any]], described: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """Accuracy in each resample of a set's people; of its pairs where it names no people."""
+    if described is None:
+        return {}
+    pairs = described["pairs"]
+    right = np.stack([_bits(one["right"], pairs) for one in judged.values()], axis=1)
+    same = _bits(described["same"], pairs)
+    people = None if described["people"] is None else np.array(described["people"])
+    counts = statistics.draw(pairs if people is None else int(people.max()) + 1)
+    chunk = max(1, 4_000_000 // pairs)
+    parts = []
+    for start in range(0, len(counts), chunk):
+        weights = statistics.pair_weights(counts[start : start + chunk], same, people)
+        parts.append((weights @ right.astype(np.float64)).T / weights.sum(axis=1))
+    return dict(zip(judged, np.concatenate(parts, axis=1), strict=True))
+
+
+def _bits(packed: str, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)

@@ -1,0 +1,89 @@
+"""Numbers and tables as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sphereface2.study.statistics import Contrast, Series, half_width
+
+NONE = "–"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, in a table's cell too."""
+    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    rule = ["---" if k < left else "---:" for k in range(len(header))]
+    lines = [header, rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def number(value: float | None, *, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
+    """``scale`` times the value, with a true minus; a dash where there is none."""
+    if value is None or value != value:
+        return NONE
+    told = f"{scale * value:{'+' if sign else ''}.{digits}f}"
+    return told.replace("-", "−")
+
+
+def mean(
+    values: Sequence[float], *, scale: float = 1.0, digits: int = 2, bold: bool = False
+) -> str:
+    """Mean ± half-width of the interval over seeds; without ± for one seed."""
+    told = [value for value in values if value == value]
+    if not told:
+        return NONE
+    middle = number(sum(told) / len(told), scale=scale, digits=digits)
+    half = half_width(told)
+    middle = f"**{middle}**" if bold else middle
+    return middle if half is None else f"{middle} ± {number(half, scale=scale, digits=digits)}"
+
+
+def means(
+    column: Sequence[Series], *, scale: float = 100.0, digits: int = 2, best: str | None = "max"
+) -> list[str]:
+    """A column of `mean`, the best (``max`` or ``min``) in bold if there is more than one."""
+    values = [[figure.value for figure in series.values()] for series in column]
+    middles = [sum(row) / len(row) if row else float("nan") for row in values]
+    told = [middle for middle in middles if middle == middle]
+    first = None
+    if best is not None and len(told) > 1:
+        first = max(told) if best == "max" else min(told)
+    return [
+        mean(row, scale=scale, digits=digits, bold=middle == first)
+        for row, middle in zip(values, middles, strict=True)
+    ]
+
+
+def difference(found: Contrast | None, *, scale: float = 100.0, digits: int = 2) -> str:
+    """Three lines of a cell: the difference, bold if marked; over people; over seeds."""
+    if found is None or found.value != found.value:
+        return NONE
+    value = number(found.value, scale=scale, digits=digits, sign=True)
+    lines = [f"**{value}**" if found.marked else value]
+    for bounds in (found.people, found.seeds):
+        if bounds is None:
+            lines.append(NONE)
+        else:
+            low, high = (number(b, scale=scale, digits=digits, sign=True) for b in bounds)
+            lines.append(f"{low} … {high}")
+    return "<br>".join(lines)
+
+
+def value(setting: Any) -> str:
+    """A setting's value in words."""
+    if isinstance(setting, float):
+        return f"{setting:g}"
+    if isinstance(setting, list | tuple):
+        return ", ".join(value(part) for part in setting)
+    return "none" if setting is None else str(setting)
+
+
+def settings(changed: dict[str, Any]) -> str:
+    """``{section.key: value}`` in words."""
+    return ", ".join(f"{key} {value(what)}" for key, what in changed.items()) or NONE

@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ class Cell:
     changed: dict[str, Any] = field(default_factory=dict)
     sweep: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hex, 16 digits: equal for cells that must give equal results on equal data.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from sphereface2.evaluation.plots import COLOURS, GRID, INK, MATCHED, MISMATCHED, panels, write
 from sphereface2.study import tables
@@ -18,6 +18,7 @@ from sphereface2.study.results import is_number
 from sphereface2.study.statistics import Contrast, Series, half_width
 
 _MARKERS = "osD^vP"
+_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _DASHED: dict[str, Any] = {"color": "#777777", "lw": 1.1, "ls": (0, (4, 3))}
 
 
@@ -52,9 +53,10 @@ def plot_sweep(
     canvas, axes = panels([panel.title for panel in drawn], size=(6.4, 2.7 * len(drawn) + 0.5))
     ticks = [tables.value(value) for value in values]
     x, logarithmic = _places(values)
+    joined = all(is_number(value) for value in values)
     for place, panel in zip(axes, drawn, strict=True):
         for name, line in panel.lines.items():
-            _line(place, x, line, 0, name)
+            _line(place, x, line, 0, name, joined=joined)
         if own in values:
             place.axvline(x[list(values).index(own)], zorder=0, **_DASHED)
         if logarithmic:
@@ -138,12 +140,12 @@ def plot_scores(
             )
         place.set_xlim(low, high)
         place.xaxis.set_major_locator(MaxNLocator(4))
-        place.yaxis.set_major_locator(MaxNLocator(3))
-        place.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _percent(place, 3)
         if k >= len(drawn) - columns:
             place.tick_params(labelbottom=True)
-    canvas.figure.supxlabel("cosine similarity", color=INK, fontsize=10)
-    canvas.figure.supylabel("share of pairs a bin", color=INK, fontsize=10)
+            place.set_xlabel("cosine similarity", color=INK, fontsize=9)
+        if k % columns == 0:
+            place.set_ylabel("share of pairs a bin", color=INK, fontsize=9)
     _legend(canvas, axes[0])
     write(canvas, path)
 
@@ -179,11 +181,13 @@ def plot_thresholds(drawn: Sequence[tuple[str, Mapping[str, np.ndarray]]], path:
         place.xaxis.set_major_locator(MaxNLocator(5))
         place.grid(True, axis="x", color=GRID, linewidth=0.7)
         place.set_axisbelow(True)
-    canvas.figure.supxlabel("own threshold, from the median person's", color=INK, fontsize=10)
+        place.set_xlabel("own threshold less the median", color=INK)
     write(canvas, path)
 
 
-def _line(axes: Axes, x: np.ndarray, line: Sequence[Series], k: int, name: str) -> None:
+def _line(
+    axes: Axes, x: np.ndarray, line: Sequence[Series], k: int, name: str, *, joined: bool = True
+) -> None:
     values = [[figure.value for figure in series.values()] for series in line]
     there = [i for i, row in enumerate(values) if row]
     axes.errorbar(
@@ -191,8 +195,8 @@ def _line(axes: Axes, x: np.ndarray, line: Sequence[Series], k: int, name: str) 
         [np.mean(values[i]) for i in there],
         yerr=[half_width(values[i]) or 0.0 for i in there],
         color=COLOURS[k % len(COLOURS)],
-        linestyle=("-", (0, (5, 2)), (0, (1.5, 1.5)))[k // len(COLOURS) % 3],
-        marker=_MARKERS[k % len(_MARKERS)],
+        linestyle=_STYLES[k // len(COLOURS) % len(_STYLES)] if joined else "none",
+        marker=_MARKERS[(k + k // len(COLOURS)) % len(_MARKERS)],
         markersize=4.5,
         linewidth=1.6,
         elinewidth=1,
@@ -222,10 +226,9 @@ def _categories(axes: Axes, names: Sequence[str]) -> None:
             label.set(rotation=25, ha="right", rotation_mode="anchor")
 
 
-def _percent(axes: Axes) -> None:
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
+def _percent(axes: Axes, most: int = 6) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
     axes.grid(True, axis="y", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
 

@@ -147,7 +147,7 @@ def load(path: Path, cells: Path) -> Results:
         sweeps={name: sweep for name, sweep in study.sweeps.items() if sweep.arm in chosen},
     )
     grid = design.grid(known, chosen)
-    pending = len(design.grid(study, chosen)) - len(grid)
+    pending = sum(_count(study, name) for name in study.arms if name not in chosen)
     found, failures = {}, {}
     for cell in distinct([*trials, *grid]):
         failure = cells / cell.key / runner.FAILURE
@@ -162,8 +162,23 @@ def load(path: Path, cells: Path) -> Results:
         )
     _check_data(found, cells)
     used = {cell.key for cell in grid if cell.key in found}
-    figures = _figures({key: found[key] for key in used}, cells / SETS)
+    # How people differ is told of the arms as they are, without sweeps or other conditions.
+    closer = {
+        cell.key for cell in grid if cell.role == "grid" and cell.condition == study.first_condition
+    }
+    figures = _figures({key: found[key] for key in used}, closer, cells / SETS)
     return Results(study, chosen, trials, grid, pending, found, failures, figures)
+
+
+def _count(study: Study, arm: str) -> int:
+    """How many cells of the grid and of sweeps an arm has."""
+    conditions = study.arms[arm].only or study.conditions
+    swept = [
+        len(sweep.values) * len(sweep.seeds or study.seeds[:1])
+        for sweep in study.sweeps.values()
+        if sweep.arm == arm
+    ]
+    return len(conditions) * len(study.seeds) + sum(swept)
 
 
 def distinct(cells: Iterable[Cell]) -> list[Cell]:
@@ -195,8 +210,13 @@ def _check_data(found: dict[str, dict[str, Any]], cells: Path) -> None:
                 )
 
 
-def _figures(found: dict[str, dict[str, Any]], sets: Path) -> dict[str, dict[str, Figure]]:
-    """All figures of each cell; every cell is resampled with the same people."""
+def _figures(
+    found: dict[str, dict[str, Any]], closer: set[str], sets: Path
+) -> dict[str, dict[str, Figure]]:
+    """The figures of each cell, also of its scores for those in ``closer``.
+
+    Every cell is resampled with the same people.
+    """
     figures: dict[str, dict[str, Figure]] = {key: {} for key in found}
     draws: dict[int, np.ndarray] = {}
     for key, result in found.items():
@@ -204,6 +224,8 @@ def _figures(found: dict[str, dict[str, Any]], sets: Path) -> dict[str, dict[str
         if count not in draws:
             draws[count] = statistics.draw(count)
         figures[key] |= _people_figures(result, draws[count])
+        if key in closer:
+            figures[key] |= _score_figures(result, draws[count])
     del draws
     fingerprints = {one["fingerprint"] for result in found.values() for one in result["pairs"]}
     for fingerprint in sorted(fingerprints):
@@ -222,22 +244,25 @@ def _figures(found: dict[str, dict[str, Any]], sets: Path) -> dict[str, dict[str
 
 
 def _people_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figure]:
-    test, data = result["test"], result["config"]["data"]
-    # Which people are set aside hangs on these alone.
-    aside = [data[name] for name in ("split_seed", "validation_people", "test_people")]
-    units = f"{aside} {test['people']}"
-    figures: dict[str, Figure] = {}
+    test, units = result["test"], _units(result)
+    told = test["hits"]
+    hits = np.reshape([*told.values()], (len(told), test["people"])).T
+    again = statistics.ratios(counts, hits, test["genuine"])
+    replicates = dict(zip(told, again.T, strict=True))
+    figures = {}
     for far in FARS:
-        key = far_key(far)
-        value, hits = test["tar"].get(key), test["hits"].get(key)
+        value = test["tar"].get(far_key(far))
         if value is not None:
-            again = None if hits is None else statistics.ratios(counts, hits, test["genuine"])
-            figures[tar_name(far)] = Figure(value, again, units)
+            figures[tar_name(far)] = Figure(value, replicates.get(far_key(far)), units)
     again = statistics.ratios(counts, test["found"], test["probes"])
-    figures[RANK1] = Figure(test["rank1"], again, units)
+    return figures | {RANK1: Figure(test["rank1"], again, units)}
 
+
+def _score_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figure]:
+    test, units = result["test"], _units(result)
     genuine, impostor = test["genuine_scores"], test["impostor_scores"]
-    gap = genuine["mean"] - impostor["mean"]
+    gap = genuine["mean"] - impostor["mean"] or float("nan")
+    figures: dict[str, Figure] = {}
     for side, scores in (("genuine", genuine), ("impostor", impostor)):
         figures |= {f"{side} {what}": Figure(scores[what]) for what in ("mean", "std")}
     noise = np.sqrt((genuine["std"] ** 2 + impostor["std"] ** 2) / 2)
@@ -255,6 +280,13 @@ def _people_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Fig
             figures[percentile_name(percentile)] = Figure(value)
         figures[OWN_GINI] = Figure(statistics.gini(rates), statistics.ginis(counts, rates), units)
     return figures
+
+
+def _units(result: dict[str, Any]) -> str:
+    """Equal for cells with the same test people: they are set aside by these settings alone."""
+    data = result["config"]["data"]
+    aside = [data[name] for name in ("split_seed", "validation_people", "test_people")]
+    return f"{aside} {result['test']['people']}"
 
 
 def _pair_replicates(

@@ -9,6 +9,7 @@ nearest known one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +169,11 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     return loaded or {}
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
 def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConfig:
     """Build and check a ``RunConfig`` from nested plain values."""
     _check_keys(RunConfig, tree, prefix="", where=where)
@@ -175,7 +181,7 @@ def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConf
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: {"name": name, **tree[section]}}
     try:
-        config = TypeAdapter(RunConfig).validate_python(tree)
+        config = _adapter().validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

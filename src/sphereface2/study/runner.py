@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ def run_study(path: Path, *, cells: Path, jobs: int) -> None:
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     cells.mkdir(parents=True, exist_ok=True)
+    # A scheduler ends a job by SIGTERM, which by itself would leave the cells' processes behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _locked(cells, study.name):
         runner = _Runner(study, cells, jobs)
         failed = runner.run("trials", design.trials(study))

@@ -40,6 +40,7 @@ NETWORKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=None, help="a set of crops")
+    parser.add_argument("--images", type=int, default=2048, help="at most, for each network")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray", action="store_true", help="compare with the Ray engine too")
@@ -58,7 +59,7 @@ def main() -> None:
             model, crops = folder / title, folder / f"crops {title}"
             model.mkdir()
             bundle.save(network, model)
-            pixels = pack(train, crops, images)
+            pixels = pack(train, crops, min(images, args.images))
             run(title, model, crops, pixels, args.batch_size, args.rounds)
             if args.ray:
                 same = made(model, crops, folder / "here", args.batch_size, "local") == made(

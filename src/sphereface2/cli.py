@@ -318,7 +318,7 @@ def gallery_search(
     gallery: _GALLERY,
     pictures: Annotated[list[Path], typer.Argument(help="Faces to look for.")],
     model: Annotated[str, typer.Option(help="A run, a model folder or a hub id.")],
-    k: Annotated[int, typer.Option(help="People to name for each picture.", min=1)] = 5,
+    k: Annotated[int, typer.Option("-k", "--k", help="People to name a picture.", min=1)] = 5,
     fusion: Annotated[
         str, typer.Option(help="A person's score: of the best picture (max) or of their mean.")
     ] = "max",

@@ -128,7 +128,7 @@ def test_by_a_landmark_file(photos, tmp_path):
 def test_mistakes_are_one_sentence(photos, tmp_path):
     (tmp_path / "bare").mkdir()
     for source, target, told in [
-        (tmp_path / "none", tmp_path / "out", "is not a folder"),
+        (tmp_path / "none", tmp_path / "out", "none does not exist; give a folder of pictures"),
         (tmp_path / "bare", tmp_path / "out", "holds no pictures"),
         (photos, photos / "out", "lies inside"),
         (photos, tmp_path / "bare" / "file" / "out", "cannot write"),

@@ -68,7 +68,7 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     )
 
     probe = world / "faces/ann/0.png"
-    (found,) = answer(gallery, probe, *old, "--threshold", 0.999)
+    (found,) = answer(gallery, probe, *old, "--threshold", 0.999, "-k", 2)
     assert found["person"] == "ann" and found["matches"][0]["metadata"] == {"a": 1}
     assert [m["person"] for m in found["matches"]] == ["ann", "bob"]
     (found,) = answer(gallery, world / "faces/eve/0.png", *old, "--threshold", 0.999)
@@ -148,7 +148,7 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
         (["ann"], "give a person and pictures"),
         (["ann", face, "--folder", world], "give a person and pictures"),
         (["ann", face], "say by which model"),
-        (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata is not JSON"),
+        (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata takes a JSON object"),
         (["--folder", world / "faces", *old, "--replace"], "go with one person"),
         (["ann", tmp_path / "none.png", *old, "--aligned"], "none.png"),
     ):

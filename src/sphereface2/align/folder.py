@@ -117,8 +117,8 @@ def _pictures(source: Path, target: Path, known: Landmarks | None) -> list[str]:
     """The pictures' paths relative to ``source``, sorted."""
     if not source.is_dir():
         raise UserError(
-            f"{source} is not a folder of pictures; packed sets become one by "
-            "sphereface2 data convert SET FOLDER --to folder"
+            f"{source} {'is a file' if source.is_file() else 'does not exist'}; give a folder of "
+            "pictures (a packed set becomes one by sphereface2 data convert SET FOLDER --to folder)"
         )
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside {source}; name a folder outside it for the crops")

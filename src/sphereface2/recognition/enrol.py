@@ -410,10 +410,12 @@ def _nobody(person: str, gallery: str) -> UserError:
 def _metadata(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--metadata is not JSON: {error}") from error
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise UserError('--metadata takes a JSON object, such as {"since": 2024}')
+        raise UserError(
+            f"--metadata takes a JSON object, such as '{{\"since\": 2024}}', not {text[:40]!r}"
+        )
     return value
 
 

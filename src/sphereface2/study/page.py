@@ -35,8 +35,11 @@ nav summary { cursor: pointer; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; vertical-align: top; white-space: nowrap; line-height: 1.45; }
-td:first-child, .wide td { white-space: normal; min-width: 8rem; }
-th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
+/* Numbers are aligned by an attribute, text is not: text may wrap, but for a row's name. */
+td:not([style]) { white-space: normal; min-width: 14rem; }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--card);
+  white-space: nowrap; min-width: 0; }
+th { color: var(--quiet); font-weight: 600; text-align: left; vertical-align: bottom; }
 tr + tr td, tbody tr:first-child td { border-top: 1px solid var(--line); }
 .picture { max-width: none; overflow-x: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 10px; padding: .75rem; }
@@ -54,7 +57,7 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <main>
-{contents}{body}
+{body}
 </main>
 </body>
 </html>
@@ -64,7 +67,7 @@ _PAGE = """<!doctype html>
 def write(folder: Path, name: str, title: str, text: str) -> None:
     """Write ``text``, Markdown, as ``folder/NAME.md`` and as ``folder/NAME.html``.
 
-    The contents, of second-level headings and below, come first in the HTML where there are any.
+    In the HTML, contents follow the first heading where there are headings below it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / f"{name}.md", text.encode())
@@ -76,9 +79,9 @@ def write(folder: Path, name: str, title: str, text: str) -> None:
     # Wide tables and pictures scroll inside a box of their own, not the page.
     body = body.replace("<table>", '<div class="box" tabindex="0"><table>')
     body = body.replace("</table>", "</table></div>").replace("<p><img", '<p class="picture"><img')
-    contents = ""
-    if "<li>" in renderer.toc:  # type: ignore[attr-defined]
-        inner = renderer.toc  # type: ignore[attr-defined]
-        contents = f"<nav><details><summary>Contents</summary>{inner}</details></nav>\n"
-    page = _PAGE.format(title=html.escape(title), style=_STYLE, contents=contents, body=body)
+    contents: str = renderer.toc  # type: ignore[attr-defined]
+    if "<li>" in contents:
+        contents = f"<nav><details><summary>Contents</summary>{contents}</details></nav>"
+        body = body.replace("</h1>", f"</h1>\n{contents}", 1)
+    page = _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
     atomic_write(folder / f"{name}.html", page.encode())

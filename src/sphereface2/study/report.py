@@ -242,7 +242,7 @@ class _Report:
             cells = [cell for cell in found.trials if cell.arm == name]
             told = [self._trial(cell) for cell in cells]
             told += [tables.NONE] * (most - len(told))
-            rows.append([tables.escape(name), tables.escape(_flat(arm.settings)), *told])
+            rows.append([tables.escape(name), tables.escape(tables.settings(arm.settings)), *told])
         header = ["Arm", "Settings", *(f"Trial {k + 1}" for k in range(most))]
         self._add(tables.table(header, rows, left=2))
         if most:
@@ -562,21 +562,6 @@ class _Report:
             self._add(
                 "Bars: the middle half and the middle 90 % of the people; each arm's first seed.\n"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> str:
-    """Nested settings in words."""
-    flat: dict[str, Any] = {}
-
-    def walk(level: dict[str, Any], before: str) -> None:
-        for key, value in level.items():
-            if isinstance(value, dict):
-                walk(value, f"{before}{key}.")
-            else:
-                flat[before + key] = value
-
-    walk(tree, prefix)
-    return tables.settings(flat)
 
 
 def _change(before: Any, after: Any) -> str:

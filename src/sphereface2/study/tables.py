@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sphereface2.study.statistics import Contrast, Series, half_width
@@ -84,6 +84,14 @@ def value(setting: Any) -> str:
     return "none" if setting is None else str(setting)
 
 
-def settings(changed: dict[str, Any]) -> str:
-    """``{section.key: value}`` in words."""
-    return ", ".join(f"{key} {value(what)}" for key, what in changed.items()) or NONE
+def settings(changed: Mapping[str, Any]) -> str:
+    """``{section.key: value}``, or nested settings, in words."""
+    return ", ".join(f"{key} {value(what)}" for key, what in _flat(changed)) or NONE
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, what in tree.items():
+        if isinstance(what, dict):
+            yield from _flat(what, f"{before}{key}.")
+        else:
+            yield before + key, what

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -287,8 +288,7 @@ def _check_components(config: RunConfig) -> None:
     try:
         backbones.require(config.backbone["name"])
         if config.backbone["name"] in backbones.available():
-            with torch.device("meta"):
-                backbones.create(**config.backbone)
+            _check_backbone(json.dumps(config.backbone))
         options, sharded = head_options(config)
         head = heads.build(embedding_dim=2, num_classes=2, **options)
         if sharded and "process_group" not in head.scaling:
@@ -304,6 +304,13 @@ def _check_components(config: RunConfig) -> None:
         raise UserError(str(error)) from error
     except TypeError as error:
         raise UserError(f"bad options in {config.backbone} or {config.head}: {error}") from error
+
+
+@functools.lru_cache
+def _check_backbone(options: str) -> None:
+    """Once for equal options, JSON: a study has hundreds of runs of one backbone."""
+    with torch.device("meta"):
+        backbones.create(**json.loads(options))
 
 
 def _check_ranges(config: RunConfig) -> None:

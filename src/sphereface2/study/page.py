@@ -17,7 +17,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1, h2, h3 { line-height: 1.25; text-wrap: balance; overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; }
 h2 { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); }
@@ -39,6 +39,13 @@ th, td { padding: .4rem .75rem; vertical-align: top; white-space: nowrap; line-h
 td:not([style]) { white-space: normal; min-width: 14rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--card);
   white-space: nowrap; min-width: 0; }
+@media (max-width: 40rem) {
+  th, td { padding: .4rem .5rem; }
+  td:not([style]) { min-width: 10rem; }
+  td:first-child, th:first-child { white-space: normal; max-width: 8rem; min-width: 6.5rem;
+    overflow-wrap: anywhere; }
+  td[style] { vertical-align: bottom; }
+}
 th { color: var(--quiet); font-weight: 600; text-align: left; vertical-align: bottom; }
 tr + tr td, tbody tr:first-child td { border-top: 1px solid var(--line); }
 .picture { max-width: none; overflow-x: auto; background: #fff; border: 1px solid var(--line);

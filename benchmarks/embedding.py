@@ -7,7 +7,9 @@ The bound is the network's forward pass over the same images and their mirror im
 normalised and in memory, in the same batches. `embed` does everything from the files on disk to the
 finished Parquet file: reading the model, opening the set, decoding, resizing, the forward passes,
 writing the parts and putting them together. The two take turns; the ratio is the median over the
-rounds. With --ray the same file is also made by a Ray of its own on this machine, and compared.
+rounds. What `embed` does beside the forward passes is then told in CPU time, which other work on
+the machine hardly moves (most plainly with OMP_NUM_THREADS=1). With --ray the same file is also
+made by a Ray of its own on this machine, and compared.
 Uses the real faces that `sphereface2 fit` would train on, else synthetic ones.
 """
 
@@ -25,10 +27,12 @@ import numpy as np
 import torch
 
 from sphereface2 import backbones
+from sphereface2.align import read_photo
 from sphereface2.backbones import bundle
 from sphereface2.data import decode, open_source, synthetic
 from sphereface2.data.locate import find
 from sphereface2.data.recordio import RecordIOWriter
+from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.features import embed_set
 
 NETWORKS = {
@@ -61,6 +65,7 @@ def main() -> None:
             bundle.save(network, model)
             pixels = pack(train, crops, min(images, args.images))
             run(title, model, crops, pixels, args.batch_size, args.rounds)
+            split(model, crops, pixels, args.batch_size)
             if args.ray:
                 same = made(model, crops, folder / "here", args.batch_size, "local") == made(
                     model, crops, folder / "ray", args.batch_size, "ray"
@@ -116,8 +121,29 @@ def run(
     print(
         f"{title}, {len(pixels):,} images: embed {statistics.median(rates):,.0f} images/s, bare "
         f"network {statistics.median(bounds):,.0f}: {statistics.median(ratios):.2f} of the bound "
-        f"({min(ratios):.2f} to {max(ratios):.2f})"
+        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
     )
+
+
+def split(model: Path, crops: Path, pixels: torch.Tensor, batch_size: int) -> None:
+    """Print the CPU time of what `embed` is made of, each alone."""
+    network, source = bundle.load(model), open_source(crops)
+    inputs = [network.preprocessing(batch) for batch in pixels.split(batch_size)]
+    parts = {
+        "forward passes": lambda: bare(network, inputs),
+        "resizing and normalising": lambda: [
+            network.preprocessing(batch) for batch in pixels.split(batch_size)
+        ],
+        "decoding": lambda: [read_photo(source.read(i)) for i in range(len(source))],
+        "loading the model": lambda: FaceEmbedder.from_pretrained(model, device="cpu"),
+    }
+    told = []
+    for name, work in parts.items():
+        start = time.process_time()
+        work()
+        told.append(f"{name} {time.process_time() - start:.2f}")
+    print(f"  CPU seconds: {', '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from sphereface2.data import synthetic
 
+COMMAND = [sys.executable, "-m", "sphereface2", "study"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sphereface2", "study", *map(str, words)],
+        [*COMMAND, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env=ENVIRONMENT,
         check=False,
     )
 
 
-def test_run_then_report(tmp_path: Path) -> None:
-    data = synthetic.write(tmp_path / "set", people=20, images_per_person=6, pairs_per_fold=6)
-    tree = {
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("faces") / "set"
+    data = synthetic.write(folder, people=20, images_per_person=6, pairs_per_fold=6)
+    return {
         "base": {
             "data": {"train": str(data), "validation_people": 4, "test_people": 6},
             "backbone": {"name": "sfnet4", "width": 0.125, "input_size": 32, "embedding_dim": 16},
@@ -45,6 +54,9 @@ def test_run_then_report(tmp_path: Path) -> None:
             },
         },
     }
+
+
+def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     study, cells = tmp_path / "tiny.yaml", tmp_path / "cells"
     study.write_text(yaml.safe_dump(tree))
     first = run("run", study, "--cells", cells)
@@ -67,3 +79,40 @@ def test_run_then_report(tmp_path: Path) -> None:
     before = done.stat().st_mtime_ns
     assert "2 cells, 1 done before" in run("run", study, "--cells", cells).stdout
     assert done.stat().st_mtime_ns == before
+
+
+def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> None:
+    training = tree["base"]["training"] | {"epochs": 4000, "checkpoint_every": 5}
+    arms = {"cosface": tree["arms"]["cosface"]}
+    study, cells = tmp_path / "long.yaml", tmp_path / "cells"
+    study.write_text(
+        yaml.safe_dump(tree | {"base": tree["base"] | {"training": training}, "arms": arms})
+    )
+    with subprocess.Popen(
+        [*COMMAND, "run", study, "--cells", cells],
+        stdout=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(cells.glob("*/checkpoints/last/model.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        refused = run("run", study, "--cells", cells)
+        assert refused.returncode == 2
+        assert "another study is being run" in refused.stderr
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    (cell,) = (path.parent for path in cells.glob("*/config.yaml"))
+    # Its process went too: nobody trains on.
+    steps = (cell / "metrics.jsonl").read_text()
+    time.sleep(1)
+    assert (cell / "metrics.jsonl").read_text() == steps
+    # What it left is gone on with, here to an end not far off.
+    step = json.loads((cell / "checkpoints/last/progress.json").read_text())["step"]
+    config = yaml.safe_load((cell / "config.yaml").read_text())
+    config["training"]["epochs"] = step / 3 + 3  # 60 images make three batches
+    (cell / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run("run", study, "--cells", cells).returncode == 0
+    starts = json.loads((cell / "environment.json").read_text())["starts"]
+    assert [start["step"] > 0 for start in starts] == [False, True]
+    assert (cell / "cell.json").exists()

@@ -105,7 +105,7 @@ def test_a_study_extends_another(tmp_path):
     assert not study.sweeps
     config = design.grid(study, {})[0].config
     assert (config.training.lr, config.training.epochs, config.seed) == (0.3, 1, 5)
-    with pytest.raises(UserError, match="no arm cosfac \(did you mean 'cosface'"):
+    with pytest.raises(UserError, match=r"no arm cosfac \(did you mean 'cosface'"):
         design.load(write(tmp_path, child | {"arms": ["cosfac"]}, "wrong.yaml"))
     with pytest.raises(UserError, match="extends"):
         design.load(write(tmp_path, {"extends": "loop.yaml"}, "loop.yaml"))

@@ -35,7 +35,7 @@ class Aligner:
     Args:
         detector: ``mtcnn``.
         size: side of the crops in pixels.
-        min_score: the detector's confidence from which a face counts.
+        min_score: the detector's confidence in [0, 1] from which a face counts.
 
     Raises:
         UserError: no such detector, its package is missing, or a number is out of range.

@@ -69,6 +69,7 @@ class Mtcnn:
         self._threads = threading.local()
 
     def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
+        """As `Detector.detect`."""
         network = getattr(self._threads, "network", None)
         if network is None:
             network = self._threads.network = _mtcnn()

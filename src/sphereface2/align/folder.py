@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,9 +60,9 @@ def align(
         landmarks: a file of ``path x1 y1 … x5 y5`` lines, paths relative to ``source``: only
             these pictures are cropped, by these points, and nothing is detected.
         workers: processes; by default one a core.
-        size: side of the crops.
+        size: side of the crops in pixels.
         png: write PNG instead of JPEG.
-        min_score: the detector's confidence from which a face counts.
+        min_score: the detector's confidence in [0, 1] from which a face counts.
         max_pixels: a picture with more is not read.
         detector: as for `Aligner`.
 
@@ -192,7 +193,7 @@ class _Journal:
     def __init__(self, target: Path, settings: Settings) -> None:
         self.path = target / JOURNAL
         self.done: dict[str, dict[str, Any]] = {}
-        header = {"settings": settings.as_dict()}
+        header = {"settings": asdict(settings)}
         if self.path.exists():
             for stale in target.rglob(".*.tmp"):  # of a run that was killed
                 stale.unlink(missing_ok=True)

@@ -27,8 +27,8 @@ from sphereface2.evaluation.verification import far_key, pair_scores
 from sphereface2.recognition.calibration import Calibration, check_fars
 from sphereface2.recognition.fingerprint import fingerprint
 
+#: Pairs of either kind that `all_pairs_of` gives at most: enough for a FAR of 1e-5.
 MOST_PAIRS = 3_000_000
-"""Pairs of either kind that `all_pairs_of` gives at most: enough for a FAR of 1e-5."""
 
 
 @dataclass(frozen=True)

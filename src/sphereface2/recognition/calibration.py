@@ -26,13 +26,13 @@ from sphereface2.evaluation.verification import (
     tar_at_far,
 )
 from sphereface2.files import atomic_write
-from sphereface2.recognition.fingerprint import fingerprint
+from sphereface2.recognition.fingerprint import fingerprint_of
 
 FILE = "calibration.json"
 FORMAT = "sphereface2-calibration"
 FORMAT_VERSION = 1
+#: How many false accepts a threshold must rest on: it then allows the FAR within about a third.
 FALSE_ACCEPTS = 10
-"""How many false accepts a threshold must rest on: it then allows the FAR within about a third."""
 _CHUNK = 16_000_000  # numbers that a bootstrap holds at a time
 
 Method = Literal["logistic", "isotonic"]
@@ -257,11 +257,6 @@ class Calibration:
                 "overwrite it with sphereface2 calibrate"
             )
         return found
-
-
-def fingerprint_of(network: str | Path) -> str:
-    """Fingerprint of the network at a path that `bundle.load` takes."""
-    return fingerprint(bundle.load(network))
 
 
 def _file_of(network: Path) -> Path:

@@ -162,10 +162,12 @@ class Job:
 
     @property
     def aligned(self) -> bool:
+        """Whether the pictures are crops already."""
         return self.aligner is None
 
     @property
     def part_size(self) -> int:
+        """Pictures in a part, the last one apart."""
         return self.batch_size * _BATCHES[self.aligned]
 
     @property
@@ -196,6 +198,7 @@ class Job:
         }
 
     def schema(self) -> pa.Schema:
+        """The file's columns."""
         columns = [
             pa.field("name", pa.string(), nullable=False),
             pa.field("label", pa.int64()),

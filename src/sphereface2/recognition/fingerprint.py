@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from sphereface2.backbones import bundle
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.data.sources import digest
@@ -27,3 +29,8 @@ def fingerprint(net: Backbone) -> str:
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
         parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest(*parts)
+
+
+def fingerprint_of(network: str | Path) -> str:
+    """Fingerprint of the network at a path that `bundle.load` takes."""
+    return fingerprint(bundle.load(network))

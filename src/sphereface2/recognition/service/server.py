@@ -48,7 +48,7 @@ def serve(
 
     Args:
         checkpoint: a model folder, a run or a name on the hub.
-        gallery: a file of its own, made if it is missing, or the address of a Milvus server.
+        gallery: a folder, made if it is missing, or the address of a Milvus server.
         host: the address to bind.
         port: the port; 0 takes a free one, which the log names.
         keys: file of the keys that are admitted; needed unless ``host`` is a loopback address.

@@ -74,7 +74,8 @@ def measure(folder: Path, settings: RunConfig) -> dict[str, Any]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "config": configuration.to_dict(settings),
-        "data": environment["data"],
+        # Without the path: results are passed on, and the fingerprint says what the data was.
+        "data": {key: value for key, value in environment["data"].items() if key != "train"},
         "environment": environment["starts"],
         "training": results["training"],
         "validation": results["held_out"]["tar"] if "held_out" in results else {},

@@ -6,7 +6,7 @@ CONFIG ?= configs/small.yaml
 GALLERY ?= gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench serve docs clean
+.PHONY: help install train test test-slow check bench serve report docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -38,6 +38,11 @@ bench: install  ## measure every performance claim
 
 serve: install  ## serve a model and a gallery on 127.0.0.1:8000 (MODEL=runs/NAME GALLERY=gallery)
 	$(BIN)/sphereface2 serve $(or $(MODEL),$(error give MODEL=runs/NAME)) --gallery $(GALLERY)
+
+report: install  ## rebuild reports/ from the published cells of the studies
+	@mkdir -p runs/study
+	tar --skip-old-files -xJf reports/cells.tar.xz -C runs/study
+	$(BIN)/sphereface2 study report configs/study/*.yaml --cells runs/study --out reports
 
 docs: install  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -34,8 +34,7 @@ def measure_people(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, Any]
         ``rank1``; ``genuine_scores`` and ``impostor_scores``: ``mean``, ``std`` and ``histogram``
         over 100 bins of [-1, 1].
     """
-    fars = [*FARS]
-    tars = all_pairs_tar(embeddings, labels, fars).tars
+    tars = all_pairs_tar(embeddings, labels, FARS).tars
     told = [t for t in tars if t.tar is not None and t.threshold is not None]
     keys = [far_key(t.far) for t in told]
     bounds = np.array([t.threshold for t in told], np.float32)

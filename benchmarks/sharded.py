@@ -22,15 +22,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sphereface2 import heads
-from sphereface2.heads import cost
+from sphereface2.heads import cost, sharding
 from sphereface2.heads.base import Head, renormalise_, unit_rows
 from sphereface2.heads.sharding import Shard, local
 
@@ -85,28 +86,23 @@ class _ShardedCosFace(torch.autograd.Function):
 def counting() -> Iterator[list[tuple[str, int]]]:
     """Kind and bytes of every collective of a step."""
     found: list[tuple[str, int]] = []
-    names = {
-        "all_gather_into_tensor": "all_gather",
-        "reduce_scatter_tensor": "reduce_scatter",
-        "all_reduce": "all_reduce",
-    }
-    originals = {name: getattr(dist, name) for name in names}
 
-    def watched(name: str) -> Callable[..., Any]:
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*tensors: Tensor, **kwargs: Any) -> Any:
-            size = max(t.numel() * t.element_size() for t in tensors)
-            found.append((names[name], size))
-            return originals[name](*tensors, **kwargs)
+            found.append((name, max(t.numel() * t.element_size() for t in tensors)))
+            return original(*tensors, **kwargs)
 
         return call
 
-    for name in names:
-        setattr(dist, name, watched(name))
-    try:
+    with ExitStack() as patches:
+        for module, name in (
+            (sharding, "all_gather"),
+            (sharding, "reduce_scatter"),
+            (dist, "all_reduce"),
+        ):
+            counting = watched(name, getattr(module, name))
+            patches.enter_context(mock.patch.object(module, name, counting))
         yield found
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def seconds(work: Callable[[], object]) -> float:

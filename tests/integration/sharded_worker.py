@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,8 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from sphereface2 import heads
+from sphereface2.heads import sharding
 
 DIM = 8
+COLLECTIVES = ((sharding, "all_gather"), (sharding, "reduce_scatter"), (dist, "all_reduce"))
 
 
 def batch(step: int, classes: int, even: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,20 +102,21 @@ def equality(
 def bytes_moved(classes: int) -> dict[str, int]:
     """Bytes that a step hands to each collective, counted where torch is called."""
     counted: Counter[str] = Counter()
-    originals = {}
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-        originals[name] = getattr(dist, name)
 
-        def counting(*tensors: torch.Tensor, _name: str = name, **kwargs: Any) -> Any:
-            counted[_name] += max(t.numel() * t.element_size() for t in tensors)
-            return originals[_name](*tensors, **kwargs)
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: torch.Tensor, **kwargs: Any) -> Any:
+            counted[name] += max(t.numel() * t.element_size() for t in tensors)
+            return original(*tensors, **kwargs)
 
-        setattr(dist, name, counting)
-    head = build(classes, process_group=dist.group.WORLD)
-    x, labels = batch(0, classes, even=True)[dist.get_rank()]
-    head(x.requires_grad_(), labels).backward()
-    for name, original in originals.items():
-        setattr(dist, name, original)
+        return call
+
+    with ExitStack() as patches:
+        for module, name in COLLECTIVES:
+            watched = counting(name, getattr(module, name))
+            patches.enter_context(mock.patch.object(module, name, watched))
+        head = build(classes, process_group=dist.group.WORLD)
+        x, labels = batch(0, classes, even=True)[dist.get_rank()]
+        head(x.requires_grad_(), labels).backward()
     return dict(counted)
 
 
@@ -165,5 +172,14 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def gloo_threads() -> list[str]:
+    """Names of this process's threads that gloo started; none where /proc does not tell."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
     main()
+    gc.collect()
+    # One that is still there when Python shuts down may abort the process.
+    assert not gloo_threads(), gloo_threads()

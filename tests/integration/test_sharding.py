@@ -40,9 +40,9 @@ def test_bytes_moved_do_not_depend_on_the_number_of_classes(tmp_path: Path) -> N
     samples, dim, double = 3 * 5, 8, 8
     assert counts["100"] == {
         # Embeddings with a label each, and how many samples each rank has.
-        "all_gather_into_tensor": samples * (dim + 1) * double + 3 * 8,
+        "all_gather": samples * (dim + 1) * double + 3 * 8,
         # Gradients by the embeddings with a loss each.
-        "reduce_scatter_tensor": samples * (dim + 1) * double,
+        "reduce_scatter": samples * (dim + 1) * double,
         "all_reduce": double,  # the shared bias
     }
 

@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor import Shard as SplitRows
 
+# Under their names since torch 2.14, or those before it.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -49,6 +53,10 @@ class Shard:
         if self.group is None:
             return rows
         mesh = DeviceMesh.from_group(self.group, rows.device.type)
+        # torch's caches of DTensor operations keep the mesh for ever, and the mesh the group, for
+        # tracing only. Gloo's threads would outlive dist.destroy_process_group, and one that drops
+        # its last tensor while Python shuts down aborts the process (pytorch issue 190489).
+        getattr(mesh, "_pg_registry", {}).clear()
         shape = torch.Size((num_classes, *rows.shape[1:]))
         return DTensor.from_local(
             rows, mesh, [SplitRows(0)], run_check=False, shape=shape, stride=rows.stride()
@@ -65,7 +73,7 @@ class Shard:
         packed[: len(x), : x.shape[1]] = x
         packed[: len(x), x.shape[1] :] = labels[:, None].contiguous().view(x.dtype)
         everybody = x.new_empty(self.size * max(counts), packed.shape[1])
-        dist.all_gather_into_tensor(everybody, packed, group=self.group)
+        all_gather(everybody, packed, group=self.group)
         if min(counts) < max(counts):
             everybody = torch.cat(
                 [part[:n] for part, n in zip(everybody.split(max(counts)), counts, strict=True)]
@@ -88,7 +96,7 @@ class Shard:
                 [torch.nn.functional.pad(p, (0, 0, 0, largest - len(p))) for p in parts]
             )
         own = partial.new_empty(largest, partial.shape[1])
-        dist.reduce_scatter_tensor(own, partial, group=self.group)
+        reduce_scatter(own, partial, group=self.group)
         return own[: batch.counts[batch.rank]]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ class Shard:
     def _gather_counts(self, count: int, device: torch.device) -> list[int]:
         counts = torch.empty(self.size, dtype=torch.int64, device=device)
         own = torch.tensor([count], device=device)
-        dist.all_gather_into_tensor(counts, own, group=self.group)
+        all_gather(counts, own, group=self.group)
         return counts.tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -101,6 +102,10 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+            # Gloo's threads end with the last reference to the group, and what was trained is full
+            # of cycles. A thread that drops a tensor while Python shuts down aborts the process
+            # (pytorch issue 190489).
+            gc.collect()
 
 
 def _fresh_store(rank: int, size: int) -> dist.Store:

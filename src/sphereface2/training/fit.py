@@ -30,7 +30,7 @@ from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, world
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
-from sphereface2.training.trainer import Trainer
+from sphereface2.training.trainer import Progress, Trainer
 from sphereface2.training.validation import Validation
 
 
@@ -89,12 +89,7 @@ def fit(
     with world(settings.training.device, settings.training.threads) as place:
         folder = _run_folder(settings, resume or run, place)
         inputs = open_inputs(settings, place)
-        trainer = build_trainer(settings, folder, place, inputs)
-        if resume:
-            trainer.resume()
-        if place.is_main:
-            _record(folder, settings, inputs, trainer, overrides)
-        progress = trainer.train()
+        progress = _train(settings, folder, place, inputs, overrides, resumes=resume is not None)
         main = place.is_main
     if main:
         torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
@@ -107,6 +102,24 @@ def fit(
             inputs.pairs,
             progress,
         )
+
+
+def _train(
+    settings: RunConfig,
+    folder: Path,
+    place: World,
+    inputs: Inputs,
+    overrides: Sequence[str],
+    *,
+    resumes: bool,
+) -> Progress:
+    """Apart from ``fit`` so that nothing of the training is left when the group is destroyed."""
+    trainer = build_trainer(settings, folder, place, inputs)
+    if resumes:
+        trainer.resume()
+    if place.is_main:
+        _record(folder, settings, inputs, trainer, overrides)
+    return trainer.train()
 
 
 def _count_ranks(ranks: str, settings: RunConfig) -> int:

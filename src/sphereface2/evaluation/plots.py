@@ -5,6 +5,7 @@ Other reports draw with the same colours and `panels`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import LogLocator, PercentFormatter
 
 from sphereface2.evaluation.calibration import Reliability
 from sphereface2.evaluation.verification import roc
+from sphereface2.files import atomic_write
 
 COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
 MATCHED, MISMATCHED, INK, GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
@@ -48,9 +50,9 @@ def panels(
 def write(canvas: FigureCanvasAgg, path: Path) -> None:
     """Write the picture as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.print_png(str(temporary))
-    temporary.replace(path)
+    content = io.BytesIO()
+    canvas.print_png(content)
+    atomic_write(path, content.getvalue())
 
 
 def plot_roc(

@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from sphereface2 import __version__
 from sphereface2.errors import UserError, did_you_mean
@@ -161,13 +161,7 @@ def load(path: Path) -> Study:
     """
     tree = _read(path)
     tree.setdefault("name", path.stem)
-    try:
-        study = TypeAdapter(Study).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{key} in {path}: {reason}") from error
+    study = configuration.validated(TypeAdapter(Study), tree, str(path))
     _check(study, path)
     return study
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import torch
 import yaml
@@ -25,6 +25,8 @@ from sphereface2 import backbones, heads
 from sphereface2.data.conditions import LabelNoise, Subset
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -181,17 +183,27 @@ def from_dict(tree: dict[str, Any], where: str = "the configuration") -> RunConf
     for section, name in (("backbone", "sfnet20"), ("head", "sphereface2")):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: {"name": name, **tree[section]}}
-    try:
-        config = _adapter().validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{key} = {first['input']!r} in {where}: {reason}") from error
+    config = validated(_adapter(), tree, where)
     config.data.augmentation = _sized(tree, config)
     _check_components(config)
     _check_ranges(config)
     return config
+
+
+def validated(adapter: TypeAdapter[T], tree: dict[str, Any], where: str) -> T:
+    """What ``adapter`` makes of nested plain values.
+
+    Raises:
+        UserError: the first thing that is wrong, of ``where``.
+    """
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{key}{value} in {where}: {reason}") from error
 
 
 def head_options(config: RunConfig) -> tuple[dict[str, Any], bool]:

@@ -70,7 +70,7 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run_folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "seconds_per_step")
+    timed = ("seconds", "images_per_second", "seconds_per_step")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 

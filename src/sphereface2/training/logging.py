@@ -95,7 +95,7 @@ class RunLog:
             self._board.close()
 
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Log a training step: ``values`` holds at least loss and images_per_second."""
+        """Log a training step: ``values`` as the trainer makes them."""
         if not self.main:
             return
         self._write("train", step, epoch, values)
@@ -110,11 +110,14 @@ class RunLog:
                 highlight=False,
             )
 
-    def validation(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Log a validation's figures (shares in [0, 1]) and print them on one line."""
+    def validation(self, step: int, epoch: float, seconds: float, values: dict[str, float]) -> None:
+        """Log a validation's figures (shares in [0, 1]) and print them on one line.
+
+        ``seconds`` were spent inside training steps until then, over all resumptions.
+        """
         if not self.main:
             return
-        self._write("validation", step, epoch, values)
+        self._write("validation", step, epoch, {"seconds": seconds, **values})
         told = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
         self.say(f"epoch {epoch:.2f}: {told}")
 

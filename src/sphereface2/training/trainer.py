@@ -208,6 +208,7 @@ class Trainer:
                     progress.images += images
                     progress.seconds += seconds
                     values = {
+                        "seconds": progress.seconds,
                         "loss": self.world.mean(loss),
                         "lr": self.optimizers[0].param_groups[0]["lr"],
                         "gradient_norm": norm,
@@ -221,7 +222,7 @@ class Trainer:
                 pause = time.perf_counter()
                 is_best = False
                 if done or (every and progress.step % every == 0):
-                    is_best = self._validate(log)
+                    is_best = self._validate(log, progress.seconds + pause - window_start)
                 if done or is_best or progress.step % settings.checkpoint_every == 0:
                     self._save(best=is_best)
                 window_start += time.perf_counter() - pause
@@ -311,12 +312,12 @@ class Trainer:
                 f"{self.checkpointer.folder / 'last'}"
             )
 
-    def _validate(self, log: RunLog) -> bool:
+    def _validate(self, log: RunLog, seconds: float) -> bool:
         network = self.evaluated_network()
         network.eval()
         figures = self.validate(network)
         self.network.train()
-        log.validation(self.progress.step, self.epoch, figures)
+        log.validation(self.progress.step, self.epoch, seconds, figures)
         if not figures:
             return False
         first = next(iter(figures.values()))

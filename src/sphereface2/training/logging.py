@@ -123,7 +123,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(text, highlight=False)
+        # Whole, whatever the terminal's width: a log file has none.
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         record = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}

@@ -168,5 +168,13 @@ def test_split_people_by_label(tmp_path):
     assert np.array_equal(split_people(source, 2, seed=1).validation, val)
     assert len({tuple(split_people(source, 2, seed=s).validation) for s in range(20)}) > 1
     assert len(split_people(source, 0, seed=0).train) == 13
+    # People with many images can be left out of what is judged, and the others stay where they are.
+    fewer = split_people(source, 2, seed=1, test_people=1, max_images=3)
+    assert np.array_equal(fewer.train, train)
+    for part, before in ((fewer.validation, val), (fewer.test, test)):
+        assert set(part) == {i for i in before if sizes[source.labels[i]] <= 3}
+    assert len(fewer.validation) + len(fewer.test) < len(val) + len(test)
+    with pytest.raises(UserError, match="nobody set aside has 1 images"):
+        split_people(source, 2, seed=1, max_images=1)
     with pytest.raises(UserError, match="5 people aside"):
         split_people(source, 4, seed=0, test_people=1)

@@ -107,13 +107,21 @@ class Split(NamedTuple):
 
 
 def split_people(
-    source: Source, validation_people: int, seed: int, *, test_people: int = 0
+    source: Source,
+    validation_people: int,
+    seed: int,
+    *,
+    test_people: int = 0,
+    max_images: int | None = None,
 ) -> Split:
     """Set whole people aside for validation and for test.
 
     They are drawn among those with two images or more (a person with one image makes no genuine
     pair). The draw depends on the source's labels, the numbers and ``seed`` alone; who is a
     validation person does not depend on ``test_people``.
+
+    With ``max_images``, the images of people set aside that have more of them than that are in none
+    of the three parts: the others' places, and the people trained on, stay as they are.
 
     Raises:
         UserError: more people asked for than there are, or nobody left to train on.
@@ -132,8 +140,15 @@ def split_people(
         )
     rng = np.random.default_rng(seed)
     role = np.zeros(source.num_classes, np.int8)
+    asked_for = {1: validation_people, 2: test_people}
     role[rng.choice(eligible, size=validation_people, replace=False)] = 1
     role[rng.choice(eligible[role[eligible] == 0], size=test_people, replace=False)] = 2
+    if max_images is not None:
+        role[(role > 0) & (counts > max_images)] = -1
+        if any(asked and not (role == which).any() for which, asked in asked_for.items()):
+            raise UserError(
+                f"nobody set aside has {max_images} images or fewer; allow more (max_images)"
+            )
     of_image = role[labels]
     return Split(*(np.flatnonzero(of_image == which) for which in range(3)))
 

@@ -198,8 +198,14 @@ def _chosen(path: str | Path, metadata: Mapping[str, Any]) -> tuple[Source, np.n
         raise UserError(
             f"the network was trained on everybody in {path}: calibrate it on other people"
         )
-    split = split_people(source, people, int(trained_on.get("split_seed", 0)))
-    return source, split.validation, f"{name}, {people} people held out of training"
+    split = split_people(
+        source,
+        people,
+        int(trained_on.get("split_seed", 0)),
+        max_images=trained_on.get("held_out_max_images"),
+    )
+    held_out = len(np.unique(np.asarray(source.labels)[split.validation]))
+    return source, split.validation, f"{name}, {held_out} people held out of training"
 
 
 def _score_set(

@@ -285,7 +285,8 @@ def _score_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figu
 def _units(result: dict[str, Any]) -> str:
     """Equal for cells with the same test people: they are set aside by these settings alone."""
     data = result["config"]["data"]
-    aside = [data[name] for name in ("split_seed", "validation_people", "test_people")]
+    settings = ("split_seed", "validation_people", "test_people", "held_out_max_images")
+    aside = [data.get(name) for name in settings]
     return f"{aside} {result['test']['people']}"
 
 

@@ -40,6 +40,10 @@ class DataConfig:
     test_people: int = 0
     """People split off likewise whom the run never looks at: for judging several runs
     (``sphereface2 study``) on people that chose neither a checkpoint nor a setting."""
+    held_out_max_images: int | None = None
+    """Leave the people split off that have more images than this out of validation and test (they
+    are not trained on either): a person's pairs grow with the square of the images, and a few
+    people with many, from another source than the rest, can decide what a FAR admits."""
     split_seed: int = 0
     """Seed of the split, apart from ``seed`` so that seeds share their held-out people."""
     subset: Subset = field(default_factory=Subset)
@@ -359,8 +363,20 @@ def _check_ranges(config: RunConfig) -> None:
         ("data.max_unreadable", data.max_unreadable, 0 <= data.max_unreadable <= 1, "in [0, 1]"),
         ("data.validation_people", data.validation_people, data.validation_people >= 0, ">= 0"),
         ("data.test_people", data.test_people, data.test_people >= 0, ">= 0"),
+        (
+            "data.held_out_max_images",
+            data.held_out_max_images,
+            data.held_out_max_images is None or data.held_out_max_images >= 2,
+            "at least 2, or null",
+        ),
         ("data.workers", data.workers, (data.workers or 0) >= 0, "at least 0"),
         ("validation.every", validation.every, validation.every >= 0, "at least 0"),
+        (
+            "validation.fars",
+            validation.fars,
+            all(0 < far <= 1 for far in validation.fars),
+            "numbers in (0, 1]",
+        ),
     ]
     for key, value, good, expected in rules:
         if not good:

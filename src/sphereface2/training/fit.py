@@ -199,7 +199,11 @@ def open_inputs(settings: RunConfig, place: World) -> Inputs:
         )
     source = open_source(located.train)
     split = split_people(
-        source, data.validation_people, data.split_seed, test_people=data.test_people
+        source,
+        data.validation_people,
+        data.split_seed,
+        test_people=data.test_people,
+        max_images=data.held_out_max_images,
     )
     labels = np.asarray(source.labels)
     train = split.train[choose(labels[split.train], data.subset)]
@@ -277,6 +281,8 @@ def _aside(settings: RunConfig) -> str:
     """What else is special about the data."""
     data = settings.data
     told = f", {data.test_people:,} set aside for test" if data.test_people else ""
+    if data.held_out_max_images is not None:
+        told += f" (those with more than {data.held_out_max_images:,} images left out)"
     if data.label_noise.share:
         told += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
     return told

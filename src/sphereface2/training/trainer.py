@@ -352,6 +352,7 @@ class Trainer:
             "data": {
                 "fingerprint": self.data_fingerprint,
                 "validation_people": data.validation_people,
+                "held_out_max_images": data.held_out_max_images,
                 "split_seed": data.split_seed,
             },
         }

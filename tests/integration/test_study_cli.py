@@ -81,6 +81,42 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert done.stat().st_mtime_ns == before
 
 
+def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    study, cells = tmp_path / "tiny.yaml", tmp_path / "cells"
+    data = Path(tree["base"]["data"]["train"])
+    base = tree["base"] | {"data": tree["base"]["data"] | {"train": str(tmp_path / "moved")}}
+    tree = tree | {"base": base, "arms": {"cosface": tree["arms"]["cosface"]}}
+
+    def write(**sections: Any) -> None:
+        study.write_text(yaml.safe_dump(tree | sections))
+
+    write()
+    assert "does not exist" in run("run", study, "--cells", cells).stdout
+    # Where the data lie is no part of what a cell is; the place that is told now counts.
+    (tmp_path / "moved").symlink_to(data)
+    assert run("run", study, "--cells", cells).returncode == 0
+    (done,) = cells.glob("*/cell.json")
+    first = json.loads(done.read_text())
+
+    other = tmp_path / "other.bin"
+    other.write_bytes((data / "synthetic.bin").read_bytes())
+    write(pairs=[str(other)])
+    again = run("run", study, "--cells", cells)
+    assert again.returncode == 0 and "1 cells, 0 done before" in again.stdout
+    result = json.loads(done.read_text())
+    assert [one["name"] for one in result["pairs"]] == ["synthetic", "other"]
+    assert result["pairs"][0] == first["pairs"][0] and result["test"] == first["test"]
+    assert result["training"] == first["training"]
+
+    (tmp_path / "moved").unlink()
+    synthetic.write(tmp_path / "moved", people=20, images_per_person=6, pairs_per_fold=6, seed=9)
+    refused = run("run", study, "--cells", cells)
+    assert refused.returncode == 2
+    assert "was trained on other data than tiny is to be" in refused.stderr
+
+
 def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> None:
     training = tree["base"]["training"] | {"epochs": 4000, "checkpoint_every": 5}
     arms = {"cosface": tree["arms"]["cosface"]}
@@ -112,7 +148,8 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
     config = yaml.safe_load((cell / "config.yaml").read_text())
     config["training"]["epochs"] = step / 3 + 3  # 60 images make three batches
     (cell / "config.yaml").write_text(yaml.safe_dump(config))
-    assert run("run", study, "--cells", cells).returncode == 0
+    resumed = [sys.executable, "-m", "sphereface2.study.cell", cell, *tree["pairs"]]
+    subprocess.run(resumed, check=True, timeout=280, env=ENVIRONMENT)
     starts = json.loads((cell / "environment.json").read_text())["starts"]
     assert [start["step"] > 0 for start in starts] == [False, True]
     assert (cell / "cell.json").exists()

@@ -230,6 +230,11 @@ def test_ijb_tells_what_is_missing_or_wrong(net: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its columns are t1 t2 same"):
         ijb.load("ijbb", tmp_path)
     pairs.write_text(kept)
+    listed = probes.read_bytes()
+    probes.write_bytes(b"\xff\xfe" + listed)
+    with pytest.raises(UserError, match="no columns TEMPLATE_ID"):
+        ijb.load("ijbb", tmp_path)
+    probes.write_bytes(listed)
     probes.write_text(probes.read_text() + "993,77,a.jpg,,3\n")
     with pytest.raises(UserError, match="gives template 993 to two people"):
         ijb.load("ijbb", tmp_path)
@@ -242,7 +247,14 @@ def test_ijb_tells_what_is_missing_or_wrong(net: Path, tmp_path: Path) -> None:
         ijb.load("ijbb", tmp_path)
     pairs.write_text(kept)
     points = meta / "ijbb_name_5pts_score.txt"
-    points.write_text("\n".join(points.read_text().splitlines()[::-1]))
+    lines = points.read_text().splitlines()
+    points.write_text("\n".join([lines[0].rsplit(" ", 1)[0] + " inf", *lines[1:]]))
+    with pytest.raises(UserError, match=r"line 1 of .*5pts_score.txt is damaged: .* score"):
+        ijb.load("ijbb", tmp_path)
+    points.write_text("\n".join([lines[0].rsplit(" ", 1)[0] + " NA", *lines[1:]]))
+    with pytest.raises(UserError, match="its column score has empty entries"):
+        ijb.load("ijbb", tmp_path)
+    points.write_text("\n".join(lines[::-1]))
     with pytest.raises(UserError, match="same images in the same order"):
         ijb.load("ijbb", tmp_path)
     (tmp_path / "IJBB/loose_crop/1.jpg").write_bytes(b"nothing")

@@ -124,6 +124,23 @@ def test_a_study_extends_another(tmp_path):
         ({"base": BASE | {"data": {"validation_people": 4}}}, "test_people"),
         ({"base": BASE | {"data": {"validation_people": 0, "test_people": 4}}}, "judged on"),
         ({"base": BASE | {"validation": {}}}, "must not choose"),
+        ({"selection": {"far": 0.01}}, r"selection.far = 0.01.* among .*\(0.1, 0.001\)"),
+        ({"conditions": {"clean": {}, "more": {"data.train": "x"}}}, "data.train under base alone"),
+        (
+            {"arms": {"cosface": {"settings": {"head": {"name": "cosface"}}, "only": ["cleen"]}}},
+            r"only in cleen \(did you mean 'clean'",
+        ),
+        (
+            {
+                "arms": {
+                    "cosface": {
+                        "settings": {"head": {"name": "cosface"}},
+                        "trials": [{"head": {"m": 0.1}}],
+                    }
+                }
+            },
+            "would replace all of head; name single settings, as in head.m",
+        ),
         (
             {
                 "arms": TREE["arms"]

@@ -69,8 +69,10 @@ def make(cell: design.Cell, quality: float) -> dict:
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     scores = quality * PAIRS.same + rng.normal(size=len(PAIRS))
     start = {"python": "3.11.7", "packages": {"sphereface2": "0.1.0", "torch": "2.5.0"}}
+    config = configuration.to_dict(cell.config)
+    config["validation"]["pairs"] = ["auto"]
     return {
-        "config": configuration.to_dict(cell.config),
+        "config": config,
         "data": {"kind": "made", "fingerprint": "a" * 64, "people": 30, "images": 300},
         "environment": [start],
         "training": {"steps": 12},
@@ -304,5 +306,9 @@ def test_several_studies_have_an_index(copied):
     links = re.findall(r'href="([^"#]+)"', page.read_text())
     assert links == ["study/report.html", "noise-only/report.html"]
     assert all((page.parent / link).exists() for link in links)
-    with pytest.raises(UserError, match="both named study"):
+    # One that has not begun is told, and the others are there.
+    (copied / "later.yaml").write_text(yaml.safe_dump(TREE | {"seeds": [7]}))
+    write_reports([*paths, copied / "later.yaml"], cells=copied / "cells", out=copied / "out")
+    assert "no cell of later is done" in (copied / "out" / "index.md").read_text()
+    with pytest.raises(UserError, match="two of the studies are named study"):
         write_reports([paths[0], paths[0]], cells=copied / "cells", out=copied / "out")

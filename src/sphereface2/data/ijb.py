@@ -139,6 +139,13 @@ def load(name: str, root: str | Path) -> TemplateSet:
     columns = {"name": "string", **{f"p{i}": "float32" for i in range(10)}, "score": "float32"}
     located = _table(points, columns)
     names = faces["name"]
+    told = np.stack([located[column] for column in columns if column != "name"], axis=1)
+    bad = np.flatnonzero(~np.isfinite(told).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"line {bad[0] + 1} of {points} is damaged: a landmark or the score of "
+            f"{names[bad[0]]} is not a finite number"
+        )
     if names != located["name"]:
         raise UserError(
             f"{meta / faces_name} and {points} do not list the same images in the same order"
@@ -163,7 +170,7 @@ def load(name: str, root: str | Path) -> TemplateSet:
         name=name,
         folder=folder,
         names=names,
-        landmarks=np.stack([located[f"p{i}"] for i in range(10)], axis=1).reshape(-1, 5, 2),
+        landmarks=told[:, :10].reshape(-1, 5, 2),
         scores=located["score"],
         template=template,
         media=faces["media"],
@@ -209,6 +216,9 @@ def _table(path: Path, columns: dict[str, str], header: bool = False) -> dict[st
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
         wanted = " ".join(columns)
         raise UserError(f"{path} is damaged, its columns are {wanted}: {error}") from error
+    for name in columns:
+        if table[name].null_count:
+            raise UserError(f"{path} is damaged: its column {name} has empty entries")
     return {
         c: table[c].to_pylist() if t == "string" else table[c].to_numpy()
         for c, t in columns.items()
@@ -222,6 +232,8 @@ def _pairs(path: Path, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     pairs, same = [], []
     try:
         for batch in _reader(path, {"t1": "int64", "t2": "int64", "same": "int64"}):
+            if any(column.null_count for column in batch.columns):
+                raise UserError(f"{path} is damaged: it has empty entries")
             t1, t2, label = (column.to_numpy() for column in batch.columns)
             if not np.isin(label, (0, 1)).all():
                 raise UserError(f"{path} has a label that is neither 0 nor 1")
@@ -234,7 +246,7 @@ def _pairs(path: Path, rows: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _people(path: Path, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """A gallery's or the probes' templates: a line of the CSV is an image, a template has many."""
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = [column.strip() for column in file.readline().split(",")]
     wanted = [c for key in ("TEMPLATE_ID", "SUBJECT_ID") for c in header if c.upper() == key]
     if len(wanted) != 2:

@@ -32,16 +32,30 @@ SETS = "sets"
 def run(folder: Path, pairs: Sequence[str] = ("auto",)) -> None:
     """Train, and measure on the test people and the verification sets ``pairs``.
 
-    A folder that is done already is left as it is.
+    A folder that is done already and was judged on all of ``pairs`` is left as it is; one that was
+    judged on others is judged on them too.
     """
-    if (folder / RESULT).exists():
+    before = read_result(folder)
+    judged = set() if before is None else judged_on(before)
+    if before is not None and set(pairs) <= judged:
         return
     config = folder / "config.yaml"
     fit(config, run=folder)
     settings = configuration.load(config)
-    settings.validation.pairs = list(pairs)
+    settings.validation.pairs = sorted(judged.union(pairs))
     result = measure(folder, settings)
     atomic_write(folder / RESULT, json.dumps(result).encode())
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What `measure` found in ``folder``; None if the cell is not done."""
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def judged_on(result: dict[str, Any]) -> set[str]:
+    """The verification sets that a cell was judged on, as they were asked for."""
+    return set(result["config"]["validation"]["pairs"])
 
 
 def measure(folder: Path, settings: RunConfig) -> dict[str, Any]:

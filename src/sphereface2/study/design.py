@@ -132,7 +132,7 @@ class Cell:
 
         Of the package's version and of the settings that differ from their defaults and have an
         effect on the result, so that a setting that is new to the package leaves cells as they
-        are. The data's fingerprint is kept with the results and compared there.
+        are. The data's fingerprint is kept with the results, and compared before they are used.
         """
         settings = configuration.to_dict(self.config)
         for section, names in _WITHOUT_EFFECT.items():
@@ -291,6 +291,15 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(
             f"{path}: arms must be tuned alike, but their numbers of trials differ ({told})"
         )
+    for name, arm in study.arms.items():
+        for condition in arm.only or []:
+            if condition not in study.conditions:
+                raise UserError(
+                    f"{path}: the arm {name} takes part only in {condition}"
+                    f"{did_you_mean(condition, study.conditions)}, but the conditions are "
+                    f"{', '.join(study.conditions)}"
+                )
+    _check_settings(study, path)
     for cell in _all_possible(study):
         if not cell.config.data.validation_people and study.arms[cell.arm].trials:
             raise UserError(f"{path}: trials need base.data.validation_people to be judged on")
@@ -299,8 +308,34 @@ def _check(study: Study, path: Path) -> None:
                 f"{path}: runs must not choose by what they are judged on; set "
                 "base.validation.pairs to [] and name the sets under pairs"
             )
+        fars = cell.config.validation.fars
+        if cell.role == "trial" and study.selection.far not in fars:
+            raise UserError(
+                f"{path}: selection.far = {study.selection.far:g}, by which trials are chosen, is "
+                f"not among base.validation.fars ({', '.join(f'{far:g}' for far in fars)})"
+            )
         if not cell.config.data.test_people:
             raise UserError(f"{path} needs base.data.test_people, to judge the cells on")
+
+
+def _check_settings(study: Study, path: Path) -> None:
+    """Conditions, trials and sweeps name single settings, and none of them the data set."""
+    single = [*study.conditions.values(), *(t for arm in study.arms.values() for t in arm.trials)]
+    single += [{sweep.key: value} for sweep in study.sweeps.values() for value in sweep.values]
+    for key, value in (item for settings in single for item in settings.items()):
+        if isinstance(value, dict):
+            raise UserError(
+                f"{path}: {key}: {value} would replace all of {key}; name single settings, "
+                f"as in {key}.{next(iter(value), 'name')}: …"
+            )
+    told = [key for settings in single for key in settings]
+    if "data.train" in told or any(
+        "train" in arm.settings.get("data", {}) for arm in study.arms.values()
+    ):
+        raise UserError(
+            f"{path}: cells are told apart by their settings, not by the data they lie in; give "
+            "data.train under base alone, and other data a study with --cells of its own"
+        )
 
 
 def _all_possible(study: Study) -> Iterator[Cell]:

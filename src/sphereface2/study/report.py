@@ -26,7 +26,8 @@ INDEX = "index"
 def write_reports(studies: Sequence[Path], *, cells: Path, out: Path) -> list[Path]:
     """Write each study's report as ``report.md``, ``report.html`` and PNGs beside them.
 
-    Only ``cells`` is read, not the data. An unfinished study is told as far as it is done.
+    Only ``cells`` is read, not the data. An unfinished study is told as far as it is done; of
+    several studies, the index says which have not begun.
 
     Args:
         studies: YAML files.
@@ -40,27 +41,36 @@ def write_reports(studies: Sequence[Path], *, cells: Path, out: Path) -> list[Pa
     Raises:
         UserError: as `results.load` does; two studies of one name.
     """
-    loaded = [results.load(path, cells) for path in studies]
+    loaded: list[Results] = []
+    undone: list[results.NothingDoneError] = []
+    for path in studies:
+        try:
+            loaded.append(results.load(path, cells))
+        except results.NothingDoneError as error:
+            undone.append(error)
+    if not loaded:
+        raise undone[0]
     names = [one.study.name for one in loaded]
-    for path, name in zip(studies, names, strict=True):
+    for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{path} and another study are both named {name}; give one a new name")
-    if len(loaded) == 1:
+            raise UserError(f"two of the studies are named {name}; give one a new name")
+    if len(studies) == 1:
         _Report(loaded[0], out).write()
         return [out / f"{PAGE}.html"]
     for one in loaded:
         _Report(one, out / _file_name(one.study.name)).write()
-    page.write(out, INDEX, "Studies", _index(loaded))
+    page.write(out, INDEX, "Studies", _index(loaded, undone))
     return [out / f"{INDEX}.html"]
 
 
-def _index(loaded: Sequence[Results]) -> str:
+def _index(loaded: Sequence[Results], undone: Sequence[results.NothingDoneError]) -> str:
     parts = ["# Studies\n"]
     for one in loaded:
         name = one.study.name
         parts.append(f"## [{tables.escape(name)}]({_file_name(name)}/{PAGE}.md)\n")
         parts += [tables.escape(one.study.about) + "\n"] if one.study.about else []
         parts += _summary(one)
+    parts += [f"> {tables.escape(str(error))}\n" for error in undone]
     return "\n".join(parts)
 
 

@@ -39,6 +39,10 @@ def percentile_name(percentile: int) -> str:
     return f"own FAR p{percentile}"
 
 
+class NothingDoneError(UserError):
+    """None of a study's cells is there."""
+
+
 @dataclass
 class Results:
     """A study's cells as far as they are done.
@@ -134,7 +138,8 @@ def load(path: Path, cells: Path) -> Results:
     """What ``cells`` holds of the study in ``path``.
 
     Raises:
-        UserError: a bad definition; no cell is done; cells were trained on different data or
+        NothingDoneError: no cell is done.
+        UserError: a bad definition; cells were trained on different data or
             judged on different versions of a verification set.
     """
     study = design.load(path)
@@ -148,16 +153,18 @@ def load(path: Path, cells: Path) -> Results:
     )
     grid = design.grid(known, chosen)
     pending = sum(_count(study, name) for name in study.arms if name not in chosen)
+    judged = {cell.key for cell in grid}
     found, failures = {}, {}
     for cell in distinct([*trials, *grid]):
         failure = cells / cell.key / runner.FAILURE
-        if (result := runner.read(cells, cell)) is not None:
+        pairs = study.pairs if cell.key in judged else []
+        if (result := runner.read(cells, cell, pairs)) is not None:
             found[cell.key] = result
         elif failure.exists():
             lines = failure.read_text(errors="replace").split("\n")
             failures[cell.key] = next((line for line in reversed(lines) if line.strip()), "")
     if not found:
-        raise UserError(
+        raise NothingDoneError(
             f"no cell of {study.name} is done in {cells}; run `sphereface2 study run {path}` first"
         )
     _check_data(found, cells)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sphereface2.data.locate import locate
+from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import far_key
 from sphereface2.files import atomic_write
 from sphereface2.study import design
-from sphereface2.study.cell import RESULT
+from sphereface2.study.cell import judged_on, read_result
 from sphereface2.study.design import Cell, Study
 from sphereface2.training import config as configuration
 
@@ -40,7 +41,8 @@ def run_study(path: Path, *, cells: Path, jobs: int) -> None:
     """Run what is missing of the study in ``path``: its trials, then its grid and its sweeps.
 
     A cell has a folder ``cells/KEY``, whatever study it is part of; one with ``cell.json`` is done,
-    one that was interrupted goes on from its last checkpoint. A cell that fails (a loss that
+    one that was interrupted goes on from its last checkpoint, and one that was not judged on a
+    verification set that is asked for now is judged anew from there. A cell that fails (a loss that
     diverges, say) is noted in ``failed.txt`` with the end of its log, and the others go on; it is
     tried again when the study is run again.
 
@@ -50,7 +52,7 @@ def run_study(path: Path, *, cells: Path, jobs: int) -> None:
         jobs: cells at a time; each has its share of the CPU cores.
 
     Raises:
-        UserError: a bad definition, or cells failed.
+        UserError: a bad definition, ``cells`` holds cells of other data, or cells failed.
     """
     study = design.load(path)
     if jobs < 1:
@@ -59,10 +61,13 @@ def run_study(path: Path, *, cells: Path, jobs: int) -> None:
     # A scheduler ends a job by SIGTERM, which by itself would leave the cells' processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _locked(cells, study.name):
+        _check_data(study, cells, [*design.trials(study), *design.grid(study, {})])
         runner = _Runner(study, cells, jobs)
-        failed = runner.run("trials", design.trials(study))
-        chosen = choose(study, cells)
-        failed += runner.run("cells", design.grid(study, chosen))
+        # Trials are chosen by the validation people alone.
+        failed = runner.run("trials", design.trials(study), pairs=())
+        grid = design.grid(study, choose(study, cells))
+        _check_data(study, cells, grid)
+        failed += runner.run("cells", grid, pairs=study.pairs)
     if failed:
         raise UserError(
             f"{len(failed)} cells failed, the others are done: see {FAILURE} in "
@@ -116,10 +121,26 @@ def validation_tar(study: Study, result: dict[str, Any]) -> float:
     return told[key] or 0.0
 
 
-def read(cells: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell, or None if it is not done."""
-    path = cells / cell.key / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+def read(cells: Path, cell: Cell, pairs: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The result of a cell; None if it is not done, or not judged on all of the sets ``pairs``."""
+    result = read_result(cells / cell.key)
+    return result if result is not None and set(pairs) <= judged_on(result) else None
+
+
+def _check_data(study: Study, cells: Path, wanted: Iterable[Cell]) -> None:
+    """Refuse finished cells of other data: their keys tell their settings only."""
+    done = {cell.key: result for cell in wanted if (result := read(cells, cell)) is not None}
+    if not done:
+        return
+    train = study.base.get("data", {}).get("train", "auto")
+    source = open_source(locate().train if train == "auto" else Path(train))
+    fingerprint = source.fingerprint()
+    for key, result in done.items():
+        if result["data"]["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{cells / key} was trained on other data than {study.name} is to be (data.train "
+                f"{train}); give it --cells of its own"
+            )
 
 
 class _Runner:
@@ -130,10 +151,10 @@ class _Runner:
         self.lock = Lock()
         self.stopping = False
 
-    def run(self, what: str, wanted: Iterable[Cell]) -> list[str]:
-        """Run the cells not done yet; the keys of those that failed."""
+    def run(self, what: str, wanted: Iterable[Cell], pairs: Sequence[str]) -> list[str]:
+        """Run the cells not done yet, or not judged on all ``pairs``; the keys that failed."""
         cells = list({cell.key: cell for cell in wanted}.values())
-        missing = [cell for cell in cells if not (self.cells / cell.key / RESULT).exists()]
+        missing = [cell for cell in cells if read(self.cells, cell, pairs) is None]
         self.console.print(
             f"{self.study.name}: {len(cells)} {what}, {len(cells) - len(missing)} done before"
         )
@@ -160,7 +181,7 @@ class _Runner:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         cell = running.pop(future)
                         progress.console.print(f"{cell.label}  {future.result()}", highlight=False)
-                        if not (self.cells / cell.key / RESULT).exists():
+                        if read(self.cells, cell, pairs) is None:
                             failed.append(cell.key)
                         progress.advance(task)
             except BaseException:
@@ -172,8 +193,8 @@ class _Runner:
         """Run a cell's process to its end; what to tell of it."""
         folder = self.cells / cell.key
         folder.mkdir(exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            atomic_write(folder / "config.yaml", configuration.dump(cell.config).encode())
+        # Anew each time: where the data lie and how many threads to use may have changed.
+        atomic_write(folder / "config.yaml", configuration.dump(cell.config).encode())
         (folder / FAILURE).unlink(missing_ok=True)
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

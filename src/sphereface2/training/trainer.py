@@ -181,7 +181,8 @@ class Trainer:
         )
         every = round(self.config.validation.every * self.epoch_steps)
         batches = self.batches(progress.step * settings.accumulate)
-        window_images, window_start = 0, time.perf_counter()
+        logged = copy.copy(progress)
+        since = time.perf_counter()
         self.forward.train()
         self.loss.train()
         with log:
@@ -194,38 +195,36 @@ class Trainer:
                 if self.average is not None:
                     self.average.update(self.network, progress.step)
                 progress.step += 1
-                count = sum(len(batch.labels) for batch in micro)
+                progress.images += sum(len(batch.labels) for batch in micro) * self.world.size
                 for batch in micro:
                     if batch.unreadable:
                         self.dataset.note_unreadable(batch.unreadable)
-                window_images += count
+                now = time.perf_counter()
+                progress.seconds += now - since
+                since = now
                 done = progress.step == self.total_steps
 
                 if progress.step % settings.log_every == 0 or done:
-                    seconds = time.perf_counter() - window_start
-                    steps = (progress.step - 1) % settings.log_every + 1
-                    images = window_images * self.world.size
-                    progress.images += images
-                    progress.seconds += seconds
+                    seconds = progress.seconds - logged.seconds
                     values = {
                         "seconds": progress.seconds,
                         "loss": self.world.mean(loss),
                         "lr": self.optimizers[0].param_groups[0]["lr"],
                         "gradient_norm": norm,
-                        "images_per_second": images / seconds,
-                        "seconds_per_step": seconds / steps,
+                        "images_per_second": (progress.images - logged.images) / seconds,
+                        "seconds_per_step": seconds / (progress.step - logged.step),
                         "unreadable": len(self.dataset.unreadable_names()),
                     }
                     log.train(progress.step, self.epoch, values)
-                    window_images, window_start = 0, time.perf_counter()
+                    logged = copy.copy(progress)
 
                 pause = time.perf_counter()
                 is_best = False
                 if done or (every and progress.step % every == 0):
-                    is_best = self._validate(log, progress.seconds + pause - window_start)
+                    is_best = self._validate(log)
                 if done or is_best or progress.step % settings.checkpoint_every == 0:
                     self._save(best=is_best)
-                window_start += time.perf_counter() - pause
+                since += time.perf_counter() - pause
         return progress
 
     @property
@@ -312,12 +311,12 @@ class Trainer:
                 f"{self.checkpointer.folder / 'last'}"
             )
 
-    def _validate(self, log: RunLog, seconds: float) -> bool:
+    def _validate(self, log: RunLog) -> bool:
         network = self.evaluated_network()
         network.eval()
         figures = self.validate(network)
         self.network.train()
-        log.validation(self.progress.step, self.epoch, seconds, figures)
+        log.validation(self.progress.step, self.epoch, self.progress.seconds, figures)
         if not figures:
             return False
         first = next(iter(figures.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,12 @@ _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the 
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 _CELLS = Annotated[Path, typer.Option(help="Folder of the studies' runs, one a cell.")]
 _GALLERY = Annotated[str, typer.Argument(help="A folder, or http://host:19530 of a Milvus server.")]
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("it must be a finite number")
+    return value
 
 
 def _version(value: bool) -> None:
@@ -484,16 +491,24 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Faces in a forward pass.", min=1)] = 32,
     max_wait_ms: Annotated[
-        float, typer.Option(help="Longest wait of a face for company.", min=0)
+        float, typer.Option(help="Longest wait of a face for company.", min=0, callback=_finite)
     ] = 5.0,
     max_queue: Annotated[int, typer.Option(help="Pictures in work; beyond: 503.", min=1)] = 128,
-    max_body_mb: Annotated[float, typer.Option(help="Size of a request.", min=0.001)] = 20.0,
-    max_megapixels: Annotated[float, typer.Option(help="Size of a picture.", min=0.001)] = 50.0,
-    rate: Annotated[float, typer.Option(help="Requests/s of a client; 0: any.", min=0)] = 50.0,
+    max_body_mb: Annotated[
+        float, typer.Option(help="Size of a request.", min=0.001, callback=_finite)
+    ] = 20.0,
+    max_megapixels: Annotated[
+        # Pillow refuses more than 178 whatever it is told.
+        float, typer.Option(help="Size of a picture.", min=0.001, max=178, callback=_finite)
+    ] = 50.0,
+    rate: Annotated[
+        float, typer.Option(help="Requests/s of a client; 0: any.", min=0, callback=_finite)
+    ] = 50.0,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
     drain_seconds: Annotated[
-        float, typer.Option(help="After SIGTERM: unready, but still serving.", min=0)
+        float,
+        typer.Option(help="After SIGTERM: unready, but still serving.", min=0, callback=_finite),
     ] = 5.0,
     device: _DEVICE = None,
 ) -> None:
@@ -605,12 +620,21 @@ def study_report(
 
 
 def main() -> None:
-    """Entry point: a UserError ends in one sentence on stderr and exit status 2."""
+    """Entry point: a UserError ends in one sentence on stderr and exit status 2.
+
+    So does what the system refuses and no command foresaw: a full disk, a missing permission.
+    """
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        told = str(error)
+    except OSError as error:
+        file = error.filename2 or error.filename  # of a renaming the name that was wanted
+        told = f"{file}: {error.strerror}" if file is not None else str(error)
+    else:
+        return
+    typer.echo(f"error: {told}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from sphereface2.errors import UserError
+
+#: What the temporary names match that a process which was killed leaves behind.
+TEMPORARY = ".*.tmp"
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that nobody else has, and short: a long one may be at its limit."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``; a crash leaves the old file or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -29,7 +42,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     ``path`` must not exist. On an exception the temporary folder is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -41,6 +54,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def atomic_symlink(link: Path, target: str) -> None:
     """Point ``link`` at ``target`` (relative to its folder), replacing an older one at once."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary = _temporary(link)
     temporary.symlink_to(target)
     temporary.replace(link)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an OSError of the block a UserError: ``path``, which it writes, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def lock(file: IO[Any], busy: str) -> None:
+    """Keep an open file to this process until it is closed; UserError ``busy`` if another has it.
+
+    Windows knows no such lock; there it does nothing.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be printed and stored: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

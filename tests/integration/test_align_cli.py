@@ -125,6 +125,104 @@ def test_by_a_landmark_file(photos, tmp_path):
     )
 
 
+@pytest.fixture
+def few(tmp_path):
+    """Three photographs: one with two faces, one with one, one damaged."""
+    root = tmp_path / "few"
+    root.mkdir()
+    image = astronaut()[:300, 50:400, ::-1]
+    cv2.imwrite(str(root / "one.png"), image)
+    cv2.imwrite(str(root / "two.png"), np.hstack([image, image]))
+    (root / "bad.png").write_bytes(b"no picture")
+    return root
+
+
+def skipped(few, out, **options):
+    return align_folder(few, out, workers=1, **options)["skipped"]
+
+
+def test_what_changed_is_done_anew(few, tmp_path):
+    out = tmp_path / "out"
+    align_folder(few, out, workers=1, all_faces=True)
+    assert crops(out).keys() == {"one_face1.jpg", "two_face1.jpg", "two_face2.jpg"}
+    assert skipped(few, out, all_faces=True) == 2  # a damaged picture is tried again
+    for name in ("two.png", "bad.png"):
+        (few / name).write_bytes((few / "one.png").read_bytes())
+    report = align_folder(few, out, workers=1, all_faces=True)
+    assert (report["skipped"], report["crops"], report["unreadable"]) == (1, 3, 0)
+    assert crops(out).keys() == {"one_face1.jpg", "two_face1.jpg", "bad_face1.jpg"}
+    (out / "bad_face1.jpg").unlink()
+    assert skipped(few, out, all_faces=True) == 2
+    assert len(crops(out)) == 3 and skipped(few, out, all_faces=True) == 3
+    # The same names below another folder are other pictures.
+    other = few.rename(tmp_path / "other")
+    with pytest.raises(UserError, match=rf"holds crops of {few}, not of {other}"):
+        align_folder(other, out, workers=1, all_faces=True)
+
+
+def test_corrected_landmarks_make_another_crop(few, tmp_path):
+    points, out = tmp_path / "points.txt", tmp_path / "out"
+    for shift, expected in ((60, 0), (60, 1), (80, 0)):
+        told = " ".join(repr(float(v)) for v in (TEMPLATE * 1.1 + shift).ravel())
+        points.write_text(f"one.png {told}\n")
+        assert skipped(few, out, landmarks=points, png=True) == expected
+    np.testing.assert_array_equal(
+        read_photo(out / "one.png"), warp(read_photo(few / "one.png"), TEMPLATE * 1.1 + 80)
+    )
+    points.write_text(f"one.png nan\ntwo.png {told}\n")
+    assert align_folder(few, out, workers=1, landmarks=points, png=True)["bad_landmarks"] == 1
+    assert not (out / "one.png").exists()
+
+
+def test_nothing_but_crops_is_replaced(few, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "one.jpg").write_bytes(b"precious")
+    (photos / ".mine.tmp").touch()
+    with pytest.raises(UserError, match=r"photos holds files and no faces\.jsonl"):
+        align_folder(few, photos, workers=1)
+    (photos / "faces.jsonl").write_text('{"of": "another program"}')
+    with pytest.raises(UserError, match=r"faces\.jsonl is damaged or not of this command"):
+        align_folder(few, photos, workers=1)
+    assert (photos / "faces.jsonl").read_text() == '{"of": "another program"}'
+    assert (photos / "one.jpg").read_bytes() == b"precious" and (photos / ".mine.tmp").exists()
+    assert not (photos / "report.json").exists()
+
+
+def test_one_process_at_a_time(few, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    align_folder(few, out, workers=1)
+    (out / ".0123.tmp").touch()
+    with (out / "faces.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work in"):
+            align_folder(few, out, workers=1)
+        assert (out / ".0123.tmp").exists()
+    align_folder(few, out, workers=1)
+    assert not (out / ".0123.tmp").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
+def test_odd_names_stop_nothing(few, tmp_path):
+    odd = os.fsdecode(os.fsencode(few) + b"/caf\xe9.png")
+    image = (few / "one.png").read_bytes()
+    for name in (odd, few / ("ж" * 125 + ".png"), few / ("x" * 251 + ".png")):
+        Path(name).write_bytes(image)
+    (few / "two.png").rename(odd.replace("caf", "bad"))
+    Path(odd.replace("caf", "bad")).write_bytes(b"no picture")
+    out = tmp_path / "out"
+    done = align(few, out, "--workers", 1, "--all-faces")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert (report["aligned"], report["unreadable"], report["not_written"]) == (2, 2, 2)
+    assert r"bad\udce9.png is not an image" in done.stderr and "name is too long" in done.stderr
+    assert Path(os.fsdecode(os.fsencode(out) + b"/caf\xe9_face1.jpg")).exists()
+    assert skipped(few, out, all_faces=True) == 4
+    # Without a longer end to their names they fit.
+    assert align_folder(few, tmp_path / "main", workers=1)["aligned"] == 4
+
+
 def test_mistakes_are_one_sentence(photos, tmp_path):
     (tmp_path / "bare").mkdir()
     for source, target, told in [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from typer.testing import CliRunner, Result
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.cli import app
+from sphereface2.data.convert import convert
 from sphereface2.errors import UserError
 from sphereface2.recognition.embedder import FaceEmbedder
 
@@ -90,7 +94,9 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     with pytest.raises(UserError, match="1 pictures have no file"):
         run("reembed", gallery, *new)
     assert answer(gallery, probe, *old)[0]["matches"]  # nothing has changed
-    run("reembed", gallery, *new, "--drop-missing")
+    moved = run("reembed", gallery, *new, "--drop-missing")
+    assert "so that they go: bob" in moved.stderr and "1 people" in moved.stdout
+    assert "1 went: bob" in moved.stdout
     (found,) = answer(gallery, probe, *new, "--threshold", 0.999)
     assert [(m["person"], m["metadata"]) for m in found["matches"]] == [("ann", {"a": 1})]
     assert found["person"] == "ann"
@@ -141,6 +147,80 @@ def test_features_as_embed_writes_them(world: Path, tmp_path: Path) -> None:
     assert "6 pictures of 3 people" in added.stdout
 
 
+def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
+    """RecordIO as it is handed out knows people by number alone."""
+    table, gallery = tmp_path / "features.parquet", tmp_path / "g"
+    files = sorted((world / "faces").rglob("*.png"))
+    convert(world / "faces", tmp_path / "set", to="recordio")
+    (tmp_path / "set" / "names.txt").unlink()
+    words = ["embed", world / "old", tmp_path / "set", "--out", table, "--aligned"]
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    assert "6 pictures of 3 people" in run("add", gallery, "--features", table).stdout
+    (found,) = answer(gallery, files[2], "--model", world / "old", "--threshold", 0.9999)
+    assert found["person"] == "1"
+
+    words[4] = tmp_path / "other.parquet"
+    assert CliRunner().invoke(app, [*map(str, words), "--no-flip"]).exit_code == 0
+    with pytest.raises(UserError, match="embedded with --no-flip"):
+        run("add", gallery, "--features", tmp_path / "other.parquet")
+    told = pq.read_schema(table).metadata
+    nobody = pq.read_table(table).drop_columns(["label", "person"])
+    nobody = nobody.append_column("label", pa.nulls(6, pa.int64()))
+    pq.write_table(nobody.replace_schema_metadata(told), table)
+    with pytest.raises(UserError, match="nobody was added"):
+        run("add", tmp_path / "empty", "--features", table)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_folder_is_enrolled_once_and_past_whom_a_gallery_does_not_take(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sphereface2.recognition.gallery.PICTURES", 3)
+    gallery, old, faces = tmp_path / "g", ["--model", world / "old", "--aligned"], tmp_path / "f"
+    picture = (world / "faces/ann/0.png").read_bytes()
+    for person, count in (("ann", 1), ("bob", 4), ("x" * 201, 1), ("zoe\u0301", 2)):
+        (faces / person).mkdir(parents=True)
+        for i in range(count):
+            (faces / person / f"{i}.png").write_bytes(picture)
+    added = run("add", gallery, "--folder", faces, *old)
+    assert "3 pictures of 2 people" in added.stdout and "already" not in added.stdout
+    assert "'bob' would have 4 pictures" in added.stderr and "1 to 200 characters" in added.stderr
+    (faces / "ann" / "new.png").write_bytes(picture)
+    added = run("add", gallery, "--folder", faces, *old)
+    assert "1 pictures of 1 people" in added.stdout and "3 pictures were there" in added.stdout
+    people = json.loads(run("list", gallery, "--json").stdout)
+    assert [(p["name"], p["pictures"]) for p in people] == [("ann", 2), ("zo\u00e9", 2)]
+
+
+def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) -> None:
+    gallery, old, face = tmp_path / "g", ["--model", world / "old"], world / "faces/ann/0.png"
+    run("add", gallery, "ann", face, *old, "--aligned")
+    words = ["search", gallery, world / "none.png", face, *old, "--aligned", "--json"]
+    ran = CliRunner().invoke(app, ["gallery", *map(str, words)])
+    assert isinstance(ran.exception, UserError) and "1 of 2 pictures" in str(ran.exception)
+    bad, good = json.loads(ran.stdout)
+    assert "none.png" in bad["error"] and good["matches"][0]["person"] == "ann"
+
+
+def test_a_full_disk_is_one_sentence(world: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    words = ["gallery", "add", tmp_path / "g", "--folder", world / "faces", "--aligned"]
+    code = "from sphereface2.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words), "--model", str(world / "old")],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr, ran.stderr
+    assert "File too large" in ran.stderr.strip().splitlines()[-1]
+
+
 def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
     old, face = ["--model", world / "old"], world / "faces/ann/0.png"
     for words, message in (
@@ -151,8 +231,20 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
         (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata takes a JSON object"),
         (["--folder", world / "faces", *old, "--replace"], "go with one person"),
         (["ann", tmp_path / "none.png", *old, "--aligned"], "none.png"),
+        (["--folder", tmp_path / "none", *old], "none is no folder"),
+        (["--folder", face, *old], "0.png is no folder"),
     ):
         with pytest.raises(UserError, match=message):
             run("add", tmp_path / "g", *words)
+    assert not (tmp_path / "g").exists()
+    with pytest.raises(UserError, match=r"cannot be opened: .*Not a directory"):
+        run("add", face / "g", "ann", face, *old, "--aligned")
+    run("add", tmp_path / "g", "ann", face, *old, "--aligned")
+    (tmp_path / "moved.png").write_bytes(face.read_bytes())
+    run("add", tmp_path / "h", "ann", tmp_path / "moved.png", *old, "--aligned")
+    (tmp_path / "moved.png").unlink()
+    with pytest.raises(UserError, match="nobody would remain"):
+        run("reembed", tmp_path / "h", "--model", world / "new", "--drop-missing")
+    assert json.loads(run("stats", tmp_path / "h", "--json").stdout)["people"] == 1
     with pytest.raises(UserError, match="no gallery at"):
         run("search", tmp_path / "nowhere", face, *old)

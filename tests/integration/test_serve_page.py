@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from serving import Server, drawn, encoded, make_model, photograph, serving
 
+from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.gallery import Enrolment, Gallery
 from sphereface2.recognition.service import keys
 
 CHROMIUM = (
@@ -219,9 +222,181 @@ def test_the_page_asks_for_a_key(browser: Any, model: Path, tmp_path: Path) -> N
         field.fill("sf2_wrong")
         field.press("Enter")
         expect(field).to_have_value("")  # asked once more
-        field.fill(token)
+        field.fill(f"\u200b{token}\u202c\n")  # as copied from a chat
         field.press("Enter")
         expect(page.locator("#model")).to_contain_text("calibrated")
         expect(page.locator("#people [data-empty]")).to_have_count(1)
+        page.get_by_text("Settings").click()
+        expect(page.get_by_role("button", name="Forget the key")).to_be_visible()
+
+        # A key that no header can hold is asked for again, and one that is kept can be forgotten
+        # though the server is silent.
+        page.evaluate("sessionStorage.setItem('key', 'sf2_\u200b')")
+        page.reload()
+        expect(field).to_be_visible()
+        field.fill(token)
+        field.press("Enter")
+        expect(page.locator("#model")).to_contain_text("calibrated")
+        page.route("**/v1/**", lambda route: route.abort())
+        page.reload()
+        expect(page.locator("#model")).to_contain_text("does not answer")
+        page.get_by_text("Settings").click()
+        expect(page.get_by_role("button", name="Forget the key")).to_be_visible()
         assert complaints == []
         page.context.close()
+
+
+def hand_over(page: Any, where: str, kind: str, *pictures: bytes) -> None:
+    """Drop pictures on an element, or paste them into it."""
+    page.evaluate(
+        """([where, kind, pictures]) => {
+          const given = new DataTransfer();
+          for (const text of pictures) {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            given.items.add(new File([bytes], "face.jpg", {type: "image/jpeg"}));
+          }
+          const common = {bubbles: true, cancelable: true};
+          document.querySelector(where).dispatchEvent(kind === "drop"
+            ? new DragEvent("drop", {...common, dataTransfer: given})
+            : new ClipboardEvent("paste", {...common, clipboardData: given}));
+        }""",
+        [where, kind, [base64.b64encode(picture).decode() for picture in pictures]],
+    )
+
+
+def test_pictures_dropped_together_or_pasted_anywhere(browser: Any, server: Server) -> None:
+    from playwright.sync_api import expect
+
+    page, _, complaints = watched(browser)
+    page.goto(server.url)
+    expect(page.locator("#model")).to_contain_text("calibrated")
+    page.get_by_text("Settings").click()
+    page.get_by_label("aligned face crops").check()
+    verdict = page.locator("#verify .verdict")
+    hand_over(page, "#verify [data-picker=b] .drop", "drop", drawn(1), drawn(2))
+    expect(verdict).to_be_visible()
+    for picker in ("First", "Second"):
+        page.get_by_role("button", name=f"{picker} picture: remove").click()
+    expect(verdict).to_be_hidden()
+    for number in (1, 2):  # the first empty place takes it
+        hand_over(page, "body", "paste", drawn(number))
+    expect(verdict).to_be_visible()
+    page.get_by_role("tab", name="Search").click()
+    hand_over(page, "body", "paste", drawn(1))
+    expect(page.get_by_alt_text("Picture to look for, chosen")).to_be_visible()
+    page.get_by_role("tab", name="People").click()
+    hand_over(page, "#enrol-name", "paste", drawn(1))
+    hand_over(page, "#people fieldset", "paste", drawn(1, 1))
+    expect(page.locator("#people .strip li")).to_have_count(2)
+    assert complaints == []
+    page.context.close()
+
+
+def test_many_people_at_a_low_rate(browser: Any, model: Path, tmp_path: Path) -> None:
+    """A list of two pages, on a server that lets ten requests in at once."""
+    from playwright.sync_api import expect
+
+    embedder = FaceEmbedder.from_pretrained(model, device="cpu")
+    rows = embedder.embed([drawn(seed) for seed in range(3)], aligned=True)
+    names = [f"Person {number:02}" for number in range(61)]
+    with Gallery.open(
+        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+    ) as gallery:
+        list(gallery.add_many(Enrolment(name, rows[at % 3]) for at, name in enumerate(names)))
+        gallery.add("R&D/Ada", rows[0])
+    with serving(model, tmp_path / "g", "--rate", "5", "--drain-seconds", "0") as server:
+        page, _, complaints = watched(browser)
+        page.goto(f"{server.url}/#people")
+        rows_shown = page.locator("#people li")
+        shown = page.locator("#people .name")
+        expect(rows_shown).to_have_count(50)
+        expect(page.locator("#model")).to_contain_text("calibrated")
+        page.get_by_role("button", name="Show more").dblclick()
+        expect(rows_shown).to_have_count(62)
+        expect(rows_shown.nth(50)).to_be_focused()
+        assert shown.all_inner_texts() == sorted([*names, "R&D/Ada"])
+        expect(page.get_by_role("button", name="Show more")).to_be_hidden()
+
+        # The row goes, the others stay, and a second Enter deletes nobody.
+        page.get_by_role("button", name="Delete Person 55").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        expect(rows_shown).to_have_count(61)
+        expect(rows_shown.filter(has_text="Person 56")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("#confirm")).to_be_hidden()
+        expect(page.locator("[data-count]")).to_have_text("61")
+        page.get_by_role("button", name="Delete R&D/Ada").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        expect(rows_shown).to_have_count(60)
+        page.reload()
+        expect(rows_shown).to_have_count(50)
+        page.get_by_role("button", name="Delete Person 00").click()
+        page.get_by_role("button", name="Delete", exact=True).click()
+        expect(rows_shown).to_have_count(49)
+        page.get_by_role("button", name="Show more").click()
+        expect(rows_shown).to_have_count(59)
+        assert shown.all_inner_texts() == [name for name in names[1:] if name != "Person 55"]
+
+        # What the figures of a candidate mean is told to those who do not see them.
+        page.get_by_role("tab", name="Search").click()
+        page.get_by_text("Settings").click()
+        page.get_by_label("aligned face crops").check()
+        page.set_input_files("#search input[name=image]", file(drawn(1)))
+        told = page.locator("#search ol").aria_snapshot()
+        assert re.search(r"similarity 1\.00, probability .* %, at or above the threshold", told), (
+            told
+        )
+        assert complaints == []
+        page.context.close()
+
+
+def test_every_text_of_a_search_stands_out_enough(browser: Any, server: Server) -> None:
+    """4.5:1 at least, in both colour schemes, also of candidates below the threshold."""
+    from playwright.sync_api import expect
+
+    found = {
+        "known": False,
+        "threshold": 0.5,
+        "far": 0.1,
+        "crop": "data:,",
+        "face": None,
+        "matches": [
+            {
+                "name": "Ada",
+                "similarity": 0.3,
+                "probability": 0.1,
+                "same": False,
+                "metadata": {},
+                "thumbnail": False,
+            }
+        ],
+    }
+    page, _, _ = watched(browser)
+    page.route("**/v1/search", lambda route: route.fulfill(json=found))
+    page.goto(f"{server.url}/#search")
+    page.set_input_files("#search input[name=image]", file(drawn(1)))
+    expect(page.locator("#search ol")).to_contain_text("similarity 0.30, probability 10.0 %, below")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        ratios = page.evaluate(
+            """() => {
+              const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+              const luminance = (rgb) => rgb.map((v) => v / 255)
+                .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+                .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+              const list = document.querySelector("#search ol");
+              const back = numbers(getComputedStyle(list).backgroundColor).slice(0, 3);
+              return [...list.querySelectorAll(".name, .figure > *")].map((element) => {
+                let opacity = 1;
+                for (let at = element; at !== list; at = at.parentElement) {
+                  opacity *= getComputedStyle(at).opacity;
+                }
+                const mixed = numbers(getComputedStyle(element).color).slice(0, 3)
+                  .map((v, at) => v * opacity + back[at] * (1 - opacity));
+                const [dark, light] = [luminance(mixed), luminance(back)].sort((a, b) => a - b);
+                return (light + 0.05) / (dark + 0.05);
+              });
+            }"""
+        )
+        assert len(ratios) == 3 and min(ratios) >= 4.5, (scheme, ratios)
+    page.context.close()

@@ -127,6 +127,33 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
     assert "no threshold for a FAR of 0.001, it has 1e-1, 1e-2" in done.stderr
 
 
+def test_the_verdict_does_not_depend_on_its_picture(place, net, call, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/$caf\xe9_$.png")
+    shutil.copy(place / "faces/P03/0.png", odd)
+    words = ("verify", odd, place / "faces/P03/1.png", "--model", net, "--aligned", "--picture")
+    done = call(*words, tmp_path / "v.png")
+    assert done.returncode == 0, done.stderr
+    assert f"picture: {tmp_path / 'v.png'}" in done.stdout and (tmp_path / "v.png").exists()
+    (tmp_path / "file").touch()
+    for bad in ("/proc/v.png", tmp_path / "file" / "v.png"):
+        done = call(*words, bad)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"error: {bad} cannot be written: ")
+        assert "similarity" in done.stdout and "picture:" not in done.stdout
+    done = call(*words, ".")
+    assert (done.returncode, done.stdout) == (2, "") and "name it NAME.png" in done.stderr
+
+
+def test_what_the_system_refuses_is_one_sentence_too(call, tmp_path, monkeypatch):
+    def refused(*args, **options):
+        os.replace(tmp_path / "a", tmp_path / "b")
+
+    monkeypatch.setattr("sphereface2.data.info.info", refused)
+    done = call("data", "info", tmp_path)
+    told = f"error: {tmp_path / 'b'}: No such file or directory\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 def test_a_table_tells_thresholds_and_the_shared_bias(place, net, call):
     done = call("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces",
                "--far", "0.2", "--method", "isotonic")  # fmt: skip

@@ -38,6 +38,8 @@ def test_bad_lines_are_named_and_the_rest_is_kept(write):
         "word.jpg 1 2 3 four 5 6 7 8 9 10",
         f"../up.jpg {GOOD}",
         f"/etc/passwd {GOOD}",
+        "," + GOOD.replace(" ", ","),
+        f"./good.jpg {GOOD}",
     ]
     found = read_landmarks(write("\n".join(lines)))
     assert list(found.points) == ["good.jpg"]
@@ -48,6 +50,8 @@ def test_bad_lines_are_named_and_the_rest_is_kept(write):
         "word.jpg": "line 5: y2 is 'four'",
         "../up.jpg": "leads out",
         "/etc/passwd": "leads out",
+        ".": "line 8: there is no path",
+        "good.jpg": "line 9: the picture was named before",
     }
     assert found.bad.keys() == told.keys()
     for name, text in told.items():

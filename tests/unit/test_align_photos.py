@@ -1,5 +1,6 @@
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -105,6 +106,17 @@ def test_a_bomb_is_refused_by_its_header():
         read_photo(png_header(20_000, 20_000))
     with pytest.raises(UserError, match=r"10000x9999 pixels, more than the 1,000 allowed"):
         read_photo(png_header(10_000, 9_999), max_pixels=1000)
+
+
+def test_the_number_of_pixels_asked_for_counts_and_not_pillow_s(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    wide = encoded(Image.new("RGB", (40, 25)), "TIFF")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_photo(wide, max_pixels=1000).shape == (25, 40, 3)
+        assert Image.MAX_IMAGE_PIXELS == 1000
+        assert read_photo(encoded(Image.new("L", (9, 9)), "PNG"), max_pixels=81).shape == (9, 9, 3)
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_what_is_no_picture_is_named(picture, tmp_path):

@@ -224,6 +224,12 @@ def test_wrong_architecture(saved: Path) -> None:
             bundle.load(saved)
 
 
+def test_metadata_of_another_kind(saved: Path) -> None:
+    edit(saved, metadata=[1, 2])
+    with pytest.raises(UserError, match=r"config\.json is damaged: its metadata is no JSON object"):
+        bundle.load(saved)
+
+
 def test_newer_format(saved: Path) -> None:
     edit(saved, format_version=2, package_version="9.0")
     with pytest.raises(UserError, match=r"format version 2 .* wrote it \(9.0\)"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -153,6 +154,14 @@ def test_it_stands_in_for_the_backbone(checkpoint, float32):
         bundle.save(exported, checkpoint)
 
 
+def test_it_pickles(float32):
+    exported = bundle.load(float32)
+    again = pickle.loads(pickle.dumps(exported))
+    images = torch.randn(3, 3, *exported.input_size)
+    torch.testing.assert_close(again(images), exported(images), rtol=0, atol=0)
+    assert (again.fingerprint, again.training) == (exported.fingerprint, False)
+
+
 def test_torch_export_archive(checkpoint):
     report = export(checkpoint, to="torch_export")
     said = {module.EXTRA_FILE: ""}
@@ -206,6 +215,7 @@ def test_a_result_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch)
         ({"to": "onnx", "int8": True, "calibration": "few"}, "has 4 readable images"),
         ({"to": "onnx", "out": "model.bin"}, "must end in .onnx"),
         ({"to": "onnx", "out": "nowhere/model.onnx"}, "nowhere must be a folder"),
+        ({"to": "torch_export", "out": "/proc/x.pt2"}, "/proc/x.pt2 cannot be written: No such"),
     ],
 )
 def test_mistakes_are_named(checkpoint, drawn, tmp_path, monkeypatch, options, message):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
+import socket
+import sys
 from pathlib import Path
 
 import cv2
@@ -20,7 +24,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
-from sphereface2.recognition import features
+from sphereface2.recognition import features, ray_engine
 from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.features import Job, embed_set, open_pictures
 
@@ -85,8 +89,8 @@ class TopAligner:
 
     name = "top"
 
-    def align(self, image: object) -> tuple[np.ndarray, Face]:
-        pixels = read_photo(image)  # type: ignore[arg-type]
+    def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
+        pixels = read_photo(image, max_pixels=max_pixels)  # type: ignore[arg-type]
         if not pixels[0, 0].any():
             raise NoFaceError("no face found in the picture")
         box = np.array([0, 0, pixels.shape[1], pixels.shape[0] // 2], np.float32)
@@ -139,6 +143,40 @@ def test_a_folder_of_pictures_needs_no_people(model: Path, tmp_path: Path) -> No
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["name"].to_pylist() == ["a.jpg", "b.png", "below/c.png"]
     assert table["label"].null_count == table["person"].null_count == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
+def test_names_that_are_not_utf_8(model: Path, tmp_path: Path) -> None:
+    root = pictures(tmp_path / "set", ["Ann/a.png"])
+    image = (root / "Ann/a.png").read_bytes()
+    for name, content in ((b"caf\xe9.png", image), (b"caf\xe8.png", b"no picture")):
+        Path(os.fsdecode(os.fsencode(root / "Ann") + b"/" + name)).write_bytes(content)
+    embed_set(model, root, tmp_path / "f.parquet", aligned=True, device="cpu")
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["name"].to_pylist() == ["Ann/a.png", r"Ann/caf\udce9.png"]
+    assert r"Ann/caf\udce8.png," in (tmp_path / "f.parquet.skipped.csv").read_text("utf-8")
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    model: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features, "atomic_write", full)
+    with pytest.raises(UserError, match=r"f\.parquet cannot be written: No space left"):
+        embed_set(model, faces, tmp_path / "f.parquet", aligned=True, device="cpu")
+
+
+def test_a_cluster_that_does_not_answer_is_told_of_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "{}:{}".format(*server.getsockname())
+        ray_engine._check_answers(address)
+        ray_engine._check_answers(f"ray://{address}")
+        ray_engine._check_answers("auto")
+    for nobody in (address, f"ray://{address}", "127.0.0.1:99999"):
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {nobody}"):
+            ray_engine._check_answers(nobody)
 
 
 def test_a_run_goes_on_with_the_parts_it_has(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +230,7 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
         opened(tmp_path / "full")
     with opened(tmp_path / "g") as gallery:
         new = [Enrolment("x", np.ones((2, 3), np.float32), {"k": 1})]
-        gallery.reembed(new, fingerprint="c" * 64, dim=3)
+        gallery.reembed(lambda _: new, fingerprint="c" * 64, dim=3)
         assert gallery.search(np.ones(3))[0][0].person == "x"
     with opened(tmp_path / "g", fingerprint="c" * 64, dim=3) as gallery:
         assert gallery.get("x") == module.Person("x", 2, {"k": 1})
@@ -246,6 +250,8 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
         ({"person": "\ud800"}, "not valid Unicode"),
         ({"metadata": {"x": float("nan")}}, "not JSON"),
         ({"metadata": {"x": b""}}, "not JSON"),
+        ({"metadata": {"x": ["\ud800"]}}, "not valid Unicode"),
+        ({"metadata": {"\ud800": 1}}, "not valid Unicode"),
         ({"metadata": [1]}, "no JSON object"),
         ({"metadata": {"x": "y" * 20_000}}, "16,384 is the most"),
         ({"sources": ["a", "b"]}, "1 pictures and 2 sources"),
@@ -336,6 +342,175 @@ def test_threads_see_people_whole_and_in_order(tmp_path: Path) -> None:
             thread.join()
         assert not errors and not seen
         assert [person.name for person in gallery.people()] == ["always"]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that many clients may use: Milvus Lite behind a TCP port."""
+    from milvus_lite.adapter.grpc.server import start_server_in_thread
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(tmp_path_factory.mktemp("server"))
+    server, database, _ = start_server_in_thread(folder, host="127.0.0.1", port=port)
+    yield f"http://127.0.0.1:{port}"
+    server.stop(grace=5).wait()
+    database.close()
+
+
+@pytest.fixture
+def clients(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gallery, Gallery]]:
+    """Two clients of a new gallery on a server, as two processes are."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
+    empty = Store(address)
+    for name in empty.collections():
+        empty.drop(name)
+    empty.close()
+    with (
+        Gallery.open(address, fingerprint=MODEL, dim=DIM) as one,
+        Gallery.open(address, fingerprint=MODEL, dim=DIM) as other,
+    ):
+        yield one, other
+
+
+def again(there: list) -> list[Enrolment]:
+    """Everybody as they are, for `Gallery.reembed`: who is called p7 has the vectors of seed 7."""
+    return [Enrolment(p.name, vectors(int(p.name[1:]), p.pictures), p.metadata) for p, _ in there]
+
+
+def names(gallery: Gallery) -> list[str]:
+    return [person.name for person in gallery.people()]
+
+
+def test_nobody_is_lost_while_others_remove_compact_and_reembed(
+    clients: tuple[Gallery, Gallery],
+) -> None:
+    one, other = clients
+    errors: list[BaseException] = []
+    acknowledged, refused = [], []
+    moved = threading.Event()
+    one.add("p0", vectors(0, 2))
+
+    def add() -> None:
+        number = 1
+        try:
+            while not moved.is_set() or number < 20:
+                try:
+                    one.add(f"p{number}", vectors(number, 2))
+                    acknowledged.append(f"p{number}")
+                except UserError as error:
+                    refused.append(str(error))
+                    continue
+                finally:
+                    assert one.search(vectors(0, 2))[1][0].score > 0.999
+                number += 1
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    for _ in range(3):
+        gone = vectors(99, 1)
+        other.add("gone", gone)
+        other.remove("gone")
+        other.compact()
+        other.reembed(again, fingerprint=MODEL, dim=DIM)
+    moved.set()
+    thread.join()
+    assert not errors
+    assert sorted(names(one)) == sorted(["p0", *acknowledged]) == sorted(names(other))
+    assert refused and all("being moved" in error for error in refused)
+    for name in acknowledged:
+        matches = other.search(vectors(int(name[1:]), 2), k=1)
+        assert [m[0].person for m in matches] == [name] * 2
+    assert len(one._store.collections()) == 3
+    assert other.stats()["pictures"] == 2 * (1 + len(acknowledged))
+
+
+def test_a_move_waits_for_the_change_under_way_and_stops_the_next(
+    clients: tuple[Gallery, Gallery],
+) -> None:
+    one, other = clients
+    one.add("p1", vectors(1, 1))
+    put, added = one._store.put, []
+
+    def slow(name: str, rows: list[Row]) -> None:
+        if "people" in name:
+            mover.start()
+            while not module._leases(one._store):
+                time.sleep(0.01)
+            time.sleep(0.2)
+        put(name, rows)
+
+    def embed(there: list) -> Iterator[Enrolment]:
+        added.extend(person.name for person, _ in there)
+        for change in (
+            lambda: one.add("p3", vectors(3, 1)),
+            lambda: one.remove("p1"),
+            lambda: one.set_metadata("p1", {"a": 1}),
+            lambda: other_too.reembed(again, fingerprint=MODEL, dim=DIM),
+        ):
+            with pytest.raises(UserError, match="another process"):
+                change()
+        yield from again(there)
+
+    uri = one.stats()["uri"]
+    with Gallery.open(uri, fingerprint=MODEL, dim=DIM) as other_too:
+        mover = threading.Thread(
+            target=other.reembed, args=(embed,), kwargs={"fingerprint": "b" * 64, "dim": DIM}
+        )
+        one._store.put = slow  # type: ignore[method-assign]
+        one.add("p2", vectors(2, 1))
+        one._store.put = put  # type: ignore[method-assign]
+        mover.join()
+        assert sorted(added) == names(other) == ["p1", "p2"]
+    for look in (lambda: one.search(vectors(1, 1)), one.people, lambda: one.remove("p1")):
+        with pytest.raises(UserError, match="was moved to another model"):
+            look()
+    assert not module._leases(other._store)
+
+
+def test_what_died_on_a_server_stands_in_nobodys_way_for_ever(
+    clients: tuple[Gallery, Gallery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = clients
+    one.add("p1", vectors(1, 1))
+
+    def row(key: str, age: float, **content: object) -> Row:
+        text = json.dumps({"time": time.time() - age, **content})
+        return Row(key, text, np.array([1, 0], np.float32))
+
+    # A process that died while it moved the gallery, one that died while it changed it.
+    one._store.create(f"{module.PREFIX}people_7", DIM)
+    one._store.put(module.META, [row("lease-a", 60)])
+    with pytest.raises(UserError, match="being moved"):
+        one.add("p2", vectors(2, 1))
+    other.compact()
+    assert len(one._store.collections()) == 4  # it may be alive
+    one._store.put(module.META, [row("lease-a", module.LEASE_SECONDS)])
+    one.add("p2", vectors(2, 1))
+    other.compact()
+    assert len(one._store.collections()) == 3
+    one._store.put(module.META, [row("note-a-0", 60, pictures=["a.b"])])
+    with pytest.raises(UserError, match="being changed by another process"):
+        other.reembed(again, fingerprint=MODEL, dim=DIM)
+    one._store.put(module.META, [row("note-a-0", module.NOTE_SECONDS, pictures=["a.b"])])
+    other.reembed(again, fingerprint=MODEL, dim=DIM)
+    assert names(one) == ["p1", "p2"]
+
+    # Who saw no gallery, though there is one by now, does not make it anew.
+    stamp = module._create(one._store, MODEL, DIM, "flat")
+    assert stamp == other._stamp and names(other) == ["p1", "p2"]
+
+    # Who slept for longer than the lease counts does not move the gallery any more.
+    def slept(there: list) -> list[Enrolment]:
+        monkeypatch.setattr(module, "LEASE_SECONDS", 0)
+        return again(there)
+
+    with pytest.raises(UserError, match="did not answer for long"):
+        other.reembed(slept, fingerprint="b" * 64, dim=DIM)
+    assert names(one) == ["p1", "p2"] and len(one._store.collections()) == 3
 
 
 def test_a_server_is_asked_for_what_a_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:

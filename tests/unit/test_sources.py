@@ -1,18 +1,21 @@
 """Folders, lists, tar shards, and recognising which is which."""
 
+import hashlib
 import io
 import json
+import os
 import pickle
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 
 from sphereface2.data import open_source, split_people
-from sphereface2.data.folder import FolderSource
+from sphereface2.data.folder import FolderSource, pictures_below
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource, RecordIOWriter
-from sphereface2.data.sources import Source
+from sphereface2.data.sources import Source, digest
 from sphereface2.data.webdataset import WebDatasetSource
 from sphereface2.errors import UserError
 
@@ -56,6 +59,39 @@ def test_folder_sorts_people_and_images(tmp_path):
     assert contents(source) == [(b"a", 0), (b"z10", 1), (b"z2", 1)]
     assert source.name(0) == "anna/deep/er/x.png"
     assert isinstance(source, Source)
+
+
+def test_pictures_behind_links_count_once_and_hidden_ones_never(tmp_path):
+    root = files(
+        tmp_path / "set", {"anna/1.gif": b"1", "anna/.2.jpg": b"", "anna/.thumbs/3.jpg": b""}
+    )
+    elsewhere = files(tmp_path / "elsewhere", {"bob/4.avif": b"4", "more/5.jpg": b"5"})
+    (root / "bob").symlink_to(elsewhere / "bob")
+    (root / "anna" / "deep").symlink_to(elsewhere / "more")
+    for name, target in (("up", ".."), ("here", "."), ("root", "/"), ("dangling.jpg", "none")):
+        (root / "anna" / name).symlink_to(target)
+    (elsewhere / "more" / "back").symlink_to(root / "anna")
+    expected = ["anna/1.gif", "anna/deep/5.jpg", "bob/4.avif"]
+    source = FolderSource(root)
+    assert [source.name(i) for i in range(len(source))] == expected
+    assert pictures_below(root) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
+def test_a_name_that_is_not_utf_8_is_part_of_the_fingerprint(tmp_path):
+    (tmp_path / "anna").mkdir()
+    odd = os.fsencode(tmp_path) + b"/anna/caf\xe9.jpg"
+    prints = set()
+    for name in (odd, os.fsencode(tmp_path) + b"/anna/caf\xe8.jpg"):
+        with open(name, "wb") as file:
+            file.write(b"x")
+        prints.add(FolderSource(tmp_path).fingerprint())
+        os.unlink(name)
+    assert len(prints) == 2
+    ordinary = hashlib.sha256()
+    for part in ("é".encode(), b"\1"):
+        ordinary.update(len(part).to_bytes(8, "little") + part)
+    assert digest("é", b"\1") == ordinary.hexdigest()
 
 
 def test_list_takes_tabs_commas_and_blanks_in_names(tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 
 from sphereface2.align import detector as detectors
 from sphereface2.align.detector import Detector, Face
-from sphereface2.align.photos import Photo, read_photo
-from sphereface2.align.template import SIZE, warp
+from sphereface2.align.photos import MAX_PIXELS, Photo, read_photo
+from sphereface2.align.template import SIZE, check_size, warp
 from sphereface2.errors import UserError
 
 #: The sides in pixels that a picture's longer side is brought to for detection, one after the
@@ -44,8 +44,7 @@ class Aligner:
     def __init__(
         self, detector: str = detectors.DEFAULT, *, size: int = SIZE, min_score: float = 0.9
     ) -> None:
-        if size < 16:
-            raise UserError(f"crops must be 16 pixels or more, not {size}")
+        check_size(size)
         if not 0 <= min_score <= 1:
             raise UserError(f"the smallest score must lie in [0, 1], not {min_score}")
         self._detector: Detector = detectors.create(detector)
@@ -69,14 +68,14 @@ class Aligner:
         """
         return self._detect(read_photo(image), thorough)
 
-    def align(self, image: Photo) -> tuple[np.ndarray, Face]:
+    def align(self, image: Photo, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
         """The crop, uint8 (size, size, 3) RGB, of the largest and most central face, and the face.
 
         Raises:
             NoFaceError: there is no face.
-            UserError: the picture cannot be read.
+            UserError: the picture cannot be read, or has more than ``max_pixels``.
         """
-        pixels = read_photo(image)
+        pixels = read_photo(image, max_pixels=max_pixels)
         faces = self._detect(pixels, False)
         if not faces:
             raise NoFaceError(f"no face found in {_name(image)}; give a picture that shows one")

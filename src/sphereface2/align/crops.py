@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 
 from sphereface2.align.aligner import Aligner
 from sphereface2.align.photos import read_photo
-from sphereface2.align.template import warp
+from sphereface2.align.template import check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 
@@ -44,11 +45,24 @@ class Job:
     target: Path
     landmarks: np.ndarray | None = None
 
+    def input(self) -> dict[str, Any]:
+        """What the crops are made from, JSON-able: another one means other crops."""
+        told: dict[str, Any] = {"size": None, "mtime_ns": None}
+        try:
+            about = self.source.stat()
+            told = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
+        except (OSError, ValueError):  # ValueError: a null byte in the name
+            pass
+        if self.landmarks is not None:
+            told["landmarks"] = self.landmarks.tolist()
+        return told
+
 
 class Cropper:
     """Turns jobs into crops on disk and one JSON-able record each."""
 
     def __init__(self, settings: Settings) -> None:
+        check_size(settings.size)
         self.settings = settings
         self.aligner = (
             None
@@ -57,22 +71,41 @@ class Cropper:
         )
 
     def run(self, job: Job) -> dict[str, Any]:
-        """``picture``, ``status`` (aligned, no face, unreadable, bad landmarks), and ``faces`` or
-        ``reason``. OSError if a crop cannot be written.
+        """``picture``, ``input`` (of `Job.input`), ``status`` (aligned, no face, unreadable, bad
+        landmarks, not written), and ``faces`` or ``reason``.
+
+        OSError if no crop at all can be written there.
         """
+        # Before the picture is read, so that one that changes meanwhile counts as changed.
+        return {"picture": job.name, "input": job.input(), **self._done(job)}
+
+    def _done(self, job: Job) -> dict[str, Any]:
         try:
             pixels = read_photo(job.source, max_pixels=self.settings.max_pixels)
         except UserError as error:
-            return {"picture": job.name, "status": "unreadable", "reason": str(error)}
+            return {"status": "unreadable", "reason": str(error)}
         try:
             found = self._crops(pixels, job)
         except UserError as error:
-            reason = f"{job.name}: {error}"
-            return {"picture": job.name, "status": "bad landmarks", "reason": reason}
+            return {"status": "bad landmarks", "reason": f"{job.name}: {error}"}
         if not found:
-            return {"picture": job.name, "status": "no face"}
+            return {"status": "no face"}
+        try:
+            return {"status": "aligned", "faces": self._written(found, job)}
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return {
+                "status": "not written",
+                "reason": f"{job.name}: its crop's name is too long; give it a shorter one",
+            }
+
+    def _written(
+        self, found: list[tuple[np.ndarray, dict[str, Any]]], job: Job
+    ) -> list[dict[str, Any]]:
         faces = []
-        for number, (crop, told) in enumerate(found, 1):
+        # The longest name first: if it fits, all do, and otherwise none is left behind.
+        for number, (crop, told) in reversed(list(enumerate(found, 1))):
             end = f"_face{number}" if self.settings.all_faces else ""
             target = job.target.with_name(f"{job.target.name}{end}{self.settings.suffix}")
             options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
@@ -80,7 +113,7 @@ class Cropper:
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, encoded)
             faces.append({"crop": target.name, **told})
-        return {"picture": job.name, "status": "aligned", "faces": faces}
+        return faces[::-1]
 
     def _crops(self, pixels: np.ndarray, job: Job) -> list[tuple[np.ndarray, dict[str, Any]]]:
         if job.landmarks is not None:

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -21,13 +22,13 @@ from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start
 from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.convert import progress_bar
+from sphereface2.data.folder import pictures_below
 from sphereface2.data.sources import IMAGE_SUFFIXES
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write
+from sphereface2.files import TEMPORARY, atomic_write, lock
 
-SUFFIXES = IMAGE_SUFFIXES | {".gif", ".avif"}
 JOURNAL, REPORT = "faces.jsonl", "report.json"
-_STATUSES = ("aligned", "no face", "unreadable", "bad landmarks")
+_STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
 _CHUNK = 8  # pictures that go to a worker at a time
 _NAMED_IN_REPORT = 20
 
@@ -51,11 +52,13 @@ def align(
     kept in the name (``name.png.jpg``) where two pictures would share one. A picture without a
     face or one that cannot be read is reported and does not stop the rest. ``target/faces.jsonl``
     says for each picture what became of it, with boxes and landmarks; pictures that it holds are
-    skipped when the job is run again, so that one which was cut goes on where it stopped.
+    skipped when the job is run again, so that one which was cut goes on where it stopped. Those
+    that were changed since, got other landmarks or could not be read are done anew.
 
     Args:
         source: a folder of pictures; hidden files and those with no image suffix are ignored.
-        target: a folder, made if need be; not one inside ``source``.
+        target: a folder, made if need be, that is empty or holds such crops of ``source``; not one
+            inside it.
         all_faces: every face (``name_face1.jpg``, …) instead of the largest and most central.
         landmarks: a file of ``path x1 y1 … x5 y5`` lines, paths relative to ``source``: only
             these pictures are cropped, by these points, and nothing is detected.
@@ -68,13 +71,14 @@ def align(
 
     Returns:
         The report, also in ``target/report.json``: ``pictures``, ``aligned``, ``crops``,
-        ``no_face``, ``unreadable`` and ``bad_landmarks`` count all pictures of the folder,
-        ``skipped`` those of them that were done before; ``pictures_without_face`` and ``reasons``
-        name the pictures that gave no crop.
+        ``no_face``, ``unreadable``, ``bad_landmarks`` and ``not_written`` (for the length of the
+        crop's name) count all pictures of the folder, ``skipped`` those of them that were done
+        before; ``pictures_without_face`` and ``reasons`` name the pictures that gave no crop.
 
     Raises:
-        UserError: ``source`` is no folder of pictures, ``target`` lies inside it or holds crops
-            made with other settings, the landmark file is unusable, or a file cannot be written.
+        UserError: ``source`` is no folder of pictures, ``target`` lies inside it, holds other
+            files or crops of another folder or other settings, or has another process at work in
+            it, the landmark file is unusable, or a file cannot be written.
     """
     source, target = Path(source), Path(target)
     known = read_landmarks(landmarks) if landmarks is not None else None
@@ -93,19 +97,22 @@ def align(
     names = _pictures(source, target, known)
     console = Console(stderr=True)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        journal = _Journal(target, settings)
-        jobs = [job for job in _jobs(source, target, names, known) if job.name not in journal.done]
-        skipped = len(names) - len(jobs)
-        for name, reason in (known.bad if known else {}).items():
-            journal.done[name] = {"picture": name, "status": "bad landmarks", "reason": reason}
-        with progress_bar(console) as bar:
-            task = bar.add_task("aligning", total=len(names), completed=skipped)
-            for record in _run(jobs, settings, workers or _cores()):
-                journal.add(record)
-                bar.advance(task)
-        report = _report(journal.done, [*names, *(known.bad if known else [])], skipped)
-        atomic_write(target / REPORT, json.dumps(report, indent=2, ensure_ascii=False).encode())
+        with _open(target, source, settings) as journal:
+            jobs = [job for job in _jobs(source, target, names, known) if not journal.holds(job)]
+            skipped = len(names) - len(jobs)
+            for job in jobs:
+                journal.remove_crops(job.name)
+            for name, reason in (known.bad if known else {}).items():
+                if known and name not in known.points:  # it may be there twice
+                    journal.remove_crops(name)
+                journal.done[name] = {"picture": name, "status": "bad landmarks", "reason": reason}
+            with progress_bar(console) as bar:
+                task = bar.add_task("aligning", total=len(names), completed=skipped)
+                for record in _run(jobs, settings, workers or _cores()):
+                    journal.add(record)
+                    bar.advance(task)
+            report = _report(journal.done, [*names, *(known.bad if known else [])], skipped)
+            atomic_write(target / REPORT, _json(report, indent=2))
     except OSError as error:
         raise UserError(
             f"cannot write below {target}: {error}; make room or name another folder and run again"
@@ -125,18 +132,10 @@ def _pictures(source: Path, target: Path, known: Landmarks | None) -> list[str]:
         raise UserError(f"{target} lies inside {source}; name a folder outside it for the crops")
     if known is not None:
         return sorted(known.points)
-    names = []
-    for folder, below, files in os.walk(source):
-        below[:] = [name for name in below if not name.startswith(".")]
-        place = Path(folder).relative_to(source)
-        names += [
-            (place / name).as_posix()
-            for name in files
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        ]
+    names = pictures_below(source)
     if not names:
-        raise UserError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-    return sorted(names)
+        raise UserError(f"{source} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return names
 
 
 def _jobs(source: Path, target: Path, names: list[str], known: Landmarks | None) -> Iterator[Job]:
@@ -187,44 +186,93 @@ def _run(jobs: list[Job], settings: Settings, workers: int) -> Iterator[dict[str
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Journal:
-    """What became of each picture: a line of JSON each, the settings in the first."""
+@contextmanager
+def _open(target: Path, source: Path, settings: Settings) -> Iterator[_Journal]:
+    """The journal of ``target``, which is this process's alone meanwhile."""
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / JOURNAL
+    if not path.exists() and any(target.iterdir()):
+        # Crops have the names of their pictures: among others' pictures they would replace them.
+        raise UserError(
+            f"{target} holds files and no {JOURNAL} of an earlier run; name a new or empty folder"
+        )
+    with path.open("a+b") as file:
+        lock(file, f"another process is at work in {target}; wait for it or name another folder")
+        yield _Journal(file, target, source, settings)
 
-    def __init__(self, target: Path, settings: Settings) -> None:
-        self.path = target / JOURNAL
+
+class _Journal:
+    """What became of each picture: a line of JSON each, what all have in common in the first."""
+
+    def __init__(self, file: IO[bytes], target: Path, source: Path, settings: Settings) -> None:
+        self.target = target
+        self._file = file
         self.done: dict[str, dict[str, Any]] = {}
-        header = {"settings": asdict(settings)}
-        if self.path.exists():
-            for stale in target.rglob(".*.tmp"):  # of a run that was killed
-                stale.unlink(missing_ok=True)
-            lines = self._lines()
-            if not lines or lines[0] != header:
+        header = {"source": str(source.resolve()), "settings": asdict(settings)}
+        file.seek(0)
+        data = file.read()
+        if not data:
+            self._append(header)
+            return
+        whole = data[: data.rfind(b"\n") + 1]  # without a line that was cut
+        try:
+            first, *records = [json.loads(line) for line in whole.splitlines()]
+            if first["settings"] != header["settings"]:
                 raise UserError(
                     f"{target} holds crops made with other settings; name a new folder or remove it"
                 )
-            self.done = {record["picture"]: record for record in lines[1:]}
-        else:
-            self._append(header)
+            if first["source"] != header["source"]:
+                raise UserError(
+                    f"{target} holds crops of {first['source']}, not of {source}; name a new "
+                    "folder or remove it"
+                )
+            self.done = {record["picture"]: record for record in records}
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{target / JOURNAL} is damaged or not of this command; name a new folder or "
+                "remove it"
+            ) from error
+        # Only now that the folder is known to be ours: what a run that was killed left half.
+        file.truncate(len(whole))
+        for stale in target.rglob(TEMPORARY):
+            stale.unlink(missing_ok=True)
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The whole lines; the rest of one that was cut is removed."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise UserError(f"{self.path} is damaged; remove it to start anew") from error
+    def holds(self, job: Job) -> bool:
+        """Whether the job was done, with the same picture and landmarks, and its crops are there.
+
+        A picture that could not be read is tried again: its permissions may be others now.
+        """
+        record = self.done.get(job.name)
+        return (
+            record is not None
+            and record["status"] != "unreadable"
+            and record["input"] == job.input()
+            and all(crop.exists() for crop in self._crops(job.name))
+        )
+
+    def remove_crops(self, name: str) -> None:
+        """Remove the crops that a picture had, since it may get fewer now."""
+        for crop in self._crops(name):
+            crop.unlink(missing_ok=True)
+
+    def _crops(self, name: str) -> list[Path]:
+        faces = self.done.get(name, {}).get("faces", ())
+        return [(self.target / name).with_name(face["crop"]) for face in faces]
 
     def add(self, record: dict[str, Any]) -> None:
         self.done[record["picture"]] = record
         self._append(record)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.write(_json(record) + b"\n")
+        self._file.flush()
+
+
+def _json(value: dict[str, Any], **options: Any) -> bytes:
+    # A file's name may hold bytes that are not UTF-8: as escapes, which JSON reads back.
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace")
 
 
 def _report(done: dict[str, dict[str, Any]], names: list[str], skipped: int) -> dict[str, Any]:
@@ -251,7 +299,7 @@ def _print(report: dict[str, Any], target: Path, console: Console) -> None:
     )
     for what, names in (
         ("with no face found", report["pictures_without_face"]),
-        ("unreadable or with bad landmarks", list(report["reasons"].values())),
+        ("unreadable, with bad landmarks or not written", list(report["reasons"].values())),
     ):
         if names:
             console.print(f"[yellow]{len(names):,} {what}:[/yellow]")

@@ -29,8 +29,8 @@ def read_landmarks(path: str | Path) -> Landmarks:
 
     Fields are separated by tabs, commas or blanks; a path with blanks needs tabs or commas. Empty
     lines and lines that begin with # are skipped. A line with a coordinate that is missing or not
-    a finite number, with a path seen before or one that leads out of the picture folder is kept
-    in ``bad``.
+    a finite number, with a path seen before, none, or one that leads out of the picture folder is
+    kept in ``bad``.
 
     Raises:
         UserError: the file cannot be read, is no text, or has no usable line.
@@ -48,7 +48,10 @@ def read_landmarks(path: str | Path) -> Landmarks:
             continue
         separator = next((s for s in ("\t", ",") if s in line), None)
         name, *values = [part.strip() for part in line.split(separator)]
+        name = str(PurePosixPath(name))
         try:
+            if name == ".":
+                raise ValueError("there is no path")
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError("the path leads out of the picture folder")
             if name in found.points:

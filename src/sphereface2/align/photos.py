@@ -19,10 +19,12 @@ Photo: TypeAlias = "Path | str | bytes | Image.Image | np.ndarray | torch.Tensor
 
 #: The decoders that may be tried; some of Pillow's others start programs or follow file names.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+#: Pixels of a picture, unless told otherwise.
+MAX_PIXELS = 100_000_000
 _ORIENTATION = 0x0112
 
 
-def read_photo(image: Photo, *, max_pixels: int = 100_000_000) -> np.ndarray:
+def read_photo(image: Photo, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture as a uint8 array (H, W, 3) in RGB, the right way up.
 
     Args:
@@ -86,6 +88,10 @@ def _from_tensor(tensor: torch.Tensor, max_pixels: int) -> np.ndarray:
 
 
 def _from_bytes(data: bytes | bytearray | memoryview, name: str, max_pixels: int) -> np.ndarray:
+    # Pillow's own limit, the whole process's, goes up to the one asked for. It stays in force: it
+    # holds for a WebP's canvas and a TIFF's tiles, which are made before or beside the header.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -134,10 +140,12 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "RGB":
         return np.asarray(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if image.mode != "I" or grey.max() > 255:
             grey = grey >> 8
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        narrow = np.empty(grey.shape, np.uint8)  # straight into bytes: large pictures are large
+        np.clip(grey, 0, 255, out=narrow, casting="unsafe")
+        return np.repeat(narrow[..., None], 3, axis=2)
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

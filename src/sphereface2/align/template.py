@@ -10,6 +10,8 @@ from sphereface2.errors import UserError
 #: The template's side in pixels.
 SIZE = 112
 
+_SMALLEST, _LARGEST = 16, 4096
+
 #: (5, 2) float64: left eye, right eye, nose, left and right mouth corner as seen in the picture,
 #: x right and y down, in pixels of a 112×112 crop.
 TEMPLATE = np.array(
@@ -22,6 +24,12 @@ TEMPLATE = np.array(
     ]
 )
 TEMPLATE.setflags(write=False)
+
+
+def check_size(size: int) -> None:
+    """UserError if crops cannot have this side."""
+    if not _SMALLEST <= size <= _LARGEST:
+        raise UserError(f"crops must have a side of {_SMALLEST} to {_LARGEST:,} pixels, not {size}")
 
 
 def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
         )
     _check_weights(weights, net.state_dict(), weights_file, name)
     net.load_state_dict(weights)
-    net.metadata = description.get("metadata") or {}
+    net.metadata = description["metadata"]
     return net.to(device).eval()
 
 
@@ -170,6 +170,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         or "preprocessing" not in description
     ):
         raise UserError(f"{file} lacks the backbone's name, its kwargs or its preprocessing")
+    if not isinstance(description.setdefault("metadata", {}), dict):
+        raise UserError(f"{file} is damaged: its metadata is no JSON object")
     return description
 
 

@@ -25,7 +25,8 @@ class OnnxNetwork(Backbone):
 
     It has the `preprocessing`, `embedding_dim`, `input_size` and `metadata` of the network it was
     exported from, and takes and gives what that one does. Images and embeddings may lie on any
-    device. It runs on as many threads as torch did when it was loaded.
+    device. It runs on as many threads as torch did when it was loaded. It pickles, with the file's
+    content.
 
     Args:
         source: path of the file, or its content.
@@ -39,36 +40,49 @@ class OnnxNetwork(Backbone):
     """
 
     def __init__(self, source: str | Path | bytes):
-        runtime = import_runtime()
         label = "the exported network" if isinstance(source, bytes) else str(source)
-        if not isinstance(source, bytes) and not Path(source).is_file():
+        if isinstance(source, bytes):
+            content = source
+        elif Path(source).is_file():
+            content = Path(source).read_bytes()
+        else:
             raise UserError(f"{label} does not exist or is no file: give an .onnx file")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors come as exceptions
-        try:
-            session = runtime.InferenceSession(
-                source if isinstance(source, bytes) else str(source),
-                options,
-                providers=["CPUExecutionProvider"],
-            )
-        except Exception as error:  # onnxruntime's own exceptions share no base but this
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
+        session = _start(content, label)
         described = _description(session, label)
         super().__init__(described["embedding_dim"], described["preprocessing"]["size"], stride=1)
         self.preprocessing = Preprocessing.from_dict(described["preprocessing"])
-        self.metadata = described.get("metadata") or {}
+        self.metadata = described["metadata"]
         self.fingerprint: str = described["fingerprint"]
         self.description = described
+        self._content = content
         self._session = session
         self._input = session.get_inputs()[0].name
         self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}  # which does not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._session = _start(self._content, "the exported network")
 
     def embed(self, images: Tensor) -> Tensor:
         pixels = np.ascontiguousarray(images.detach().float().cpu().numpy())
         (embeddings,) = self._session.run(None, {self._input: pixels})
         return torch.from_numpy(embeddings).to(images.device)
+
+
+def _start(content: bytes, label: str) -> Any:
+    """A session of ONNX Runtime that computes what the file's content says."""
+    runtime = import_runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors come as exceptions
+    try:
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions share no base but this
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
 
 
 def import_runtime() -> Any:
@@ -102,6 +116,7 @@ def _description(session: Any, label: str) -> dict[str, Any]:
         expected = [[3, *size], [described["embedding_dim"]]]
         fits = [shape[1:] for shape in shapes] == expected
         fits = fits and isinstance(described["fingerprint"], str)
+        fits = fits and isinstance(described.setdefault("metadata", {}), dict)
     except (KeyError, UserError) as error:
         raise UserError(f"{label} lacks its preprocessing, dimension or fingerprint") from error
     if not fits:

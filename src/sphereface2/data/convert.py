@@ -157,9 +157,12 @@ def extension_of(data: bytes) -> str:
         (b"II*\0", "tif"),
         (b"MM\0*", "tif"),
         (b"P6", "ppm"),
+        (b"GIF8", "gif"),
     ):
         if data.startswith(magic):
             return extension
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"
 
 

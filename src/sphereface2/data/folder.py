@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class _Files:
 class FolderSource(_Files):
     """``root/person/image``: people sorted by name, images sorted by path within a person.
 
-    A person's images may lie in further folders below. Files with no image suffix are ignored.
+    A person's images may lie in further folders below; see `pictures_below` for what counts.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -43,11 +44,7 @@ class FolderSource(_Files):
         for person in sorted(entry for entry in self.root.iterdir() if entry.is_dir()):
             if person.name.startswith("."):
                 continue
-            files = sorted(
-                path.relative_to(self.root).as_posix()
-                for path in person.rglob("*")
-                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-            )
+            files = [f"{person.name}/{name}" for name in pictures_below(person)]
             if files:
                 labels += [len(self.class_names)] * len(files)
                 self._files += files
@@ -66,15 +63,38 @@ class PictureSource(_Files):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._files = sorted(
-            entry.relative_to(root).as_posix() for entry in root.rglob("*") if is_picture(entry)
-        )
+        self._files = pictures_below(root)
         self.labels = np.zeros(0, np.int64)
         self.num_classes = 0
         self.class_names: list[str] | None = None
 
     def fingerprint(self) -> str:
         return digest("pictures", "\0".join(self._files), self._sizes())
+
+
+def pictures_below(root: Path) -> list[str]:
+    """The pictures in ``root`` and below it: sorted paths relative to it, with slashes.
+
+    Folders are followed through symbolic links too, except a link that leads back to a folder
+    above it or above ``root``. Hidden folders and what `is_picture` refuses are passed over.
+    """
+    found: list[str] = []
+    real = root.resolve()
+    above = {str(root): frozenset(map(_identity, (real, *real.parents)))}
+    for folder, below, files in os.walk(root, followlinks=True):
+        place = Path(folder)
+        relative = place.relative_to(root)
+        found += [(relative / name).as_posix() for name in files if is_picture(place / name)]
+        passed = above.pop(folder)
+        inner = {name: _identity(place / name) for name in below if not name.startswith(".")}
+        below[:] = [name for name, identity in inner.items() if identity not in passed]
+        above |= {os.path.join(folder, name): passed | {inner[name]} for name in below}
+    return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    told = folder.stat()
+    return told.st_dev, told.st_ino
 
 
 def is_picture(entry: Path) -> bool:

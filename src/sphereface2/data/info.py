@@ -19,6 +19,7 @@ from sphereface2.data.sources import open_source
 from sphereface2.data.transforms import decode
 from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
+from sphereface2.files import printable
 
 _BINS = (1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500)
 _BAR = 40
@@ -83,7 +84,7 @@ def _source_info(path: Path, console: Console) -> Info:
                 data = source.read(index)
             except (UserError, OSError):
                 data = None
-            yield source.name(index), data
+            yield printable(source.name(index)), data
 
     _examine(found, images(), console)
     return found

@@ -11,7 +11,9 @@ import numpy as np
 
 from sphereface2.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
+)
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".csv", ".tsv"})
 _TRAIN_LISTS = frozenset(f"train{suffix}" for suffix in LIST_SUFFIXES)
 
@@ -181,7 +183,8 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
         if isinstance(part, np.ndarray):
             data = part.tobytes()
         else:
-            data = part.encode() if isinstance(part, str) else part
+            # Names of files come from the system with bytes that are not UTF-8 as surrogates.
+            data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         hasher.update(len(data).to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()

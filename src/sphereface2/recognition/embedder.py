@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sphereface2.align import Aligner, Face, NoFaceError, read_photo
+from sphereface2.align import MAX_PIXELS, Aligner, Face, NoFaceError, read_photo
 from sphereface2.backbones import bundle
 from sphereface2.backbones.base import Backbone
 from sphereface2.device import resolve
@@ -82,14 +82,14 @@ class FaceEmbedder(ModelHubMixin):
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def crop(self, image: Photo) -> tuple[np.ndarray, Face]:
+    def crop(self, image: Photo, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
         """The aligned crop, uint8 (112, 112, 3) RGB, that `embed` would use, and its face.
 
         Raises:
             NoFaceError: the photograph shows no face.
-            UserError: it cannot be read.
+            UserError: it cannot be read, or has more than ``max_pixels``.
         """
-        return self.aligner.align(image)
+        return self.aligner.align(image, max_pixels=max_pixels)
 
     def embed(
         self,

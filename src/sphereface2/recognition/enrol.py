@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +18,8 @@ from rich.table import Table
 
 from sphereface2.data.folder import FolderSource
 from sphereface2.errors import UserError
-from sphereface2.recognition.gallery import Enrolment, Gallery, Person, decide
+from sphereface2.recognition.gallery import Enrolment, Gallery, NoGalleryError, Person, decide
+from sphereface2.recognition.store import Store
 
 if TYPE_CHECKING:
     from sphereface2.recognition.embedder import FaceEmbedder
@@ -31,6 +34,11 @@ class Picture(NamedTuple):
     person: str
     path: Path
     aligned: bool
+
+    @property
+    def source(self) -> str:
+        """What the gallery keeps of where it came from."""
+        return json.dumps({"path": str(self.path.resolve()), "aligned": self.aligned})
 
 
 def add(
@@ -52,8 +60,10 @@ def add(
     Args:
         gallery: folder or Milvus address.
         person, pictures: who, and their files: all must be usable, or nobody is added.
-        folder: ``folder/person/picture``: unusable pictures are told and left out.
-        features: what ``sphereface2 embed`` wrote.
+        folder: ``folder/person/picture``: files that are enrolled already are passed over;
+            unusable pictures, and people whom a gallery does not take, are told and left out.
+        features: what ``sphereface2 embed`` wrote; people whom a gallery does not take are left
+            out.
         model: a run, a model folder or a hub id; not needed for a table that names its model.
         aligned: the pictures are aligned crops already.
         metadata: JSON object to keep with the person.
@@ -62,15 +72,25 @@ def add(
         device: where to compute.
 
     Returns:
-        ``people`` and ``pictures`` added, and ``left_out``: what could not be used, and why.
+        ``people`` and ``pictures`` added, ``there`` (pictures that were enrolled already), and
+        ``left_out``: what could not be used, and why.
+
+    Raises:
+        UserError: wrong options, a model or gallery that cannot be used, or nobody to add; then a
+            gallery that was not there is not made.
     """
     ways = [bool(person), folder is not None, features is not None]
     if sum(ways) != 1 or bool(person) != bool(pictures):
         raise UserError("give a person and pictures, or --folder ROOT, or --features FILE")
     if not person and (metadata is not None or replace):
         raise UserError("--metadata and --replace go with one person and their pictures")
+    about = None if metadata is None else _metadata(metadata)
     left_out: list[str] = []
-    count = 0
+    found: list[Picture] = []
+    if folder is not None:
+        found = _folder(folder, aligned)
+    elif person:
+        found = [Picture(person, path, aligned) for path in pictures]
     embedder = _embedder(model, device) if model or features is None else None
     if features is not None:
         fingerprint, dim, people = _table(features, left_out)
@@ -83,48 +103,105 @@ def add(
     else:
         assert embedder is not None
         fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
-        if folder is not None:
-            source = FolderSource(folder)
-            names = source.class_names or []
-            found = [
-                Picture(names[label], folder / source.name(i), aligned)
-                for i, label in enumerate(source.labels)
-            ]
-            people = enrolments(embedder, _progress(found), left_out=left_out)
-        else:
-            assert person is not None
-            found = [Picture(person, path, aligned) for path in pictures]
-            people = iter(list(enrolments(embedder, found)))
-    with Gallery.open(gallery, fingerprint=fingerprint, dim=dim, index=index) as opened:
+    count = there = 0
+    names_added: set[str] = set()
+
+    def refused(one: Enrolment, error: UserError) -> None:
+        nonlocal count
+        count -= len(one.embeddings)
+        left_out.append(str(error))
+
+    def counted(people: Iterable[Enrolment]) -> Iterator[Enrolment]:
+        nonlocal count
+        for one in people:
+            count += len(one.embeddings)
+            yield one
+
+    def make(create: bool) -> Gallery:
+        return stack.enter_context(
+            _opened(gallery, fingerprint=fingerprint, dim=dim, index=index, create=create)
+        )
+
+    with ExitStack() as stack:
+        stack.callback(_print_left_out, left_out)
+        try:
+            opened = make(create=False)
+        except NoGalleryError:
+            opened = None
+        if folder is not None and opened is not None:
+            known = {
+                (one.name, source)
+                for one, sources in opened.sources({picture.person for picture in found})
+                for source in sources
+            }
+            new = [picture for picture in found if (picture.person, picture.source) not in known]
+            there, found = len(found) - len(new), new
+        if embedder is not None and features is None:
+            people = (
+                enrolments(embedder, found)
+                if person
+                else enrolments(embedder, _progress(found), left_out=left_out)
+            )
         if person:
             (one,) = people
-            about = None if metadata is None else _metadata(metadata)
-            ids = opened.add(
+            one.check(dim)
+            ids = (opened or make(create=True)).add(
                 person, one.embeddings, metadata=about, sources=one.sources, replace=replace
             )
             names_added, count = {person}, len(ids)
         else:
-            names_added = set()
-
-            def counted() -> Iterator[Enrolment]:
-                nonlocal count
-                for one in people:
-                    count += len(one.embeddings)
-                    yield one
-
-            for stored in opened.add_many(counted()):
-                names_added |= {somebody.name for somebody in stored}
-    report = {"people": len(names_added), "pictures": count, "left_out": left_out}
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    print(f"added {count:,} pictures of {len(names_added):,} people to {gallery}")
+            numbered = counted(people)
+            # Nobody wants a gallery of nobody.
+            if (first := _first(numbered, dim, refused)) is not None:
+                some = chain([first], numbered)
+                for stored in (opened or make(create=True)).add_many(some, refused=refused):
+                    names_added |= {somebody.name for somebody in stored}
+            if not count + there:
+                raise UserError(
+                    f"nobody was added to {gallery}: {folder or features} names nobody of whom "
+                    "there is a picture to use"
+                )
+    report = {
+        "people": len(names_added),
+        "pictures": count,
+        "there": there,
+        "left_out": left_out,
+    }
+    already = f"; {there:,} pictures were there already" if there else ""
+    print(f"added {count:,} pictures of {len(names_added):,} people to {gallery}{already}")
     return report
+
+
+def _folder(folder: Path, aligned: bool) -> list[Picture]:
+    """The pictures of ``folder/person/picture``, person by person."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give --folder one that holds a folder a person")
+    source = FolderSource(folder)
+    # As the gallery writes names: folders of some file systems write é as two characters.
+    names = [unicodedata.normalize("NFC", name) for name in source.class_names or []]
+    return [
+        Picture(names[label], folder / source.name(i), aligned)
+        for i, label in enumerate(source.labels)
+    ]
+
+
+def _first(
+    people: Iterator[Enrolment], dim: int, refused: Callable[[Enrolment, UserError], None]
+) -> Enrolment | None:
+    """The first whom a gallery takes; those before are refused."""
+    for one in people:
+        try:
+            one.check(dim)
+            return one
+        except UserError as error:
+            refused(one, error)
+    return None
 
 
 def set_metadata(gallery: str, person: str, metadata: str) -> Person:
     """Put other metadata, a JSON object, in the place of a person's."""
     about = _metadata(metadata)
-    with _existing(gallery) as opened:
+    with _opened(gallery) as opened:
         changed = opened.set_metadata(person, about)
     if changed is None:
         raise _nobody(person, gallery)
@@ -134,7 +211,7 @@ def set_metadata(gallery: str, person: str, metadata: str) -> Person:
 
 def remove(gallery: str, person: str, *, keep_bytes: bool = False) -> int:
     """Remove a person and, unless ``keep_bytes``, rewrite the files without them."""
-    with _existing(gallery) as opened:
+    with _opened(gallery) as opened:
         count = opened.remove(person)
         if not count:
             raise _nobody(person, gallery)
@@ -146,9 +223,14 @@ def remove(gallery: str, person: str, *, keep_bytes: bool = False) -> int:
 
 def compact(gallery: str) -> None:
     """Rewrite the gallery's files without what was removed."""
-    with _existing(gallery) as opened:
+    with _opened(gallery) as opened:
         opened.compact()
-    print(f"{gallery} holds nothing that was removed")
+        local = opened.local
+    print(
+        f"{gallery} holds nothing that was removed"
+        if local
+        else f"{gallery}: Milvus deletes what was removed from its files in its own time"
+    )
 
 
 def search(
@@ -177,6 +259,10 @@ def search(
     Returns:
         For each picture ``picture``, ``person`` (None: unknown, or no threshold), ``threshold``
         (None: the model is not calibrated) and ``matches`` (``person``, ``score``, ``metadata``).
+
+    Raises:
+        UserError: as elsewhere; or pictures could not be used, after the others were answered and
+            printed, in JSON along with ``picture`` and ``error`` of these.
     """
     embedder = _embedder(model, device)
     if threshold is not None and far is not None:
@@ -189,13 +275,24 @@ def search(
                 f"--far needs a calibration: run sphereface2 calibrate {model} first, or give "
                 "--threshold"
             )
-    with Gallery.open(
-        gallery, fingerprint=embedder.fingerprint, dim=embedder.embedding_dim, create=False
-    ) as opened:
-        rows = embedder.embed(pictures, aligned=aligned)
-        answers = opened.search(rows, k=k, fusion=fusion, exact=exact)
+    crops: list[np.ndarray] = []
+    errors: dict[int, UserError] = {}
+    with _opened(gallery, fingerprint=embedder.fingerprint, dim=embedder.embedding_dim) as opened:
+        for number, picture in enumerate(pictures):
+            try:
+                crops.append(_crop(embedder, picture, aligned))
+            except UserError as error:
+                if len(pictures) == 1:
+                    raise
+                errors[number] = error
+        rows = embedder.embed(crops, aligned=True)
+        answers = iter(opened.search(rows, k=k, fusion=fusion, exact=exact))
     reports: list[dict[str, Any]] = []
-    for picture, matches in zip(pictures, answers, strict=True):
+    for number, picture in enumerate(pictures):
+        if number in errors:
+            reports.append({"picture": str(picture), "error": str(errors[number])})
+            continue
+        matches = next(answers)
         best = None if threshold is None else decide(matches, threshold)
         reports.append(
             {
@@ -209,9 +306,21 @@ def search(
         )
     if as_json:
         print(json.dumps(reports, indent=2))
-        return reports
+    else:
+        _print_matches(reports, threshold)
+    if errors:
+        raise UserError(
+            f"{len(errors)} of {len(pictures)} pictures could not be looked for: "
+            + "; ".join(map(str, errors.values()))
+        )
+    return reports
+
+
+def _print_matches(reports: list[dict[str, Any]], threshold: float | None) -> None:
     console = Console(highlight=False, markup=False)
     for report in reports:
+        if "error" in report:
+            continue
         verdict = "no threshold: the model is not calibrated"
         if threshold is not None:
             verdict = f"{report['person'] or 'unknown'} (threshold {threshold:.4f})"
@@ -220,12 +329,11 @@ def search(
         for match in report["matches"]:
             table.add_row(match["person"], f"{match['score']:.4f}")
         console.print(table)
-    return reports
 
 
 def list_people(gallery: str, *, as_json: bool = False) -> list[Person]:
     """Print everybody."""
-    with _existing(gallery) as opened:
+    with _opened(gallery) as opened:
         people = opened.people()
     if as_json:
         keys = ("name", "pictures", "metadata")
@@ -241,7 +349,7 @@ def list_people(gallery: str, *, as_json: bool = False) -> list[Person]:
 
 def stats(gallery: str, *, as_json: bool = False) -> dict[str, Any]:
     """Print how many people and pictures, of which model."""
-    with _existing(gallery) as opened:
+    with _opened(gallery) as opened:
         numbers = opened.stats()
     if as_json:
         print(json.dumps(numbers, indent=2))
@@ -262,11 +370,24 @@ def reembed(
         gallery, model, device: as in `add`.
         drop_missing: people and pictures whose files are gone are left out; without it they are
             an error and nothing changes.
+
+    Returns:
+        ``people``: how many there are now; ``gone``: the names of those who were left out whole;
+        ``left_out``: pictures that could not be used, and why.
+
+    Raises:
+        UserError: as elsewhere; or pictures are missing, or nobody would remain.
     """
     embedder = _embedder(model, device)
-    with _existing(gallery) as opened:
-        known = {person.name: (person, found) for person, found in opened.sources()}
-        lost = [name for name, (_, found) in known.items() for source in found if not _is(source)]
+    left_out: list[str] = []
+    gone: dict[str, None] = {}  # in order
+    count = 0
+
+    def again(there: list[tuple[Person, list[str | None]]]) -> Iterator[Enrolment]:
+        nonlocal count
+        known = {person.name: person for person, _ in there}
+        gone.update(dict.fromkeys(known))
+        lost = [person.name for person, found in there for source in found if not _is(source)]
         if lost and not drop_missing:
             some = ", ".join(map(repr, list(dict.fromkeys(lost))[:_LISTED]))
             raise UserError(
@@ -274,37 +395,43 @@ def reembed(
                 "files back, enrol these people anew, or leave the pictures out by --drop-missing"
             )
         todo = [
-            Picture(name, Path(kept["path"]), kept["aligned"])
-            for name, (_, found) in known.items()
-            for kept in map(_source, found)
-            if kept and _is(json.dumps(kept))
+            Picture(person.name, Path(kept["path"]), kept["aligned"])
+            for person, found in there
+            for kept in map(_source, filter(_is, found))
+            if kept
         ]
-        left_out: list[str] = []
-        count = 0
+        if none_left := gone.keys() - {picture.person for picture in todo}:
+            print(
+                f"without a file, so that they go: {', '.join(sorted(none_left))}", file=sys.stderr
+            )
+        done = enrolments(embedder, _progress(todo), left_out=left_out)
+        for name, parts in groupby(done, key=lambda one: one.person):
+            some_parts = list(parts)
+            count += 1
+            del gone[name]
+            yield Enrolment(
+                name,
+                np.concatenate([one.embeddings for one in some_parts]),
+                known[name].metadata,
+                [source for one in some_parts for source in one.sources or []],
+            )
+        if left_out and not drop_missing:
+            raise UserError(
+                f"{left_out[0]} ({len(left_out)} such): put it right, or leave such pictures "
+                "out by --drop-missing"
+            )
+        if gone and not count:
+            raise UserError(
+                f"nobody would remain in {gallery}, which is as it was: put the files back, or "
+                "enrol the people in a new gallery"
+            )
 
-        def people() -> Iterator[Enrolment]:
-            nonlocal count
-            done = enrolments(embedder, _progress(todo), left_out=left_out)
-            for name, parts in groupby(done, key=lambda one: one.person):
-                some = list(parts)
-                count += 1
-                yield Enrolment(
-                    name,
-                    np.concatenate([one.embeddings for one in some]),
-                    known[name][0].metadata,
-                    [source for one in some for source in one.sources or []],
-                )
-            if left_out and not drop_missing:
-                raise UserError(
-                    f"{left_out[0]} ({len(left_out)} such): put it right, or leave such pictures "
-                    "out by --drop-missing"
-                )
-
-        opened.reembed(people(), fingerprint=embedder.fingerprint, dim=embedder.embedding_dim)
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    print(f"{gallery} now holds {count:,} people embedded by {model}")
-    return {"people": count, "left_out": left_out}
+    with _opened(gallery) as opened:
+        opened.reembed(again, fingerprint=embedder.fingerprint, dim=embedder.embedding_dim)
+    _print_left_out(left_out)
+    went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
+    print(f"{gallery} now holds {count:,} people embedded by {model}{went}")
+    return {"people": count, "gone": list(gone), "left_out": left_out}
 
 
 def enrolments(
@@ -315,8 +442,6 @@ def enrolments(
     Args:
         left_out: without it an unusable picture is a UserError; with it what is wrong is appended.
     """
-    from sphereface2.align import read_photo
-
     waiting: list[tuple[Picture, np.ndarray]] = []
 
     def embedded() -> Iterator[Enrolment]:
@@ -324,16 +449,13 @@ def enrolments(
         numbered = zip((picture for picture, _ in waiting), rows, strict=True)
         for person, group in groupby(numbered, key=lambda pair: pair[0].person):
             theirs = list(group)
-            sources = [
-                json.dumps({"path": str(picture.path.resolve()), "aligned": picture.aligned})
-                for picture, _ in theirs
-            ]
+            sources = [picture.source for picture, _ in theirs]
             yield Enrolment(person, np.stack([row for _, row in theirs]), None, sources)
         waiting.clear()
 
     for picture in pictures:
         try:
-            crop = read_photo(picture.path) if picture.aligned else embedder.crop(picture.path)[0]
+            crop = _crop(embedder, picture.path, picture.aligned)
         except UserError as error:
             if left_out is None:
                 raise
@@ -344,6 +466,12 @@ def enrolments(
         waiting.append((picture, crop))
     if waiting:
         yield from embedded()
+
+
+def _crop(embedder: FaceEmbedder, path: Path, aligned: bool) -> np.ndarray:
+    from sphereface2.align import read_photo
+
+    return read_photo(path) if aligned else embedder.crop(path)[0]
 
 
 def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[Enrolment]]:
@@ -363,25 +491,40 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
             f"{path} has the columns {', '.join(names)}; name, label and embedding are needed, "
             "as `sphereface2 embed` writes them"
         )
-    about = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+    try:
+        about = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"{path} says nothing of use about its model; embed the pictures anew")
+    if about.get("flip") is False:
+        raise UserError(
+            f"{path} was embedded with --no-flip and a search adds the mirror image: embed the "
+            "pictures anew, without that"
+        )
     dim = next((len(row) for row in _embeddings(file) if row is not None), 0)
     if not dim:
         raise UserError(f"{path} holds no embedding")
 
     def people() -> Iterator[Enrolment]:
-        columns = ["name", "label", "embedding"]
-        if "person" in names:
-            columns[1] = "person"
-        for batch in file.iter_batches(1024, columns=columns):
-            rows = zip(*(batch.column(c).to_pylist() for c in columns), strict=True)
-            for person, group in groupby(rows, key=lambda row: row[1]):
-                theirs = [row for row in group if row[2] is not None]
-                if person is None or person == "":
-                    left_out.extend(f"{name} of {path}: it names nobody" for name, _, _ in theirs)
-                elif theirs:
-                    yield Enrolment(str(person), np.array([row[2] for row in theirs], np.float32))
+        columns = [c for c in ("name", "label", "person", "embedding") if c in names]
+        rows = (
+            row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist()
+        )
+        for person, group in groupby(rows, key=_whose):
+            theirs = [row for row in group if row["embedding"] is not None]
+            if not person:
+                left_out.extend(f"{row['name']} of {path}: it names nobody" for row in theirs)
+            elif theirs:
+                yield Enrolment(person, np.array([row["embedding"] for row in theirs], np.float32))
 
     return about.get("model"), dim, people()
+
+
+def _whose(row: dict[str, Any]) -> str:
+    """The name of a row's person; where a set has no names, the label."""
+    person = row["label"] if row.get("person") is None else row["person"]
+    return "" if person is None else str(person)
 
 
 def _embeddings(file: Any) -> Iterator[list[float] | None]:
@@ -397,8 +540,32 @@ def _embedder(model: str | None, device: str | None) -> FaceEmbedder:
     return FaceEmbedder.from_pretrained(model, device=device)
 
 
-def _existing(gallery: str) -> Gallery:
-    return Gallery.open(gallery, fingerprint=None, dim=None, create=False)
+@contextmanager
+def _opened(
+    gallery: str,
+    *,
+    fingerprint: str | None = None,
+    dim: int | None = None,
+    index: str | None = None,
+    create: bool = False,
+) -> Iterator[Gallery]:
+    """`Gallery.open`, with what its database cannot do as a UserError."""
+    try:
+        with Gallery.open(
+            gallery, fingerprint=fingerprint, dim=dim, index=index, create=create
+        ) as opened:
+            yield opened
+    except UserError:
+        raise
+    except Exception as error:
+        if not Store.refused(error):
+            raise
+        raise UserError(f"the gallery {gallery} failed: {error}") from error
+
+
+def _print_left_out(lines: list[str]) -> None:
+    for line in lines:
+        print(f"left out: {line}", file=sys.stderr)
 
 
 def _nobody(person: str, gallery: str) -> UserError:

@@ -25,7 +25,7 @@ from sphereface2.data import synthetic
 from sphereface2.data.sources import Source, digest, open_source
 from sphereface2.data.transforms import decode
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, writing
 from sphereface2.recognition.fingerprint import fingerprint
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -76,8 +76,8 @@ def export(
         ``description`` (the JSON object).
 
     Raises:
-        UserError: a wrong option, a missing package, or a result that does not agree with PyTorch;
-            no file is written then.
+        UserError: a wrong option, a missing package, a file that cannot be written, or a result
+            that does not agree with PyTorch; no file is written then.
     """
     if to not in SUFFIXES:
         raise UserError(
@@ -141,7 +141,8 @@ def export(
             f"the exported network does not agree with PyTorch: cosine {mean:.6f} on average, "
             f"{least:.6f} at least; nothing was written"
         )
-    atomic_write(path, content)
+    with writing(path):
+        atomic_write(path, content)
     _print(path, content, description, mean, least)
     return {
         "path": path,

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from sphereface2.data.folder import PictureSource, is_picture
 from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.embedding import embed
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.recognition.embedder import FaceEmbedder, writable
 
 FORMAT = "sphereface2-features"
@@ -251,17 +250,17 @@ class Job:
         kept = [index for index in indices if index not in reasons]
         labels = [int(pictures.labels[i]) if len(pictures.labels) else None for i in kept]
         people = pictures.class_names
-        columns: dict[str, Any] = {
-            "name": [pictures.name(index) for index in kept],
+        columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
+            "name": [printable(pictures.name(index)) for index in kept],
             "label": labels,
-            "person": [people[n] if people and n is not None else None for n in labels],
+            "person": [printable(people[n]) if people and n is not None else None for n in labels],
             "embedding": _fixed(embeddings.astype(self.dtype)),
         }
         if not self.aligned:
             columns["score"] = [faces[index].score for index in kept]
             boxes = [faces[index].box for index in kept]
             columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
-        skipped = [[pictures.name(index), reasons[index]] for index in sorted(reasons)]
+        skipped = [[printable(pictures.name(i)), printable(reasons[i])] for i in sorted(reasons)]
         schema = self.schema().with_metadata({_SKIPPED: json.dumps(skipped)})
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
@@ -320,20 +319,17 @@ class _Parts:
     @contextmanager
     def open(self) -> Iterator[list[int]]:
         """The numbers of the parts still missing, the folder being this process's alone."""
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            if sys.platform != "win32":
-                import fcntl
-
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"another process is at work on {self.out}") from None
+        with writing(self.out):
+            self.folder.mkdir(exist_ok=True)
+            file = (self.folder / "lock").open("w")
+        with file:
+            lock(file, f"another process is at work on {self.out}")
             if self._identity.exists():
                 found = json.loads(self._identity.read_text(encoding="utf-8"))
                 self._check(found, self.folder, "holds the unfinished work of")
             else:
-                atomic_write(self._identity, json.dumps(self.job.identity()).encode())
+                with writing(self.out):
+                    atomic_write(self._identity, json.dumps(self.job.identity()).encode())
             yield [number for number in self.job.parts if not self._path(number).exists()]
 
     def _check(self, found: dict[str, Any], where: Path, what: str) -> None:
@@ -348,10 +344,15 @@ class _Parts:
         return self.folder / f"{number:08d}.parquet"
 
     def write(self, number: int, content: bytes) -> None:
-        atomic_write(self._path(number), content)
+        with writing(self.out):
+            atomic_write(self._path(number), content)
 
     def merge(self) -> None:
         """Make the file, and the list of what was left out, from all parts."""
+        with writing(self.out):
+            self._merge()
+
+    def _merge(self) -> None:
         listed = self.out.with_name(f"{self.out.name}.skipped.csv")
         merged, skipped_file = self.folder / "merged", self.folder / "skipped"
         embedded = skipped = 0

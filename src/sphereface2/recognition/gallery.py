@@ -9,6 +9,11 @@ A person's row is what makes it true: it is written after the pictures, in one m
 change is seen as a whole or not at all, and pictures that no person's row names count for nothing.
 The notes say where to look for such pictures after a crash.
 
+On a server several processes share a gallery. Whoever moves it to other collections first writes a
+lease and then waits until no note is open; whoever changes it first writes a note and then looks
+for a lease. Reads of a server see all that was written before them, so that one of two always sees
+the other. The stamp is read again before each operation.
+
 Keys are hashes and random numbers and texts are ASCII JSON; no filter expression is ever built
 from what a user gave.
 """
@@ -17,15 +22,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import secrets
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +44,7 @@ PREFIX = "sphereface2_"
 META = PREFIX + "meta"
 STAMP = "stamp"
 REMOVED = "removed"  # the key of the number of pictures that files may still hold
+NOTE, LEASE = "note-", "lease-"  # what keys of notes and leases begin with
 NAME_LENGTH = 200
 METADATA_BYTES = 16_384
 SOURCE_BYTES = 8_192
@@ -47,26 +54,38 @@ CHANGE_PICTURES = 1_500
 PROBES = 256  # in one call: Milvus Lite holds all their products with the gallery
 # A note in a shared gallery this old was left by a process that died, not by one at work.
 NOTE_SECONDS = 3_600
+# A lease this old is void. Its holder renews it ten times as often and trusts it half as long.
+LEASE_SECONDS = 600
+PATIENCE_SECONDS = 10  # to wait for another process's lease or note
 # A local gallery is compacted once as many pictures went as are there, but for no fewer than these.
 COMPACT_FROM = 1_000
+
+_Found = TypeVar("_Found")
+
+
+class NoGalleryError(UserError):
+    """There is no gallery, and none was to be made."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody in a gallery: the name, the number of pictures, the metadata."""
+    """Somebody in a gallery: the name, the number of pictures, the metadata, the pictures' ids."""
 
     name: str
     pictures: int
     metadata: dict[str, Any]
+    ids: tuple[str, ...] = field(default=(), repr=False, compare=False)  # oldest first
 
 
 @dataclass(frozen=True)
 class Match:
-    """One answer of a search: who, with which cosine (-1 to 1), and the person's metadata."""
+    """One answer of a search: who, with which cosine (-1 to 1), and the person's metadata and
+    pictures' ids."""
 
     person: str
     score: float
     metadata: dict[str, Any]
+    ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,10 @@ class Enrolment:
     embeddings: np.ndarray
     metadata: dict[str, Any] | None = None
     sources: Sequence[str | None] | None = None
+
+    def check(self, dim: int) -> None:
+        """UserError if no gallery of embeddings of ``dim`` numbers would take it."""
+        _checked(self, dim)
 
 
 @dataclass
@@ -89,6 +112,9 @@ class _Record:
 
     def dump(self) -> str:
         return _json({"name": self.name, "metadata": self.metadata, "pictures": self.pictures})
+
+    def ids(self, key: str) -> tuple[str, ...]:
+        return tuple(f"{key}.{token}" for token in self.pictures)
 
     @classmethod
     def load(cls, text: str) -> _Record:
@@ -141,7 +167,7 @@ class Gallery:
         self._gate = _Gate()  # and its writing side while searches must not look
         self._closed = False
         # Processes that share a gallery must not clear each other's notes.
-        self._notes = "note" if store.local else _note_keys()
+        self._notes = NOTE if store.local else _note_keys()
         self._compact_at = COMPACT_FROM
 
     # -- opening and closing ---------------------------------------------------------------------
@@ -170,8 +196,9 @@ class Gallery:
             token: ``user:password`` or an API key, for a server that asks for one.
 
         Raises:
-            UserError: the gallery is of another model, open in another process, damaged, not there
-                and not to be made, or made by a later version.
+            NoGalleryError: it is not there and not to be made.
+            UserError: the gallery is of another model, open in another process, damaged, or made
+                by a later version.
         """
         if index is not None and index not in INDEXES:
             raise UserError(
@@ -179,7 +206,9 @@ class Gallery:
                 f"choose from {', '.join(INDEXES)}"
             )
         local = not str(uri).startswith(SCHEMES)
-        missing = UserError(f"there is no gallery at {uri}; `sphereface2 gallery add` makes one")
+        missing = NoGalleryError(
+            f"there is no gallery at {uri}; `sphereface2 gallery add` makes one"
+        )
         if (
             local
             and "://" not in str(uri)
@@ -188,18 +217,22 @@ class Gallery:
         ):
             raise missing
         store = Store(uri, token=token)
+
+        def stamped() -> dict[str, Any]:
+            if (stamp := _read_stamp(store)) is not None:
+                return stamp
+            if not create or fingerprint is None or dim is None:
+                raise missing
+            return _create(store, fingerprint, dim, index or "flat")
+
         try:
-            stamp = _read_stamp(store)
-            if stamp is None:
-                if not create or fingerprint is None or dim is None:
-                    raise missing
-                stamp = _create(store, fingerprint, dim, index or "flat")
+            stamp = _patiently(store, stamped)
             _check_stamp(stamp, str(uri), fingerprint, dim, index)
             gallery = cls(store, stamp)
             for name in (gallery._people, gallery._pictures):
                 store.load(name)
             if store.local:  # on a server another process may be writing the next ones
-                gallery._drop_generations()
+                gallery._drop_generations(store.collections())
             gallery._recover()
         except BaseException as error:
             store.close()
@@ -283,64 +316,77 @@ class Gallery:
                 finite or of another dimension, more than 1,000 pictures of one person.
         """
         item = Enrolment(person, embeddings, metadata, sources)
-        with self._changing:
-            self._check_open()
-            return self._change([self._checked(item)], replace)
+        with self._change_begun():
+            return self._change([_checked(item, self.dim)], replace)
 
-    def add_many(self, people: Iterable[Enrolment]) -> Iterator[list[Person]]:
+    def add_many(
+        self,
+        people: Iterable[Enrolment],
+        *,
+        refused: Callable[[Enrolment, UserError], None] | None = None,
+    ) -> Iterator[list[Person]]:
         """Add many people, many in one call to the database: yields those stored since last time.
 
         Each person is whole in one call, so whoever was yielded is stored and a crash leaves
         nobody half there. One person may come several times.
 
+        Args:
+            people: whom to add.
+            refused: is told whom `add` would not take, and why; the others are added.
+
         Raises:
-            UserError: as `add`; what was yielded before stays.
+            UserError: as `add`, without ``refused``; what was yielded before stays.
         """
         waiting: dict[str, _Checked] = {}
         for item in people:
-            checked = self._checked(item)
+            try:
+                checked = _checked(item, self.dim)
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused(item, error)
+                continue
             total = sum(len(c.vectors) for c in waiting.values())
             if waiting and (
                 total + len(checked.vectors) > CHANGE_PICTURES or checked.key in waiting
             ):
-                yield self._add_batch(waiting)
+                yield self._add_batch(waiting, refused)
                 waiting = {}
             waiting[checked.key] = checked
         if waiting:
-            yield self._add_batch(waiting)
+            yield self._add_batch(waiting, refused)
 
-    def _add_batch(self, batch: dict[str, _Checked]) -> list[Person]:
-        with self._changing:
-            self._check_open()
-            self._change(list(batch.values()), replace=False)
-            rows = self._store.get(self._people, batch)
-        return [_person(_Record.load(rows[key].text)) for key in batch]
+    def _add_batch(
+        self,
+        batch: dict[str, _Checked],
+        refused: Callable[[Enrolment, UserError], None] | None,
+    ) -> list[Person]:
+        with self._change_begun():
+            pictures = self._change(list(batch.values()), replace=False, refused=refused)
+            stored = dict.fromkeys(picture.split(".")[0] for picture in pictures)
+            rows = self._store.get(self._people, stored)
+        return [_person(_Record.load(rows[key].text)) for key in stored]
 
-    def _checked(self, item: Enrolment) -> _Checked:
-        name = _name(item.person)
-        vectors = self._unit(item.embeddings)
-        if not len(vectors):
-            raise UserError(f"{name!r} comes without a picture; give at least one")
-        sources = list(item.sources) if item.sources is not None else [None] * len(vectors)
-        if len(sources) != len(vectors):
-            raise UserError(f"{name!r} has {len(vectors)} pictures and {len(sources)} sources")
-        texts = ["" if source is None else _json(str(source)) for source in sources]
-        if (longest := max(map(len, texts))) > SOURCE_BYTES:
-            raise UserError(f"a source of {name!r} has {longest} bytes; {SOURCE_BYTES} is the most")
-        return _Checked(_key(name), name, vectors, texts, _metadata(name, item.metadata))
-
-    def _change(self, items: list[_Checked], replace: bool) -> list[str]:
+    def _change(
+        self,
+        items: list[_Checked],
+        replace: bool,
+        refused: Callable[[Enrolment, UserError], None] | None = None,
+    ) -> list[str]:
         """Write people's pictures, then the people; the caller holds the lock."""
+        generation = self._stamp["generation"]
         old = self._store.get(self._people, [item.key for item in items])
         people, pictures, superseded = [], [], []
         for item in items:
             record = _Record.load(old[item.key].text) if item.key in old else None
             kept = [] if record is None or replace else record.pictures
-            if len(kept) + len(item.vectors) > PICTURES:
-                raise UserError(
-                    f"{item.name!r} would have {len(kept) + len(item.vectors)} pictures; "
-                    f"{PICTURES} is the most: leave some out"
-                )
+            try:
+                _check_count(item.name, len(kept) + len(item.vectors))
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused(item.enrolment, error)
+                continue
             taken = set(record.pictures) if record else set()
             tokens = _tokens(len(item.vectors), taken)
             total = item.vectors.sum(0)
@@ -361,7 +407,8 @@ class Gallery:
                 Row(f"{item.key}.{token}", source, vector)
                 for token, source, vector in zip(tokens, item.texts, item.vectors, strict=True)
             ]
-        with self._gate.write(), self._note([row.key for row in pictures] + superseded):
+        touched = [row.key for row in pictures] + superseded
+        with self._gate.write(), self._note(touched, generation):
             self._store.put(self._pictures, pictures)
             self._store.put(self._people, people)
             self._store.delete(self._pictures, superseded)
@@ -384,13 +431,13 @@ class Gallery:
         """
         name = _name(person)
         key, about = _key(name), _metadata(name, metadata) or {}
-        with self._changing:
-            self._check_open()
+        with self._change_begun():
+            generation = self._stamp["generation"]
             row = self._store.get(self._people, [key], vectors=True).get(key)
             if row is None:
                 return None
             record = replace(_Record.load(row.text), metadata=about)
-            with self._gate.write():
+            with self._gate.write(), self._note(list(record.ids(key)), generation):
                 self._store.put(self._people, [replace(row, text=record.dump())])
             return _person(record)
 
@@ -404,18 +451,26 @@ class Gallery:
             How many pictures went; 0 if nobody of that name was there.
         """
         key = _key(_name(person))
-        with self._changing:
-            self._check_open()
+        with self._change_begun():
+            generation = self._stamp["generation"]
             row = self._store.get(self._people, [key]).get(key)
             if row is None:
                 return 0
-            pictures = [f"{key}.{token}" for token in _Record.load(row.text).pictures]
-            with self._gate.write(), self._note(pictures):
+            pictures = list(_Record.load(row.text).ids(key))
+            with self._gate.write(), self._note(pictures, generation):
                 self._store.delete(self._people, [key])
                 self._store.delete(self._pictures, pictures)
                 removed = self._count_removed(len(pictures))
             self._compact_if_due(removed)
             return len(pictures)
+
+    @contextmanager
+    def _change_begun(self) -> Iterator[None]:
+        """One change at a time, to the collections now in force."""
+        with self._changing:
+            self._check_open()
+            self._refresh()
+            yield
 
     def _removed(self) -> int:
         row = self._store.get(META, [REMOVED]).get(REMOVED)
@@ -438,12 +493,20 @@ class Gallery:
             self._rewrite(self._stored(), self.fingerprint, self.dim)
 
     @contextmanager
-    def _note(self, pictures: list[str]) -> Iterator[None]:
-        """Keep a note of the pictures that a change touches, for whoever opens after a crash.
+    def _note(self, pictures: list[str], generation: int) -> Iterator[None]:
+        """Keep a note of the pictures that a change touches, for whoever opens after a crash and
+        whoever would move the gallery meanwhile.
 
         Not undone by an exception: a change that failed midway is a crash too, and later notes
         take other keys. A note is cleared by writing it empty: Milvus Lite remembers each key that
         was ever deleted while an older row is there, as the stamp always is.
+
+        Args:
+            pictures: their keys.
+            generation: of the collections that the change was made for.
+
+        Raises:
+            UserError: the gallery is being moved, or was.
         """
         notes = [
             pictures[i : i + CHANGE_PICTURES] for i in range(0, len(pictures), CHANGE_PICTURES)
@@ -452,7 +515,7 @@ class Gallery:
         def write(notes: list[list[str]]) -> None:
             rows = [
                 Row(
-                    f"{self._notes}-{i}",
+                    f"{self._notes}{i}",
                     _json({"time": time.time(), "pictures": note}),
                     _META_VECTOR,
                 )
@@ -462,23 +525,57 @@ class Gallery:
 
         try:
             write(notes)
-            yield
+            free = not _leases(self._store) and self._is_in_force(generation)
+            if free:
+                yield
+                # A process that slept longer than notes count was not waited for.
+                if not self._is_in_force(generation):
+                    raise UserError(
+                        f"the gallery {self._store.uri} was moved to another model meanwhile; "
+                        "look whether the change is in it"
+                    )
             write([[] for _ in notes])
         except BaseException:
             self._notes = _note_keys()
             raise
+        if not free:
+            raise UserError(
+                f"the gallery {self._store.uri} is being moved to another model by another "
+                "process, or was; try again afterwards"
+            )
+
+    def _is_in_force(self, generation: int) -> bool:
+        if self._store.local:
+            return True
+        stamp = _stamp(self._store)
+        return stamp is not None and stamp["generation"] == generation
+
+    def _refresh(self) -> bool:
+        """Take up the stamp if another process wrote another; whether it did."""
+        if self._store.local or (stamp := _stamp(self._store)) == self._stamp:
+            return False
+        if stamp is None or stamp["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"the gallery {self._store.uri} was moved to another model meanwhile; open it "
+                "anew, with that one"
+            )
+        with self._gate.write():  # no search may see collections of both
+            self._stamp = stamp
+        return True
 
     def _recover(self) -> None:
         """Delete the pictures that changes cut short left behind without a person's row."""
         for note in list(self._store.scan(META)):
-            if not note.key.startswith("note-"):
+            if note.key.startswith(LEASE) and not _is_fresh(note, LEASE_SECONDS):
+                self._store.delete(META, [note.key])
+            if not note.key.startswith(NOTE):
                 continue
             content = json.loads(note.text)
             touched = content["pictures"]
             if self._store.local:
                 if not touched:
                     continue
-            elif time.time() - content["time"] < NOTE_SECONDS:
+            elif _is_fresh(note, NOTE_SECONDS):
                 continue
             people = self._store.get(self._people, [key.split(".")[0] for key in touched])
             named = {
@@ -527,12 +624,14 @@ class Gallery:
         queries = self._unit(embeddings)
         if not len(queries):
             return []
-        with self._gate.read():
-            self._check_open()
+
+        def look() -> list[list[Match]]:
             answers: list[list[Match]] = []
             for i in range(0, len(queries), PROBES):
                 answers += self._search(queries[i : i + PROBES], k, fusion, exact, effort)
             return answers
+
+        return self._read(look)
 
     def _search(
         self, queries: np.ndarray, k: int, fusion: str, exact: bool, effort: int | None
@@ -559,7 +658,12 @@ class Gallery:
                     if person in records and (not token or token in records[person].pictures):
                         best.setdefault(person, score)
                 answers[query] = [
-                    Match(records[p].name, min(1.0, max(-1.0, s)), records[p].metadata)
+                    Match(
+                        records[p].name,
+                        min(1.0, max(-1.0, s)),
+                        records[p].metadata,
+                        records[p].ids(p),
+                    )
                     for p, s in list(best.items())[:k]
                 ]
                 if len(best) < k and len(hits) == limit < MOST_ROWS:
@@ -570,27 +674,26 @@ class Gallery:
     def get(self, person: str) -> Person | None:
         """The person of this name, or None."""
         key = _key(_name(person))
-        with self._gate.read():
-            self._check_open()
-            row = self._store.get(self._people, [key]).get(key)
+        row = self._read(lambda: self._store.get(self._people, [key]).get(key))
         return None if row is None else _person(_Record.load(row.text))
 
     def people(self) -> list[Person]:
         """Everybody, by name."""
-        with self._gate.read():
-            self._check_open()
-            records = [_Record.load(row.text) for row in self._store.scan(self._people)]
-        return sorted(map(_person, records), key=lambda person: person.name)
+        rows = self._read(lambda: list(self._store.scan(self._people)))
+        people = [_person(_Record.load(row.text)) for row in rows]
+        return sorted(people, key=lambda person: person.name)
 
     def stats(self) -> dict[str, Any]:
         """Facts: ``people``, ``pictures``, ``removed`` (pictures that went since the last
         `compact`, whose embeddings the files may still hold), ``dim``, ``fingerprint``,
         ``index``, ``uri``, ``package_version``."""
-        with self._gate.read():
-            self._check_open()
-            people = self._store.count(self._people)
-            pictures = self._store.count(self._pictures)
-            removed = self._removed()
+        people, pictures, removed = self._read(
+            lambda: (
+                self._store.count(self._people),
+                self._store.count(self._pictures),
+                self._removed(),
+            )
+        )
         return {
             "people": people,
             "pictures": pictures,
@@ -602,6 +705,36 @@ class Gallery:
             "package_version": self._stamp["package_version"],
         }
 
+    def sources(self, names: Container[str] | None = None) -> list[tuple[Person, list[str | None]]]:
+        """Everybody, or those of these names (NFC), with where each of their pictures came from,
+        None where nobody said."""
+        found = self._read(lambda: list(self._stored(names, vectors=False)))
+        return [
+            (
+                _person(_Record.load(row.text)),
+                [json.loads(picture.text) if picture.text else None for picture in pictures],
+            )
+            for row, pictures in found
+        ]
+
+    def _read(self, look: Callable[[], _Found]) -> _Found:
+        """What `look` finds, while nothing changes in this process."""
+
+        def try_it() -> _Found:
+            with self._gate.read():
+                self._check_open()
+                return look()
+
+        self._check_open()
+        self._refresh()
+        try:
+            return try_it()
+        except Exception as error:
+            # The collections may have been dropped by a process that moved the gallery to others.
+            if not self._store.refused(error) or not self._refresh():
+                raise
+        return try_it()
+
     # -- the whole gallery at once ---------------------------------------------------------------
 
     def compact(self) -> None:
@@ -610,34 +743,49 @@ class Gallery:
         The new files hold nobody who was removed, and the old ones are deleted: afterwards no
         file of a local gallery holds a removed embedding. Searches go on meanwhile; changes wait.
         A crash leaves the gallery as it was before or after.
+
+        A server is asked to rewrite its files, and does so and deletes the old ones in its own
+        time.
         """
-        with self._changing:
-            self._check_open()
-            self._rewrite(self._stored(), self.fingerprint, self.dim)
+        with self._change_begun():
+            if self._store.local:
+                self._rewrite(self._stored(), self.fingerprint, self.dim)
+                return
+            # What a process left that died while it moved the gallery. In this order: one at work
+            # leased before it made collections, and writes the stamp before it ends the lease.
+            collections, leased = self._store.collections(), _leases(self._store)
+            self._refresh()
+            if not leased:
+                self._drop_generations(collections)
+            for name in (self._people, self._pictures):
+                self._store.compact(name)
+            self._store.put(META, [Row(REMOVED, "0", _META_VECTOR)])
 
-    def sources(self) -> Iterator[tuple[Person, list[str | None]]]:
-        """Everybody with where each of their pictures came from, None where nobody said."""
-        with self._gate.read():
-            self._check_open()
-            rows = list(self._store.scan(self._people))
-        for row in rows:
-            record = _Record.load(row.text)
-            keys = [f"{row.key}.{token}" for token in record.pictures]
-            with self._gate.read():
-                found = self._store.get(self._pictures, keys)
-            texts = [found[key].text for key in keys if key in found]
-            yield _person(record), [json.loads(text) if text else None for text in texts]
-
-    def reembed(self, people: Iterable[Enrolment], *, fingerprint: str, dim: int) -> None:
+    def reembed(
+        self,
+        embed: Callable[[list[tuple[Person, list[str | None]]]], Iterable[Enrolment]],
+        *,
+        fingerprint: str,
+        dim: int,
+    ) -> None:
         """Replace everything by embeddings of another model, at once and at the end.
 
+        Meanwhile nobody changes the gallery: other threads wait and other processes are refused.
+
         Args:
-            people: everybody, once each, embedded by the new model.
+            embed: gives everybody, once each, embedded by the new model, for everybody who is
+                there with the sources of their pictures.
             fingerprint: of the new model.
             dim: numbers in its embeddings.
+
+        Raises:
+            UserError: another process is changing the gallery, or what ``embed`` raises; the
+                gallery is then as it was.
         """
-        with self._changing:
-            self._check_open()
+        with self._change_begun(), _lease(self._store) as check:
+            self._wait_for_notes()
+            self._refresh()
+            people = embed(self.sources())
 
             def rows() -> Iterator[tuple[Row, list[Row]]]:
                 for item in people:
@@ -654,45 +802,103 @@ class Gallery:
                         ],
                     )
 
-            self._rewrite(rows(), fingerprint, dim)
+            self._rewrite(rows(), fingerprint, dim, check)
 
-    def _stored(self) -> Iterator[tuple[Row, list[Row]]]:
-        """Everybody's row with their pictures' rows."""
+    def _wait_for_notes(self) -> None:
+        """Wait until the changes are done that were begun before this process leased."""
+        if self._store.local:
+            return
+
+        def notes() -> set[tuple[str, str]]:
+            return {
+                (row.key, row.text)
+                for row in self._store.scan(META)
+                if row.key.startswith(NOTE)
+                and json.loads(row.text)["pictures"]
+                and _is_fresh(row, NOTE_SECONDS)
+            }
+
+        # Not those that come later, without end perhaps: who writes them sees the lease.
+        until, begun = time.time() + PATIENCE_SECONDS, notes()
+        while begun & notes():
+            if time.time() > until:
+                raise UserError(
+                    f"the gallery {self._store.uri} is being changed by another process, or was "
+                    f"when that died less than {NOTE_SECONDS // 60} minutes ago; try again later"
+                )
+            time.sleep(0.1)
+
+    def _stored(
+        self, names: Container[str] | None = None, *, vectors: bool = True
+    ) -> Iterator[tuple[Row, list[Row]]]:
+        """Everybody's row, or those of these names, with their pictures' rows."""
         waiting: dict[str, tuple[Row, list[str]]] = {}
 
         def fetch() -> Iterator[tuple[Row, list[Row]]]:
             keys = [key for _, keys in waiting.values() for key in keys]
-            found = self._store.get(self._pictures, keys, vectors=True)
+            found = self._store.get(self._pictures, keys, vectors=vectors)
             for row, theirs in waiting.values():
                 yield row, [found[key] for key in theirs if key in found]
             waiting.clear()
 
-        for row in self._store.scan(self._people, vectors=True):
-            tokens = _Record.load(row.text).pictures
-            waiting[row.key] = row, [f"{row.key}.{token}" for token in tokens]
+        for row in self._store.scan(self._people, vectors=vectors):
+            record = _Record.load(row.text)
+            if names is not None and record.name not in names:
+                continue
+            waiting[row.key] = row, list(record.ids(row.key))
             if sum(len(keys) for _, keys in waiting.values()) >= CHANGE_PICTURES:
                 yield from fetch()
         yield from fetch()
 
-    def _rewrite(self, rows: Iterable[tuple[Row, list[Row]]], fingerprint: str, dim: int) -> None:
-        """Write the next generation of the collections, point the stamp at it, drop this one."""
-        self._drop_generations()
+    def _rewrite(
+        self,
+        rows: Iterable[tuple[Row, list[Row]]],
+        fingerprint: str,
+        dim: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write another generation of the collections, point the stamp at it, drop this one.
+
+        Args:
+            rows: everybody.
+            fingerprint, dim: of the stamp.
+            check: raises if this process may no longer change the stamp.
+        """
+        self._drop_generations(self._store.collections())
         stamp = {
             **self._stamp,
             "fingerprint": fingerprint,
             "dim": dim,
             "package_version": __version__,
-            "generation": self._stamp["generation"] + 1,
+            "generation": _generation(),
         }
         new = Gallery(self._store, stamp)
-        for name in (new._people, new._pictures):
-            self._store.create(name, dim, self.index)
+        try:
+            new._fill(rows)
+            for name in (new._people, new._pictures):
+                self._store.flush(name)
+            check()
+        except BaseException:
+            with suppress(Exception):  # who next rewrites or opens drops them too
+                self._drop_generations([new._people, new._pictures])
+            raise
+        with self._gate.write():
+            self._store.put(META, [_stamp_row(stamp)])
+            self._stamp = stamp
+            self._drop_generations(self._store.collections())
+            self._store.put(META, [Row(REMOVED, "0", _META_VECTOR)])
+        self._compact_at = COMPACT_FROM
+
+    def _fill(self, rows: Iterable[tuple[Row, list[Row]]]) -> None:
+        """Make the collections, of these people."""
+        for name in (self._people, self._pictures):
+            self._store.create(name, self.dim, self.index)
         people: list[Row] = []
         pictures: list[Row] = []
 
         def put() -> None:
-            self._store.put(new._pictures, pictures)
-            self._store.put(new._people, people)
+            self._store.put(self._pictures, pictures)
+            self._store.put(self._people, people)
             people.clear()
             pictures.clear()
 
@@ -702,18 +908,10 @@ class Gallery:
             if len(pictures) >= CHANGE_PICTURES:
                 put()
         put()
-        for name in (new._people, new._pictures):
-            self._store.flush(name)
-        with self._gate.write():
-            self._store.put(META, [_stamp_row(stamp)])
-            self._stamp = stamp
-            self._drop_generations()
-            self._store.put(META, [Row(REMOVED, "0", _META_VECTOR)])
-        self._compact_at = COMPACT_FROM
 
-    def _drop_generations(self) -> None:
-        """Drop the collections that the stamp does not name."""
-        for name in self._store.collections():
+    def _drop_generations(self, collections: Iterable[str]) -> None:
+        """Drop those of these collections that the stamp does not name."""
+        for name in collections:
             if name.startswith(PREFIX) and name not in (META, self._people, self._pictures):
                 self._store.drop(name)
 
@@ -731,11 +929,34 @@ class Gallery:
 class _Checked:
     """An enrolment that was found right: unit vectors, texts to store."""
 
+    enrolment: Enrolment
     key: str
     name: str
     vectors: np.ndarray
     texts: list[str]
     metadata: dict[str, Any] | None
+
+
+def _checked(item: Enrolment, dim: int) -> _Checked:
+    name = _name(item.person)
+    vectors = _unit(item.embeddings, dim)
+    if not len(vectors):
+        raise UserError(f"{name!r} comes without a picture; give at least one")
+    _check_count(name, len(vectors))
+    sources = list(item.sources) if item.sources is not None else [None] * len(vectors)
+    if len(sources) != len(vectors):
+        raise UserError(f"{name!r} has {len(vectors)} pictures and {len(sources)} sources")
+    texts = ["" if source is None else _json(str(source)) for source in sources]
+    if (longest := max(map(len, texts))) > SOURCE_BYTES:
+        raise UserError(f"a source of {name!r} has {longest} bytes; {SOURCE_BYTES} is the most")
+    return _Checked(item, _key(name), name, vectors, texts, _metadata(name, item.metadata))
+
+
+def _check_count(name: str, pictures: int) -> None:
+    if pictures > PICTURES:
+        raise UserError(
+            f"{name!r} would have {pictures} pictures; {PICTURES} is the most: leave some out"
+        )
 
 
 def decide(matches: Sequence[Match], threshold: float) -> Match | None:
@@ -750,8 +971,20 @@ def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def checked_json(value: object) -> str:
+    """JSON in ASCII of what any reader can take back.
+
+    Raises:
+        ValueError, TypeError, RecursionError: a NaN, an infinity, half of a surrogate pair (which
+            JSON can escape and UTF-8 cannot hold), or what JSON does not know.
+    """
+    json.dumps(value, ensure_ascii=False).encode()
+    return _json(value)
+
+
 def _person(record: _Record) -> Person:
-    return Person(record.name, len(record.pictures), record.metadata)
+    ids = record.ids(_key(record.name))
+    return Person(record.name, len(ids), record.metadata, ids)
 
 
 def _name(person: str) -> str:
@@ -788,7 +1021,9 @@ def _metadata(name: str, metadata: dict[str, Any] | None) -> dict[str, Any] | No
     if not isinstance(metadata, dict):
         raise UserError(f"the metadata of {name!r} is no JSON object; give names with values")
     try:
-        text = _json(metadata)
+        text = checked_json(metadata)
+    except UnicodeEncodeError as error:
+        raise UserError(f"the metadata of {name!r} is not valid Unicode") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the metadata of {name!r} is not JSON: {error}") from error
     if len(text) > METADATA_BYTES:
@@ -819,7 +1054,76 @@ def _template(total: np.ndarray, instead: np.ndarray) -> np.ndarray:
 
 
 def _note_keys() -> str:
-    return f"note-{secrets.token_hex(8)}"
+    return f"{NOTE}{secrets.token_hex(8)}-"
+
+
+def _is_fresh(row: Row, seconds: float) -> bool:
+    """Whether a note or a lease was written less than so long ago."""
+    return bool(time.time() - json.loads(row.text)["time"] < seconds)
+
+
+def _leases(store: Store) -> set[str]:
+    """The keys of the leases in force: who holds one makes or replaces the collections."""
+    if store.local:
+        return set()
+    rows = [row for row in store.scan(META) if row.key.startswith(LEASE)]
+    return {row.key for row in rows if _is_fresh(row, LEASE_SECONDS)}
+
+
+@contextmanager
+def _lease(store: Store) -> Iterator[Callable[[], None]]:
+    """Be the only process that makes or replaces the collections of a gallery on a server.
+
+    Yields what raises UserError once this process slept so long that others went on without it.
+    """
+    if store.local:  # the folder is this process's alone
+        yield lambda: None
+        return
+    key, over, renewed = f"{LEASE}{secrets.token_hex(8)}", threading.Event(), time.time()
+
+    def check() -> None:
+        if time.time() - renewed > LEASE_SECONDS / 2:
+            raise UserError(f"the Milvus server at {store.uri} did not answer for long; try again")
+
+    def renew() -> None:
+        nonlocal renewed
+        now = time.time()
+        store.put(META, [Row(key, _json({"time": now}), _META_VECTOR)])
+        renewed = now
+
+    def keep() -> None:
+        while not over.wait(LEASE_SECONDS / 10):
+            with suppress(Exception):
+                check()
+                renew()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    until = time.time() + PATIENCE_SECONDS
+    try:
+        renew()
+        while _leases(store) != {key}:
+            store.delete(META, [key])
+            if time.time() > until:
+                raise UserError(
+                    f"the gallery {store.uri} is being made or moved to another model by another "
+                    f"process, or was when that died less than {LEASE_SECONDS // 60} minutes ago; "
+                    "try again later"
+                )
+            time.sleep(random.uniform(0.1, 1))  # not in step with another who waits
+            renew()
+        keeper.start()
+        yield check
+    finally:
+        over.set()
+        if keeper.is_alive():
+            keeper.join()
+        with suppress(Exception):  # it becomes void by itself
+            store.delete(META, [key])
+
+
+def _generation() -> int:
+    """A number that no other process gives its collections."""
+    return secrets.randbits(48)
 
 
 def _stamp_row(stamp: dict[str, Any]) -> Row:
@@ -831,27 +1135,48 @@ def _read_stamp(store: Store) -> dict[str, Any] | None:
     if META not in store.collections():
         return None
     store.load(META)
+    return _stamp(store)
+
+
+def _stamp(store: Store) -> dict[str, Any] | None:
     row = store.get(META, [STAMP]).get(STAMP)
     return None if row is None else dict(json.loads(row.text))
 
 
+def _patiently(store: Store, make: Callable[[], _Found]) -> _Found:
+    """`make`, tried again on a server, where another process may be making the same just now."""
+    until = time.time() + PATIENCE_SECONDS
+    while True:
+        try:
+            return make()
+        except Exception as error:
+            if store.local or not store.refused(error) or time.time() > until:
+                raise
+        time.sleep(0.1)
+
+
 def _create(store: Store, fingerprint: str, dim: int, index: str) -> dict[str, Any]:
-    # The stamp comes last: what has none is a making that was cut short.
-    for name in store.collections():
-        if name.startswith(PREFIX):
-            store.drop(name)
+    """Make the collections, and the stamp last: what has none is a making that was cut short."""
     stamp = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "fingerprint": fingerprint,
         "dim": dim,
         "index": index,
-        "generation": 1,
+        "generation": _generation(),
     }
-    store.create(META, 2)
-    for kind in ("people", "pictures"):
-        store.create(f"{PREFIX}{kind}_1", dim, index)
-    store.put(META, [_stamp_row(stamp)])
+    if store.local and META in store.collections():
+        store.drop(META)
+    if META not in store.collections():
+        store.create(META, 2)
+    with _lease(store) as check:
+        if (others := _read_stamp(store)) is not None:
+            return others
+        new = Gallery(store, stamp)
+        new._drop_generations(store.collections())
+        new._fill([])
+        check()
+        store.put(META, [_stamp_row(stamp)])
     return stamp
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from sphereface2.recognition.features import Job, open_pictures
 
 if TYPE_CHECKING:
     from sphereface2.data.sources import Source
+
+_ANSWER_SECONDS = 5.0
 
 
 def compute(
@@ -51,6 +54,8 @@ def compute(
     # A user's pictures are nobody's business: no report of use is sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = not ray.is_initialized()
+    if own and address is not None:
+        _check_answers(address)
     try:
         if own:
             options: dict[str, Any] = {} if address else {"include_dashboard": False}
@@ -86,6 +91,21 @@ def compute(
     finally:
         if own:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """UserError if nothing listens at HOST:PORT, which Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto", for one
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"no Ray cluster answers at {address} ({told}): give --ray-address the HOST:PORT of "
+            "its head"
+        ) from error
 
 
 class _Worker:

@@ -108,9 +108,14 @@ class Store:
             ) from error
         if folder.is_file():
             raise UserError(f"{folder} is a file; a gallery is a folder of its own")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "collections").is_dir():
-            raise UserError(f"{folder} holds other files and no gallery; give a folder of its own")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / "collections").is_dir():
+                raise UserError(
+                    f"{folder} holds other files and no gallery; give a folder of its own"
+                )
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError(f"the gallery {folder} cannot be opened: {error}") from error
         # A socket that only this user can reach: the TCP port that pymilvus would open asks nobody
         # for a password. Outside the gallery, whose path may be longer than a socket's may.
         self._socket = tempfile.mkdtemp(prefix="sphereface2-")
@@ -298,6 +303,11 @@ class Store:
         """Move what is in memory to the collection's files."""
         self._client.flush(name)
         self._writes[name] = 0
+
+    def compact(self, name: str) -> None:
+        """Ask a server to rewrite a collection's files without deleted rows, in its own time."""
+        self.flush(name)
+        self._client.compact(name)
 
 
 def _row(row: dict[str, Any]) -> Row:

@@ -13,7 +13,7 @@ from rich.table import Table
 from sphereface2.errors import UserError
 from sphereface2.evaluation import reports
 from sphereface2.evaluation.verification import far_key, pair_scores
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, printable, writing
 
 if TYPE_CHECKING:
     from sphereface2.align import Face
@@ -115,16 +115,20 @@ def verify(
     from sphereface2.recognition.embedder import FaceEmbedder
 
     if picture is not None and Path(picture).suffix.lower() != ".png":
-        raise UserError(f"--picture writes a PNG: name it {Path(picture).with_suffix('.png')}")
+        name = Path(picture).with_suffix(".png") if Path(picture).name else "NAME.png"
+        raise UserError(f"--picture writes a PNG: name it {name}")
     embedder = FaceEmbedder.from_pretrained(model, device=device)
     report, faces = compare(embedder, first, second, far=far, prior=prior, aligned=aligned)
     if picture is not None:
-        draw(report, faces, picture)
         report["picture"] = str(picture)
     if as_json:
         reports.print_json(report)
     else:
         _print(report, model)
+    if picture is not None:  # after the verdict, which does not depend on it
+        draw(report, faces, picture)
+        if not as_json:
+            Console(highlight=False, markup=False).print(f"picture: {picture}", soft_wrap=True)
     return report
 
 
@@ -136,7 +140,11 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], faces: list[Face | None], path: str | Path) -> None:
-    """Write a PNG of a report's two pictures, with the boxes and landmarks of the faces."""
+    """Write a PNG of a report's two pictures, with the boxes and landmarks of the faces.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -150,7 +158,8 @@ def draw(report: dict[str, Any], faces: list[Face | None], path: str | Path) -> 
         pixels = read_photo(Path(name))
         place.imshow(pixels, interpolation="antialiased")
         place.set_axis_off()
-        place.set_title(Path(name).name, fontsize=9, color=_INK)
+        title = printable(Path(name).name)
+        place.set_title(title, fontsize=9, color=_INK, parse_math=False)  # "$" is just a letter
         if face is not None:
             x0, y0, x1, y1 = (float(edge) for edge in face.box)
             place.add_patch(
@@ -164,8 +173,10 @@ def draw(report: dict[str, Any], faces: list[Face | None], path: str | Path) -> 
     figure.supxlabel(" · ".join(_facts(report)), color=_INK, fontsize=10)
     memory = io.BytesIO()
     canvas.print_png(memory)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(Path(path), memory.getvalue())
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, memory.getvalue())
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
@@ -193,5 +204,3 @@ def _print(report: dict[str, Any], model: str) -> None:
     if report["decision"] is None:
         line = f"the model has no calibration, so its similarity says little; {_HOW.format(model)}"
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if report.get("picture"):
-        console.print(f"picture: {report['picture']}", highlight=False, markup=False)

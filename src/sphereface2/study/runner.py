@@ -28,7 +28,7 @@ from sphereface2.data.locate import locate
 from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import far_key
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, lock
 from sphereface2.study import design
 from sphereface2.study.cell import judged_on, read_result
 from sphereface2.study.design import Cell, Study
@@ -237,14 +237,7 @@ def _told(result: dict[str, Any]) -> str:
 @contextmanager
 def _locked(cells: Path, name: str) -> Iterator[None]:
     """Only one process at a time runs cells in a folder, lest two train the same one."""
-    import fcntl
-
+    busy = f"another study is being run in {cells}: wait for it, or give {name} --cells of its own"
     with (cells / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another study is being run in {cells}: wait for it, or give {name} --cells of "
-                "its own"
-            ) from error
+        lock(file, busy)
         yield

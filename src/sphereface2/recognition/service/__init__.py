@@ -3,6 +3,7 @@
 Where things are:
 
 - ``server``: binding, keys, signals, draining.
+- ``connections``: how many may be open, and their deadlines.
 - ``app``: puts the parts together into an ASGI application.
 - ``routes``, ``schemas``, ``bodies``: the API; what it takes and gives; how a request is read.
 - ``recogniser``, ``batching``: pictures to embeddings; many requests in one forward pass.

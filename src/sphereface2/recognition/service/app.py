@@ -31,6 +31,8 @@ from sphereface2.recognition.service.people import Crops, People
 from sphereface2.recognition.service.recogniser import Recogniser
 
 _STATIC = Path(__file__).parent / "static"
+# Files of the page, a second and at once, of one address: some dozen people who open it together.
+_PAGE_RATE, _PAGE_BURST = 50.0, 200.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Settings:
         max_requests: requests in work, the reading of their bodies included.
         body_seconds: for the whole body to arrive.
         rate: requests a second of one key, or of one address where no keys are used; 0: any.
-        burst: requests of one client at once.
+        burst: requests of one client at once. The page's own files are counted apart.
         threads: that decode pictures and find faces.
         far: false accept rate to decide at; None: the calibration's default.
     """
@@ -87,7 +89,7 @@ def create_app(
 
     Args:
         embedder: the model.
-        gallery: of that model; closed with the application.
+        gallery: of that model; closed with the application. Nothing else changes a local one.
         keys: who is admitted; None: anybody who reaches it.
         hosts: names that the Host header may give; None: any.
         audit: where the audit log goes; by default to standard output.
@@ -145,7 +147,13 @@ def create_app(
         max_requests=settings.max_requests,
         body_seconds=settings.body_seconds,
     )
-    app.add_middleware(Gate, hosts=hosts, keys=keys, buckets=Buckets(settings.rate, settings.burst))
+    app.add_middleware(
+        Gate,
+        hosts=hosts,
+        keys=keys,
+        buckets=Buckets(settings.rate, settings.burst),
+        page=Buckets(_PAGE_RATE if settings.rate else 0.0, _PAGE_BURST),
+    )
     app.add_middleware(Observer, metrics=metrics, audit=audit)
     return app
 

@@ -11,10 +11,23 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from sphereface2.errors import UserError
+
+
+class _PrivateFile(WatchedFileHandler):
+    """For its owner alone, also when it is made anew after logrotate."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename,
+            "a",
+            encoding=self.encoding,
+            opener=lambda path, flags: os.open(path, flags, 0o600),
+        )
 
 
 class Audit:
@@ -30,13 +43,10 @@ class Audit:
         if path is None:
             self._handler = logging.StreamHandler(sys.stdout)
         else:
-            mask = os.umask(0o077)
             try:
-                self._handler = WatchedFileHandler(path, encoding="utf-8")
+                self._handler = _PrivateFile(path, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"the audit log {path} cannot be written: {error}") from error
-            finally:
-                os.umask(mask)
 
     def write(self, **fields: str | int | None) -> None:
         """Append one line; empty fields are left out."""

@@ -5,6 +5,7 @@ Nothing touches the disk: pictures stay in memory until the answer is sent.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar, get_origin
 
@@ -14,9 +15,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.schemas import MAX_METADATA
 
 _FIELDS = 32
 _TEXT = 64 * 1024
+_PARTS = 2 * MAX_METADATA  # commas and colons of JSON: base64 has none, metadata few
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -31,9 +34,18 @@ async def read(request: Request, model: type[Model]) -> Model:
         body = await request.body()
     except ClientDisconnect:
         raise Refusal(400, "hung_up", "the connection ended before the request did") from None
+    if request.query_params and kind in ("application/json", "multipart/form-data"):
+        # Passed over in silence, a threshold asked for there would not be the one decided by.
+        raise Refusal(
+            422,
+            "invalid",
+            "put the options into the form or the JSON: the address may hold them only beside a "
+            "picture that is the whole body",
+        )
     try:
         if kind == "application/json":
-            return model.model_validate_json(body)
+            # One C call that can be long, and the loop has other clients to serve.
+            return await asyncio.to_thread(model.model_validate_json, _bounded(body))
         if kind == "multipart/form-data":
             return model.model_validate(await _form(request, body, model))
         bare = _bare_field(model)
@@ -41,7 +53,8 @@ async def read(request: Request, model: type[Model]) -> Model:
             value = [body] if _is_list(model, bare) else body
             return model.model_validate({**request.query_params, bare: value})
     except ValidationError as error:
-        raise Refusal(422, "invalid", sentence(error.errors(include_context=False))) from None
+        told = error.errors(include_context=False, include_input=False, include_url=False)
+        raise Refusal(422, "invalid", sentence(told)) from None
     raise Refusal(
         415,
         "content_type",
@@ -68,6 +81,13 @@ def sentence(errors: Any) -> str:
     place = ".".join(str(part) for part in first["loc"])[:100]
     text = first["msg"].removeprefix("Value error, ")
     return f"{place}: {text}" if place else text
+
+
+def _bounded(body: bytes) -> bytes:
+    """The body, if it is not made to keep the validator busy: pydantic reports on every part."""
+    if body.count(b",") + body.count(b":") > _PARTS:
+        raise Refusal(422, "invalid", "the JSON has more parts than any request needs")
+    return body
 
 
 class _InMemory(MultiPartParser):

@@ -29,5 +29,5 @@ class Refusal(HTTPException):
 
 
 def body(code: str, sentence: str) -> dict[str, Any]:
-    """The JSON of an error."""
-    return {"code": code, "error": sentence}
+    """The JSON of an error; what the sentence quotes may be no text that can be sent."""
+    return {"code": code, "error": sentence.encode("utf-8", "replace").decode()}

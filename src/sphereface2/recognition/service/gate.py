@@ -37,7 +37,8 @@ class Gate:
             what reaches it on the loopback interface; a web page elsewhere can reach it too, by
             letting its own name point to 127.0.0.1, and is given away by that name.
         keys: the keys admitted, or None where none is needed.
-        buckets: the rates.
+        buckets: the rates of the API.
+        page: the rates of what is answered without a key: a page is a dozen files at once.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class Gate:
         hosts: Collection[str] | None,
         keys: KeyFile | None,
         buckets: Buckets,
+        page: Buckets,
     ) -> None:
         self.app = app
         self.hosts = None if hosts is None else {name.lower() for name in hosts}
         self.keys = keys
         self.buckets = buckets
+        self.page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -67,19 +70,19 @@ class Gate:
         self._check_host(headers)
         _check_origin(headers, navigation=path == "/" and scope["method"] in ("GET", "HEAD"))
         if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            self._check_rate(f"open {address}")
+            _check_rate(self.page, address)
             return
         if self.keys is None:
-            self._check_rate(address)
+            _check_rate(self.buckets, address)
             return
         key = self.keys.check(_token(headers))
         if key is None:
-            self._check_rate(f"refused {address}")
+            _check_rate(self.buckets, f"refused {address}")
             raise Refusal(
                 401, "unauthorised", "a valid key is needed: send it as Authorization: Bearer KEY"
             )
         scope["state"]["caller"] = Caller(address, key.id)
-        self._check_rate(f"key {key.id}")
+        _check_rate(self.buckets, f"key {key.id}")
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.getlist("host")
@@ -92,10 +95,6 @@ class Gate:
                 "this server does not answer to that host name: start it with --allow-host NAME "
                 "to add one",
             )
-
-    def _check_rate(self, client: str) -> None:
-        if wait := self.buckets.take(client):
-            raise Refusal(429, "too_often", "too many requests: slow down", retry_after=wait)
 
 
 def is_loopback(host: str) -> bool:
@@ -116,6 +115,11 @@ def _host(value: str) -> str:
     except ValueError:
         return ""
     return (parts.hostname or "") if parts.netloc == value and "@" not in value else ""
+
+
+def _check_rate(buckets: Buckets, client: str) -> None:
+    if wait := buckets.take(client):
+        raise Refusal(429, "too_often", "too many requests: slow down", retry_after=wait)
 
 
 def _check_origin(headers: Headers, *, navigation: bool) -> None:

@@ -29,8 +29,9 @@ class Buckets:
         clients: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``rate`` 0 limits nothing."""
-        self._rate, self._burst, self._clients, self._clock = rate, burst, clients, clock
+        """``rate`` 0 limits nothing; ``burst`` is one at least."""
+        self._rate, self._clients, self._clock = rate, clients, clock
+        self._burst = max(1.0, burst)  # a bucket that never held one would let nobody in
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str) -> float:

@@ -83,7 +83,7 @@ class Observer:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         state, method = scope["state"], scope["method"]
-        route = getattr(scope.get("route"), "path", "other")
+        route = getattr(scope.get("route"), "path_format", "other")
         self.metrics.request(route, method if method in _METHODS else "other", status, seconds)
         if code := state.get("code"):
             self.metrics.refused(code)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +25,10 @@ _READERS = 4
 
 
 class Crops:
-    """A folder with one folder a person, named by a hash: names are not file names.
+    """A folder with one folder a person and in it one file a picture, named by the pictures' ids.
+
+    Ids, because a name may be given again: a crop is shown only while the gallery holds the very
+    picture that it was cut from.
 
     Args:
         folder: made if it is missing. It belongs to one gallery.
@@ -40,31 +44,75 @@ class Crops:
         except OSError as error:
             raise UserError(f"crops cannot be kept in {folder}: {error}") from error
 
-    def add(self, name: str, crops: Sequence[np.ndarray]) -> None:
-        """Keep a person's crops."""
-        place = self._place(name)
-        place.mkdir(exist_ok=True, mode=0o700)
-        start = max((int(file.stem) for file in place.glob("[0-9]*.jpg")), default=0) + 1
-        for number, crop in enumerate(crops, start):
-            atomic_write(place / f"{number:06d}.jpg", encode(crop, ".jpg"))
+    def add(self, ids: Sequence[str], crops: Sequence[np.ndarray]) -> None:
+        """Keep the crops of new pictures."""
+        for picture, crop in zip(ids, crops, strict=True):
+            file = self._file(picture)
+            file.parent.mkdir(exist_ok=True, mode=0o700)
+            atomic_write(file, encode(crop, ".jpg"))
 
-    def first(self, name: str) -> Path | None:
-        """A person's first crop."""
-        return min(self._place(name).glob("[0-9]*.jpg"), default=None)
+    def first(self, ids: Sequence[str]) -> Path | None:
+        """The first crop kept of a person's pictures."""
+        files = [self._file(picture) for picture in ids]
+        try:
+            kept = set(os.listdir(files[0].parent)) if files else set()
+        except FileNotFoundError:
+            return None
+        return next((file for file in files if file.name in kept), None)
 
-    def remove(self, name: str) -> None:
-        """Delete a person's crops."""
-        shutil.rmtree(self._place(name), ignore_errors=True)
+    def read(self, ids: Sequence[str]) -> bytes | None:
+        """The first crop's JPEG; None if there is none, or no more at this very moment."""
+        file = self.first(ids)
+        try:
+            return None if file is None else file.read_bytes()
+        except FileNotFoundError:
+            return None
 
-    def keep_only(self, names: Sequence[str]) -> None:
-        """Delete the crops of everybody else: who was removed while the server was down."""
-        known = {self._place(name) for name in names}
+    def remove(self, ids: Sequence[str]) -> None:
+        """Delete a person's crops, also any of earlier pictures."""
+        for place in {self._file(picture).parent for picture in ids}:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def keep_only(self, ids: Iterable[str]) -> None:
+        """Delete all other crops: of what was removed while nobody looked after the folder."""
+        known = {self._file(picture) for picture in ids}
         for place in self.folder.iterdir():
-            if re.fullmatch("[0-9a-f]{32}", place.name) and place not in known:
-                shutil.rmtree(place, ignore_errors=True)
+            if not re.fullmatch("[0-9a-f]{24,}", place.name) or not place.is_dir():
+                continue  # not made here
+            for file in set(place.iterdir()) - known:
+                file.unlink(missing_ok=True)
+            if not any(place.iterdir()):
+                place.rmdir()
 
-    def _place(self, name: str) -> Path:
-        return self.folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+    def _file(self, picture: str) -> Path:
+        person, _, token = picture.partition(".")
+        return self.folder / person / f"{token}.jpg"
+
+
+class _Directory:
+    """Everybody by name, so that a page of people needs no reading of the whole gallery.
+
+    Only the thread that changes the gallery calls the methods.
+    """
+
+    def __init__(self) -> None:
+        self.people: list[Person] | None = None  # None: to be read
+
+    def put(self, person: Person) -> None:
+        """Somebody is new or changed."""
+        if self.people is not None:
+            self.people[self._place(self.people, person.name)] = [person]
+
+    def drop(self, name: str) -> None:
+        """Somebody is gone."""
+        if self.people is not None:
+            del self.people[self._place(self.people, name)]
+
+    @staticmethod
+    def _place(people: list[Person], name: str) -> slice:
+        at = bisect_left(people, name, key=lambda person: person.name)
+        there = at < len(people) and people[at].name == name
+        return slice(at, at + there)
 
 
 class People:
@@ -72,6 +120,7 @@ class People:
 
     def __init__(self, gallery: Gallery, crops: Crops | None) -> None:
         self._gallery = gallery
+        self._directory = _Directory()
         self.crops = crops
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="gallery-change")
         self._reads = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-read")
@@ -80,7 +129,16 @@ class People:
         return await self._do(self._reads, work)
 
     async def _change(self, work: Callable[[], Result]) -> Result:
-        return await self._do(self._changes, work)
+        def change() -> Result:
+            try:
+                return work()
+            except (UserError, Refusal):  # refused before anything was written
+                raise
+            except BaseException:
+                self._directory.people = None
+                raise
+
+        return await self._do(self._changes, change)
 
     async def _do(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         try:
@@ -94,7 +152,12 @@ class People:
 
     async def page(self, offset: int, limit: int) -> tuple[list[Person], int]:
         """People by name, and how many there are in all."""
-        people = await self._read(self._gallery.people)
+        if not self._gallery.local:  # other processes may be changing it
+            people = await self._read(self._gallery.people)
+        elif (known := self._directory.people) is not None:
+            people = known
+        else:
+            people = await self._change(self._list)
         return people[offset : offset + limit], len(people)
 
     async def get(self, name: str) -> Person:
@@ -147,6 +210,7 @@ class People:
             self._found(name)
             person = self._gallery.set_metadata(name, dict(metadata))
             assert person is not None  # this thread alone removes people
+            self._directory.put(person)
             return person
 
         return await self._change(work)
@@ -157,10 +221,20 @@ class People:
         def work() -> None:
             person = self._found(name)
             self._gallery.remove(person.name)
+            self._directory.drop(person.name)
             if self.crops is not None:
-                self.crops.remove(person.name)
+                self.crops.remove(person.ids)
 
         await self._change(work)
+
+    async def thumbnail(self, name: str) -> bytes | None:
+        """The first crop kept of somebody, a JPEG; a 404 if there is no such person."""
+
+        def work() -> bytes | None:
+            person = self._found(name)
+            return None if self.crops is None else self.crops.read(person.ids)
+
+        return await self._read(work)
 
     async def search(
         self, row: np.ndarray, k: int, fusion: Literal["max", "mean"]
@@ -173,13 +247,19 @@ class People:
         if self._gallery.local and self._gallery.stats()["removed"]:
             self._gallery.compact()
         if self.crops is not None:
-            self.crops.keep_only([person.name for person in self._gallery.people()])
+            everybody = self._gallery.people()
+            self.crops.keep_only(picture for person in everybody for picture in person.ids)
 
     def close(self) -> None:
         """Finish what was asked for and close the gallery."""
         self._reads.shutdown()
         self._changes.submit(self._gallery.close).result()
         self._changes.shutdown()
+
+    def _list(self) -> list[Person]:
+        if self._directory.people is None:
+            self._directory.people = self._gallery.people()
+        return self._directory.people
 
     def _found(self, name: str) -> Person:
         person = self._gallery.get(name)
@@ -200,8 +280,9 @@ class People:
             name, rows, metadata=None if metadata is None else dict(metadata), replace=replace
         )
         person = self._found(name)
+        self._directory.put(person)
         if self.crops is not None:
             if replace:
-                self.crops.remove(person.name)
-            self.crops.add(person.name, crops)
+                self.crops.remove(person.ids)
+            self.crops.add(added, crops)
         return person, added

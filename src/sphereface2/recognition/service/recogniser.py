@@ -1,8 +1,8 @@
 """Pictures to embeddings for many requests at once.
 
 Decoding and detection run in a pool of threads, the network in the batcher's. Every picture that is
-accepted counts until its request is answered, and there is a bound on their number: what comes
-beyond it is refused at once instead of queuing for longer than anybody waits.
+accepted counts until nothing of its request is at work any more, and there is a bound on their
+number: what comes beyond it is refused at once instead of queuing for longer than anybody waits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -25,6 +26,7 @@ from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
 
 MAX_ALIGNED_SIDE = 1024
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,25 @@ class Recogniser:
             Refusal: 503 when there is too much to do; 415 or 422 for a picture that is none or
                 shows no face.
         """
+        names = ["the picture"]
+        if len(pictures) > 1:
+            names = [f"picture {number}" for number in range(1, len(pictures) + 1)]
+        for which, data in zip(names, pictures, strict=True):
+            if sniff(data) is None:
+                raise Refusal(415, "not_a_picture", f"{which} is no JPEG, PNG or WebP file")
         with self._admitted(len(pictures)):
-            seen = await asyncio.gather(
-                *(
-                    self._see(number, data, aligned, len(pictures))
-                    for number, data in enumerate(pictures, 1)
-                )
+            seen = await _all(
+                [
+                    self._pool.submit(self._see, which, data, aligned)
+                    for which, data in zip(names, pictures, strict=True)
+                ]
             )
-            rows = await asyncio.gather(
-                *(asyncio.wrap_future(self.batcher.submit(one.crop)) for one in seen)
-            )
-        return list(seen), np.stack(rows)
+            rows = await _all([self.batcher.submit(one.crop) for one in seen])
+        return seen, np.stack(rows)
 
     def close(self) -> None:
-        """Finish what is queued."""
-        self._pool.shutdown()
+        """End the threads: pictures in work are finished, those that wait are dropped."""
+        self._pool.shutdown(cancel_futures=True)
         self.batcher.close()
 
     @contextmanager
@@ -115,13 +121,9 @@ class Recogniser:
         finally:
             self._accepted -= count
 
-    async def _see(self, number: int, data: bytes, aligned: bool, count: int) -> Seen:
-        which = f"picture {number}" if count > 1 else "the picture"
-        if sniff(data) is None:
-            raise Refusal(415, "not_a_picture", f"{which} is no JPEG, PNG or WebP file")
-        loop = asyncio.get_running_loop()
+    def _see(self, which: str, data: bytes, aligned: bool) -> Seen:
         try:
-            return await loop.run_in_executor(self._pool, self._look, data, aligned)
+            return self._look(data, aligned)
         except NoFaceError:
             raise Refusal(
                 422,
@@ -134,13 +136,29 @@ class Recogniser:
     def _look(self, data: bytes, aligned: bool) -> Seen:
         photo = read_photo(data, max_pixels=self.max_pixels)
         if not aligned:
-            return Seen(*self.embedder.crop(photo))
+            return Seen(*self.embedder.crop(photo, max_pixels=self.max_pixels))
         if max(photo.shape) > MAX_ALIGNED_SIDE:
             raise UserError(
                 f"an aligned crop has at most {MAX_ALIGNED_SIDE} pixels a side, and this one is "
                 f"{photo.shape[1]}×{photo.shape[0]}"
             )
         return Seen(photo, None)
+
+
+async def _all(futures: Sequence[Future[Result]]) -> list[Result]:
+    """The results, or the first failure once nothing of it is at work: what waits is dropped."""
+    waiting = [asyncio.wrap_future(future) for future in futures]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()  # of no effect on what is done or has begun
+    await asyncio.wait(waiting)
+    failures = [None if one.cancelled() else one.exception() for one in waiting]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return [one.result() for one in waiting]
 
 
 def sniff(data: bytes) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from starlette.convertors import Convertor, register_url_convertor
 
 from sphereface2.align import Face
 from sphereface2.errors import UserError
@@ -21,6 +23,23 @@ from sphereface2.recognition.service.people import People
 from sphereface2.recognition.service.recogniser import Recogniser, Seen
 
 _CURVE_POINTS = 201
+
+
+class _Text(Convertor[str]):
+    """A name in an address: a gallery takes any text, slashes and line breaks too."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        """As it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it is."""
+        return value
+
+
+register_url_convertor("text", _Text())
 
 
 @dataclass
@@ -194,7 +213,7 @@ async def search(request: Request, service: Current) -> schemas.Found:
                 probability=service.probability(similarity),
                 same=None if threshold is None else similarity >= threshold,
                 metadata=found.metadata or {},
-                thumbnail=_has_thumbnail(service, found.person),
+                thumbnail=_has_thumbnail(service, found.ids),
             )
         )
     known = None if threshold is None else any(match.same for match in matches)
@@ -244,14 +263,31 @@ async def enrol(request: Request, response: Response, service: Current) -> schem
     return _enrolled(service, person, added)
 
 
-@api.get("/people/{name}", tags=["people"], dependencies=_doing("read"))
+# Before the route of a name, which takes slashes too.
+@api.get(
+    "/people/{name:text}/thumbnail",
+    tags=["people"],
+    dependencies=_doing("thumbnail"),
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}}}},
+)
+async def thumbnail(name: str, service: Current) -> Response:
+    """The first crop kept of a person."""
+    # Read at once: whoever replaces or deletes the person may delete the file at any moment.
+    crop = await service.people.thumbnail(name)
+    if crop is None:
+        raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
+    return Response(crop, media_type="image/jpeg")
+
+
+@api.get("/people/{name:text}", tags=["people"], dependencies=_doing("read"))
 async def get_person(name: str, service: Current) -> schemas.PersonOut:
     """One person."""
     return _person(service, await service.people.get(name))
 
 
 @api.put(
-    "/people/{name}",
+    "/people/{name:text}",
     tags=["people"],
     dependencies=_doing("replace"),
     openapi_extra=bodies.documentation(schemas.ReplaceRequest),
@@ -266,7 +302,7 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
 
 
 @api.patch(
-    "/people/{name}",
+    "/people/{name:text}",
     tags=["people"],
     dependencies=_doing("change"),
     openapi_extra=bodies.documentation(schemas.ChangeRequest),
@@ -278,7 +314,7 @@ async def change_person(name: str, request: Request, service: Current) -> schema
 
 
 @api.post(
-    "/people/{name}/pictures",
+    "/people/{name:text}/pictures",
     tags=["people"],
     status_code=201,
     dependencies=_doing("add pictures"),
@@ -292,27 +328,11 @@ async def add_pictures(name: str, request: Request, service: Current) -> schemas
     return _enrolled(service, *await service.people.add(name, rows, [one.crop for one in seen]))
 
 
-@api.delete("/people/{name}", tags=["people"], status_code=204, dependencies=_doing("remove"))
+@api.delete("/people/{name:text}", tags=["people"], status_code=204, dependencies=_doing("remove"))
 async def remove_person(name: str, service: Current) -> Response:
     """Delete a person: embeddings, metadata and kept crops."""
     await service.people.remove(name)
     return Response(status_code=204)
-
-
-@api.get(
-    "/people/{name}/thumbnail",
-    tags=["people"],
-    dependencies=_doing("thumbnail"),
-    response_class=FileResponse,
-    responses={200: {"content": {"image/jpeg": {}}}},
-)
-async def thumbnail(name: str, service: Current) -> Response:
-    """The first crop kept of a person."""
-    person = await service.people.get(name)
-    file = service.people.crops.first(person.name) if service.people.crops else None
-    if file is None:
-        raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
-    return FileResponse(file, media_type="image/jpeg")
 
 
 @probes.get("/healthz", response_class=PlainTextResponse)
@@ -361,9 +381,9 @@ def _face(face: Face | None) -> schemas.Face | None:
     )
 
 
-def _has_thumbnail(service: Service, name: str) -> bool:
+def _has_thumbnail(service: Service, ids: Sequence[str]) -> bool:
     crops = service.people.crops
-    return crops is not None and crops.first(name) is not None
+    return crops is not None and crops.first(ids) is not None
 
 
 def _person(service: Service, person: Person) -> schemas.PersonOut:
@@ -371,7 +391,7 @@ def _person(service: Service, person: Person) -> schemas.PersonOut:
         name=person.name,
         pictures=person.pictures,
         metadata=person.metadata or {},
-        thumbnail=_has_thumbnail(service, person.name),
+        thumbnail=_has_thumbnail(service, person.ids),
     )
 
 

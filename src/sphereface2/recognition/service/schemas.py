@@ -12,14 +12,20 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     FiniteFloat,
     StringConstraints,
     WithJsonSchema,
 )
 
+from sphereface2.recognition.gallery import checked_json
+
 MAX_NAME = 200
 MAX_METADATA = 4096  # bytes of JSON
+MAX_PICTURES = 1_000  # whatever the server's own bound, which is told in plainer words
+# Shown as nothing, yet part of how Persian words, Indic letters and some emoji are written.
+_JOINERS = dict.fromkeys((0x200C, 0x200D))
 
 
 def _picture(value: Any) -> Any:
@@ -34,7 +40,8 @@ def _picture(value: Any) -> Any:
 
 def _name(value: str) -> str:
     value = value.strip()
-    if not value.isprintable() or "/" in value or value in ("", ".", ".."):
+    seen = value.translate(_JOINERS)
+    if not seen.isprintable() or "/" in seen or seen.strip() in ("", ".", ".."):
         raise ValueError("a name is printable text without a slash")
     return value
 
@@ -47,7 +54,9 @@ def _metadata(value: Any) -> Any:
             raise ValueError("metadata is a JSON object") from error
     if isinstance(value, dict):
         try:
-            size = len(json.dumps(value, allow_nan=False))
+            size = len(checked_json(value))
+        except UnicodeEncodeError as error:
+            raise ValueError("metadata is valid Unicode text") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError("metadata is a JSON object of plain values") from error
         if size > MAX_METADATA:
@@ -58,6 +67,8 @@ def _metadata(value: Any) -> Any:
 Picture = Annotated[
     bytes, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "byte"})
 ]
+# The first bad one is told, so that the others need no looking at.
+Pictures = Annotated[list[Picture], FailFast(), Field(min_length=1, max_length=MAX_PICTURES)]
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_name)]
 Value = str | bool | int | FiniteFloat | None
 Metadata = Annotated[dict[str, Value], BeforeValidator(_metadata)]
@@ -79,7 +90,7 @@ class EmbedRequest(_Request):
     """Pictures to embed."""
 
     model_config = _example(images=[_BASE64], aligned=False)
-    images: list[Picture] = Field(min_length=1, description="JPEG, PNG or WebP; base64 in JSON.")
+    images: Pictures = Field(description="JPEG, PNG or WebP; base64 in JSON.")
     aligned: bool = Field(False, description=_ALIGNED)
 
 
@@ -113,7 +124,7 @@ class EnrolRequest(_Request):
 
     model_config = _example(name="Ada Lovelace", images=[_BASE64], metadata={"department": "R&D"})
     name: Name = Field(description="The person's name or number; unique.")
-    images: list[Picture] = Field(min_length=1, description="JPEG, PNG or WebP; base64 in JSON.")
+    images: Pictures = Field(description="JPEG, PNG or WebP; base64 in JSON.")
     metadata: Metadata = Field(default_factory=dict, description="Anything to keep with it.")
     aligned: bool = Field(False, description=_ALIGNED)
 
@@ -126,7 +137,7 @@ class ReplaceRequest(_Request):
     """What a person is to be from now on."""
 
     model_config = _example(images=[_BASE64], metadata={"department": "R&D"})
-    images: list[Picture] = Field(min_length=1, description="They take the place of all before.")
+    images: Pictures = Field(description="They take the place of all before.")
     metadata: Metadata = Field(default_factory=dict, description="It replaces the one before.")
     aligned: bool = Field(False, description=_ALIGNED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,12 @@ from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service.app import Settings, create_app
 from sphereface2.recognition.service.audit import Audit
+from sphereface2.recognition.service.connections import (
+    BACKLOG,
+    Connections,
+    protocol,
+    room,
+)
 from sphereface2.recognition.service.gate import LOOPBACK_NAMES, is_loopback
 from sphereface2.recognition.service.keys import KeyFile
 from sphereface2.recognition.service.people import Crops
@@ -75,9 +82,7 @@ def serve(
         )
     if (tls_cert is None) != (tls_key is None):
         raise UserError("HTTPS needs both --tls-cert and --tls-key")
-    for file in (tls_cert, tls_key):
-        if file is not None and not file.is_file():
-            raise UserError(f"{file} is no file")
+    tls = None if tls_cert is None or tls_key is None else _tls(tls_cert, tls_key)
     key_file = KeyFile(keys) if keys is not None else None
     hosts = {*(LOOPBACK_NAMES if local else ()), *([host] if local else ()), *allow_hosts}
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
@@ -87,39 +92,61 @@ def serve(
         dim=embedder.embedding_dim,
         token=gallery_token,
     )
-    app = create_app(
-        embedder,
-        people,
-        keys=key_file,
-        hosts=hosts or None,
-        audit=Audit(audit),
-        crops=Crops(keep_crops) if keep_crops is not None else None,
-        settings=settings,
-    )
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,  # it would name people; the audit log and the metrics take its place
-        server_header=False,
-        proxy_headers=False,  # an address that a client may choose is none to limit by
-        ws="none",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=30,
-        ssl_certfile=tls_cert,
-        ssl_keyfile=tls_key,
-    )
-    server = DrainingServer(config, app.state.service, drain_seconds)
-    server.run()
+    with people:  # let go of, whatever the start stumbles over
+        app = create_app(
+            embedder,
+            people,
+            keys=key_file,
+            hosts=hosts or None,
+            audit=Audit(audit),
+            crops=Crops(keep_crops) if keep_crops is not None else None,
+            settings=settings,
+        )
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            access_log=False,  # it would name people; the audit log and the metrics take its place
+            server_header=False,
+            proxy_headers=False,  # an address that a client may choose is none to limit by
+            ws="none",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=30,
+            http=protocol(Connections(room()), tls),
+            backlog=BACKLOG,
+        )
+        server = DrainingServer(config, app.state.service, drain_seconds, tls)
+        server.run()
     if not server.started:
         sys.exit(1)  # uvicorn has said why
+
+
+def _tls(cert: Path, key: Path) -> ssl.SSLContext:
+    for file in (cert, key):
+        if not file.is_file():
+            raise UserError(f"{file} is no file")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise UserError(
+            f"{cert} and {key} are no certificate chain and its key, in PEM: {error}"
+        ) from error
+    return context
 
 
 class DrainingServer(uvicorn.Server):
     """Turns unready first and closes its door a while later."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        drain_seconds: float,
+        tls: ssl.SSLContext | None,
+    ) -> None:
         super().__init__(config)
+        self._tls = tls
         self._service = service
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,6 +155,12 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn's; remembers the loop."""
         self._loop = asyncio.get_running_loop()
         await super().startup(*args, **kwargs)
+
+    def _log_started_message(self, *args: Any) -> None:
+        # The protocol does TLS itself, behind uvicorn's back, and the address says https all the
+        # same. What listens does so already and does not look at the setting any more.
+        self.config.ssl = self._tls
+        super()._log_started_message(*args)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first SIGTERM begins to drain; any other signal is uvicorn's to handle."""

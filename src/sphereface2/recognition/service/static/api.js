@@ -1,5 +1,8 @@
 // Requests to the server this page came from, and to no other.
 
+// A request that came too soon after others is sent again so many times, after so many seconds.
+const [PATIENCE, LONGEST_WAIT] = [3, 5];
+
 let asking = null;
 
 /** A refused request: `code` for programs, the message for people. */
@@ -12,9 +15,14 @@ export class ApiError extends Error {
 
 /** Send a request; JSON, a blob or nothing comes back. Asks for a key when one is needed. */
 export async function call(method, path, fields = null) {
-  for (;;) {
+  for (let refused = 0; ; ) {
     const key = sessionStorage.getItem("key");
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    if (!sendable(headers)) {
+      sessionStorage.removeItem("key");
+      await askForKey();
+      continue;
+    }
     let response;
     try {
       response = await fetch(`/v1/${path}`, { method, headers, body: fields && form(fields) });
@@ -26,10 +34,24 @@ export async function call(method, path, fields = null) {
       await askForKey();
       continue;
     }
+    const wait = Number(response.headers.get("retry-after") ?? 1);
+    if (response.status === 429 && wait <= LONGEST_WAIT && refused++ < PATIENCE) {
+      await new Promise((resolve) => setTimeout(resolve, 1000 * wait));
+      continue;
+    }
     const type = response.headers.get("content-type") ?? "";
     const content = type.includes("json") ? await response.json() : await response.blob();
     if (!response.ok) throw new ApiError(content.code, sentence(content.error));
     return content;
+  }
+}
+
+/** Whether a browser takes these headers: of characters beyond Latin-1 `fetch` makes an exception. */
+function sendable(headers) {
+  try {
+    return Boolean(new Headers(headers));
+  } catch {
+    return false;
   }
 }
 
@@ -52,7 +74,8 @@ function askForKey() {
     dialog.addEventListener("cancel", (event) => event.preventDefault());
     dialog.showModal();
     dialog.addEventListener("close", () => {
-      sessionStorage.setItem("key", input.value.trim());
+      // Chats and documents add what nobody sees: spaces without width, marks of direction.
+      sessionStorage.setItem("key", input.value.replace(/[^\x21-\x7e]/g, ""));
       asking = null;
       resolve();
     }, { once: true });

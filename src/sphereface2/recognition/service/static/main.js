@@ -50,7 +50,6 @@ async function showModel() {
   document.querySelector("[data-storage]").textContent = model.keeps_crops
     ? "The aligned faces are kept as thumbnails; the pictures are not."
     : "Embeddings are kept; no picture is.";
-  document.querySelector("#forget").hidden = !sessionStorage.getItem("key");
   if (!model.calibrated) return;
   far.disabled = false;
   far.replaceChildren(
@@ -63,7 +62,9 @@ async function showModel() {
 for (const control of [aligned, far]) {
   control.addEventListener("change", () => settings.dispatchEvent(new Event("settings")));
 }
-document.querySelector("#forget").addEventListener("click", () => {
+const forget = document.querySelector("#forget");
+const showForget = () => (forget.hidden = !sessionStorage.getItem("key"));
+forget.addEventListener("click", () => {
   sessionStorage.removeItem("key");
   location.reload();
 });
@@ -71,11 +72,24 @@ document.querySelector("#forget").addEventListener("click", () => {
 for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
 
 startTabs();
-startVerify(document.querySelector("#verify"), app);
-startSearch(document.querySelector("#search"), app);
+showForget();
+const takers = {
+  verify: startVerify(document.querySelector("#verify"), app),
+  search: startSearch(document.querySelector("#search"), app),
+  people: startPeople(document.querySelector("#people"), app),
+};
+// A picture pasted wherever the focus is goes to the tab that is seen.
+document.addEventListener("paste", (event) => {
+  const { files } = event.clipboardData;
+  if (!files.length || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
+  const seen = tabs.find((tab) => tab.getAttribute("aria-selected") === "true");
+  takers[seen.getAttribute("aria-controls")](files);
+});
 try {
   await showModel();
 } catch (error) {
   document.querySelector("#model").textContent = error.message;
+} finally {
+  showForget();
 }
-await startPeople(document.querySelector("#people"), app);

@@ -13,8 +13,11 @@ export function startPeople(panel, app) {
   const name = form.querySelector("input[name=name]");
   const list = panel.querySelector("[data-list]");
   const more = panel.querySelector("[data-more]");
+  const heading = panel.querySelector("[data-heading]");
   const picker = new Picker(form.querySelector("[data-picker]"), () => say(line, ""));
   let next = 0;
+  let total = 0;
+  let latest = 0;
 
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -23,7 +26,12 @@ export function startPeople(panel, app) {
     if (!picker.files.length) return missing("Choose at least one picture.", picker.input);
     await enrol(who);
   });
-  more.addEventListener("click", () => load(next));
+  more.addEventListener("click", async () => {
+    if (loading()) return; // a double click
+    const before = list.children.length;
+    await load(next);
+    list.children[before]?.focus(); // else the focus would be lost with the button
+  });
 
   function missing(text, control) {
     say(line, text, "error");
@@ -49,7 +57,8 @@ export function startPeople(panel, app) {
       picker.clear();
       say(line, `${person.name} is enrolled with ${count(person.pictures)}.`, "done");
       name.focus();
-      await changed();
+      await load(0);
+      app.peopleChanged();
     } catch (error) {
       say(line, error.message, "error");
     } finally {
@@ -57,44 +66,63 @@ export function startPeople(panel, app) {
     }
   }
 
-  async function remove(person) {
+  async function remove(person, item) {
     if (!(await confirm(`Delete ${person.name} and ${count(person.pictures)} from the gallery?`, "Delete"))) return;
     try {
       await call("DELETE", `people/${encodeURIComponent(person.name)}`);
       say(line, `${person.name} was deleted.`, "done");
-      await changed();
-      (list.querySelector("button") ?? name).focus();
+      await leave(item);
+      app.peopleChanged();
     } catch (error) {
       say(line, error.message, "error");
     }
   }
 
-  async function changed() {
-    await load(0);
-    app.peopleChanged();
+  /** Takes a row away where it stands. The focus goes to a row beside it, never to its button. */
+  async function leave(item) {
+    if (!item.isConnected) return load(0); // the list was loaded anew, with or without the person
+    const focused = item.contains(document.activeElement) || document.activeElement === document.body;
+    const beside = item.nextElementSibling ?? item.previousElementSibling ?? heading;
+    item.remove();
+    showTotal(total - 1);
+    if (next !== null) next -= 1; // whoever comes after has moved up
+    if (focused) beside.focus();
+    // A page under way may have been counted with or without the row.
+    if (loading() || (!list.children.length && next !== null)) await load(0);
+  }
+
+  const loading = () => more.getAttribute("aria-disabled") === "true";
+
+  function showTotal(number) {
+    total = number;
+    panel.querySelector("[data-count]").textContent = total.toLocaleString("en");
+    panel.querySelector("[data-empty]").hidden = total > 0;
   }
 
   async function load(offset) {
+    const mine = ++latest;
+    more.setAttribute("aria-disabled", true); // `disabled` would take the focus away
     try {
       const page = await call("GET", `people?offset=${offset}&limit=${PAGE}`);
+      if (mine !== latest) return;
       if (offset === 0) list.replaceChildren();
       list.append(...page.people.map(row));
       next = page.next;
       more.hidden = next === null;
-      panel.querySelector("[data-count]").textContent = page.total.toLocaleString("en");
-      panel.querySelector("[data-empty]").hidden = page.total > 0;
+      showTotal(page.total);
     } catch (error) {
-      say(line, error.message, "error");
+      if (mine === latest) say(line, error.message, "error");
+    } finally {
+      if (mine === latest) more.removeAttribute("aria-disabled");
     }
   }
 
   function row(person) {
     const button = make("button", { type: "button", className: "danger", textContent: "Delete" });
     button.setAttribute("aria-label", `Delete ${person.name}`);
-    button.addEventListener("click", () => remove(person));
-    return make(
+    const item = make(
       "li",
-      {},
+      { tabIndex: -1 },
       portrait(person),
       make(
         "div",
@@ -104,9 +132,12 @@ export function startPeople(panel, app) {
       ),
       button,
     );
+    button.addEventListener("click", () => remove(person, item));
+    return item;
   }
 
-  return load(0);
+  load(0);
+  return (files) => picker.take(files);
 }
 
 const count = (pictures) => (pictures === 1 ? "1 picture" : `${pictures.toLocaleString("en")} pictures`);

@@ -6,11 +6,15 @@ import { make } from "./dom.js";
 const TYPES = ["image/jpeg", "image/png", "image/webp"];
 const ARROW = "M12 16V5m0 0 4.5 4.5M12 5 7.5 9.5M5 19h14";
 
-/** Turns `place` into a picker; `changed(files)` is called with the files whenever they change. */
+/**
+ * Turns `place` into a picker; `changed(files)` is called with the files whenever they change, and
+ * `spare(files)` with those that a picker of one picture was given beyond the first.
+ */
 export class Picker {
-  constructor(place, changed) {
+  constructor(place, changed, spare = () => {}) {
     this.multiple = "multiple" in place.dataset;
     this.changed = changed;
+    this.spare = spare;
     this.files = [];
     this.urls = [];
     this.label = place.dataset.label;
@@ -61,7 +65,11 @@ export class Picker {
       this.drop.classList.remove("over");
       this.take(event.dataTransfer.files);
     });
-    group.addEventListener("paste", (event) => this.take(event.clipboardData.files));
+    group.addEventListener("paste", (event) => {
+      if (!event.clipboardData.files.length) return;
+      event.preventDefault();
+      this.take(event.clipboardData.files);
+    });
   }
 
   /** Add files, or take the first in the place of the one before. */
@@ -70,6 +78,7 @@ export class Picker {
     if (!given.length) return;
     this.files = this.multiple ? [...this.files, ...given] : [given[0]];
     this.update();
+    if (!this.multiple && given.length > 1) this.spare(given.slice(1));
   }
 
   /** Remove all. */

@@ -32,6 +32,7 @@ export function startSearch(panel, app) {
   }
 
   search();
+  return (files) => picker.take(files);
 }
 
 function title(found) {
@@ -64,15 +65,19 @@ function row(match, rank, threshold) {
     bar.append(edge);
   }
   const kind = match.same === null ? "" : match.same ? "same" : "below";
+  const told = [`similarity ${decimal(match.similarity)}`];
+  if (match.probability !== null) told.push(`probability ${percent(match.probability)}`);
+  if (match.same !== null) told.push(match.same ? "at or above the threshold" : "below the threshold");
   return make(
     "li",
     { className: kind },
     make("span", { className: "rank", textContent: rank, "aria-hidden": "true" }),
     portrait(match),
     make("div", { className: "who" }, make("div", { className: "name", textContent: match.name }), bar),
+    make("span", { className: "unseen", textContent: told.join(", ") }),
     make(
       "div",
-      { className: "figure" },
+      { className: "figure", "aria-hidden": "true" },
       make("div", { textContent: decimal(match.similarity), title: "similarity" }),
       match.probability === null ? null : make("div", { className: "hint", textContent: percent(match.probability) }),
     ),

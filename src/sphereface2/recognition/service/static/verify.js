@@ -9,12 +9,16 @@ export function startVerify(panel, app) {
   const line = panel.querySelector("[data-message]");
   const result = panel.querySelector("[data-result]");
   let latest = 0;
-  const pickers = [...panel.querySelectorAll("[data-picker]")].map((place) => new Picker(place, compare));
+  const pickers = [...panel.querySelectorAll("[data-picker]")].map(
+    (place, at) => new Picker(place, compare, ([file]) => pickers[1 - at].take([file])),
+  );
   app.onSettings(compare);
 
   async function compare() {
-    const [a, b] = pickers.map((picker) => picker.files[0]);
     const mine = ++latest;
+    await null; // two pictures dropped together come one after the other
+    if (mine !== latest) return;
+    const [a, b] = pickers.map((picker) => picker.files[0]);
     result.hidden = true;
     if (!a || !b) return say(line, "");
     say(line, "Comparing…", "busy");
@@ -29,6 +33,9 @@ export function startVerify(panel, app) {
       if (mine === latest) say(line, error.message, "error");
     }
   }
+
+  /** Pictures pasted somewhere on the page. */
+  return (files) => (pickers.find((picker) => !picker.files.length) ?? pickers[0]).take(files);
 }
 
 function title(verdict) {

@@ -159,7 +159,10 @@ def test_the_studies_of_the_project_are_valid():
     folder = Path(__file__).parents[2] / "configs" / "study"
     studies = {path.stem: design.load(path) for path in sorted(folder.glob("*.yaml"))}
     assert {"losses", "noise", "principles", "people"} <= set(studies)
-    # What they share is run once: each has the arms as the study of losses tuned them.
+    # What they share is run once: where they judge on the same people, they have the arms as the
+    # study of losses tuned them.
     tuned = {cell.key for cell in design.trials(studies["losses"])}
     for study in studies.values():
-        assert {cell.key for cell in design.trials(study)} <= tuned
+        keys = {cell.key for cell in design.trials(study)}
+        everybody = study.base["data"]["held_out_max_images"] is None
+        assert not keys & tuned if everybody else keys <= tuned

@@ -174,12 +174,14 @@ class _Report:
         network = f"{backbone.pop('name')}, {tables.settings(backbone)}"
         trials = sum(cell.role == "trial" for cell in found.cells)
         asked = len(found.cells) + found.pending
+        most = data.get("held_out_max_images")  # not in cells of before that setting
+        left_out = "" if most is None else f", without those with more than {most:,} images"
         hours = sum(result["cpu_seconds"] for result in found.found.values()) / 3600
         facts = {
             "Network": network,
             "Schedule": f"{training['epochs']:g} epochs, batches of {training['batch_size']}",
             "Data": f"{first['data']['kind']}, fingerprint {first['data']['fingerprint'][:12]}",
-            "People to choose trials": f"{data['validation_people']:,}",
+            "People to choose trials": f"{data['validation_people']:,}{left_out}",
             "People to test": f"{test['people']:,}, with {test['images']:,} images",
             "Seeds": tables.value(study.seeds),
             "Cells": f"{len(found.found):,} of {asked:,} done; {_count(trials, 'trial')}",

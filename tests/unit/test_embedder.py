@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -236,6 +236,7 @@ def test_a_local_path_is_never_taken_for_a_hub_id(
 
 @given(st.text(alphabet="ab./~-_ \\:\0é", max_size=12))
 @settings(max_examples=300, deadline=None)
+@example("aé/a")
 def test_only_owner_slash_name_is_a_hub_id(text: str) -> None:
     found = _hub_id(text)
     if found is not None:

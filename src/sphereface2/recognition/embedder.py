@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: All that is ever fetched from a hub: weights without code, JSON and a text.
 FILES = (bundle.WEIGHTS, bundle.CONFIG, calibrations.FILE, card.FILE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_SCHEME = "hf://"
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -61,12 +62,10 @@ def run_study(path: Path, *, cells: Path, jobs: int) -> None:
     # A scheduler ends a job by SIGTERM, which by itself would leave the cells' processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _locked(cells, study.name):
-        _check_data(study, cells, [*design.trials(study), *design.grid(study, {})])
         runner = _Runner(study, cells, jobs)
         # Trials are chosen by the validation people alone.
         failed = runner.run("trials", design.trials(study), pairs=())
         grid = design.grid(study, choose(study, cells))
-        _check_data(study, cells, grid)
         failed += runner.run("cells", grid, pairs=study.pairs)
     if failed:
         raise UserError(
@@ -127,22 +126,6 @@ def read(cells: Path, cell: Cell, pairs: Iterable[str] = ()) -> dict[str, Any] |
     return result if result is not None and set(pairs) <= judged_on(result) else None
 
 
-def _check_data(study: Study, cells: Path, wanted: Iterable[Cell]) -> None:
-    """Refuse finished cells of other data: their keys tell their settings only."""
-    done = {cell.key: result for cell in wanted if (result := read(cells, cell)) is not None}
-    if not done:
-        return
-    train = study.base.get("data", {}).get("train", "auto")
-    source = open_source(locate().train if train == "auto" else Path(train))
-    fingerprint = source.fingerprint()
-    for key, result in done.items():
-        if result["data"]["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{cells / key} was trained on other data than {study.name} is to be (data.train "
-                f"{train}); give it --cells of its own"
-            )
-
-
 class _Runner:
     def __init__(self, study: Study, cells: Path, jobs: int) -> None:
         self.study, self.cells, self.jobs = study, cells, jobs
@@ -154,6 +137,7 @@ class _Runner:
     def run(self, what: str, wanted: Iterable[Cell], pairs: Sequence[str]) -> list[str]:
         """Run the cells not done yet, or not judged on all ``pairs``; the keys that failed."""
         cells = list({cell.key: cell for cell in wanted}.values())
+        self._check_data(cells)
         missing = [cell for cell in cells if read(self.cells, cell, pairs) is None]
         self.console.print(
             f"{self.study.name}: {len(cells)} {what}, {len(cells) - len(missing)} done before"
@@ -188,6 +172,27 @@ class _Runner:
                 self._stop()
                 raise
         return failed
+
+    def _check_data(self, cells: Iterable[Cell]) -> None:
+        """Refuse finished cells of other data: their keys tell their settings only."""
+        for cell in cells:
+            result = read(self.cells, cell)
+            if result is not None and result["data"]["fingerprint"] != self._fingerprint:
+                raise UserError(
+                    f"{self.cells / cell.key} was trained on other data than {self.study.name} is "
+                    f"to be (data.train {self._train}); give it --cells of its own"
+                )
+
+    @property
+    def _train(self) -> str:
+        train: str = self.study.base.get("data", {}).get("train", "auto")
+        return train
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the study's data, which is opened only where finished cells are to be compared."""
+        train = locate().train if self._train == "auto" else Path(self._train)
+        return open_source(train).fingerprint()
 
     def _one(self, cell: Cell) -> str:
         """Run a cell's process to its end; what to tell of it."""

@@ -1,10 +1,15 @@
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sphereface2.errors import UserError
-from sphereface2.study import design
+from sphereface2.study import design, runner
+from sphereface2.training import config as configuration
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
 BASE = {
     "data": {"validation_people": 4, "test_people": 4},
@@ -166,3 +171,48 @@ def test_the_studies_of_the_project_are_valid():
         keys = {cell.key for cell in design.trials(study)}
         everybody = study.base["data"]["held_out_max_images"] is None
         assert not keys & tuned if everybody else keys <= tuned
+
+
+def leaves(tree: dict, before: str = "") -> set[str]:
+    """The names of nested settings, ``section.key``."""
+    names = set()
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        names |= leaves(value, f"{before}{key}.") if nested else {f"{before}{key}"}
+    return names
+
+
+def without_effect() -> set[str]:
+    sections = design.WITHOUT_EFFECT.items()
+    return {f"{section}.{name}".lstrip(".") for section, names in sections for name in names}
+
+
+def test_the_published_cells_are_those_of_the_studies(tmp_path):
+    with tarfile.open(ROOT / "reports" / "cells.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    keys = set()
+    for path in STUDIES:
+        study = design.load(path)
+        chosen = runner.best_trials(study, tmp_path)
+        keys |= {cell.key for cell in [*design.trials(study), *design.grid(study, chosen)]}
+    published = {path.parent.name for path in tmp_path.glob("*/cell.json")}
+    assert len(published) == 176
+    assert keys == published
+
+
+def test_no_default_of_the_package_decides_a_cell(monkeypatch):
+    """So a changed default gives no published cell another key, and no study two defaults."""
+    trees = []
+
+    def from_dict(tree, where):
+        trees.append(tree)
+        return build(tree, where)
+
+    build = configuration.from_dict
+    monkeypatch.setattr(configuration, "from_dict", from_dict)
+    design.load(ROOT / "configs" / "study" / "losses.yaml")
+    assert trees
+    settings = leaves(configuration.to_dict(configuration.RunConfig()))
+    decided = settings - without_effect() - {"data.augmentation.size"}
+    for tree in trees:
+        assert decided <= leaves(tree), "add the new setting to study/defaults.json"

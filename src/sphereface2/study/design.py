@@ -29,18 +29,26 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from sphereface2 import __version__
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.heads import base as heads
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 
-# What changes neither what is learned nor what is measured.
-_WITHOUT_EFFECT = {
+_DEFAULTS = json.loads(Path(__file__).with_name("defaults.json").read_text("utf-8"))
+"""``version`` and ``settings``: what a cell's configuration has where its study says nothing.
+
+They are the package's defaults as of that version, and stay: with another default, published cells
+would get other keys, and a study that goes on would mix two defaults. A setting that is new to the
+package is added here, with the value that means what went before. ``version`` rises when equal
+settings no longer give equal results.
+"""
+
+WITHOUT_EFFECT = {
     "": ("name", "output"),
     "data": ("train", "workers"),
     "training": ("threads", "checkpoint_every", "log_every"),
 }
+"""The settings that change neither what is learned nor what is measured, by section."""
 
 
 @dataclass
@@ -130,17 +138,17 @@ class Cell:
     def key(self) -> str:
         """Hex, 16 digits: equal for cells that must give equal results on equal data.
 
-        Of the package's version and of the settings that differ from their defaults and have an
-        effect on the result, so that a setting that is new to the package leaves cells as they
-        are. The data's fingerprint is kept with the results, and compared before they are used.
+        Of the settings that have an effect on the result and differ from ``defaults.json``, and of
+        that file's version. The data's fingerprint is kept with the results, and compared before
+        they are used.
         """
         settings = configuration.to_dict(self.config)
-        for section, names in _WITHOUT_EFFECT.items():
+        for section, names in WITHOUT_EFFECT.items():
             for name in names:
                 del (settings[section] if section else settings)[name]
-        special = _unlike(settings, configuration.to_dict(RunConfig()))
-        told = json.dumps([special, __version__], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        special = _unlike(settings, _DEFAULTS["settings"])
+        content = json.dumps([special, _DEFAULTS["version"]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
@@ -214,7 +222,9 @@ def _cell(
     role: Literal["trial", "grid", "sweep"],
     changed: dict[str, Any],
 ) -> Cell:
-    tree = _merge(study.base, study.arms[arm].settings)
+    tree = copy.deepcopy(_DEFAULTS["settings"])
+    del tree["data"]["augmentation"]["size"]  # that follows from the backbone's
+    tree = _merge(_merge(tree, study.base), study.arms[arm].settings)
     for key, value in [*study.conditions[condition].items(), *changed.items()]:
         configuration.assign(tree, key, value)
     tree |= {"name": arm, "seed": seed}
@@ -236,7 +246,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unlike(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that are as by default."""
+    """The settings without those that are as in ``defaults``, read from JSON."""
     left = {}
     for key, value in settings.items():
         default = defaults.get(key)
@@ -244,7 +254,7 @@ def _unlike(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
             value = _unlike(value, default)
             if value:
                 left[key] = value
-        elif value != default or key not in defaults:
+        elif key not in defaults or (list(value) if isinstance(value, tuple) else value) != default:
             left[key] = value
     return left
 

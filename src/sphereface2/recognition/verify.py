@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sphereface2.console import print_json
 from sphereface2.errors import UserError
-from sphereface2.evaluation import reports
 from sphereface2.evaluation.verification import far_key, pair_scores
 from sphereface2.files import atomic_write, printable, writing
 
@@ -122,7 +122,7 @@ def verify(
     if picture is not None:
         report["picture"] = str(picture)
     if as_json:
-        reports.print_json(report)
+        print_json(report)
     else:
         _print(report, model)
     if picture is not None:  # after the verdict, which does not depend on it

@@ -1,0 +1,117 @@
+"""What a command shows in a terminal: progress bars, tables, lines and JSON.
+
+Results go to standard output, progress to standard error, so that a command's output can be piped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±", "---..x><<>\"\"''-|~")
+
+
+def bars(*, counted: bool = False) -> Progress:
+    """Progress bars on standard error, which vanish when done; nothing where it is no terminal.
+
+    Args:
+        counted: show "done/total" instead of a percentage.
+    """
+    console = Console(stderr=True)
+    middle: ProgressColumn = MofNCompleteColumn() if counted else TaskProgressColumn()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        middle,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def advance(progress: Progress | None, title: str, total: float) -> Callable[[float], None]:
+    """Add a bar and return the function that takes the amount done since its last call."""
+    if progress is None:
+        return lambda amount: None
+    task = progress.add_task(title, total=total)
+    return lambda amount: progress.advance(task, amount)
+
+
+def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Table:
+    """A table of a text column and number columns.
+
+    Args:
+        title: stands above, on the left.
+        columns: headers; the first column is set on the left, the others on the right.
+        dim: indices of columns in a fainter colour.
+    """
+    result = Table(title=title, title_justify="left")
+    for index, header in enumerate(columns):
+        result.add_column(
+            header,
+            justify="right" if index else "left",
+            style="dim" if index in dim else None,
+            no_wrap=index > 0,
+        )
+    return result
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines on standard output; lines are neither wrapped nor interpreted."""
+    console = Console()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, soft_wrap=True, highlight=False, markup=False)
+        else:
+            console.print(part)
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """Print a command's report as JSON on standard output."""
+    json.dump(report, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def percent(value: float | None) -> str:
+    """A share with two decimals, a dash for None.
+
+    >>> percent(0.98765), percent(None)
+    ('98.77 %', '–')
+    """
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def accept_any_encoding() -> None:
+    """Let standard output and error write every character, whatever their encoding.
+
+    What an encoding such as cp1252, cp437, cp932 or cp949 lacks becomes the nearest ASCII character
+    or "?", instead of a UnicodeEncodeError. Bars and boxes are drawn in ASCII there by rich.
+    """
+    codecs.register_error("ascii-likeness", _likeness)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="ascii-likeness")
+
+
+def _likeness(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end].translate(_ASCII)
+    return "".join(c if c.isascii() else "?" for c in lost), error.end

@@ -1,0 +1,38 @@
+"""What commands print in terminals of any encoding."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+from rich.progress import Progress
+from sphereface2 import console
+
+console.accept_any_encoding()
+table = console.table("Lüders – scores", ["", "value ± …"])
+table.add_row("TAR at FAR ≤ 1e-3", "98.00 – 99.00 %")
+console.show(table, "3 × 4 → 12 顔 ñ")
+with console.bars() as progress:
+    console.advance(progress, "images – all", 3)(3)
+print("plain – print")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "cp932", "cp949", "utf-8"])
+def test_output_survives_every_encoding(encoding):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        env={"PYTHONIOENCODING": encoding, "COLUMNS": "60", "PYTHONPATH": ":".join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode(encoding)
+    assert "TAR at FAR" in shown and "plain" in shown
+    if encoding == "utf-8":
+        assert "3 × 4 → 12 顔 ñ" in shown and "┃" in shown
+    else:
+        assert "┃" not in shown and "|" in shown
+    if encoding == "ascii":
+        assert "3 x 4 > 12 ? ?" in shown and "98.00 - 99.00 %" in shown

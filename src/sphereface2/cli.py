@@ -584,14 +584,26 @@ def data_info(
 
 @data_app.command("convert")
 def data_convert(
-    source: Annotated[Path, typer.Argument(help="Folder, list, RecordIO or WebDataset.")],
-    target: Annotated[Path, typer.Argument(help="Folder to create.")],
-    to: Annotated[str, typer.Option(help="folder, list, recordio or webdataset.")],
+    source: Annotated[Path, typer.Argument(help="Folder, list, RecordIO, WebDataset; or pairs.")],
+    target: Annotated[Path, typer.Argument(help="Folder (bin: file) to create.")],
+    to: Annotated[
+        str, typer.Option(help="folder, list, recordio or webdataset; bin for a verification set.")
+    ],
+    encode: Annotated[
+        str | None, typer.Option(help="Encode anew as webp, jpg or png; default: bytes as is.")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Quality of WebP and JPEG, 1 to 100.")] = 75,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Scale the longest side down to this many pixels; implies WebP."),
+    ] = None,
 ) -> None:
-    """Convert a data set between formats."""
-    from sphereface2.data.convert import convert
+    """Convert a data set between formats, or make a smaller copy of it."""
+    from sphereface2.data.convert import Encoding, convert
 
-    convert(source, target, to=to)
+    anew = encode is not None or size is not None
+    encoding = Encoding(encode or "webp", quality, size) if anew else None
+    convert(source, target, to=to, encoding=encoding)
 
 
 @study_app.command("run")

@@ -1,6 +1,7 @@
 """Conversions keep bytes, labels and names, in any direction, or leave nothing behind."""
 
 import itertools
+import pickle
 import tarfile
 
 import cv2
@@ -9,7 +10,9 @@ import pytest
 import webdataset
 
 from sphereface2.data import open_source
-from sphereface2.data.convert import convert, extension_of
+from sphereface2.data.convert import Encoding, convert, extension_of
+from sphereface2.data.transforms import decode
+from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
 
 FORMATS = ("folder", "list", "recordio", "webdataset")
@@ -116,6 +119,64 @@ def test_failures_leave_no_target(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "out", to="webdataset")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def smooth(seed, side=48):
+    """A picture that survives compression: a few random colours, blurred."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.mark.parametrize(("encode", "most"), [("webp", 8), ("jpg", 12), ("png", 2)])
+def test_a_smaller_copy_shows_the_same_images(tmp_path, encode, most):
+    for seed in range(6):
+        path = tmp_path / "faces" / "ab"[seed % 2] / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), smooth(seed))
+    encoding = Encoding(encode, 90, size=32)
+    for name in ("one", "two"):
+        convert(tmp_path / "faces", tmp_path / name, to="recordio", encoding=encoding)
+    files = [(tmp_path / name / "train.rec").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert (tmp_path / "one" / "property").read_text().strip() == "2,32,32"
+    for (ours, label), (original, expected) in zip(
+        contents(tmp_path / "one"), contents(tmp_path / "faces"), strict=True
+    ):
+        assert (label, extension_of(ours)) == (expected, encode)
+        small = cv2.resize(decode(original), (32, 32), interpolation=cv2.INTER_AREA)
+        assert np.abs(decode(ours).astype(int) - small).mean() < most
+    # Nothing is enlarged.
+    convert(tmp_path / "faces", tmp_path / "large", to="list", encoding=Encoding(encode, size=99))
+    assert {decode(image).shape for image, _ in contents(tmp_path / "large")} == {(48, 48, 3)}
+
+
+def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
+    images = [cv2.imencode(".png", smooth(seed))[1].tobytes() for seed in range(5)]
+    pairs = [(0, 1), (2, 3), (0, 4), (1, 3)]
+    same = [True, False, True, False]
+    content = ([images[i] for pair in pairs for i in pair], same)
+    (tmp_path / "set.bin").write_bytes(pickle.dumps(content))
+    done = convert(
+        tmp_path / "set.bin", tmp_path / "small.bin", to="bin", encoding=Encoding("png", size=24)
+    )
+    assert done.images == 5
+    small = load_pairs(tmp_path / "small.bin")
+    assert small.same.tolist() == same
+    assert len(small.images) == 5
+    for (i, j), (first, second) in zip(small.pairs, pairs, strict=True):
+        for ours, original in ((i, first), (j, second)):
+            expected = cv2.resize(decode(images[original]), (24, 24), interpolation=cv2.INTER_AREA)
+            assert np.array_equal(decode(small.images[ours]), expected)
+    (tmp_path / "bad.bin").write_bytes(pickle.dumps(([*content[0][:7], b"damaged"], same)))
+    with pytest.raises(UserError, match="image 1 of pair 3 cannot be read"):
+        convert(tmp_path / "bad.bin", tmp_path / "x.bin", to="bin", encoding=Encoding())
+    assert not (tmp_path / "x.bin").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"format": "gif"}, {"quality": 0}, {"size": 2}])
+def test_an_encoding_out_of_range(wrong):
+    with pytest.raises(UserError, match=r"gif.*webp|1 to 100, got 0|at least 8"):
+        Encoding(**wrong)
 
 
 def test_names_from_a_file_cannot_lead_out_of_the_target(folder, tmp_path):

@@ -1,15 +1,18 @@
-"""``sphereface2 data convert``: the same images in another layout, byte for byte."""
+"""``sphereface2 data convert``: the same images in another layout, as they are or smaller."""
 
 from __future__ import annotations
 
 import io
+import pickle
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -23,10 +26,12 @@ from rich.progress import (
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.sources import Source, open_source
 from sphereface2.data.transforms import decode
-from sphereface2.errors import UserError
-from sphereface2.files import atomic_folder
+from sphereface2.data.verification import load_pairs
+from sphereface2.errors import UserError, did_you_mean
+from sphereface2.files import atomic_folder, atomic_write
 
 _SHARD_IMAGES = 10_000
+_CHUNK = 512  # images that the threads work on together
 _NAMED_IN_REPORT = 20
 
 
@@ -40,35 +45,90 @@ class Conversion:
     unreadable: list[str] = field(default_factory=list)
 
 
+_QUALITY = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY, "png": None}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are encoded anew.
+
+    Equal images give equal bytes (of one version of OpenCV).
+
+    Args:
+        format: "webp", "jpg" or "png".
+        quality: of WebP and JPEG, 1 to 100.
+        size: the longest side in pixels; larger images are scaled down, smaller ones stay. None:
+            every image keeps its size.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    format: str = "webp"
+    quality: int = 75
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in _QUALITY:
+            hint = did_you_mean(self.format, _QUALITY)
+            raise UserError(
+                f"cannot encode as {self.format!r}{hint}; choose one of {', '.join(_QUALITY)}"
+            )
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"the quality must be 1 to 100, got {self.quality}")
+        if self.size is not None and self.size < 8:
+            raise UserError(f"the size must be at least 8 pixels, got {self.size}")
+
+    def __call__(self, image: np.ndarray) -> bytes:
+        """A uint8 (H, W, 3) RGB image as a file's bytes."""
+        height, width = image.shape[:2]
+        if self.size is not None and max(height, width) > self.size:
+            factor = self.size / max(height, width)
+            smaller = (max(1, round(width * factor)), max(1, round(height * factor)))
+            image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+        flag = _QUALITY[self.format]
+        options = [] if flag is None else [flag, self.quality]
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(f".{self.format}", bgr, options)[1].tobytes()
+
+
 class _Add(Protocol):
     def __call__(self, label: int, position: int, image: bytes) -> None:
         """Append image number ``position`` of person ``label``."""
 
 
-def convert(source: str | Path, target: str | Path, *, to: str) -> Conversion:
+def convert(
+    source: str | Path, target: str | Path, *, to: str, encoding: Encoding | None = None
+) -> Conversion:
     """Copy the data set at ``source`` into the new folder ``target`` in the format ``to``.
 
     ``to`` is ``folder`` (``person/000000.jpg``), ``list`` (the same under ``images/``, and
     ``train.txt``), ``recordio`` (``train.rec train.idx property``) or ``webdataset`` (shards of
-    10,000). Images go over as encoded, by ascending label and in their order within a person;
-    labels stay what they are. Names of people become folder names, and ``names.txt`` in the
-    formats that have none. Each image is decoded once as a check: one that is missing or damaged
-    is left out and reported. ``target`` appears only when it is complete.
+    10,000). Images go over by ascending label and in their order within a person; labels stay what
+    they are. Names of people become folder names, and ``names.txt`` in the formats that have none.
+    Each image is decoded once as a check: one that is missing or damaged is left out and reported.
+    With ``bin``, ``source`` is a verification set and ``target`` a file in InsightFace's layout;
+    its pairs keep their order, and an unreadable image is an error.
+
+    Bytes are copied as they are, or encoded anew with an ``encoding``. ``target`` appears only
+    when it is complete.
 
     Raises UserError if ``to`` is unknown, ``target`` exists or no image can be read.
     """
     target = Path(target)
-    if to not in _WRITERS:
-        raise UserError(f"cannot convert to {to!r}; choose one of {', '.join(_WRITERS)}")
+    if to not in _WRITERS and to != "bin":
+        raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, 'bin'])}")
     if target.exists():
         raise UserError(f"{target} exists already; name a new folder")
+    console = Console(stderr=True)
+    if to == "bin":
+        return _convert_pairs(source, target, encoding, console)
     opened = open_source(source)
     done = Conversion(target)
-    console = Console(stderr=True)
     with atomic_folder(target) as temporary:
-        size = _first_size(opened)
+        size = _first_size(opened, encoding)
         with _WRITERS[to](temporary, _folder_names(opened), size) as add:
-            _copy(opened, add, done, to, console)
+            _copy(opened, add, done, to, encoding, console)
         if done.images == 0:
             raise UserError(f"none of the {len(opened)} images of {source} can be read")
         if opened.class_names is not None and to != "folder":
@@ -84,25 +144,77 @@ def convert(source: str | Path, target: str | Path, *, to: str) -> Conversion:
     return done
 
 
-def _copy(source: Source, add: _Add, done: Conversion, to: str, console: Console) -> None:
+def _copy(
+    source: Source,
+    add: _Add,
+    done: Conversion,
+    to: str,
+    encoding: Encoding | None,
+    console: Console,
+) -> None:
+    def read(index: int) -> bytes:
+        try:
+            return source.read(index)
+        except (UserError, OSError):
+            return b""
+
+    def checked(data: bytes) -> bytes | None:
+        try:
+            image = decode(data)
+        except UserError:
+            return None
+        return data if encoding is None else encoding(image)
+
     last, position = -1, 0
-    with progress_bar(console) as bar:
+    order = np.argsort(source.labels, kind="stable")
+    with progress_bar(console) as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task(f"converting to {to}", total=len(source))
-        for index in np.argsort(source.labels, kind="stable").tolist():
+        for start in range(0, len(order), _CHUNK):
+            indices = order[start : start + _CHUNK].tolist()
+            # Sources are read by one thread: some share an open file.
+            found = pool.map(checked, map(read, indices))
+            for index, data in zip(indices, found, strict=True):
+                bar.advance(task)
+                if data is None:
+                    done.unreadable.append(source.name(index))
+                    continue
+                label = int(source.labels[index])
+                if label != last:
+                    done.people += 1
+                    last, position = label, 0
+                add(label, position, data)
+                position += 1
+                done.images += 1
+
+
+def _convert_pairs(
+    source: str | Path, target: Path, encoding: Encoding | None, console: Console
+) -> Conversion:
+    """The verification set at ``source`` as InsightFace's ``.bin``."""
+    pairs = load_pairs(source)
+
+    def read(index: int) -> bytes | np.ndarray:
+        image = pairs.images[index]
+        if encoding is None:
+            return image
+        try:
+            return encoding(decode(image) if isinstance(image, bytes) else image)
+        except UserError as error:
+            raise UserError(f"{pairs.image_name(index)} cannot be read: {error}") from error
+
+    with progress_bar(console) as bar, ThreadPoolExecutor() as pool:
+        task = bar.add_task("converting to bin", total=len(pairs.images))
+        images = []
+        for image in pool.map(read, range(len(pairs.images))):
+            images.append(image)
             bar.advance(task)
-            try:
-                data = source.read(index)
-                decode(data)
-            except (UserError, OSError):
-                done.unreadable.append(source.name(index))
-                continue
-            label = int(source.labels[index])
-            if label != last:
-                done.people += 1
-                last, position = label, 0
-            add(label, position, data)
-            position += 1
-            done.images += 1
+    # An image that serves several pairs is one object here, which a pickle holds once.
+    bins = [images[index] for index in pairs.pairs.ravel().tolist()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(target, pickle.dumps((bins, pairs.same.tolist()), protocol=4))
+    people = 0 if pairs.people is None else len(np.unique(pairs.people))
+    console.print(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
+    return Conversion(target, len(images), people)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -118,13 +230,14 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def _first_size(source: Source) -> tuple[int, int]:
-    """Height and width of the first readable image."""
+def _first_size(source: Source, encoding: Encoding | None) -> tuple[int, int]:
+    """Height and width of the first readable image, as it is written."""
     for index in range(len(source)):
         try:
-            height, width = decode(source.read(index)).shape[:2]
+            image = decode(source.read(index))
         except (UserError, OSError):
             continue
+        height, width = (image if encoding is None else decode(encoding(image))).shape[:2]
         return height, width
     return 0, 0
 

@@ -40,7 +40,7 @@ def step_of(
     torch.manual_seed(0)
     if name.startswith("sfnet"):
         options.setdefault("batch_norm", True)
-    net = backbones.create(name, input_size=size, **options)
+    net = backbones.build(name, input_size=size, **options)
     if torch_prelu:
         for module in net.modules():
             if isinstance(module, PReLU):
@@ -74,7 +74,7 @@ def cost(name: str, size: int, **options) -> tuple[float, float]:
     """Parameters and multiply-adds of one forward pass, in millions."""
     if name.startswith("sfnet"):
         options.setdefault("batch_norm", True)
-    net = backbones.create(name, input_size=size, **options).eval()
+    net = backbones.build(name, input_size=size, **options).eval()
     total = 0
 
     def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:

@@ -250,7 +250,7 @@ CLUSTERS = (8, 64, 512)
 def backbone_milliseconds(name: str) -> float:
     """Forward and backward pass of `EACH` images at full speed in bfloat16."""
     with torch.device("meta"), FlopCounterMode(display=False) as count:
-        network = backbones.create(name, embedding_dim=DIM).eval()
+        network = backbones.build(name, embedding_dim=DIM).eval()
         network(torch.empty(1, 3, *network.preprocessing.size))
     return 1e3 * 3 * EACH * count.get_total_flops() / GPU.half_flops
 

@@ -59,7 +59,7 @@ def main() -> None:
         print(f"crops of {train}, batches of {args.batch_size}, {torch.get_num_threads()} threads")
         for title, (backbone, options, images) in NETWORKS.items():
             torch.manual_seed(0)
-            network = backbones.create(backbone, batch_norm=True, **options)
+            network = backbones.build(backbone, batch_norm=True, **options)
             model, crops = folder / title, folder / f"crops {title}"
             model.mkdir()
             bundle.save(network, model)

@@ -104,10 +104,10 @@ def main() -> None:
             str(arguments.checkpoint.name), bundle.load(arguments.checkpoint), arguments.seconds
         )
     else:
-        net = backbones.create("sfnet20", width=0.25, input_size=64, batch_norm=True).eval()
+        net = backbones.build("sfnet20", width=0.25, input_size=64, batch_norm=True).eval()
         measure("sfnet20, width 0.25", net, arguments.seconds)
     if arguments.large:
-        measure("iresnet50", backbones.create("iresnet50").eval(), arguments.seconds)
+        measure("iresnet50", backbones.build("iresnet50").eval(), arguments.seconds)
 
 
 if __name__ == "__main__":

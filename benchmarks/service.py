@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    network = backbones.create("sfnet20", width=0.25, input_size=64, batch_norm=True)
+    network = backbones.build("sfnet20", width=0.25, input_size=64, batch_norm=True)
     pictures = [picture for number in range(16) for picture in person(0, number, 4)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

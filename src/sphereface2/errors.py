@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
 
 
@@ -18,3 +20,49 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the candidate nearest to ``name``, or nothing."""
     near = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise a UserError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a UserError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise UserError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise a UserError unless ``value`` is a finite number within the bounds given.
+
+    ``above`` and ``below`` exclude the bound, ``least`` and ``most`` include it.
+    """
+    bounds = [
+        (sign, bound, compare)
+        for sign, bound, compare in (
+            (">", above, operator.gt),
+            ("≥", least, operator.ge),
+            ("<", below, operator.lt),
+            ("≤", most, operator.le),
+        )
+        if bound is not None
+    ]
+    if not (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < math.inf
+        and all(compare(value, bound) for _, bound, compare in bounds)
+    ):
+        wanted = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in bounds) or "finite"
+        raise UserError(f"{name} must be a number {wanted}, got {value!r}")

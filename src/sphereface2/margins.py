@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sphereface2.errors import check_choice, check_number
+
 MarginType = Literal["C", "A", "M"]
 Detach = Literal["all", "margin"]
 
@@ -229,41 +231,3 @@ def _asinh_of_sinh_times_exp(x: float, k: float) -> float:
     # asinh(q) = log(2q) to the last digit from exp(40) on.
     size = log_size + math.log(2) if log_size > 40 else math.asinh(math.exp(log_size))
     return math.copysign(size, x)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-
-
-def check_number(
-    name: str,
-    value: object,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    """Raise a ValueError unless `value` is a finite number within the bounds given.
-
-    `above` and `below` exclude the bound, `least` and `most` include it.
-    """
-    bounds = [
-        f"{sign} {bound:g}"
-        for sign, bound in ((">", above), ("≥", least), ("<", below), ("≤", most))
-        if bound is not None
-    ]
-    wanted = " and ".join(bounds) or "finite"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        not number
-        or not math.isfinite(value)  # type: ignore[arg-type]
-        or (above is not None and not value > above)  # type: ignore[operator]
-        or (least is not None and not value >= least)  # type: ignore[operator]
-        or (below is not None and not value < below)  # type: ignore[operator]
-        or (most is not None and not value <= most)  # type: ignore[operator]
-    ):
-        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

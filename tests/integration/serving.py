@@ -29,7 +29,7 @@ def make_model(folder: Path, *, calibrated: bool = True) -> Path:
     """An untrained network; its calibration is of scores drawn at random."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    network = backbones.create("sfnet4", width=0.125, input_size=64, embedding_dim=32)
+    network = backbones.build("sfnet4", width=0.125, input_size=64, embedding_dim=32)
     bundle.save(network, folder)
     if calibrated:
         rng = np.random.default_rng(0)

@@ -61,14 +61,14 @@ def test_the_published_recipes_hold_the_published_values() -> None:
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.stem)
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    before = dict(heads.base._REGISTRY)
+    before = dict(heads.registry._HEADS._builders)
     names: dict[str, object] = {"__name__": page.stem}
     try:
         for block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), names)
     finally:
-        heads.base._REGISTRY.clear()
-        heads.base._REGISTRY.update(before)
+        heads.registry._HEADS._builders.clear()
+        heads.registry._HEADS._builders.update(before)
 
 
 def commands(page: Path) -> list[list[str]]:

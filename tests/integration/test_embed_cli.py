@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    net = backbones.create("sfnet4", width=0.25, input_size=64, embedding_dim=32, batch_norm=True)
+    net = backbones.build("sfnet4", width=0.25, input_size=64, embedding_dim=32, batch_norm=True)
     bundle.save(net, folder)
     return folder
 

@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     (root / "net").mkdir()
     bundle.save(
-        backbones.create("sfnet4", embedding_dim=32, input_size=32, width=0.25), root / "net"
+        backbones.build("sfnet4", embedding_dim=32, input_size=32, width=0.25), root / "net"
     )
     rng = np.random.default_rng(0)
     encoded = {}

@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     for name in ("old", "new"):
         (root / name).mkdir()
-        network = backbones.create("sfnet4", width=0.25, input_size=64, batch_norm=True)
+        network = backbones.build("sfnet4", width=0.25, input_size=64, batch_norm=True)
         bundle.save(network, root / name)
     rng = np.random.default_rng(0)
     for person in ("ann", "bob", "eve"):

@@ -30,7 +30,7 @@ from sphereface2.evaluation.suites import SUITES, open_suite
 def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("net")
     torch.manual_seed(0)
-    bundle.save(backbones.create("sfnet4", embedding_dim=32, input_size=32, width=0.25), folder)
+    bundle.save(backbones.build("sfnet4", embedding_dim=32, input_size=32, width=0.25), folder)
     return folder
 
 

@@ -71,7 +71,7 @@ def place(tmp_path_factory):
                 lines.append(f"{int(other == a)} P{a:02}/{m}.png P{other:02}/{n}.png")
         (root / f"{name}.txt").write_text("\n".join(lines))
     torch.manual_seed(0)
-    net = backbones.create("sfnet4", embedding_dim=32, input_size=32, width=0.25)
+    net = backbones.build("sfnet4", embedding_dim=32, input_size=32, width=0.25)
     (root / "net").mkdir()
     head = {"name": "sphereface2", "bias": -3.0, "r": 30.0, "t": 3.0, "m": 0.3}
     bundle.save(net, root / "net", extra={"head": head})

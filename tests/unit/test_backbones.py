@@ -22,7 +22,7 @@ def count(net: nn.Module) -> int:
 
 def build_on_meta(name: str, **kwargs: object) -> backbones.Backbone:
     with torch.device("meta"):  # shapes without memory or initialisation
-        return backbones.create(name, **kwargs)
+        return backbones.build(name, **kwargs)
 
 
 def noise(net: backbones.Backbone, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_mobilefacenet_parameter_count_equals_insightface() -> None:
 def test_sfnet_forward_is_the_published_function(activation: str, batch_norm: bool) -> None:
     """The whole of SFNet-10, restated with functional calls from the state dict alone."""
     torch.manual_seed(0)
-    net = backbones.create(
+    net = backbones.build(
         "sfnet10",
         activation=activation,
         batch_norm=batch_norm,
@@ -235,7 +235,7 @@ def test_prelu_networks_train_alike_in_both_memory_formats() -> None:
     gradients = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        net = backbones.create("sfnet10", batch_norm=True, width=0.125, input_size=32).double()
+        net = backbones.build("sfnet10", batch_norm=True, width=0.125, input_size=32).double()
         net = net.to(memory_format=memory_format)
         x = noise(net, batch=4).double().to(memory_format=memory_format)
         (net(x) * torch.linspace(-1, 1, 512)).sum().backward()
@@ -247,7 +247,7 @@ def test_prelu_networks_train_alike_in_both_memory_formats() -> None:
 
 
 def test_final_batch_norm_starts_at_a_tenth() -> None:
-    norm = backbones.create("sfnet4", batch_norm=True, width=0.125, input_size=32).norm
+    norm = backbones.build("sfnet4", batch_norm=True, width=0.125, input_size=32).norm
     assert torch.equal(norm.weight, torch.full((512,), 0.1))
 
 
@@ -255,7 +255,7 @@ def test_final_batch_norm_starts_at_a_tenth() -> None:
 def test_every_backbone_yields_embeddings_and_gradients(name: str) -> None:
     torch.manual_seed(0)
     kwargs = {} if name == "mobilefacenet" else {"width": 0.125}
-    net = backbones.create(name, input_size=(64, 48), embedding_dim=24, **kwargs)
+    net = backbones.build(name, input_size=(64, 48), embedding_dim=24, **kwargs)
     x = noise(net, batch=3)
     embeddings = net(x)
     assert embeddings.shape == (3, 24)
@@ -265,7 +265,7 @@ def test_every_backbone_yields_embeddings_and_gradients(name: str) -> None:
         if parameter.requires_grad:
             assert parameter.grad is not None, key
             assert parameter.grad.isfinite().all(), key
-    rebuilt = backbones.create(net.config["name"], **json.loads(json.dumps(net.config["kwargs"])))
+    rebuilt = backbones.build(net.config["name"], **json.loads(json.dumps(net.config["kwargs"])))
     rebuilt.load_state_dict(net.state_dict())
     assert rebuilt.preprocessing == net.preprocessing
     assert torch.equal(rebuilt.eval()(x), net.eval()(x))
@@ -274,7 +274,7 @@ def test_every_backbone_yields_embeddings_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("size", [64, 80, 96, 112, 128, 160, 224, (112, 96)])
 @pytest.mark.parametrize("name", ["sfnet4", "iresnet18", "mobilefacenet"])
 def test_input_sizes(name: str, size: int | tuple[int, int]) -> None:
-    net = backbones.create(name, input_size=size, embedding_dim=16, width=0.125).eval()
+    net = backbones.build(name, input_size=size, embedding_dim=16, width=0.125).eval()
     assert net(noise(net, batch=1)).shape == (1, 16)
 
 
@@ -284,7 +284,7 @@ def test_sfnet_without_batch_norm_keeps_its_signal(name: str, activation: str) -
     """Neither vanishing nor exploding: embeddings depend on the image and gradients reach the
     first convolution."""
     torch.manual_seed(0)
-    net = backbones.create(name, activation=activation, input_size=64)
+    net = backbones.build(name, activation=activation, input_size=64)
     embeddings = net(noise(net, batch=4))
     spread = (embeddings - embeddings.mean(0)).norm(dim=1) / embeddings.norm(dim=1)
     assert 1e-3 < embeddings.std() < 1e3
@@ -297,7 +297,7 @@ def test_sfnet_without_batch_norm_keeps_its_signal(name: str, activation: str) -
 
 def test_residual_scale_zero_starts_as_the_identity() -> None:
     torch.manual_seed(0)
-    deep = backbones.create(
+    deep = backbones.build(
         "sfnet20", batch_norm=True, residual_scale=0.0, width=0.125, input_size=32
     )
     unit = deep.stages[2][1]
@@ -307,7 +307,7 @@ def test_residual_scale_zero_starts_as_the_identity() -> None:
 
 def test_dropout_and_width() -> None:
     torch.manual_seed(0)
-    net = backbones.create("sfnet4", dropout=0.5, width=0.25, input_size=32)
+    net = backbones.build("sfnet4", dropout=0.5, width=0.25, input_size=32)
     x = noise(net)
     assert net.fc.in_features == 128 * 2 * 2
     assert not torch.equal(net(x), net(x))
@@ -316,7 +316,7 @@ def test_dropout_and_width() -> None:
 
 def test_one_step_of_training_lowers_the_loss_without_batch_norm() -> None:
     torch.manual_seed(0)
-    net = backbones.create("sfnet20", width=0.25, input_size=64, embedding_dim=16)
+    net = backbones.build("sfnet20", width=0.25, input_size=64, embedding_dim=16)
     x, target = noise(net, batch=16), torch.randn(16, 16)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     losses = []
@@ -336,20 +336,24 @@ def test_one_step_of_training_lowers_the_loss_without_batch_norm() -> None:
     ("name", "kwargs", "message"),
     [
         ("sfnet2O", {}, r"no backbone 'sfnet2O' \(did you mean 'sfnet20'\?\)"),
-        ("sfnet20", {"widht": 0.5}, r"no option 'widht' \(did you mean 'width'\?\)"),
-        ("iresnet50", {"batch_norm": True}, "no option 'batch_norm'"),
-        ("sfnet20", {"input_size": 100}, r"divisible by 16 .* not \(100, 100\)"),
+        ("sfnet20", {"widht": 0.5}, r"no parameter 'widht' \(did you mean 'width'\?\)"),
+        ("iresnet50", {"batch_norm": True}, "no parameter 'batch_norm'"),
+        ("sfnet20", {"input_size": 100}, r"divisible by 16 .* got \(100, 100\)"),
         ("sfnet20", {"input_size": (112, 112, 3)}, "input_size must be"),
         ("sfnet20", {"input_size": 0}, "input_size must be"),
-        ("sfnet20", {"embedding_dim": 0}, "embedding_dim must be at least 1"),
-        ("sfnet20", {"embedding_dim": 1.5}, "embedding_dim must be an integer"),
-        ("sfnet20", {"width": -1}, "width must be a positive number"),
-        ("sfnet20", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ("sfnet20", {"activation": "gelu"}, '"prelu" or "relu", not \'gelu\''),
+        ("sfnet20", {"embedding_dim": 0}, "embedding_dim must be an integer ≥ 1, got 0"),
+        ("sfnet20", {"embedding_dim": 1.5}, "embedding_dim must be an integer ≥ 1"),
+        ("sfnet20", {"width": -1}, "width must be a number > 0, got -1"),
+        ("sfnet20", {"dropout": 1.0}, "dropout must be a number ≥ 0 and < 1"),
+        (
+            "sfnet20",
+            {"activation": "gelu"},
+            "activation must be one of 'prelu', 'relu', got 'g",
+        ),
         ("sfnet20", {"activation": nn.ReLU}, "stored as JSON"),
         ("sfnet20", {"std": (1, 0, 1)}, "std must be positive"),
         ("sfnet20", {"mean": (1, 2)}, "mean must be three numbers"),
-        ("sfnet20", {"colour_order": "GRB"}, '"RGB" or "BGR"'),
+        ("sfnet20", {"colour_order": "GRB"}, "colour_order must be one of 'RGB', 'BGR', got 'GRB'"),
         (
             "sfnet20",
             {"activation": "relu", "after_sum": False, "residual_scale": 0},
@@ -359,12 +363,12 @@ def test_one_step_of_training_lowers_the_loss_without_batch_norm() -> None:
 )
 def test_bad_arguments(name: str, kwargs: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        backbones.create(name, **kwargs)
+        backbones.build(name, **kwargs)
 
 
 def test_wrong_input_says_what_is_expected() -> None:
-    net = backbones.create("sfnet4", input_size=(32, 48), width=0.125)
-    with pytest.raises(UserError, match=r"\(B, 3, 32, 48\), not \(2, 3, 48, 32\)"):
+    net = backbones.build("sfnet4", input_size=(32, 48), width=0.125)
+    with pytest.raises(UserError, match=r"\(B, 3, 32, 48\), got \(2, 3, 48, 32\)"):
         net(torch.zeros(2, 3, 48, 32))
     with pytest.raises(UserError, match=r"net.preprocessing\(images\) first"):
         net(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
@@ -376,7 +380,7 @@ def test_wrong_input_says_what_is_expected() -> None:
 @pytest.mark.parametrize("name", ["timm/resnet18", "resnet18", "timm/vit_tiny_patch16_224"])
 def test_timm_models(name: str) -> None:
     pytest.importorskip("timm")
-    net = backbones.create(name, embedding_dim=32, input_size=(64, 48)).eval()
+    net = backbones.build(name, embedding_dim=32, input_size=(64, 48)).eval()
     assert net(noise(net)).shape == (2, 32)
     assert net.config["name"] == name
     assert "pretrained" not in net.config["kwargs"]
@@ -394,17 +398,17 @@ def test_timm_models(name: str) -> None:
 def test_timm_errors(name: str, kwargs: dict, message: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=message):
-        backbones.create(name, **kwargs)
+        backbones.build(name, **kwargs)
 
 
 def test_timm_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs timm: pip install 'sphereface2\[timm\]'"):
-        backbones.create("timm/resnet18")
+        backbones.build("timm/resnet18")
     with pytest.raises(UserError, match="there is no backbone 'resnet18'"):
-        backbones.create("resnet18")
-    assert backbones.create("sfnet4", input_size=16, width=0.125)
+        backbones.build("resnet18")
+    assert backbones.build("sfnet4", input_size=16, width=0.125)
 
 
 # --- preprocessing --------------------------------------------------------------------------

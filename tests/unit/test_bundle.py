@@ -20,7 +20,7 @@ from sphereface2.errors import UserError
 @pytest.fixture
 def net() -> backbones.Backbone:
     torch.manual_seed(0)
-    net = backbones.create(
+    net = backbones.build(
         "sfnet10",
         batch_norm=True,
         activation="relu",
@@ -64,7 +64,7 @@ def test_round_trip(net: backbones.Backbone, saved: Path) -> None:
 def test_round_trip_of_other_backbones(name: str, tmp_path: Path) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")
-    net = backbones.create(name, input_size=32, embedding_dim=8).eval()
+    net = backbones.build(name, input_size=32, embedding_dim=8).eval()
     net = net.to(memory_format=torch.channels_last)  # a layout that safetensors cannot store
     bundle.save(net, tmp_path)
     loaded = bundle.load(tmp_path).state_dict()
@@ -238,7 +238,7 @@ def test_newer_format(saved: Path) -> None:
 
 def test_config_cannot_start_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
-    bundle.save(backbones.create("timm/resnet18", input_size=32, embedding_dim=8), tmp_path)
+    bundle.save(backbones.build("timm/resnet18", input_size=32, embedding_dim=8), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["backbone"]
     config["kwargs"]["pretrained"] = True
     edit(tmp_path, backbone=config)

@@ -262,7 +262,7 @@ def test_scores_that_tell_nothing_are_refused():
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    net = backbones.create("sfnet4", width=0.125, input_size=32, embedding_dim=8)
+    net = backbones.build("sfnet4", width=0.125, input_size=32, embedding_dim=8)
     bundle.save(net, folder)
     return folder, net
 
@@ -337,7 +337,7 @@ def test_another_network_or_a_damaged_file_is_told(model):
 
 def test_a_weight_changes_the_fingerprint_and_metadata_does_not(model):
     _, net = model
-    other = backbones.create("sfnet4", width=0.125, input_size=32, embedding_dim=8)
+    other = backbones.build("sfnet4", width=0.125, input_size=32, embedding_dim=8)
     other.load_state_dict(net.state_dict())
     other.metadata = {"step": 3}
     assert fingerprint(other) == fingerprint(net)

@@ -21,7 +21,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def network() -> torch.nn.Module:
-    return backbones.create("sfnet4", width=0.125, input_size=64, embedding_dim=8)
+    return backbones.build("sfnet4", width=0.125, input_size=64, embedding_dim=8)
 
 
 def save(folder: Path, step: int, best: bool = False) -> None:

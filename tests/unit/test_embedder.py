@@ -29,7 +29,7 @@ from sphereface2.recognition.embedder import FaceEmbedder, _hub_id
 def network(seed: int = 0, **options: object) -> backbones.Backbone:
     torch.manual_seed(seed)
     given = {"width": 0.125, "input_size": 32, "embedding_dim": 16, "batch_norm": True} | options
-    return backbones.create("sfnet4", **given).eval()  # type: ignore[arg-type]
+    return backbones.build("sfnet4", **given).eval()  # type: ignore[arg-type]
 
 
 def crops(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -273,7 +273,7 @@ def test_damaged_and_foreign_weights(saved: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     other = tmp_path / "other"
     other.mkdir()
-    bundle.save(backbones.create("sfnet10", width=0.125, input_size=32, embedding_dim=16), other)
+    bundle.save(backbones.build("sfnet10", width=0.125, input_size=32, embedding_dim=16), other)
     weights.write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="does not hold a sfnet4"):
         FaceEmbedder.from_pretrained(saved, device="cpu")

@@ -14,7 +14,7 @@ from sphereface2.evaluation.embedding import embed
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = backbones.create("sfnet4", embedding_dim=24, input_size=32, width=0.25, batch_norm=True)
+    net = backbones.build("sfnet4", embedding_dim=24, input_size=32, width=0.25, batch_norm=True)
     with torch.no_grad():  # statistics of its own, so that the mode of batch norm matters
         net.train()(torch.randn(64, 3, 32, 32))
     return net.eval()
@@ -101,7 +101,7 @@ def test_images_are_taken_as_they_are_needed(net):
 
 
 def test_unusable_weights_and_no_images(net):
-    broken = backbones.create("sfnet4", embedding_dim=8, input_size=32, width=0.25)
+    broken = backbones.build("sfnet4", embedding_dim=8, input_size=32, width=0.25)
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="NaN"):

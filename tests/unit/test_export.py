@@ -37,7 +37,7 @@ def _one_thread():
 def network(name, **options):
     """Untrained, but with statistics and slopes that no folding may lose."""
     torch.manual_seed(0)
-    net = backbones.create(name, embedding_dim=32, **options).train()
+    net = backbones.build(name, embedding_dim=32, **options).train()
     for module_ in net.modules():
         if isinstance(module_, torch.nn.PReLU):
             torch.nn.init.uniform_(module_.weight, 0.0, 0.5)
@@ -114,7 +114,7 @@ def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, dr
 
 
 def test_a_transformer_exports(tmp_path):
-    net = backbones.create("timm/vit_tiny_patch16_224", embedding_dim=8, input_size=32, depth=1)
+    net = backbones.build("timm/vit_tiny_patch16_224", embedding_dim=8, input_size=32, depth=1)
     assert export(saved(net, tmp_path / "net"), to="onnx")["cosine_min"] >= module.PARITY
 
 

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_model(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    net = backbones.create("sfnet4", width=0.125, input_size=32, embedding_dim=16, batch_norm=True)
+    net = backbones.build("sfnet4", width=0.125, input_size=32, embedding_dim=16, batch_norm=True)
     bundle.save(net, folder)
     return folder
 

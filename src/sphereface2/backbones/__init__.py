@@ -2,6 +2,6 @@
 
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.backbones.registry import available, create, require
+from sphereface2.backbones.registry import available, build, parameters, register
 
-__all__ = ["Backbone", "Preprocessing", "available", "create", "require"]
+__all__ = ["Backbone", "Preprocessing", "available", "build", "parameters", "register"]

@@ -19,7 +19,7 @@ from sphereface2 import __version__
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.backbones.registry import available, create
+from sphereface2.backbones.registry import available, build
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 
@@ -30,7 +30,7 @@ CONFIG = "config.json"
 
 
 def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None = None) -> None:
-    """Write `net` (from `backbones.create`) into an existing directory.
+    """Write `net` (from `backbones.build`) into an existing directory.
 
     Each file is written under a temporary name, flushed to disk, then renamed, so that a reader
     never meets half a file.
@@ -42,7 +42,7 @@ def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None 
     """
     if not isinstance(net, Backbone) or not hasattr(net, "config"):
         raise TypeError(
-            f"only a network made by backbones.create can be saved, not {type(net).__name__}"
+            f"only a network made by backbones.build can be saved, not {type(net).__name__}"
         )
     directory = Path(directory)
     if not directory.is_dir():
@@ -90,7 +90,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{weights_file} is damaged or no safetensors file: {error}") from error
     name = description["backbone"]["name"]
-    # A file that asks for timm's weights would make `create` go to the network.
+    # A file that asks for timm's weights would make `build` go to the network.
     kwargs = {k: v for k, v in description["backbone"]["kwargs"].items() if k != "pretrained"}
     try:
         # Building draws initial weights; a caller in the midst of training keeps its generator.
@@ -98,9 +98,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
             if name in available():
                 # Shapes first, without memory: a config may claim a network of any size.
                 with torch.device("meta"):
-                    shapes = create(name, **kwargs).state_dict()
+                    shapes = build(name, **kwargs).state_dict()
                 _check_weights(weights, shapes, weights_file, name)
-            net = create(name, **kwargs)
+            net = build(name, **kwargs)
         net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
     except _MismatchError:
         raise

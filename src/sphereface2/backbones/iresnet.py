@@ -9,13 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sphereface2.backbones.base import (
-    Backbone,
-    activation_layer,
-    check_dropout,
-    check_positive,
-    scaled,
-)
+from sphereface2.backbones.base import Backbone, activation_layer, scaled
+from sphereface2.errors import check_number
 
 UNITS = {
     "iresnet18": (2, 2, 2, 2),
@@ -78,8 +73,8 @@ class IResNet(Backbone):
         dropout: float = 0.0,
     ):
         super().__init__(embedding_dim, input_size)
-        check_positive("width", width)
-        check_dropout(dropout)
+        check_number("width", width, above=0)
+        check_number("dropout", dropout, least=0, below=1)
         channels = [scaled(count, width) for count in CHANNELS]
         inputs = channels[0]
         self.conv1 = nn.Conv2d(3, inputs, 3, 1, 1, bias=False)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sphereface2.backbones.base import Backbone, activation_layer, check_positive, scaled
+from sphereface2.backbones.base import Backbone, activation_layer, scaled
+from sphereface2.errors import check_number
 
 
 class ConvNorm(nn.Module):
@@ -105,7 +106,7 @@ class MobileFaceNet(Backbone):
         width: float = 1.0,
     ):
         super().__init__(embedding_dim, input_size)
-        check_positive("width", width)
+        check_number("width", width, above=0)
         c128, c256, c512 = (scaled(count, width) for count in (128, 256, 512))
         self.layers = nn.Sequential(
             ConvNorm(3, c128, 3, 2, 1, activation=activation),

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sphereface2.errors import UserError
-
-_COLOUR_ORDERS = ("RGB", "BGR")
+from sphereface2.errors import UserError, check_choice
 
 
 def as_size(value: int | Sequence[int], what: str = "input_size") -> tuple[int, int]:
@@ -23,7 +21,7 @@ def as_size(value: int | Sequence[int], what: str = "input_size") -> tuple[int, 
         isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides
     ):
         raise UserError(
-            f"{what} must be a positive integer or a (height, width) pair, not {value!r}"
+            f"{what} must be a positive integer or a (height, width) pair, got {value!r}"
         )
     return sides
 
@@ -57,8 +55,7 @@ class Preprocessing:
             object.__setattr__(self, name, numbers)
         if min(self.std) <= 0:
             raise UserError(f"std must be positive, not {self.std!r}")
-        if self.colour_order not in _COLOUR_ORDERS:
-            raise UserError(f'colour_order must be "RGB" or "BGR", not {self.colour_order!r}')
+        check_choice("colour_order", self.colour_order, ("RGB", "BGR"))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise uint8 RGB images (B, 3, H, W) to float32 (B, 3, height, width).

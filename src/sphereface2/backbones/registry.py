@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,20 +11,34 @@ from sphereface2.backbones import iresnet, mobilefacenet, sfnet, timm_adaptor
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
 from sphereface2.errors import UserError, did_you_mean
+from sphereface2.registry import Registry, keyword_defaults
 
-_BUILDERS: dict[str, Callable[..., Backbone]] = {
-    **{name: partial(sfnet.SFNet, units) for name, units in sfnet.UNITS.items()},
-    **{name: partial(iresnet.IResNet, units) for name, units in iresnet.UNITS.items()},
-    "mobilefacenet": mobilefacenet.MobileFaceNet,
-}
+_BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
+register = _BACKBONES.register
+available = _BACKBONES.available
+for _name, _units in sfnet.UNITS.items():
+    register(_name)(partial(sfnet.SFNet, _units))
+for _name, _units in iresnet.UNITS.items():
+    register(_name)(partial(iresnet.IResNet, _units))
+register("mobilefacenet")(mobilefacenet.MobileFaceNet)
+
+_PREPROCESSING = ("mean", "std", "colour_order")
 
 
-def available() -> list[str]:
-    """Names of the built-in backbones. Any timm model works too, as ``timm/<its name>``."""
-    return list(_BUILDERS)
+def parameters(name: str) -> list[str]:
+    """Keywords that `build` takes for a backbone; a timm model takes timm's own besides.
+
+    Raises:
+        UserError: unknown name.
+
+    Example:
+        >>> parameters("mobilefacenet")
+        ['embedding_dim', 'input_size', 'activation', 'width', 'mean', 'std', 'colour_order']
+    """
+    return [*keyword_defaults(_find(name)), *_PREPROCESSING]
 
 
-def create(
+def build(
     name: str,
     *,
     embedding_dim: int = 512,
@@ -52,6 +65,13 @@ def create(
 
     Raises:
         UserError: unknown name or option, a value out of range, timm missing.
+
+    Example:
+        >>> import torch
+        >>> network = build("mobilefacenet", embedding_dim=128).eval()
+        >>> images = torch.zeros(2, 3, 112, 112, dtype=torch.uint8)
+        >>> network(network.preprocessing(images)).shape
+        torch.Size([2, 128])
     """
     try:
         options = json.loads(json.dumps(kwargs))
@@ -60,7 +80,10 @@ def create(
             f"options of a backbone are stored as JSON and one of these is not: {kwargs!r}"
         ) from error
     size = as_size(input_size if isinstance(input_size, int) else tuple(input_size))
-    net = _build(name, embedding_dim=embedding_dim, input_size=size, **options)
+    builder = _find(name)
+    if name in _BACKBONES:
+        _BACKBONES.check_options(name, options, keyword_defaults(builder))
+    net = builder(embedding_dim=embedding_dim, input_size=size, **options)
     options.pop("pretrained", None)  # the weights travel in the bundle, not by download
     mean = mean or _from_pretrained(net, "mean") or (127.5,) * 3
     std = std or _from_pretrained(net, "std") or (128.0,) * 3
@@ -79,35 +102,18 @@ def create(
     return net
 
 
-def _build(name: str, **kwargs: Any) -> Backbone:
-    builder = _BUILDERS.get(name)
-    if builder is not None:
-        accepted = [
-            parameter.name
-            for parameter in inspect.signature(builder).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
-        for option in kwargs:
-            if option not in accepted:
-                raise UserError(
-                    f"{name} has no option {option!r}{did_you_mean(option, accepted)}; "
-                    f"it has {', '.join(accepted)}"
-                )
-        return builder(**kwargs)
-    require(name)
-    return timm_adaptor.TimmBackbone(name.removeprefix("timm/"), **kwargs)
-
-
-def require(name: str) -> None:
-    """Raise a UserError naming the nearest backbone unless `name` can be created."""
+def _find(name: str) -> Callable[..., Backbone]:
+    """The builder of a name, a timm model's included."""
+    if name in _BACKBONES:
+        return _BACKBONES.find(name)
     model = name.removeprefix("timm/")
-    if name in _BUILDERS or timm_adaptor.knows(model):
-        return
+    if timm_adaptor.knows(model):
+        return partial(timm_adaptor.TimmBackbone, model)
     if model == name:
-        known = [*_BUILDERS, *timm_adaptor.names()]
+        known = [*available(), *timm_adaptor.names()]
         raise UserError(
             f"there is no backbone {name!r}{did_you_mean(name, known)}; "
-            f"built in are {', '.join(_BUILDERS)}, and any timm model as timm/NAME"
+            f"available: {', '.join(available())}, and any timm model as timm/NAME"
         )
     if not timm_adaptor.installed():
         raise UserError(f"{name} needs timm: pip install 'sphereface2[timm]'")

@@ -7,14 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sphereface2.backbones.base import (
-    Backbone,
-    activation_layer,
-    check_dropout,
-    check_positive,
-    scaled,
-)
-from sphereface2.errors import UserError
+from sphereface2.backbones.base import Backbone, activation_layer, scaled
+from sphereface2.errors import UserError, check_number
 
 UNITS = {
     "sfnet4": (0, 0, 0, 0),
@@ -107,8 +101,8 @@ class SFNet(Backbone):
         residual_scale: float = 1.0,
     ):
         super().__init__(embedding_dim, input_size)
-        check_positive("width", width)
-        check_dropout(dropout)
+        check_number("width", width, above=0)
+        check_number("dropout", dropout, least=0, below=1)
         if after_sum is None:
             after_sum = activation == "relu"
         if residual_scale == 0 and activation == "relu" and not after_sum:

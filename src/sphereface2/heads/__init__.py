@@ -1,7 +1,8 @@
 """Losses over classes: embeddings and labels in, one number out."""
 
-from sphereface2.heads.base import Head, Scaling, available, build, parameters, register
+from sphereface2.heads.base import Head, Scaling
 from sphereface2.heads.fused import FusedSGD
+from sphereface2.heads.registry import available, build, defaults, parameters, register
 from sphereface2.heads.softmax import (
     AdaFace,
     ArcFace,
@@ -38,6 +39,7 @@ __all__ = [
     "SphereFaceR",
     "available",
     "build",
+    "defaults",
     "parameters",
     "register",
 ]

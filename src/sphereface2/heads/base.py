@@ -1,36 +1,20 @@
-"""What all heads share: the prototypes, the checks of a batch, and the registry of names."""
+"""What all heads share: the prototypes and the checks of a batch."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    get_args,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sphereface2.errors import did_you_mean
+from sphereface2.errors import check_choice, check_count, check_number
 from sphereface2.heads.blocks import CHUNK
 from sphereface2.heads.sharding import Shard
-from sphereface2.margins import check_choice, check_number
 
 if TYPE_CHECKING:
     from sphereface2.heads.fused import FusedSGD
-
-_REGISTRY: dict[str, type[Head]] = {}
-H = TypeVar("H", bound="type[Head]")
 
 DRAWN_ROWS = 8192
 SMALLEST_NORM = 1e-12
@@ -217,87 +201,3 @@ def renormalise_(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
     norms.masked_fill_((norms - 1).abs() < 8 * torch.finfo(norms.dtype).eps, 1)
     return rows.div_(norms.clamp_min_(SMALLEST_NORM))
-
-
-def register(name: str) -> Callable[[H], H]:
-    """Class decorator that makes a head available under `name`."""
-
-    def add(head: H) -> H:
-        if name in _REGISTRY:
-            raise ValueError(f"there are two heads named {name!r}")
-        _REGISTRY[name] = head
-        return head
-
-    return add
-
-
-def available() -> list[str]:
-    """Names that `build` knows."""
-    return sorted(_REGISTRY)
-
-
-def parameters(name: str) -> list[str]:
-    """Keywords that a head takes besides embedding_dim and num_classes.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    head = _find(name)
-    own = [
-        parameter.name
-        for parameter in inspect.signature(head).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    return own + [keyword for keyword in get_type_hints(Scaling) if keyword in head.scaling]
-
-
-def defaults(name: str) -> dict[str, Any]:
-    """Values of those of a head's own `parameters` that may be left out.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    return {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(_find(name)).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
-
-
-def build(name: str, embedding_dim: int, num_classes: int, **kwargs: Any) -> Head:
-    """Build a head by its name.
-
-    Args:
-        name: one of `available()`.
-        embedding_dim: d, the length of an embedding.
-        num_classes: C, the number of people.
-        kwargs: the head's own hyper-parameters, those of `parameters(name)`.
-
-    Raises:
-        ValueError: unknown name or keyword (the message names the nearest), or a value out of
-            range.
-    """
-    head = _find(name)
-    known = parameters(name)
-    for keyword in kwargs:
-        if keyword not in known:
-            raise ValueError(
-                f"the head {name} has no parameter {keyword!r}{did_you_mean(keyword, known)}; "
-                f"it has {', '.join(known) or 'none'}"
-            )
-    return head(embedding_dim, num_classes, **kwargs)
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise a ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
-
-
-def _find(name: str) -> type[Head]:
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"there is no head {name!r}{did_you_mean(name, _REGISTRY)}; "
-            f"there are {', '.join(available())}"
-        )
-    return _REGISTRY[name]

@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from sphereface2.errors import check_choice
 from sphereface2.heads.blocks import CHUNK
-from sphereface2.margins import check_choice
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Form = Literal["dense", "streaming", "fused"]

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sphereface2.errors import check_choice, check_number
 from sphereface2.heads.base import Head
 from sphereface2.heads.sharding import local
-from sphereface2.margins import check_choice, check_number
 
 MomentumType = Literal["full", "bfloat16"]
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sphereface2.heads.base import Head, Scaling, check_count, register, unit_rows
+from sphereface2.errors import check_choice, check_count, check_number
+from sphereface2.heads.base import Head, Scaling, unit_rows
+from sphereface2.heads.registry import register
 from sphereface2.heads.streaming import streamed_softmax
-from sphereface2.margins import check_choice, check_number
 
 
 class SoftmaxHead(Head):

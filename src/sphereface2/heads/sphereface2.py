@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from sphereface2.heads.base import Head, Scaling, register, unit_rows
+from sphereface2.errors import check_choice, check_number
+from sphereface2.heads.base import Head, Scaling, unit_rows
 from sphereface2.heads.blocks import Block, SortedLabels
+from sphereface2.heads.registry import register
 from sphereface2.heads.sampling import HardNegatives
 from sphereface2.heads.sampling import uniform as sampled_uniformly
 from sphereface2.heads.sharding import local
 from sphereface2.heads.streaming import Work, streamed_one_vs_all
-from sphereface2.margins import BinaryMargin, Detach, MarginType, check_choice, check_number
+from sphereface2.margins import BinaryMargin, Detach, MarginType
 
 if TYPE_CHECKING:
     from sphereface2.heads.fused import FusedSGD

@@ -133,7 +133,7 @@ class RunConfig:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "sfnet20"})
-    """``name`` and the keyword arguments of ``backbones.create``."""
+    """``name`` and the keyword arguments of ``backbones.build``."""
     head: dict[str, Any] = field(default_factory=lambda: {"name": "sphereface2"})
     """``name`` and the keyword arguments of ``heads.build``; ``sharded: true`` splits the
     prototypes over the ranks."""
@@ -302,7 +302,7 @@ def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
 def _check_components(config: RunConfig) -> None:
     """Build the named components, without memory or tiny, so that they check themselves."""
     try:
-        backbones.require(config.backbone["name"])
+        backbones.parameters(config.backbone["name"])
         if config.backbone["name"] in backbones.available():
             _check_backbone(json.dumps(config.backbone))
         options, sharded = head_options(config)
@@ -326,7 +326,7 @@ def _check_components(config: RunConfig) -> None:
 def _check_backbone(options: str) -> None:
     """Once for equal options, JSON: a study has hundreds of runs of one backbone."""
     with torch.device("meta"):
-        backbones.create(**json.loads(options))
+        backbones.build(**json.loads(options))
 
 
 def _check_ranges(config: RunConfig) -> None:

@@ -90,7 +90,7 @@ class Trainer:
         device = world.device
 
         torch.manual_seed(config.seed)
-        network = backbones.create(**config.backbone)
+        network = backbones.build(**config.backbone)
         options, sharded = head_options(config)
         if sharded and world.size > 1:
             options["process_group"] = world.group

@@ -1,0 +1,83 @@
+"""Components by name: one vocabulary and one kind of error for heads and backbones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from sphereface2.errors import UserError, did_you_mean
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+B = TypeVar("B", bound=Callable[..., Any])
+
+
+class Registry(Generic[Builder]):
+    """Builders of one kind of component, in the order in which they were registered.
+
+    Args:
+        kind: what one of them is called in messages, e.g. "head".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._builders: dict[str, Builder] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builders
+
+    def register(self, name: str) -> Callable[[B], B]:
+        """Decorator that makes a class or function available under ``name``.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(builder: B) -> B:
+            if name in self._builders:
+                raise ValueError(f"the {self.kind} {name!r} is registered already")
+            self._builders[name] = builder  # type: ignore[assignment]
+            return builder
+
+        return add
+
+    def available(self) -> list[str]:
+        """The registered names."""
+        return list(self._builders)
+
+    def find(self, name: str) -> Builder:
+        """The builder of that name.
+
+        Raises:
+            UserError: unknown name; the message suggests the nearest.
+        """
+        if name not in self._builders:
+            raise UserError(
+                f"there is no {self.kind} {name!r}{did_you_mean(name, self._builders)}; "
+                f"available: {', '.join(self._builders)}"
+            )
+        return self._builders[name]
+
+    def check_options(self, name: str, given: Iterable[str], known: Iterable[str]) -> None:
+        """Refuse options that the component does not have.
+
+        Raises:
+            UserError: an option of ``given`` is not among ``known``; the message suggests the
+                nearest.
+        """
+        known = list(known)
+        for option in given:
+            if option not in known:
+                raise UserError(
+                    f"the {self.kind} {name} has no parameter {option!r}"
+                    f"{did_you_mean(option, known)}; available: {', '.join(known) or 'none'}"
+                )
+
+
+def keyword_defaults(builder: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only parameters of ``builder`` with their defaults (``inspect.Parameter.empty``)."""
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(builder).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }

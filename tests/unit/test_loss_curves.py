@@ -1,6 +1,6 @@
 """Recorded losses of tiny runs: a change of numerics beyond rounding fails.
 
-    python tests/unit/test_loss_curves.py    # records them anew, after a change that is meant
+python tests/unit/test_loss_curves.py    # records them anew, after a change that is meant
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 import torch
 
-from sphereface2.align import TEMPLATE, Aligner, Face, read_photo, similarity, warp
+from sphereface2.align import TEMPLATE, Aligner, Face, similarity, warp
 from sphereface2.align.detector import Mtcnn
-from sphereface2.data import decode
 from sphereface2.data.verification import PairSet, load_pairs
+from sphereface2.images import decode, read_image
 
 Detect = Callable[[np.ndarray], list[Face]]
 
@@ -199,7 +199,7 @@ def main() -> None:
     for path in raw:
         for name, find in methods.items():  # in turn, so that all meet the same machine
             started = time.perf_counter()
-            pixels = read_photo(path)
+            pixels = read_image(path)
             face = find(pixels)
             crop = warp(pixels, face.landmarks) if face is not None else None
             seconds[name] += time.perf_counter() - started
@@ -213,7 +213,7 @@ def main() -> None:
     print(f"{len(raw)} pictures, one core")
     for name, found in landmarks.items():
         moved = [
-            displacement(warp(read_photo(path), found[path]), crop)
+            displacement(warp(read_image(path), found[path]), crop)
             for path, crop in list(supplied.items())[::3]  # registering takes its time
             if path in found
         ]

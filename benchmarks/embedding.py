@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from sphereface2 import backbones
-from sphereface2.align import read_photo
 from sphereface2.backbones import bundle
-from sphereface2.data import decode, open_source, synthetic
+from sphereface2.data import open_source, synthetic
 from sphereface2.data.locate import find
 from sphereface2.data.recordio import RecordIOWriter
+from sphereface2.images import decode, read_image
 from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.features import embed_set
 
@@ -135,7 +135,7 @@ def split(model: Path, crops: Path, pixels: torch.Tensor, batch_size: int) -> No
         "resizing and normalising": lambda: [
             network.preprocessing(batch) for batch in pixels.split(batch_size)
         ],
-        "decoding": lambda: [read_photo(source.read(i)) for i in range(len(source))],
+        "decoding": lambda: [read_image(source.read(i)) for i in range(len(source))],
         "loading the model": lambda: FaceEmbedder.from_pretrained(model, device="cpu"),
     }
     told = []

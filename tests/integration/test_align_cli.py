@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from skimage.data import astronaut
 
-from sphereface2.align import TEMPLATE, read_photo, warp
+from sphereface2.align import TEMPLATE, warp
 from sphereface2.align.folder import align as align_folder
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
+from sphereface2.images import read_image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -75,7 +76,7 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < limit, "workers outlive their parent"
         time.sleep(0.05)
-    assert all(read_photo(p).shape == (112, 112, 3) for p in cut.rglob("*.jpg"))
+    assert all(read_image(p).shape == (112, 112, 3) for p in cut.rglob("*.jpg"))
     with journal.open("a") as file:
         file.write('{"picture": "person3/3.png", "sta')  # as a crash might leave it
     again = align(photos, cut, "--workers", 2)
@@ -120,8 +121,8 @@ def test_by_a_landmark_file(photos, tmp_path):
     assert "x3 is 'nan'" in report["reasons"]["person1/1.png"]
     assert "coincide" in report["reasons"]["person2/2.png"]
     np.testing.assert_array_equal(
-        read_photo(out / "person3" / "3.png"),
-        warp(read_photo(photos / "person3" / "3.png"), points),
+        read_image(out / "person3" / "3.png"),
+        warp(read_image(photos / "person3" / "3.png"), points),
     )
 
 
@@ -167,7 +168,7 @@ def test_corrected_landmarks_make_another_crop(few, tmp_path):
         points.write_text(f"one.png {told}\n")
         assert skipped(few, out, landmarks=points, png=True) == expected
     np.testing.assert_array_equal(
-        read_photo(out / "one.png"), warp(read_photo(few / "one.png"), TEMPLATE * 1.1 + 80)
+        read_image(out / "one.png"), warp(read_image(few / "one.png"), TEMPLATE * 1.1 + 80)
     )
     points.write_text(f"one.png nan\ntwo.png {told}\n")
     assert align_folder(few, out, workers=1, landmarks=points, png=True)["bad_landmarks"] == 1

@@ -24,9 +24,9 @@ from PIL import Image
 from serving import drawn, encoded, make_model, photograph, serving
 from typer.testing import CliRunner
 
-from sphereface2.align import read_photo
 from sphereface2.cli import app as cli
 from sphereface2.errors import UserError
+from sphereface2.images import read_image
 from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service import bodies, keys, serve
@@ -131,7 +131,7 @@ def test_a_verdict_follows_from_the_calibration(client: TestClient, embedder: Fa
     expected = embedder.calibration.probability(verdict["similarity"])
     assert verdict["probability"] == pytest.approx(float(expected))
     crop = base64.b64decode(verdict["crops"][0].partition(",")[2])
-    np.testing.assert_array_equal(read_photo(crop), read_photo(a))
+    np.testing.assert_array_equal(read_image(crop), read_image(a))
     refused = client.post("/v1/verify", files=form, data={**ALIGNED, "far": "0.00001"})
     assert refused.status_code == 422 and refused.json()["code"] == "unknown_far"
 
@@ -181,7 +181,7 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
     person = client.get("/v1/people/Ada Łovelace").json()
     assert (person["metadata"], person["thumbnail"]) == ({"room": 7}, True)
     thumbnail = client.get("/v1/people/Ada Łovelace/thumbnail")
-    assert read_photo(thumbnail.content).shape == (112, 112, 3)
+    assert read_image(thumbnail.content).shape == (112, 112, 3)
     assert len(list((folder / "crops").rglob("*.jpg"))) == 5
 
     assert client.delete("/v1/people/Ada Łovelace").status_code == 204
@@ -342,7 +342,7 @@ def test_a_thumbnail_is_there_or_not_while_people_come_and_go(client: TestClient
             answer = client.get("/v1/people/Ada/thumbnail")  # raises what the server raises
             seen.add(answer.status_code)
             if answer.status_code == 200:
-                assert read_photo(answer.content).shape == (112, 112, 3)
+                assert read_image(answer.content).shape == (112, 112, 3)
             assert client.get("/v1/people").status_code == 200
     finally:
         over.set()
@@ -387,7 +387,7 @@ def test_a_bad_picture_is_refused_in_one_sentence(
 
 
 def test_unusual_pictures_are_taken(client: TestClient) -> None:
-    pixels = read_photo(drawn(1))
+    pixels = read_image(drawn(1))
     image = Image.fromarray(pixels)
     animated = encoded(pixels, "WEBP", save_all=True, append_images=[image.rotate(90)])
     unusual = [
@@ -833,7 +833,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 def test_rubbish_never_breaks_the_server(client: TestClient) -> None:
     rng = np.random.default_rng(20)
-    pixels = read_photo(drawn(1))
+    pixels = read_image(drawn(1))
     pictures = [
         drawn(1),
         encoded(pixels, "PNG"),

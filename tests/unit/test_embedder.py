@@ -47,7 +47,7 @@ class HalfAligner:
     name = "half"
 
     def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
-        pixels = module.read_photo(image, max_pixels=max_pixels)  # type: ignore[arg-type]
+        pixels = module.read_image(image, max_pixels=max_pixels)  # type: ignore[arg-type]
         if not pixels.any():
             raise NoFaceError("no face found in the picture")
         face = Face(np.zeros(4, np.float32), 1.0, np.zeros((5, 2), np.float32))

@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2 import backbones
-from sphereface2.align import Face, NoFaceError, read_photo
+from sphereface2.align import Face, NoFaceError
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
+from sphereface2.images import read_image
 from sphereface2.recognition import features, ray_engine
 from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.features import Job, embed_set, open_pictures
@@ -90,7 +91,7 @@ class TopAligner:
     name = "top"
 
     def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
-        pixels = read_photo(image, max_pixels=max_pixels)  # type: ignore[arg-type]
+        pixels = read_image(image, max_pixels=max_pixels)  # type: ignore[arg-type]
         if not pixels[0, 0].any():
             raise NoFaceError("no face found in the picture")
         box = np.array([0, 0, pixels.shape[1], pixels.shape[0] // 2], np.float32)

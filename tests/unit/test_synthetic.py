@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from sphereface2.data import decode, open_source, synthetic
+from sphereface2.data import open_source, synthetic
 from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
+from sphereface2.images import decode
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 
 from sphereface2.align import detector as detectors
 from sphereface2.align.detector import Detector, Face
-from sphereface2.align.photos import MAX_PIXELS, Photo, read_photo
 from sphereface2.align.template import SIZE, check_size, warp
 from sphereface2.errors import UserError
+from sphereface2.images import MAX_PIXELS, ImageLike, read_image
 
 #: The sides in pixels that a picture's longer side is brought to for detection, one after the
 #: other until a face is found, and the smallest face looked for in it.
@@ -56,34 +56,34 @@ class Aligner:
         """The detector and its version, for fingerprints."""
         return self._detector.name
 
-    def detect(self, image: Photo, *, thorough: bool = False) -> list[Face]:
+    def detect(self, image: ImageLike, *, thorough: bool = False) -> list[Face]:
         """The faces of a picture, the largest and most central first; ``[]`` if there is none.
 
         Args:
-            image: anything `read_photo` takes.
+            image: anything `read_image` takes.
             thorough: look for small faces though a larger one was found.
 
         Raises:
             UserError: the picture cannot be read.
         """
-        return self._detect(read_photo(image), thorough)
+        return self._detect(read_image(image), thorough)
 
-    def align(self, image: Photo, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
+    def align(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
         """The crop, uint8 (size, size, 3) RGB, of the largest and most central face, and the face.
 
         Raises:
             NoFaceError: there is no face.
             UserError: the picture cannot be read, or has more than ``max_pixels``.
         """
-        pixels = read_photo(image, max_pixels=max_pixels)
+        pixels = read_image(image, max_pixels=max_pixels)
         faces = self._detect(pixels, False)
         if not faces:
             raise NoFaceError(f"no face found in {_name(image)}; give a picture that shows one")
         return warp(pixels, faces[0].landmarks, self.size), faces[0]
 
-    def align_all(self, image: Photo) -> list[tuple[np.ndarray, Face]]:
+    def align_all(self, image: ImageLike) -> list[tuple[np.ndarray, Face]]:
         """Crop and face of every face, the largest and most central first; ``[]`` if none."""
-        pixels = read_photo(image)
+        pixels = read_image(image)
         return [
             (warp(pixels, face.landmarks, self.size), face) for face in self._detect(pixels, True)
         ]
@@ -163,5 +163,5 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(inner / max(areas - inner, 1e-9))
 
 
-def _name(image: Photo) -> str:
+def _name(image: ImageLike) -> str:
     return str(image) if isinstance(image, str | Path) else "the picture"

@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 
 from sphereface2.align.aligner import Aligner
-from sphereface2.align.photos import read_photo
 from sphereface2.align.template import check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
+from sphereface2.images import read_image
 
 _QUALITY = 95
 
@@ -81,7 +81,7 @@ class Cropper:
 
     def _done(self, job: Job) -> dict[str, Any]:
         try:
-            pixels = read_photo(job.source, max_pixels=self.settings.max_pixels)
+            pixels = read_image(job.source, max_pixels=self.settings.max_pixels)
         except UserError as error:
             return {"status": "unreadable", "reason": str(error)}
         try:

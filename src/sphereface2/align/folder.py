@@ -23,9 +23,9 @@ from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.convert import progress_bar
 from sphereface2.data.folder import pictures_below
-from sphereface2.data.sources import IMAGE_SUFFIXES
 from sphereface2.errors import UserError
 from sphereface2.files import TEMPORARY, atomic_write, lock
+from sphereface2.images import SUFFIXES
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
@@ -134,7 +134,7 @@ def _pictures(source: Path, target: Path, known: Landmarks | None) -> list[str]:
         return sorted(known.points)
     names = pictures_below(source)
     if not names:
-        raise UserError(f"{source} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
     return names
 
 

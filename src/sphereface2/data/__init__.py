@@ -3,7 +3,7 @@
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.data.sources import Source, open_source, split_people
-from sphereface2.data.transforms import Augmentation, decode
+from sphereface2.data.transforms import Augmentation
 
 __all__ = [
     "Augmentation",
@@ -12,7 +12,6 @@ __all__ = [
     "BatchSampler",
     "FaceDataset",
     "Source",
-    "decode",
     "open_source",
     "split_people",
 ]

@@ -25,10 +25,10 @@ from rich.progress import (
 
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.sources import Source, open_source
-from sphereface2.data.transforms import decode
 from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_folder, atomic_write
+from sphereface2.images import decode
 
 _SHARD_IMAGES = 10_000
 _CHUNK = 512  # images that the threads work on together

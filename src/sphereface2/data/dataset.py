@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.sources import Source
-from sphereface2.data.transforms import Augmentation, decode
+from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
+from sphereface2.images import decode
 
 
 class Batch(NamedTuple):

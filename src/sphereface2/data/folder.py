@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.data.sources import IMAGE_SUFFIXES, digest
+from sphereface2.data.sources import digest
 from sphereface2.errors import UserError
+from sphereface2.images import SUFFIXES
 
 
 class _Files:
@@ -99,8 +100,4 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def is_picture(entry: Path) -> bool:
     """Whether ``entry`` is a file with an image's suffix, and not a hidden one."""
-    return (
-        entry.suffix.lower() in IMAGE_SUFFIXES
-        and not entry.name.startswith(".")
-        and entry.is_file()
-    )
+    return entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and entry.is_file()

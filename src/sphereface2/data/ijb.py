@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2.data.transforms import decode
 from sphereface2.errors import UserError
+from sphereface2.images import decode
 
 
 @dataclass(frozen=True)

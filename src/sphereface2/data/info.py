@@ -16,10 +16,10 @@ from rich.table import Table
 
 from sphereface2.data.convert import progress_bar
 from sphereface2.data.sources import open_source
-from sphereface2.data.transforms import decode
 from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
 from sphereface2.files import printable
+from sphereface2.images import decode
 
 _BINS = (1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500)
 _BAR = 40

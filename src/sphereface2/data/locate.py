@@ -15,9 +15,10 @@ import cv2
 
 from sphereface2.data import synthetic
 from sphereface2.data.recordio import RecordIOWriter
-from sphereface2.data.sources import IMAGE_SUFFIXES, LIST_SUFFIXES
+from sphereface2.data.sources import LIST_SUFFIXES
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder
+from sphereface2.images import SUFFIXES
 
 ENVIRONMENT = "SPHEREFACE2_DATA"
 _SYNTHETIC_PEOPLE, _SYNTHETIC_IMAGES, _SYNTHETIC_PAIRS = 1000, 20, 100
@@ -142,9 +143,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _has_images(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()
-    )
+    return folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
 
 
 # -- LFW ---------------------------------------------------------------------------------------

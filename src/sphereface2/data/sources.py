@@ -11,9 +11,6 @@ import numpy as np
 
 from sphereface2.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
-)
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".csv", ".tsv"})
 _TRAIN_LISTS = frozenset(f"train{suffix}" for suffix in LIST_SUFFIXES)
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to a uint8 batch: decoding, augmentation, resizing.
+"""From decoded images to a uint8 batch: augmentation and resizing.
 
 Images are uint8 RGB. A batch is a uint8 tensor (B, 3, S, S) in channels-last memory, which is the
 order pixels come out of the decoder: nothing is transposed on the way to the network.
@@ -25,22 +25,9 @@ _FLIP, _AFFINE, _CROP, _LOW, _PHOTO, _JPEG, _ERASE = range(7)
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
 _DRAWS = 23
-_UINT8 = np.dtype(np.uint8)
 _GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
 _CHUNK = 16
-
-
-def decode(data: bytes | np.ndarray) -> np.ndarray:
-    """An encoded image as uint8 (H, W, 3) RGB; UserError if it cannot be decoded."""
-    buffer = np.frombuffer(data, _UINT8)
-    try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # an empty buffer
-        image = None
-    if image is None:
-        raise UserError(f"an image of {buffer.size} bytes cannot be decoded")
-    return image
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sphereface2.data.sources import IMAGE_SUFFIXES, check_labels, digest, read_names
+from sphereface2.data.sources import check_labels, digest, read_names
 from sphereface2.errors import UserError
+from sphereface2.images import SUFFIXES
 
 _LABEL_KEYS = ("label", "cls", "class", "identity")
 
@@ -80,7 +81,7 @@ def _samples(shard: Path) -> list[tuple[str, tuple[int, int], float]]:
                 folder, _, file_name = member.name.rpartition("/")
                 stem, _, extension = file_name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                if f".{extension.lower()}" in SUFFIXES:
                     if key in images:
                         raise UserError(f"{shard}: sample {key} has two images")
                     images[key] = (member.offset_data, member.size)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from sphereface2.data.transforms import decode
 from sphereface2.errors import UserError
+from sphereface2.images import decode
 
 Image = bytes | np.ndarray
 

@@ -15,13 +15,14 @@ from torch import nn
 from sphereface2.data import ijb
 from sphereface2.data.ijb import TemplateSet
 from sphereface2.data.locate import TrainingData
-from sphereface2.data.sources import IMAGE_SUFFIXES, open_source
+from sphereface2.data.sources import open_source
 from sphereface2.data.verification import PairSet, load_cfp, load_pairs, union
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.evaluation import identification, reports
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.embedding import embed, or_nothing
 from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
+from sphereface2.images import SUFFIXES
 
 _CHUNK = 4096  # images embedded before they are folded into what is kept
 _BINS = {
@@ -390,7 +391,7 @@ def _images(path: Path) -> tuple[int, Callable[[int], bytes]]:
     if packed:
         source = open_source(path)
         return len(source), source.read
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     return len(files), lambda i: files[i].read_bytes()
 
 

@@ -6,25 +6,23 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sphereface2.align import MAX_PIXELS, Aligner, Face, NoFaceError, read_photo
+from sphereface2.align import Aligner, Face, NoFaceError
 from sphereface2.backbones import bundle
 from sphereface2.backbones.base import Backbone
 from sphereface2.device import resolve
 from sphereface2.errors import UserError
 from sphereface2.evaluation.embedding import embed
 from sphereface2.files import atomic_folder, atomic_write
+from sphereface2.images import MAX_PIXELS, ImageLike, read_image
 from sphereface2.recognition import calibration as calibrations
 from sphereface2.recognition import card, fingerprint
-
-if TYPE_CHECKING:
-    from sphereface2.align.photos import Photo
 
 #: All that is ever fetched from a hub: weights without code, JSON and a text.
 FILES = (bundle.WEIGHTS, bundle.CONFIG, calibrations.FILE, card.FILE)
@@ -82,7 +80,7 @@ class FaceEmbedder(ModelHubMixin):
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def crop(self, image: Photo, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
+    def crop(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
         """The aligned crop, uint8 (112, 112, 3) RGB, that `embed` would use, and its face.
 
         Raises:
@@ -93,7 +91,7 @@ class FaceEmbedder(ModelHubMixin):
 
     def embed(
         self,
-        images: Iterable[Photo],
+        images: Iterable[ImageLike],
         *,
         aligned: bool = False,
         flip: bool = True,
@@ -119,10 +117,10 @@ class FaceEmbedder(ModelHubMixin):
         if batch_size < 1:
             raise UserError(f"the batch size must be 1 or more, not {batch_size}")
 
-        def read(numbered: tuple[int, Photo]) -> np.ndarray:
+        def read(numbered: tuple[int, ImageLike]) -> np.ndarray:
             number, image = numbered
             try:
-                return writable(read_photo(image) if aligned else self.crop(image)[0])
+                return writable(read_image(image) if aligned else self.crop(image)[0])
             except UserError as error:
                 if isinstance(image, str | Path):  # the message names it already
                     raise

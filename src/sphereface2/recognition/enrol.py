@@ -469,9 +469,9 @@ def enrolments(
 
 
 def _crop(embedder: FaceEmbedder, path: Path, aligned: bool) -> np.ndarray:
-    from sphereface2.align import read_photo
+    from sphereface2.images import read_image
 
-    return read_photo(path) if aligned else embedder.crop(path)[0]
+    return read_image(path) if aligned else embedder.crop(path)[0]
 
 
 def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[Enrolment]]:

@@ -23,9 +23,9 @@ from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
 from sphereface2.data import synthetic
 from sphereface2.data.sources import Source, digest, open_source
-from sphereface2.data.transforms import decode
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_write, writing
+from sphereface2.images import decode
 from sphereface2.recognition.fingerprint import fingerprint
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}

@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sphereface2 import __version__
-from sphereface2.align import Face, read_photo
+from sphereface2.align import Face
 from sphereface2.data.folder import PictureSource, is_picture
 from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.embedding import embed
 from sphereface2.files import atomic_write, lock, printable, writing
+from sphereface2.images import read_image
 from sphereface2.recognition.embedder import FaceEmbedder, writable
 
 FORMAT = "sphereface2-features"
@@ -229,7 +230,7 @@ class Job:
             try:
                 data = pictures.read(index)
                 if self.aligned:
-                    return writable(read_photo(data))
+                    return writable(read_image(data))
                 crop, faces[index] = embedder.crop(data)
                 return crop
             except (OSError, UserError) as error:

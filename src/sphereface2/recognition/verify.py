@@ -149,13 +149,13 @@ def draw(report: dict[str, Any], faces: list[Face | None], path: str | Path) -> 
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    from sphereface2.align import read_photo
+    from sphereface2.images import read_image
 
     colour = {"same": _SAME, "different": _DIFFERENT, None: _UNDECIDED}[report["decision"]]
     figure = Figure(figsize=(8, 4.9), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for place, name, face in zip(figure.subplots(1, 2), report["pictures"], faces, strict=True):
-        pixels = read_photo(Path(name))
+        pixels = read_image(Path(name))
         place.imshow(pixels, interpolation="antialiased")
         place.set_axis_off()
         title = printable(Path(name).name)

@@ -18,8 +18,9 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
-from sphereface2.align import Face, NoFaceError, read_photo
+from sphereface2.align import Face, NoFaceError
 from sphereface2.errors import UserError
+from sphereface2.images import read_image
 from sphereface2.recognition.embedder import FaceEmbedder
 from sphereface2.recognition.service.batching import Batcher
 from sphereface2.recognition.service.errors import Refusal
@@ -134,7 +135,7 @@ class Recogniser:
             raise Refusal(422, "unreadable", f"{which} cannot be used: {error}") from None
 
     def _look(self, data: bytes, aligned: bool) -> Seen:
-        photo = read_photo(data, max_pixels=self.max_pixels)
+        photo = read_image(data, max_pixels=self.max_pixels)
         if not aligned:
             return Seen(*self.embedder.crop(photo, max_pixels=self.max_pixels))
         if max(photo.shape) > MAX_ALIGNED_SIDE:

@@ -11,9 +11,9 @@ import webdataset
 
 from sphereface2.data import open_source
 from sphereface2.data.convert import Encoding, convert, extension_of
-from sphereface2.data.transforms import decode
 from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
+from sphereface2.images import decode
 
 FORMATS = ("folder", "list", "recordio", "webdataset")
 PEOPLE = {"anna": 3, "bela bach": 1, "zoë": 12}

@@ -32,7 +32,7 @@ from sphereface2.data import open_source, synthetic
 from sphereface2.data.locate import find
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.images import decode, read_image
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.features import embed_set
 
 NETWORKS = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from sphereface2.data.verification import load_pairs
 from sphereface2.evaluation.identification import Searches, rank_k, search, tpir_at_fpir
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Enrolment, Gallery
 
 FPIRS, RANKS = (0.01, 0.1), (1, 5, 10)

@@ -28,7 +28,7 @@ import torch
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.synthetic import person
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 
 CLIENTS = (1, 8, 64)
 ROUNDS = 2
@@ -110,11 +110,11 @@ def percentile(values: list[float], share: float) -> float:
 def compare(model: Path, folder: Path, pictures: list[bytes], seconds: float) -> None:
     """Requests a second of batches up to 32 and of one, and of the embedder alone."""
     embedder = FaceEmbedder.from_pretrained(model, device="cpu")
-    embedder.embed(pictures, aligned=True, batch_size=32)
+    embedder.embed(pictures, aligned=True)
     started = time.perf_counter()
     repeats = 0
     while time.perf_counter() - started < seconds:
-        embedder.embed(pictures, aligned=True, batch_size=32)
+        embedder.embed(pictures, aligned=True)
         repeats += 1
     bound = repeats * len(pictures) / (time.perf_counter() - started)
     print(f"the embedder alone, batches of 32: {bound:,.0f} pictures/s")

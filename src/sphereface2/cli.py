@@ -217,8 +217,11 @@ def verify(
         float, typer.Option(help="Share of matched pairs expected, for the probability.")
     ] = 0.5,
     aligned: _ALIGNED = False,
-    picture: Annotated[
-        Path | None, typer.Option(help="PNG to write: both pictures, landmarks, verdict.")
+    threshold: Annotated[
+        float | None, typer.Option(help="Decide at this similarity instead.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG to write: both images, landmarks, decision.")
     ] = None,
     device: _DEVICE = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -233,7 +236,8 @@ def verify(
         far=far,
         prior=prior,
         aligned=aligned,
-        picture=picture,
+        threshold=threshold,
+        plot=plot,
         device=device,
         as_json=as_json,
     )

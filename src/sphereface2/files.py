@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from sphereface2.errors import UserError
 
@@ -85,3 +88,17 @@ def lock(file: IO[Any], busy: str) -> None:
 def printable(name: str) -> str:
     """A file's name as it can be printed and stored: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def digest(*parts: bytes | str | np.ndarray) -> str:
+    """sha256 of the parts, each preceded by its length so that no two lists collide."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            data = part.tobytes()
+        else:
+            # Names of files come from the system with bytes that are not UTF-8 as surrogates.
+            data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.hexdigest()

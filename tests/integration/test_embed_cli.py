@@ -144,7 +144,7 @@ def test_a_worker_that_sees_another_set_is_told_of(model: Path, tmp_path: Path) 
 import dataclasses
 from pathlib import Path
 from sphereface2.recognition import ray_engine
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.features import Job
 
 embedder = FaceEmbedder.from_pretrained({str(model)!r}, device="cpu")

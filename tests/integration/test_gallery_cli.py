@@ -21,7 +21,7 @@ from sphereface2.backbones import bundle
 from sphereface2.cli import app
 from sphereface2.data.convert import convert
 from sphereface2.errors import UserError
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 
 pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")

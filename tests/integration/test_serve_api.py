@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from sphereface2.cli import app as cli
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service import bodies, keys, serve
 from sphereface2.recognition.service.app import Settings, create_app

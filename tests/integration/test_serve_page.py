@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from serving import Server, drawn, encoded, make_model, photograph, serving
 
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Enrolment, Gallery
 from sphereface2.recognition.service import keys
 

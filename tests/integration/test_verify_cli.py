@@ -111,7 +111,7 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
     assert "same person" in done.stdout
     assert "threshold for FAR 1e-1" in done.stdout
     words = ("verify", faces / "P03/0.png", faces / "P04/1.png", "--model", net, "--aligned")
-    done = call(*words, "--far", "1e-2", "--json", "--picture", tmp_path / "new" / "both.png")
+    done = call(*words, "--far", "1e-2", "--json", "--plot", tmp_path / "new" / "both.png")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["decision"] == "different"
@@ -120,26 +120,26 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
     assert report["llr"] == pytest.approx(float(calibration.llr(report["similarity"])))
     assert report["probability"] == pytest.approx(1 / (1 + np.exp(-report["llr"])))
     assert report["faces"] == [None, None]
-    assert cv2.imread(report["picture"]).shape == (735, 1200, 3)
+    assert cv2.imread(report["plot"]).shape == (735, 1200, 3)
 
     done = call(*words, "--far", "1e-3")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no threshold for a FAR of 0.001, it has 1e-1, 1e-2" in done.stderr
 
 
-def test_the_verdict_does_not_depend_on_its_picture(place, net, call, tmp_path):
+def test_the_verdict_does_not_depend_on_its_plot(place, net, call, tmp_path):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/$caf\xe9_$.png")
     shutil.copy(place / "faces/P03/0.png", odd)
-    words = ("verify", odd, place / "faces/P03/1.png", "--model", net, "--aligned", "--picture")
+    words = ("verify", odd, place / "faces/P03/1.png", "--model", net, "--aligned", "--plot")
     done = call(*words, tmp_path / "v.png")
     assert done.returncode == 0, done.stderr
-    assert f"picture: {tmp_path / 'v.png'}" in done.stdout and (tmp_path / "v.png").exists()
+    assert f"plot: {tmp_path / 'v.png'}" in done.stdout and (tmp_path / "v.png").exists()
     (tmp_path / "file").touch()
     for bad in ("/proc/v.png", tmp_path / "file" / "v.png"):
         done = call(*words, bad)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.startswith(f"error: {bad} cannot be written: ")
-        assert "similarity" in done.stdout and "picture:" not in done.stdout
+        assert "similarity" in done.stdout and "plot:" not in done.stdout
     done = call(*words, ".")
     assert (done.returncode, done.stdout) == (2, "") and "name it NAME.png" in done.stderr
 
@@ -211,7 +211,7 @@ def test_without_a_calibration_there_is_a_similarity_and_advice(place, net, call
     assert f"sphereface2 calibrate {net}" in done.stdout
     done = call("verify", *pictures, "--model", net, "--aligned", "--far", "1e-2")
     assert done.returncode == 2
-    assert "--far needs a calibration" in done.stderr
+    assert "a FAR needs a calibration" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,10 @@ def test_without_a_calibration_there_is_a_similarity_and_advice(place, net, call
             "no face found in faces/P03/0.png",
         ),
         (
-            ("verify", "a.png", "b.png", "--model", "net", "--picture", "out.jpg"),
+            ("verify", __file__, __file__, "--model", "net", "--plot", "out.jpg"),
             "name it out.png",
         ),
-        (("verify", "a.png", "b.png", "--model", "nowhere"), "nowhere"),
+        (("verify", __file__, __file__, "--model", "nowhere"), "nowhere"),
     ],
 )
 def test_mistakes_end_in_one_sentence(place, call, monkeypatch, words, message):

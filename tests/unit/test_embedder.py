@@ -1,376 +1,248 @@
-"""FaceEmbedder: where models come from, what it embeds, what it writes."""
+"""The Embedder: against the network called by hand, on torch and on ONNX Runtime."""
 
-from __future__ import annotations
-
-import json
+import gc
 import pickle
-import shutil
-from pathlib import Path
+import threading
 
 import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from torch.nn.functional import normalize
 
 from sphereface2 import backbones
-from sphereface2.align import Face, NoFaceError
 from sphereface2.backbones import bundle
+from sphereface2.backbones.onnx import OnnxNetwork
+from sphereface2.backbones.preprocessing import Preprocessing
+from sphereface2.data.verification import PairSet
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.recognition import embedder as module
-from sphereface2.recognition.calibration import Calibration
-from sphereface2.recognition.embedder import FaceEmbedder, _hub_id
+from sphereface2.recognition.export import export
 
 
-def network(seed: int = 0, **options: object) -> backbones.Backbone:
-    torch.manual_seed(seed)
-    given = {"width": 0.125, "input_size": 32, "embedding_dim": 16, "batch_norm": True} | options
-    return backbones.build("sfnet4", **given).eval()  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = backbones.build("sfnet4", embedding_dim=24, input_size=32, width=0.25, batch_norm=True)
+    with torch.no_grad():  # statistics of its own, so that the mode of batch norm matters
+        net.train()(torch.randn(64, 3, 32, 32))
+    return net.eval()
 
 
-def crops(count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [cv2.resize(rng.integers(0, 256, (6, 6, 3), np.uint8), (112, 112)) for _ in range(count)]
+@pytest.fixture(scope="module")
+def exported(net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    bundle.save(net, folder)
+    return export(folder, to="onnx")["path"]
 
 
-def png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
+def png(image):
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
-class HalfAligner:
-    """Takes the left half of a photograph for its face; a black one shows none."""
-
-    name = "half"
-
-    def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
-        pixels = module.read_image(image, max_pixels=max_pixels)  # type: ignore[arg-type]
-        if not pixels.any():
-            raise NoFaceError("no face found in the picture")
-        face = Face(np.zeros(4, np.float32), 1.0, np.zeros((5, 2), np.float32))
-        return np.ascontiguousarray(pixels[:, : pixels.shape[1] // 2]), face
+def images(count=11, side=32, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8))
 
 
-def by_hand(net: backbones.Backbone, images: list[np.ndarray], flip: bool) -> np.ndarray:
-    """One image at a time, in float64 after the network."""
-    rows = []
-    for image in images:
-        inputs = net.preprocessing(torch.from_numpy(image).permute(2, 0, 1)[None])
-        with torch.no_grad():
-            row = net(inputs)[0].double()
-            if flip:
-                row = row + net(inputs.flip(3))[0].double()
-        rows.append((row / row.norm()).numpy())
-    return np.stack(rows)
+def by_hand(net, batch, flip=True):
+    x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # channels last, as images are
+    with torch.no_grad():
+        e = net(net.preprocessing(x))
+        if flip:
+            e = e + net(net.preprocessing(x).flip(3))
+    return normalize(e).numpy()
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_every_kind_of_picture_gives_the_embedding_of_its_pixels(
-    tmp_path: Path, flip: bool
-) -> None:
-    images = crops(7)
-    path = tmp_path / "a.png"
-    path.write_bytes(png(images[0]))
-    given = [
-        path,
-        str(path),
-        png(images[2]),
-        Image.fromarray(images[3]),
-        images[4],
-        torch.from_numpy(images[5]).permute(2, 0, 1),
-        images[6][:, :, 0],  # grey
-    ]
-    grey = np.repeat(images[6][:, :, :1], 3, axis=2)
-    shown = [images[0], images[0], *images[2:6], grey]
-    net = network()
-    found = FaceEmbedder(net).embed(iter(given), aligned=True, flip=flip, batch_size=3)
-    assert found.dtype == np.float32 and found.shape == (7, 16)
-    np.testing.assert_allclose(found, by_hand(net, shown, flip), atol=2e-6)
-
-
-def test_photographs_are_cropped_and_their_order_kept() -> None:
-    photos = [np.concatenate([image, 255 - image], axis=1) for image in crops(9)]
-    embedder = FaceEmbedder(network(), aligner=HalfAligner())  # type: ignore[arg-type]
-    expected = embedder.embed(crops(9), aligned=True)
-    np.testing.assert_array_equal(embedder.embed(photos, batch_size=64), expected)
-    np.testing.assert_allclose(embedder.embed(photos, batch_size=2), expected, atol=2e-6)
-
-
-def test_a_picture_that_fails_is_named(tmp_path: Path) -> None:
-    embedder = FaceEmbedder(network(), aligner=HalfAligner())  # type: ignore[arg-type]
-    good = crops(1)[0]
-    with pytest.raises(NoFaceError, match="picture 1;"):
-        embedder.embed([good, np.zeros((8, 8, 3), np.uint8), b"no image"])
-    with pytest.raises(UserError, match=r"^picture 2: .*not an image"):
-        embedder.embed([good, good, b"no image"], aligned=True)
-    with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
-        embedder.embed([good, tmp_path / "gone.jpg"], aligned=True)
-
-
-def test_none_and_one_picture() -> None:
-    embedder = FaceEmbedder(network())
-    assert embedder.embed([], aligned=True).shape == (0, 16)
-    single = crops(1)[0]
-    for picture in ("a.jpg", Path("a.jpg"), png(single), Image.fromarray(single), single):
-        with pytest.raises(UserError, match="brackets"):
-            embedder.embed(picture, aligned=True)  # type: ignore[arg-type]
-    assert embedder.embed(np.stack([single] * 2), aligned=True).shape == (2, 16)
-    with pytest.raises(UserError, match="batch size"):
-        embedder.embed([single], batch_size=0)
-
-
-# -- the fingerprint -----------------------------------------------------------------------------
-
-
-def test_the_fingerprint_is_that_of_weights_and_preprocessing(tmp_path: Path) -> None:
-    embedder = FaceEmbedder(network())
-    embedder.save_pretrained(tmp_path / "a")
-    again = FaceEmbedder.from_pretrained(tmp_path / "a", device="cpu")
-    again.network.metadata = {"anything": 1}
-    again.save_pretrained(tmp_path / "b")
-    assert FaceEmbedder.from_pretrained(tmp_path / "b", device="cpu").fingerprint == (
-        embedder.fingerprint
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_is_bit_for_bit_the_network_on_image_and_mirror_image(net, flip, batch_size):
+    faces = images()
+    embedder = Embedder(net, batch_size=batch_size, flip=flip)
+    found = embedder.embed(map(png, faces))
+    assert found.shape == (11, 24)
+    assert found.dtype == np.float32
+    batches = [faces[i : i + batch_size] for i in range(0, 11, batch_size)]
+    wanted = np.concatenate([by_hand(net, batch, flip) for batch in batches])
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    mirrored = np.concatenate(
+        [by_hand(net, [f[:, ::-1] for f in batch], flip) for batch in batches]
     )
-    others = [network(1), network(colour_order="BGR"), network(mean=(0.0, 0.0, 0.0))]
-    assert len({embedder.fingerprint, *(FaceEmbedder(net).fingerprint for net in others)}) == 4
+    assert np.allclose(found, mirrored, atol=1e-6) == flip
 
 
-# -- loading -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flip", [True, False])
+def test_an_exported_network_gives_the_same(net, exported, flip):
+    faces = [*images(5), *images(3, side=48, seed=1), *images(2, side=20, seed=2)]
+    with Embedder.load(exported, flip=flip, batch_size=4) as embedder:
+        assert isinstance(embedder.network, OnnxNetwork)
+        found = embedder.embed(faces)
+        assert embedder.embedding_dim == 24
+        assert embedder.fingerprint == Embedder(net).fingerprint
+        assert embedder.metadata == net.metadata
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, Embedder(net, flip=flip).embed(faces), atol=1e-5)
+    with pytest.raises(UserError, match="on the CPU, not on cuda"):
+        Embedder.load(exported, device="cuda")
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    embedder = FaceEmbedder(network())
-    rng = np.random.default_rng(0)
-    same = np.arange(2000) % 2 == 0
-    embedder.calibration = Calibration.fit(
-        rng.normal(0.4 * same, 0.1), same, fingerprint=embedder.fingerprint, replicates=20
-    )
-    embedder.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.mark.parametrize("shape", [(32, 48), (64, 96), (20, 31), (200, 150)])
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_preprocessing_without_torch_is_the_same(shape, order):
+    prepare = Preprocessing((32, 48), (100.0, 110.0, 120.0), (60.0, 61.0, 62.0), order)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    wanted = prepare(torch.from_numpy(image).permute(2, 0, 1)[None]).numpy()
+    found = prepare.arrays([image])
+    assert (found.dtype, found.shape) == (np.float32, (1, 3, 32, 48))
+    if shape == (32, 48):
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, atol=1e-3 / 60)
 
 
-def test_a_saved_model_comes_back_whole(saved: Path) -> None:
-    for path in (saved, str(saved), saved / "model.safetensors"):
-        found = FaceEmbedder.from_pretrained(path, device="cpu")
-        assert found.calibration is not None and found.calibration.far_default == 0.01
-        np.testing.assert_array_equal(
-            found.embed(crops(2), aligned=True),
-            FaceEmbedder(network()).embed(crops(2), aligned=True),
-        )
+def test_images_of_mixed_sizes(net):
+    faces = [*images(3), *images(2, side=48, seed=1), *images(1)]
+    found = Embedder(net, batch_size=4).embed(faces)
+    for row, face in zip(found, faces, strict=True):
+        np.testing.assert_allclose(row, by_hand(net, [face])[0], atol=2e-6)
 
 
-def test_a_calibration_of_another_network_is_refused(saved: Path, tmp_path: Path) -> None:
-    FaceEmbedder(network(1)).save_pretrained(tmp_path / "other")
-    shutil.copy(saved / "calibration.json", tmp_path / "other")
-    with pytest.raises(UserError, match="another network"):
-        FaceEmbedder.from_pretrained(tmp_path / "other", device="cpu")
-    # Saving another network over a model takes the old calibration away.
-    FaceEmbedder(network(1)).save_pretrained(saved)
-    assert FaceEmbedder.from_pretrained(saved, device="cpu").calibration is None
+def test_an_unreadable_image_is_named_or_left_out(net):
+    faces = [png(face) for face in images(7)]
+    faces[1], faces[5] = b"no image", faces[5][:40]
+    embedder = Embedder(net, batch_size=3)
+    with pytest.raises(UserError, match="face 1 cannot be read"):
+        embedder.embed(faces, name=lambda i: f"face {i}")
+    unreadable = []
+    found = embedder.embed(faces, unreadable=unreadable)
+    assert unreadable == [1, 5]
+    kept = [face for i, face in enumerate(faces) if i not in unreadable]
+    np.testing.assert_allclose(found, embedder.embed(kept), atol=2e-6)
 
 
-def test_the_hub_gives_a_model_and_is_asked_for_nothing_else(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through huggingface_hub's own cache layout: refs, and a snapshot of links to blobs."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "cache" / "models--owner--faces"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "blobs").mkdir()
-    snapshot = repo / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(saved.iterdir())):
-        shutil.copy(file, repo / "blobs" / str(number))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
-    monkeypatch.chdir(tmp_path)
-    options = {"cache_dir": tmp_path / "cache", "local_files_only": True, "device": "cpu"}
-    for name in ("owner/faces", "hf://owner/faces"):
-        found = FaceEmbedder.from_pretrained(name, **options)
-        assert found.fingerprint == FaceEmbedder(network()).fingerprint
-        assert found.calibration is not None
-    with pytest.raises(UserError, match="neither a folder owner/other here"):
-        FaceEmbedder.from_pretrained("owner/other", **options)
+class Source:
+    """Of which image 1 is missing, image 3 is damaged."""
 
-    asked: dict[str, object] = {}
+    def __init__(self, faces):
+        self.faces = faces
 
-    def fake(repo_id: str, **options: object) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(snapshot)
+    def __len__(self):
+        return len(self.faces)
 
-    monkeypatch.setattr(module, "snapshot_download", fake)
-    FaceEmbedder.from_pretrained("owner/faces", revision="v1", device="cpu")
-    assert asked["repo_id"] == "owner/faces" and asked["revision"] == "v1"
-    assert sorted(asked["allow_patterns"]) == [  # type: ignore[call-overload]
-        "README.md",
-        "calibration.json",
-        "config.json",
-        "model.safetensors",
-    ]
+    def read(self, index):
+        assert threading.current_thread() is not threading.main_thread()
+        if index == 1:
+            raise FileNotFoundError("1.png is gone")
+        return b"damaged" if index == 3 else png(self.faces[index])
+
+    def name(self, index):
+        return f"{index}.png"
 
 
-def test_a_local_path_is_never_taken_for_a_hub_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("runs/real").mkdir(parents=True)
-
-    def fail(*_: object, **__: object) -> str:
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr(module, "snapshot_download", fail)
-    for missing in ("runs/nmae", "./owner/name", "owner", "/owner/name", "a/b/c", "~/x"):
-        with pytest.raises(UserError, match="does not exist"):
-            FaceEmbedder.from_pretrained(missing)
-    with pytest.raises(UserError, match="does not exist"):
-        FaceEmbedder.from_pretrained(Path("owner/name"))
-    with pytest.raises(UserError, match="does not exist"):
-        FaceEmbedder.from_pretrained("owner/model.safetensors")
-    with pytest.raises(UserError, match="holds no network"):
-        FaceEmbedder.from_pretrained("runs/real")
+def test_a_source_and_part_of_it(net):
+    faces, embedder = images(6), Embedder(net, batch_size=2)
+    unreadable, done = [], []
+    found = embedder.embed_source(Source(faces), unreadable=unreadable, progress=done.append)
+    assert (unreadable, done) == ([1, 3], [2, 2, 2])
+    np.testing.assert_allclose(found, embedder.embed([faces[i] for i in (0, 2, 4, 5)]), atol=2e-6)
+    part, unreadable = np.array([5, 3, 0]), []
+    found = embedder.embed_source(Source(faces), part, unreadable=unreadable)
+    assert unreadable == [1]
+    np.testing.assert_allclose(found, embedder.embed([faces[5], faces[0]]), atol=2e-6)
+    with pytest.raises(UserError, match=r"3\.png cannot be read"):
+        embedder.embed_source(Source(faces), part)
+    with pytest.raises(UserError, match=r"1\.png cannot be read: 1\.png is gone"):
+        embedder.embed_source(Source(faces))
 
 
-@given(st.text(alphabet="ab./~-_ \\:\0é", max_size=12))
-@settings(max_examples=300, deadline=None)
-@example("aé/a")
-def test_only_owner_slash_name_is_a_hub_id(text: str) -> None:
-    found = _hub_id(text)
-    if found is not None:
-        owner, _, name = found.partition("/")
-        assert owner and name and "/" not in name
-        assert owner[0].isalnum() and name[0].isalnum()
-        assert not any(character in found for character in "~ \\:\0é")
+def test_the_images_of_pairs(net):
+    faces, zeros = images(3), np.zeros(1, np.int64)
+    pairs = PairSet("few", [png(faces[0]), faces[1], b"?"], np.array([[0, 1]]), zeros == 0, zeros)
+    with pytest.raises(UserError, match="image cannot be read"):
+        Embedder(net).embed_pairs(pairs)
+    pairs.images[2] = png(faces[2])
+    np.testing.assert_array_equal(Embedder(net).embed_pairs(pairs), Embedder(net).embed(faces))
 
 
-class _Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path(self.path),))  # type: ignore[attr-defined, return-value]
+def test_mode_and_statistics_are_left_alone(net):
+    embedder = Embedder(net)
+    wanted = embedder.embed(images(5))
+    net.train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    try:
+        np.testing.assert_array_equal(embedder.embed(images(5)), wanted)
+        assert net.training
+    finally:
+        net.eval()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "model.safetensors"])
-def test_a_pickle_is_never_opened(saved: Path, tmp_path: Path, name: str) -> None:
-    bomb = _Bomb()
-    bomb.path = str(tmp_path / "exploded")  # type: ignore[attr-defined]
-    (saved / "model.safetensors").unlink()
-    (saved / name).write_bytes(pickle.dumps(bomb))
-    for path in (saved, saved / name):
-        with pytest.raises(UserError) as caught:
-            FaceEmbedder.from_pretrained(path, device="cpu")
-        assert "\n" not in str(caught.value)
-    assert not (tmp_path / "exploded").exists()
+def test_images_are_taken_as_they_are_needed(net):
+    """A lazy iterable is never more than two batches ahead of what is done."""
+    taken = done = 0
+    lead = []
+
+    def lazy():
+        nonlocal taken
+        for face in images(40):
+            taken += 1
+            lead.append(taken - done)
+            yield png(face)
+
+    def progress(count):
+        nonlocal done
+        done += count
+
+    assert len(Embedder(net, batch_size=4).embed(lazy(), progress=progress)) == 40
+    assert max(lead) <= 8
+    assert done == 40
 
 
-def test_damaged_and_foreign_weights(saved: Path, tmp_path: Path) -> None:
-    weights = saved / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged or no safetensors"):
-        FaceEmbedder.from_pretrained(saved, device="cpu")
-    torch.manual_seed(0)
-    other = tmp_path / "other"
-    other.mkdir()
-    bundle.save(backbones.build("sfnet10", width=0.125, input_size=32, embedding_dim=16), other)
-    weights.write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="does not hold a sfnet4"):
-        FaceEmbedder.from_pretrained(saved, device="cpu")
+def test_one_pool_of_threads_for_all_calls_which_ends(net):
+    def threads():
+        return {one for one in threading.enumerate() if one.name.startswith("embedder")}
+
+    gc.collect()
+    before = threads()
+    embedder = Embedder(net, batch_size=2, threads=2)
+    for _ in range(3):
+        embedder.embed(images(8))
+        assert len(threads() - before) <= 2
+    again = pickle.loads(pickle.dumps(embedder))
+    np.testing.assert_array_equal(again.embed(images(3)), embedder.embed(images(3)))
+    embedder.close()
+    again.close()
+    assert not threads() - before
+    with pytest.raises(RuntimeError):
+        embedder.embed(images(1))
 
 
-# -- saving --------------------------------------------------------------------------------------
+def test_after_an_error_nothing_is_being_read(net):
+    running = 0
+
+    def read(number):
+        nonlocal running
+        running += 1
+        try:
+            if number == 2:
+                raise UserError("number 2 cannot be read")
+            return images(1)[0]
+        finally:
+            running -= 1
+
+    embedder = Embedder(net, batch_size=8, threads=1)
+    with pytest.raises(UserError, match="number 2"):
+        embedder.embed(range(1000), read=read)
+    assert running == 0
+    assert len(embedder.embed(images(3))) == 3
 
 
-def run_folder(tmp_path: Path, kind: str) -> Path:
-    """What `fit` leaves behind, as far as a card tells of it."""
-    run = tmp_path / "runs" / "small-1"
-    step = run / "checkpoints" / "step-1"
-    step.mkdir(parents=True)
-    bundle.save(network(), step, extra={"step": 1})
-    (run / "checkpoints" / "best").symlink_to("step-1")
-    data = {"kind": kind, "train": "/home/me/secret", "fingerprint": "f00d", "images": 1200}
-    (run / "environment.json").write_text(json.dumps({"data": data | {"people": 30}}))
-    (run / "config.yaml").write_text(
-        "data: {train: /home/me/secret}\nbackbone: {name: sfnet4}\nhead: {name: sphereface2}\n"
-        "training: {epochs: 2}\n"
-    )
-    (run / "results.json").write_text(
-        '{"data": {"note": "/home/me/secret"}, "training": {"steps": 7}, "sets": [{"name": "lfw", '
-        '"pairs": 6000, "folds": 10, "accuracy": 0.875, "accuracy_std": 0.01, "eer": 0.125, '
-        '"auc": 0.9, "tar": {"1e-2": 0.5, "1e-3": null}, "plots": ["/home/me/secret"]}]}'
-    )
-    return run
-
-
-@pytest.mark.parametrize("kind", ["shared", "synthetic"])
-def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
-    embedder = FaceEmbedder.from_pretrained(run_folder(tmp_path, kind), device="cpu")
-    embedder.save_pretrained(tmp_path / "a")
-    # Once more from the saved folder: the run is gone by then, what it told is not.
-    shutil.rmtree(tmp_path / "runs")
-    FaceEmbedder.from_pretrained(tmp_path / "a", device="cpu").save_pretrained(tmp_path / "b")
-    text = (tmp_path / "b" / "README.md").read_text()
-    assert text == (tmp_path / "a" / "README.md").read_text()
-    everything = text + (tmp_path / "b" / "config.json").read_text()
-    assert "secret" not in everything
-    for fact in ("f00d", "1,200 images of 30 people", "87.50 ± 1.00 %", "50.0 % @1e-2", "7 steps"):
-        assert fact in text
-    for heading in ("Intended use", "Limits", "Licence", "Training", "Figures", "Threshold"):
-        assert f"## {heading}" in text
-    assert ("synthetic, drawn faces" in text) == (kind == "synthetic")
-    front = yaml.safe_load(text.split("---\n")[1])
-    assert front["library_name"] == "sphereface2" and front["license"] == "other"
-    results = ModelCard(text).data.eval_results  # the hub's own reading of it
-    assert [(r.dataset_name, r.metric_value) for r in results] == [("lfw", 0.875)]
-
-
-def test_a_card_written_by_hand_is_kept_and_a_generated_one_renewed(saved: Path) -> None:
-    embedder = FaceEmbedder.from_pretrained(saved, device="cpu")
-    assert "| 0.01 |" in (saved / "README.md").read_text()
-    embedder.calibration = None
-    embedder.save_pretrained(saved, model_card_kwargs={"license": "cc-by-nc-4.0"})
-    text = (saved / "README.md").read_text()
-    assert "None is calibrated" in text and "license: cc-by-nc-4.0" in text
-    (saved / "README.md").write_text("by hand")
-    embedder.save_pretrained(saved)
-    assert (saved / "README.md").read_text() == "by hand"
-
-
-def test_saving_spares_what_is_no_model_and_leaves_nothing_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="holds no model"):
-        FaceEmbedder(network()).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(module, "atomic_write", full)  # the card, which is written last
-    with pytest.raises(OSError, match="no space"):
-        FaceEmbedder(network()).save_pretrained(tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_pushing_uploads_the_folder_that_saving_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub.hub_mixin as mixin
-
-    uploaded: dict[str, object] = {}
-
-    class Api:
-        def __init__(self, **_: object) -> None: ...
-
-        def create_repo(self, repo_id: str, **_: object) -> object:
-            return type("Url", (), {"repo_id": repo_id})()
-
-        def upload_folder(self, *, folder_path: Path, repo_id: str, **_: object) -> str:
-            uploaded["files"] = sorted(path.name for path in Path(folder_path).iterdir())
-            return f"commit of {repo_id}"
-
-    monkeypatch.setattr(mixin, "HfApi", Api)
-    assert FaceEmbedder(network()).push_to_hub("me/faces") == "commit of me/faces"
-    assert uploaded["files"] == ["README.md", "config.json", "model.safetensors"]
+def test_unusable_weights_no_images_and_wrong_options(net):
+    broken = backbones.build("sfnet4", embedding_dim=8, input_size=32, width=0.25)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        Embedder(broken).embed(images(2))
+    assert Embedder(net).embed([]).shape == (0, 24)
+    with pytest.raises(UserError, match="batch size must be 1 or more, not 0"):
+        Embedder(net, batch_size=0)

@@ -26,7 +26,7 @@ from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition import features, ray_engine
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.features import Job, embed_set, open_pictures
 
 
@@ -71,8 +71,8 @@ def test_rows_are_the_embedder_s_in_the_order_of_the_set(
     report = embed_set(model, faces, out, aligned=True, dtype=dtype, device="cpu", batch_size=7)
     assert (report["images"], report["embedded"], report["skipped"]) == (30, 30, 0)
     source = open_source(faces)
-    embedder = FaceEmbedder.from_pretrained(model, device="cpu")
-    expected = embedder.embed([source.read(i) for i in range(30)], aligned=True, batch_size=7)
+    embedder = FaceEmbedder.from_pretrained(model, device="cpu", batch_size=7)
+    expected = embedder.embed([source.read(i) for i in range(30)], aligned=True)
     found = matrix(out)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected.astype(dtype))
@@ -108,7 +108,7 @@ def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(
     (root / "Ann/1.png").write_bytes(b"text")
     (root / "Bo/3.png").write_bytes(b"")
     cv2.imwrite(str(root / "Bo/0.png"), np.zeros((40, 40, 3), np.uint8))
-    monkeypatch.setattr("sphereface2.recognition.embedder.Aligner", TopAligner)
+    monkeypatch.setattr("sphereface2.recognition.face_embedder.Aligner", TopAligner)
     out = tmp_path / "f.parquet"
     report = embed_set(model, root, out, device="cpu", batch_size=1)
     assert (report["embedded"], report["skipped"]) == (5, 3)
@@ -120,10 +120,8 @@ def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(
     assert table["name"].to_pylist() == kept
     assert table["person"].to_pylist() == ["Ann"] * 3 + ["Bo"] * 2
     np.testing.assert_array_equal(matrix(out, "box"), [[0, 0, 40, 20]] * 5)
-    embedder = FaceEmbedder.from_pretrained(model, device="cpu")
-    np.testing.assert_array_equal(
-        matrix(out), embedder.embed([root / name for name in kept], batch_size=1)
-    )
+    embedder = FaceEmbedder.from_pretrained(model, device="cpu", batch_size=1)
+    np.testing.assert_array_equal(matrix(out), embedder.embed([root / name for name in kept]))
 
 
 def test_nothing_embedded_is_an_error_that_says_where_to_look(model: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from sphereface2.data import open_source, split_people
 from sphereface2.data.folder import FolderSource, pictures_below
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource, RecordIOWriter
-from sphereface2.data.sources import Source, digest
+from sphereface2.data.sources import Source
 from sphereface2.data.webdataset import WebDatasetSource
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 
 
 def files(root, contents):

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import nn
+import numpy as np
 
 from sphereface2 import __version__
-from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.backbones.registry import available, build
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sphereface2.backbones.base import Backbone
 
 FORMAT = "sphereface2-network"
 FORMAT_VERSION = 1
@@ -40,6 +41,10 @@ def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None 
         directory: existing folder.
         extra: JSON-able metadata; `load` gives it back as ``net.metadata``.
     """
+    import safetensors.torch
+
+    from sphereface2.backbones.base import Backbone
+
     if not isinstance(net, Backbone) or not hasattr(net, "config"):
         raise TypeError(
             f"only a network made by backbones.build can be saved, not {type(net).__name__}"
@@ -69,15 +74,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
 
     Args:
         path: a bundle folder, its ``model.safetensors``, or a run folder (then its best
-            checkpoint, else its last); or an ``.onnx`` file that was exported from one, which
-            gives an `OnnxNetwork`.
-        device: where the weights go; an exported network computes on the CPU.
+            checkpoint, else its last).
+        device: where the weights go.
 
     Raises:
         UserError: nothing there, a foreign or damaged file, weights that do not fit.
     """
     if Path(path).suffix == ".onnx":
-        return OnnxNetwork(path)
+        return OnnxNetwork(path)  # type: ignore[return-value]
+    import safetensors.torch
+    import torch
+    from safetensors import SafetensorError
+
+    from sphereface2.backbones.registry import available, build
+
     # Symbolic links are followed once: both files come from the same checkpoint even if training
     # moves the link on between the two reads.
     folder = resolve(path).resolve()
@@ -115,6 +125,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     net.load_state_dict(weights)
     net.metadata = description["metadata"]
     return net.to(device).eval()
+
+
+def fingerprint(net: Backbone) -> str:
+    """sha256 (hex) of a network's weights, configuration and preprocessing.
+
+    Two networks with one fingerprint give one image one embedding. It survives saving, loading and
+    moving to another device, and does not depend on metadata.
+    """
+    import torch
+
+    options = {k: v for k, v in net.config["kwargs"].items() if k != "pretrained"}
+    described = [net.config["name"], options, net.preprocessing.to_dict()]
+    parts: list[str | np.ndarray] = [json.dumps(described, sort_keys=True)]
+    for name, tensor in sorted(net.state_dict().items()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest(*parts)
 
 
 def resolve(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""An exported network: an ONNX file, run by ONNX Runtime in the place of a backbone."""
+"""An exported network: an ONNX file, run by ONNX Runtime, without torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sphereface2.backbones.base import Backbone
+from sphereface2 import onnx_runtime
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
 
@@ -20,18 +18,20 @@ METADATA_KEY = "sphereface2"
 """Of the ONNX metadata entry whose value is a JSON object; see `recognition.export`."""
 
 
-class OnnxNetwork(Backbone):
+class OnnxNetwork:
     """A file written by ``sphereface2 export --to onnx``, in evaluation only, on the CPU.
 
-    It has the `preprocessing`, `embedding_dim`, `input_size` and `metadata` of the network it was
-    exported from, and takes and gives what that one does. Images and embeddings may lie on any
-    device. It runs on as many threads as torch did when it was loaded. It pickles, with the file's
-    content.
+    Called with normalised images, float32 (B, 3, h, w), it gives embeddings, float32
+    (B, embedding_dim), not L2-normalised, as the network does that it was exported from. It pickles
+    with the file's content.
 
     Args:
         source: path of the file, or its content.
+        threads: of one operator; see `onnx_runtime.session`.
 
     Attributes:
+        embedding_dim, input_size, preprocessing, metadata: of the network that it was
+            exported from.
         fingerprint: of what the file computes: the checkpoint's for float32, its own for int8.
         description: all that the file says about itself.
 
@@ -39,61 +39,44 @@ class OnnxNetwork(Backbone):
         UserError: no file, damaged, or not written by ``sphereface2 export``; onnxruntime missing.
     """
 
-    def __init__(self, source: str | Path | bytes):
+    def __init__(self, source: str | Path | bytes, *, threads: int | None = None) -> None:
         label = "the exported network" if isinstance(source, bytes) else str(source)
-        if isinstance(source, bytes):
-            content = source
-        elif Path(source).is_file():
-            content = Path(source).read_bytes()
-        else:
+        if not isinstance(source, bytes) and not Path(source).is_file():
             raise UserError(f"{label} does not exist or is no file: give an .onnx file")
-        session = _start(content, label)
-        described = _description(session, label)
-        super().__init__(described["embedding_dim"], described["preprocessing"]["size"], stride=1)
-        self.preprocessing = Preprocessing.from_dict(described["preprocessing"])
-        self.metadata = described["metadata"]
-        self.fingerprint: str = described["fingerprint"]
-        self.description = described
-        self._content = content
-        self._session = session
-        self._input = session.get_inputs()[0].name
-        self.eval()
+        self._content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        self._threads = threads
+        self._session = self._start(label)
+        self.description = _description(self._session, label)
+        self.embedding_dim: int = self.description["embedding_dim"]
+        self.preprocessing = Preprocessing.from_dict(self.description["preprocessing"])
+        self.input_size = self.preprocessing.size
+        self.metadata: dict[str, Any] = self.description["metadata"]
+        self.fingerprint: str = self.description["fingerprint"]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.float32 or images.shape[1:] != (3, *self.input_size):
+            raise UserError(
+                f"the network takes float32 images of shape (B, 3, {self.input_size[0]}, "
+                f"{self.input_size[1]}), not {images.dtype} of shape {images.shape}"
+            )
+        (embeddings,) = self._session.run(None, {self._session.get_inputs()[0].name: images})
+        return embeddings
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}  # which does not pickle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._session = _start(self._content, "the exported network")
+        self.__dict__.update(state)
+        self._session = self._start("the exported network")
 
-    def embed(self, images: Tensor) -> Tensor:
-        pixels = np.ascontiguousarray(images.detach().float().cpu().numpy())
-        (embeddings,) = self._session.run(None, {self._input: pixels})
-        return torch.from_numpy(embeddings).to(images.device)
-
-
-def _start(content: bytes, label: str) -> Any:
-    """A session of ONNX Runtime that computes what the file's content says."""
-    runtime = import_runtime()
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors come as exceptions
-    try:
-        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no base but this
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
-
-
-def import_runtime() -> Any:
-    """The module onnxruntime, or a UserError that says how to install it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            "ONNX files need ONNX Runtime: pip install 'sphereface2[export]'"
-        ) from error
-    return onnxruntime
+    def _start(self, label: str) -> Any:
+        try:
+            return onnx_runtime.session(self._content, threads=self._threads)
+        except UserError:
+            raise
+        except Exception as error:  # onnxruntime's own exceptions share no base but this
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
 
 
 def _description(session: Any, label: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.data.sources import digest
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 from sphereface2.images import SUFFIXES
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sphereface2.data.sources import check_labels, digest, read_names
+from sphereface2.data.sources import check_labels, read_names
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 
 _LOOKED_FOR = 100
 

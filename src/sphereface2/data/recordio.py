@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sphereface2.data.sources import check_labels, digest, read_names
+from sphereface2.data.sources import check_labels, read_names
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -171,17 +170,3 @@ def read_names(folder: Path, num_classes: int) -> list[str] | None:
         return None
     names = path.read_text(encoding="utf-8").splitlines()
     return names if len(names) == num_classes else None
-
-
-def digest(*parts: bytes | str | np.ndarray) -> str:
-    """sha256 of the parts, each preceded by its length so that no two lists collide."""
-    hasher = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            data = part.tobytes()
-        else:
-            # Names of files come from the system with bytes that are not UTF-8 as surrogates.
-            data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        hasher.update(len(data).to_bytes(8, "little"))
-        hasher.update(data)
-    return hasher.hexdigest()

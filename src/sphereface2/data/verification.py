@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from sphereface2.data.sources import digest
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 
 Image = bytes | np.ndarray
 _SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from sphereface2.data.sources import check_labels, digest, read_names
+from sphereface2.data.sources import check_labels, read_names
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 from sphereface2.images import SUFFIXES
 
 _LABEL_KEYS = ("label", "cls", "class", "identity")
@@ -30,7 +30,6 @@ class WebDatasetSource:
         if not shards:
             raise UserError(f"{self.path} holds no .tar shards")
         self._shards = shards
-        self._files: dict[int, BinaryIO] = {}
         self._keys: list[str] = []
         where: list[tuple[int, int, int]] = []
         labels: list[float] = []
@@ -51,16 +50,11 @@ class WebDatasetSource:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(value) for value in self._where[index])
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = self._shards[shard].open("rb")
-        file.seek(offset)
-        return file.read(size)
+        with self._shards[shard].open("rb") as file:  # of this call: threads read at once
+            file.seek(offset)
+            return file.read(size)
 
     def name(self, index: int) -> str:
         return f"{self._shards[int(self._where[index, 0])].name}:{self._keys[index]}"

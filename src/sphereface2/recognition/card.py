@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from sphereface2 import __version__
-from sphereface2.backbones.base import Backbone
 from sphereface2.errors import UserError
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from sphereface2.backbones.base import Backbone
     from sphereface2.recognition.calibration import Calibration
 
 FILE = "README.md"
@@ -30,8 +29,8 @@ def facts_of_run(run: Path) -> dict[str, Any] | None:
     Keys, each where it is known: ``data`` (kind, fingerprint, images, people, synthetic),
     ``settings``, ``steps``, ``sets`` and ``held_out`` (figures). No path is among them.
     """
-    environment, results = _json(run / "environment.json"), _json(run / "results.json")
-    settings = _yaml(run / "config.yaml")
+    environment, results = _read(run / "environment.json"), _read(run / "results.json")
+    settings = _read(run / "config.yaml")
     if not environment or not settings:
         return None
     # A path says nothing to those who get the model, and may say what they should not know.
@@ -60,7 +59,7 @@ def model_card(
     license: str = "other",
     license_name: str | None = None,
     license_link: str | None = None,
-) -> ModelCard:
+) -> str:
     """The card of a network, with YAML that the hub reads.
 
     Args:
@@ -72,6 +71,8 @@ def model_card(
         license_name: the name of another one, with ``license="other"``.
         license_link: where that one can be read.
     """
+    from huggingface_hub import ModelCardData
+
     facts: dict[str, Any] = network.metadata.get("training") or {}
     data = facts.get("data") or network.metadata.get("data") or {}
     if license == "other":
@@ -99,7 +100,7 @@ def model_card(
         _licence(license, license_name, license_link, synthetic),
         _identity(network, fingerprint),
     ]
-    return ModelCard("\n\n".join(part for part in parts if part))
+    return "\n\n".join(part for part in parts if part)
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def _use(network: Backbone, synthetic: bool) -> str:
         f"{drawn}It turns the crop of a face into {network.embedding_dim} numbers of length 1. The "
         "more alike two people look to it, the larger the inner product of theirs.\n\n"
         "```python\n"
-        "from sphereface2.recognition.embedder import FaceEmbedder\n\n"
+        "from sphereface2.recognition.face_embedder import FaceEmbedder\n\n"
         'embedder = FaceEmbedder.from_pretrained("PATH or owner/name")\n'
         'embeddings = embedder.embed(["a.jpg", "b.jpg"])\n'
         "print(embeddings[0] @ embeddings[1])\n"
@@ -135,6 +136,8 @@ def _use(network: Backbone, synthetic: bool) -> str:
 
 
 def _data(data: dict[str, Any], facts: dict[str, Any]) -> str:
+    import yaml
+
     lines = ["## Training"]
     if data:
         size = (
@@ -235,6 +238,8 @@ def _identity(network: Backbone, fingerprint: str) -> str:
 
 
 def _eval_results(facts: dict[str, Any]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
     return [
         EvalResult(
             task_type="face-verification",
@@ -259,19 +264,15 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
     return {key: results[key] for key in _FIGURES if key in results}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return _mapping(path, json.loads)
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    return _mapping(path, yaml.safe_load)
-
-
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file's mapping; empty where there is no such file."""
+    if not path.exists():
         return {}
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged: {error!s:.100}") from error
     return found if isinstance(found, dict) else {}

@@ -22,7 +22,7 @@ from sphereface2.recognition.gallery import Enrolment, Gallery, NoGalleryError, 
 from sphereface2.recognition.store import Store
 
 if TYPE_CHECKING:
-    from sphereface2.recognition.embedder import FaceEmbedder
+    from sphereface2.recognition.face_embedder import FaceEmbedder
 
 _BATCH = 64
 _LISTED = 20
@@ -533,7 +533,7 @@ def _embeddings(file: Any) -> Iterator[list[float] | None]:
 
 
 def _embedder(model: str | None, device: str | None) -> FaceEmbedder:
-    from sphereface2.recognition.embedder import FaceEmbedder
+    from sphereface2.recognition.face_embedder import FaceEmbedder
 
     if model is None:
         raise UserError("say by which model: --model RUN, a model folder or a hub id")

@@ -22,9 +22,9 @@ from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
 from sphereface2.data import synthetic
-from sphereface2.data.sources import Source, digest, open_source
+from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import atomic_write, writing
+from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
 from sphereface2.recognition.fingerprint import fingerprint
 
@@ -372,7 +372,8 @@ def _integer_friendly(model: Any) -> None:
 
 def _runner(content: bytes, to: str) -> Callable[[Tensor], Tensor]:
     if to == "onnx":
-        return OnnxNetwork(content)
+        network = OnnxNetwork(content)
+        return lambda images: torch.from_numpy(network(images.numpy()))
     return torch.export.load(io.BytesIO(content)).module()
 
 

@@ -30,10 +30,9 @@ from sphereface2.align import Face
 from sphereface2.data.folder import PictureSource, is_picture
 from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError
-from sphereface2.evaluation.embedding import embed
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
-from sphereface2.recognition.embedder import FaceEmbedder, writable
+from sphereface2.recognition.face_embedder import FaceEmbedder
 
 FORMAT = "sphereface2-features"
 FORMAT_VERSION = 1
@@ -44,7 +43,6 @@ _DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 _ENGINES = ("local", "ray")
 #: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.
 _BATCHES = {True: 32, False: 8}
-_READERS = min(8, os.cpu_count() or 1)
 
 
 def embed_set(
@@ -103,7 +101,12 @@ def embed_set(
         raise UserError(f"{out} cannot be written: give --out a file in a folder that exists")
     path = Path(source).resolve()
     pictures = open_pictures(path)
-    embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
+    embedder = FaceEmbedder.from_pretrained(
+        checkpoint,
+        device="cpu" if engine == "ray" else device,  # where Ray's workers each have their own
+        flip=flip,
+        batch_size=batch_size,
+    )
     job = Job(
         path=path,
         images=len(pictures),
@@ -218,7 +221,6 @@ class Job:
         pictures: Source,
         number: int,
         *,
-        readers: int,
         progress: Callable[[int], None] | None = None,
     ) -> bytes:
         """Part ``number`` as a Parquet file."""
@@ -230,7 +232,7 @@ class Job:
             try:
                 data = pictures.read(index)
                 if self.aligned:
-                    return writable(read_image(data))
+                    return read_image(data)
                 crop, faces[index] = embedder.crop(data)
                 return crop
             except (OSError, UserError) as error:
@@ -238,15 +240,8 @@ class Job:
                 raise UserError(str(error)) from error
 
         unreadable: list[int] = []
-        embeddings = embed(
-            embedder.network,
-            indices,
-            read=read,
-            readers=readers,
-            batch_size=self.batch_size,
-            flip=self.flip,
-            unreadable=unreadable,
-            progress=progress,
+        embeddings = embedder.embedder.embed(
+            indices, read=read, unreadable=unreadable, progress=progress
         )
         kept = [index for index in indices if index not in reasons]
         labels = [int(pictures.labels[i]) if len(pictures.labels) else None for i in kept]
@@ -289,7 +284,7 @@ def _compute(
     for number in numbers:
         yield (
             number,
-            job.compute(embedder, pictures, number, readers=_READERS, progress=advance),
+            job.compute(embedder, pictures, number, progress=advance),
         )
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sphereface2.device import resolve
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.features import Job, open_pictures
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def compute(
             [{"number": number} for number in numbers], override_num_blocks=len(numbers)
         ).map_batches(
             _Worker,
-            fn_constructor_args=(job, ray.put(embedder.network.cpu()), device),
+            fn_constructor_args=(job, ray.put(embedder.network), device),
             batch_size=1,
             batch_format="numpy",
             num_cpus=0 if gpus else 1,
@@ -123,7 +124,7 @@ class _Worker:
             if self._ready is None:
                 self._ready = self._prepare()
             number = int(batch["number"][0])
-            part, error = self._job.compute(*self._ready, number, readers=1), ""
+            part, error = self._job.compute(*self._ready, number), ""
         except UserError as raised:
             part, error = b"", str(raised)
         return {"number": batch["number"], "part": [part], "error": [error]}
@@ -137,7 +138,15 @@ class _Worker:
                 f"a worker of the cluster finds other pictures under {self._job.path}: the set "
                 "must lie on storage that all machines share"
             )
-        embedder = FaceEmbedder(ray.get(self._network).to(resolve(self._device)))
+        embedder = FaceEmbedder(
+            Embedder(
+                ray.get(self._network),
+                flip=self._job.flip,
+                batch_size=self._job.batch_size,
+                device=resolve(self._device),
+                threads=1,
+            )
+        )
         if not self._job.aligned and embedder.aligner.name != self._job.aligner:
             raise UserError(
                 f"a worker of the cluster finds faces with {embedder.aligner.name} and this "

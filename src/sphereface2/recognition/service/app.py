@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from sphereface2 import __version__
 from sphereface2.errors import UserError
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service import routes
 from sphereface2.recognition.service.audit import Audit

@@ -21,7 +21,7 @@ import numpy as np
 from sphereface2.align import Face, NoFaceError
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.service.batching import Batcher
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
@@ -63,7 +63,7 @@ class Recogniser:
         self._accepted = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
         self.batcher = Batcher(
-            lambda crops: embedder.embed(crops, aligned=True, batch_size=max_batch),
+            lambda crops: embedder.embed(crops, aligned=True),
             max_batch=max_batch,
             max_wait=max_wait,
             on_the_way=lambda: self._accepted,

@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from sphereface2.errors import UserError
-from sphereface2.recognition.embedder import FaceEmbedder
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service.app import Settings, create_app
 from sphereface2.recognition.service.audit import Audit

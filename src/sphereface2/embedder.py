@@ -1,0 +1,359 @@
+"""A network with its preprocessing, batches and threads: images in, embeddings out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sphereface2.backbones import bundle
+from sphereface2.backbones.onnx import OnnxNetwork
+from sphereface2.errors import UserError
+from sphereface2.images import read_image
+
+if TYPE_CHECKING:
+    import torch
+
+    from sphereface2.backbones.base import Backbone
+    from sphereface2.data.sources import Source
+    from sphereface2.data.verification import PairSet
+
+Progress = Callable[[int], None]
+"""Takes the number of images done since the last call."""
+
+
+class Embedder:
+    """Embeds images, the pairs of a verification set, or a whole source.
+
+    A torch network and an ONNX Runtime session are used in the same way; with the latter torch is
+    not imported. One pool of threads reads and decodes images while the network computes. It ends
+    with `close`, or when the Embedder is deleted. Threads may share an Embedder, and it pickles.
+
+    Args:
+        network: a backbone, which is used in evaluation mode and in float32, or an exported one.
+        flip: add the embedding of the mirror image before normalising.
+        batch_size: images in one forward pass, 1 or more.
+        device: where to compute; by default where the network is.
+        threads: that read and decode images; by default one a core, at most 8.
+
+    Attributes:
+        network: what was given, on its device.
+
+    Raises:
+        UserError: a batch size below 1, or a device that an exported network cannot use.
+
+    Example:
+        >>> import numpy as np
+        >>> from sphereface2 import backbones
+        >>> embedder = Embedder(backbones.build("sfnet4", embedding_dim=64, width=0.25))
+        >>> embedder.embed([np.zeros((112, 112, 3), np.uint8)]).shape
+        (1, 64)
+    """
+
+    def __init__(
+        self,
+        network: Backbone | OnnxNetwork,
+        *,
+        flip: bool = True,
+        batch_size: int = 128,
+        device: str | torch.device | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size must be 1 or more, not {batch_size}")
+        self.network = network
+        self.flip = flip
+        self.batch_size = batch_size
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._engine: _Engine = (
+            _OnnxEngine(network, device)
+            if isinstance(network, OnnxNetwork)
+            else _TorchEngine(network, device)
+        )
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="embedder")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        flip: bool = True,
+        batch_size: int = 128,
+        threads: int | None = None,
+    ) -> Embedder:
+        """Load a trained network.
+
+        Args:
+            path: a run folder, a model folder, its ``model.safetensors``, or an ``.onnx`` file.
+            device: cpu, cuda, mps; by default the best there is.
+            flip, batch_size, threads: of the class.
+
+        Raises:
+            UserError: there is no network at ``path``, it is damaged, or there is no such device.
+        """
+        folder = bundle.resolve(path).resolve()
+        network: Backbone | OnnxNetwork
+        if folder.suffix == ".onnx":
+            network = OnnxNetwork(folder)
+        else:
+            from sphereface2.device import resolve
+
+            device = resolve(str(device) if device is not None else None)
+            network = bundle.load(folder)
+        return cls(network, flip=flip, batch_size=batch_size, device=device, threads=threads)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length d of an embedding."""
+        return self.network.embedding_dim
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Free-form facts that travel with the network: data, head, training."""
+        return self.network.metadata
+
+    @property
+    def device(self) -> str:
+        """Where the network computes, for instance ``cpu`` or ``cuda:0``."""
+        return self._engine.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of weights, architecture and preprocessing.
+
+        It is the same after saving, on another machine and on another device.
+        """
+        if isinstance(self.network, OnnxNetwork):
+            return self.network.fingerprint
+        return bundle.fingerprint(self.network)
+
+    def embed(
+        self,
+        images: Iterable[Any],
+        *,
+        read: Callable[[Any], np.ndarray] | None = None,
+        name: Callable[[int], str] | None = None,
+        unreadable: list[int] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Embed images: float32 (N, d), rows of length 1, in the order given.
+
+        Images are read a batch ahead of the network, so a lazy iterable costs the memory of two
+        batches.
+
+        Args:
+            images: what `images.read_image` takes: encoded images (bytes), decoded ones (uint8
+                RGB, (H, W, 3)), paths; their sizes may differ. With ``read``, whatever it takes.
+            read: makes a decoded image of one of ``images``, in a thread of the pool.
+            name: names image ``i`` in an error message. Without it the error of a ``read`` of the
+                caller's is passed on as it is.
+            unreadable: without it an unreadable image is an error; with it the image's index is
+                appended here and its row left out of the result.
+            progress: called after each batch.
+
+        Raises:
+            UserError: an image cannot be read, or the network gives NaN or infinity.
+        """
+        rows: list[np.ndarray] = []
+        with self._engine.evaluating():
+            for first, futures in self._batches(iter(images), read or read_image):
+                batch = []
+                for index, future in enumerate(futures, first):
+                    try:
+                        batch.append(future.result())
+                    except (OSError, UserError) as error:
+                        if unreadable is not None:
+                            unreadable.append(index)
+                        elif read is not None and name is None:
+                            raise
+                        else:
+                            label = name(index) if name else f"image {index}"
+                            raise UserError(f"{label} cannot be read: {error}") from error
+                if batch:
+                    rows.append(self._engine.forward(batch, self.flip))
+                if progress is not None:
+                    progress(len(futures))
+        return np.concatenate(rows) if rows else np.zeros((0, self.embedding_dim), np.float32)
+
+    def embed_pairs(self, pair_set: PairSet, *, progress: Progress | None = None) -> np.ndarray:
+        """Embed the N images of a verification set: float32 (N, d).
+
+        Raises:
+            UserError: an image cannot be read. Leaving it out would change the protocol.
+        """
+        images = pair_set.images
+        return self.embed(
+            range(len(images)),
+            read=lambda index: read_image(images[index]),
+            name=pair_set.image_name,
+            progress=progress,
+        )
+
+    def embed_source(
+        self,
+        source: Source,
+        indices: Sequence[int] | np.ndarray | None = None,
+        *,
+        unreadable: list[int] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Embed a labelled set: float32 (N, d).
+
+        Args:
+            source: of `open_source`.
+            indices: of the images wanted, in this order; by default all.
+            unreadable: as of `embed`; positions in ``indices``.
+            progress: called after each batch.
+
+        Raises:
+            UserError: an image cannot be read and ``unreadable`` is not given; it names the image.
+        """
+        chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
+        return self.embed(
+            chosen,
+            read=lambda index: read_image(source.read(int(index))),
+            name=lambda position: source.name(int(chosen[position])),
+            unreadable=unreadable,
+            progress=progress,
+        )
+
+    def close(self) -> None:
+        """End the threads. The Embedder cannot be used afterwards."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Embedder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_pool"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="embedder")
+
+    def __repr__(self) -> str:
+        kind = getattr(self.network, "config", {}).get("name", "ONNX Runtime")
+        return (
+            f"Embedder({kind}, {self.embedding_dim} dimensions, {self.device}, flip={self.flip}, "
+            f"batch_size={self.batch_size})"
+        )
+
+    def _batches(
+        self, images: Iterator[Any], read: Callable[[Any], np.ndarray]
+    ) -> Iterator[tuple[int, list[Future[np.ndarray]]]]:
+        """Batches that are being read, each with the index of its first image.
+
+        The next batch is read while the caller works on this one.
+        """
+
+        def submit() -> list[Future[np.ndarray]]:
+            return [self._pool.submit(read, image) for image in islice(images, self.batch_size)]
+
+        first, ahead = 0, []
+        current = submit()
+        try:
+            while current:
+                ahead = submit()
+                yield first, current
+                first, current = first + len(current), ahead
+        finally:  # after an error nothing of the caller's images is in use any more
+            for future in (left := [*current, *ahead]):
+                future.cancel()
+            wait(left)
+
+
+class _Engine(Protocol):
+    """What computes: batches of decoded images to normalised embeddings."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+    def evaluating(self) -> Any:
+        """A context in which the network is in evaluation mode."""
+
+    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+        """uint8 RGB (H, W, 3) each to float32 (B, d), rows of length 1."""
+
+
+class _TorchEngine:
+    def __init__(self, network: Backbone, device: str | torch.device | None) -> None:
+        self.network = network if device is None else network.to(device)
+
+    @property
+    def device(self) -> str:
+        return str(next(self.network.parameters()).device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        if not self.network.training:
+            yield
+            return
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
+
+    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+        import torch
+        from torch.nn.functional import normalize
+
+        preprocess = self.network.preprocessing
+        with torch.inference_mode():
+            if len({image.shape for image in images}) == 1:
+                pixels = torch.from_numpy(np.stack(images)).to(self.device)
+                inputs = preprocess(pixels.permute(0, 3, 1, 2))
+            else:
+                inputs = torch.cat(
+                    [
+                        preprocess(torch.tensor(image, device=self.device).permute(2, 0, 1)[None])
+                        for image in images
+                    ]
+                )
+            with torch.autocast(inputs.device.type, enabled=False):
+                embeddings = self.network(inputs).float()
+                if flip:
+                    embeddings = embeddings + self.network(inputs.flip(3)).float()
+            if not torch.isfinite(embeddings).all():
+                raise UserError(_NOT_FINITE)
+            return normalize(embeddings).cpu().numpy()
+
+
+class _OnnxEngine:
+    device = "cpu"
+
+    def __init__(self, network: OnnxNetwork, device: object) -> None:
+        if device is not None and str(device) not in ("cpu", "auto"):
+            raise UserError(
+                f"an exported network computes on the CPU, not on {device}: leave the device out, "
+                "or give the run that it was exported from"
+            )
+        self.network = network
+
+    def evaluating(self) -> Any:
+        return nullcontext()
+
+    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+        inputs = self.network.preprocessing.arrays(images)
+        embeddings = self.network(inputs)
+        if flip:
+            embeddings = embeddings + self.network(np.ascontiguousarray(inputs[..., ::-1]))
+        if not np.isfinite(embeddings).all():
+            raise UserError(_NOT_FINITE)
+        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return embeddings / np.maximum(lengths, 1e-12)
+
+
+_NOT_FINITE = "the network gives NaN or infinite embeddings: its weights are unusable"

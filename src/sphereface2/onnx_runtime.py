@@ -1,0 +1,56 @@
+"""ONNX Runtime, imported in this one place, with its telemetry switched off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sphereface2.errors import UserError
+
+
+def load() -> ModuleType:
+    """Import the module ``onnxruntime``; every import of it in the package goes through here.
+
+    ONNX Runtime 1.32 and later writes a device identifier below ``$HOME`` and asks a telemetry host
+    when it starts, unless this environment variable is set before the import.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            "ONNX files need ONNX Runtime: pip install 'sphereface2[export]'"
+        ) from error
+    return onnxruntime
+
+
+def session(model: bytes | Path, *, threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        model: the file's content or its path.
+        threads: of one operator; by default ``OMP_NUM_THREADS``, else one a core of this process.
+
+    Raises:
+        UserError: ONNX Runtime is not installed.
+        Exception: of ONNX Runtime, which has no common base class: the model is damaged.
+    """
+    runtime = load()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or default_threads()
+    options.log_severity_level = 3  # errors arrive as exceptions
+    source = model if isinstance(model, bytes) else str(model)
+    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def default_threads() -> int:
+    """``OMP_NUM_THREADS`` where it is a positive number, else the cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted):
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,494 @@
+"""A trained network with all that its use needs: photographs in, embeddings and decisions out."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sphereface2.align import Aligner, Face
+from sphereface2.backbones import bundle
+from sphereface2.backbones.onnx import OnnxNetwork
+from sphereface2.embedder import Embedder
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_folder, atomic_write
+from sphereface2.images import MAX_PIXELS, ImageLike, read_image
+from sphereface2.recognition import calibration as calibrations
+from sphereface2.recognition import card
+
+if TYPE_CHECKING:
+    import torch
+
+    from sphereface2.backbones.base import Backbone
+
+#: All that is ever fetched from a hub: weights without code, JSON and a text.
+FILES = (bundle.WEIGHTS, bundle.CONFIG, calibrations.FILE, card.FILE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_SCHEME = "hf://"
+_NAMED_IN_WARNING = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How alike two faces are and, with a calibration, what that means.
+
+    Attributes:
+        similarity: cosine of the two embeddings, in [-1, 1].
+        threshold: at and above it the decision is "same"; None without a calibration.
+        far: the FAR that the threshold was chosen for; None for a threshold of the caller's.
+        same: the decision; None without a threshold.
+        llr: natural logarithm of the likelihood ratio; None without a calibration.
+        probability: that the pair is genuine, at ``prior``; None without a calibration.
+        prior: the share of genuine pairs that was assumed.
+        faces: the face found in each image, None where the image is an aligned crop.
+    """
+
+    similarity: float
+    threshold: float | None
+    far: float | None
+    same: bool | None
+    llr: float | None
+    probability: float | None
+    prior: float
+    faces: tuple[Face | None, Face | None]
+
+    @property
+    def verdict(self) -> str:
+        """The decision in words."""
+        return {True: "same person", False: "different people", None: "no decision"}[self.same]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return {
+            "similarity": self.similarity,
+            "llr": self.llr,
+            "probability": self.probability,
+            "prior": self.prior,
+            "far": self.far,
+            "threshold": self.threshold,
+            "decision": {True: "same", False: "different", None: None}[self.same],
+            "faces": [
+                face
+                and {
+                    "box": face.box.tolist(),
+                    "landmarks": face.landmarks.tolist(),
+                    "score": float(face.score),
+                }
+                for face in self.faces
+            ],
+        }
+
+
+class FaceEmbedder:
+    """A network, its preprocessing, its alignment and its calibrated threshold.
+
+    Args:
+        network: a backbone, an exported network, or an `Embedder` of either.
+        calibration: what its similarities are worth, where that is known.
+        aligner: finds and crops faces; by default built when first needed.
+
+    Attributes:
+        embedder: turns aligned crops into embeddings.
+        calibration: None where there is none.
+
+    Example:
+        A model is loaded with ``FaceEmbedder.from_pretrained("runs/NAME")``; then
+
+        - ``embed("a.jpg")`` gives an embedding (d,), ``embed(["a.jpg", "b.jpg"])`` two, (2, d);
+        - ``verify("a.jpg", "b.jpg").same`` says whether they show one person.
+    """
+
+    def __init__(
+        self,
+        network: Backbone | OnnxNetwork | Embedder,
+        calibration: calibrations.Calibration | None = None,
+        *,
+        aligner: Aligner | None = None,
+    ) -> None:
+        self.embedder = network if isinstance(network, Embedder) else Embedder(network)
+        self.calibration = calibration
+        if aligner is not None:
+            self.aligner = aligner
+
+    @cached_property
+    def aligner(self) -> Aligner:
+        """What finds and crops the faces of photographs; built on first use."""
+        return Aligner()
+
+    @property
+    def network(self) -> Backbone | OnnxNetwork:
+        """The backbone, on the device where embeddings are computed, or the exported network."""
+        return self.embedder.network
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length d of an embedding."""
+        return self.embedder.embedding_dim
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of weights, architecture and preprocessing.
+
+        It is the same after saving, on another machine and on another device. How crops are made
+        is not part of it: the same crop has the same embedding whoever cut it, and
+        ``aligner.name`` tells who did.
+        """
+        return self.embedder.fingerprint
+
+    @property
+    def device(self) -> str:
+        """Where the network computes, for instance ``cpu`` or ``cuda:0``."""
+        return self.embedder.device
+
+    def __repr__(self) -> str:
+        calibration = "not calibrated"
+        if self.calibration is not None:
+            far = self.calibration.far_default
+            calibration = f"threshold {self.calibration.threshold():.4f} at FAR {far:g}"
+        return f"FaceEmbedder({self.embedder!r}, {calibration})"
+
+    def crop(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
+        """The aligned crop, uint8 (112, 112, 3) RGB, that `embed` would use, and its face.
+
+        Raises:
+            NoFaceError: the photograph shows no face.
+            UserError: it cannot be read, or has more than ``max_pixels``.
+        """
+        return self.aligner.align(image, max_pixels=max_pixels)
+
+    def embed(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        aligned: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        skipped: dict[int, str] | None = None,
+    ) -> np.ndarray:
+        """Embed one image or many: float32 (d,) or (N, d), of length 1, in the order given.
+
+        Args:
+            images: one image or an iterable of images. An image is a path, encoded bytes, a PIL
+                image, a uint8 array (H, W, 3) in RGB or (H, W) in grey, or a uint8 tensor
+                (3, H, W). A lazy iterable is read a batch at a time.
+            aligned: the images are face crops by the template, of any size; otherwise they are
+                photographs, and the largest and most central face of each is cropped.
+            on_error: "raise", or "skip": of many images, those that cannot be read or show no face
+                are left out of the result. A warning names them, unless ``skipped`` is given.
+            skipped: with ``on_error="skip"``, receives the reason by the index of each image left
+                out.
+
+        Raises:
+            NoFaceError: a photograph shows no face; the message names it.
+            UserError: an image cannot be read, or ``on_error`` is another word.
+        """
+        if on_error not in ("raise", "skip"):
+            raise UserError(f'on_error must be "raise" or "skip", not {on_error!r}')
+        if _is_one(images):
+            return self.embedder.embed([images], read=lambda one: self._read(one, aligned))[0]
+        several: Iterable[Any] = images  # type: ignore[assignment]
+        left_out: dict[int, str] = {} if skipped is None else skipped
+
+        def read(numbered: tuple[int, ImageLike]) -> np.ndarray:
+            number, image = numbered
+            try:
+                return self._read(image, aligned)
+            except UserError as error:
+                named = error
+                if not isinstance(image, str | Path):  # whose message names the file already
+                    named = type(error)(f"image {number}: {error}")
+                left_out[number] = str(named)
+                raise named from error
+
+        unreadable: list[int] | None = [] if on_error == "skip" else None
+        rows = self.embedder.embed(enumerate(several), read=read, unreadable=unreadable)
+        if unreadable and skipped is None:
+            reasons = "; ".join(left_out[i] for i in unreadable[:_NAMED_IN_WARNING])
+            more = " …" if len(unreadable) > _NAMED_IN_WARNING else ""
+            warnings.warn(f"{len(unreadable)} images skipped: {reasons}{more}", stacklevel=2)
+        return rows
+
+    def _read(self, image: ImageLike, aligned: bool) -> np.ndarray:
+        return read_image(image) if aligned else self.crop(image)[0]
+
+    def verify(
+        self,
+        first: ImageLike,
+        second: ImageLike,
+        *,
+        far: float | None = None,
+        threshold: float | None = None,
+        prior: float = 0.5,
+        aligned: bool = False,
+    ) -> Verification:
+        """Decide whether two images show one person.
+
+        Args:
+            first, second: images, as `embed` takes them.
+            far: decide with the calibration's threshold for this FAR; by default its own default.
+            threshold: decide at this similarity, in [-1, 1], instead.
+            prior: the share of genuine pairs that is expected, in (0, 1), for the probability.
+            aligned: the images are face crops by the template.
+
+        Raises:
+            NoFaceError: a photograph shows no face.
+            UserError: an image cannot be read, or there is no threshold for ``far``.
+        """
+        limit = self.threshold(far, threshold)
+        faces: tuple[Face | None, Face | None] = (None, None)
+        crops: list[Any] = [first, second]
+        if not aligned:
+            found = [self.crop(image) for image in crops]
+            crops, faces = [crop for crop, _ in found], (found[0][1], found[1][1])
+        a, b = self.embed(crops, aligned=True).astype(np.float64)
+        similarity = float(np.clip(a @ b, -1, 1))
+        calibration = self.calibration
+        if calibration is not None and threshold is None and far is None:
+            far = calibration.far_default
+        return Verification(
+            similarity=similarity,
+            threshold=limit,
+            far=far,
+            same=None if limit is None else similarity >= limit,
+            llr=None if calibration is None else float(calibration.llr(similarity)),
+            probability=(
+                None if calibration is None else float(calibration.probability(similarity, prior))
+            ),
+            prior=prior,
+            faces=faces,
+        )
+
+    def threshold(self, far: float | None = None, threshold: float | None = None) -> float | None:
+        """The similarity to decide at, from the arguments of `verify`; None if nothing tells it.
+
+        Raises:
+            UserError: both are given, ``threshold`` is no cosine, or the calibration is missing or
+                has no such FAR.
+        """
+        if threshold is not None:
+            if far is not None:
+                raise UserError("give a threshold or a FAR, not both")
+            if not -1 <= threshold <= 1:
+                raise UserError(f"a threshold is a cosine in [-1, 1], not {threshold:g}")
+            return threshold
+        if self.calibration is not None:
+            return self.calibration.threshold(far)
+        if far is not None:
+            raise UserError(
+                "a FAR needs a calibration: run sphereface2 calibrate on the model first"
+            )
+        return None
+
+    # -- loading and saving --------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        flip: bool = True,
+        batch_size: int = 64,
+        threads: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> FaceEmbedder:
+        """Load a model. Nothing in it is executed: weights are safetensors, the rest is JSON.
+
+        Args:
+            path_or_hub_id: a run folder, a model folder, its ``model.safetensors``, an exported
+                ``.onnx`` file, or the id ``owner/name`` of a model on the Hugging Face hub. What
+                exists on disk is a path, and so is anything below a folder that exists;
+                ``hf://owner/name`` is always the hub.
+            device: cpu, cuda, mps; by default the best there is.
+            flip: add the embedding of the mirror image before normalising.
+            batch_size: images in one forward pass.
+            threads: that read images and find faces; by default one a core, at most 8.
+            revision: branch, tag or commit on the hub.
+            token: for private models on the hub; by default the one logged in with.
+            cache_dir: where models of the hub are kept.
+            local_files_only: take the hub's model from the cache and ask no network.
+
+        Raises:
+            UserError: there is no such path or model, or a file is damaged or foreign.
+        """
+        hub_id = _hub_id(path_or_hub_id)
+        if hub_id is None:
+            if revision is not None:
+                raise UserError(
+                    f"{path_or_hub_id} is a local path, which has no revision: leave it out"
+                )
+            folder = bundle.resolve(path_or_hub_id).resolve()
+        else:
+            folder = _download(
+                hub_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        embedder = Embedder.load(
+            folder, device=device, flip=flip, batch_size=batch_size, threads=threads
+        )
+        facts = embedder.metadata.get("training") or card.facts_of_run(folder.parent.parent)
+        if facts:
+            embedder.network.metadata = {**embedder.metadata, "training": facts}
+        calibration = calibrations.Calibration.load(folder, fingerprint=embedder.fingerprint)
+        return cls(embedder, calibration)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, model_card_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Write a model folder in the hub's layout, which `from_pretrained` takes back.
+
+        It holds ``model.safetensors``, ``config.json``, ``calibration.json`` if there is a
+        calibration, and a model card, ``README.md``. A new folder appears when it is whole. In a
+        folder that exists each file is replaced at once, and a card that was edited is kept.
+
+        Args:
+            save_directory: folder to create, or one that holds a model.
+            model_card_kwargs: of `generate_model_card`: ``license``, ``license_name``,
+                ``license_link``.
+
+        Raises:
+            UserError: the folder holds something else, or the network is an exported one.
+        """
+        network = self._torch_network()
+        folder = Path(save_directory)
+        if folder.exists():
+            seen = (
+                [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+                if folder.is_dir()
+                else [folder.name]
+            )
+            if seen and bundle.WEIGHTS not in seen:
+                raise UserError(f"{folder} exists and holds no model: give a new folder")
+            self._write(network, folder, model_card_kwargs or {})
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as temporary:
+                self._write(network, temporary, model_card_kwargs or {})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **upload_options: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub.
+
+        Args:
+            repo_id: ``owner/name``; created if it does not exist.
+            private: whether a new repository is private.
+            token: by default the one logged in with.
+            model_card_kwargs: of `generate_model_card`.
+            upload_options: of ``huggingface_hub.HfApi.upload_folder``: ``commit_message``,
+                ``revision``, ``create_pr`` and so on.
+
+        Returns:
+            The commit's address.
+        """
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                path := Path(folder) / "model", model_card_kwargs=model_card_kwargs
+            )
+            return api.upload_folder(repo_id=repo_id, folder_path=path, **upload_options)
+
+    def _write(self, network: Backbone, folder: Path, card_options: dict[str, Any]) -> None:
+        # First, so that a crash never leaves the calibration of one network beside another.
+        (folder / calibrations.FILE).unlink(missing_ok=True)
+        bundle.save(network, folder)
+        if self.calibration is not None:
+            self.calibration.save(folder)
+        readme = folder / card.FILE
+        if not readme.exists() or card.MARK in readme.read_text(encoding="utf-8", errors="replace"):
+            atomic_write(readme, f"{self.generate_model_card(**card_options)}\n".encode())
+
+    def generate_model_card(self, **options: Any) -> str:
+        """The model card, Markdown: data, settings, figures, limits, intended use, licence.
+
+        Args:
+            options: ``license`` (the hub's identifier), ``license_name`` and ``license_link``;
+                by default the licence is named as that of the training data's terms.
+        """
+        return card.model_card(self._torch_network(), self.fingerprint, self.calibration, **options)
+
+    def _torch_network(self) -> Backbone:
+        if isinstance(self.network, OnnxNetwork):
+            raise UserError(
+                "an exported network cannot be saved as a model: save the one that it was "
+                "exported from"
+            )
+        return self.network
+
+
+def _is_one(images: Any) -> bool:
+    """Whether ``images`` is a single image."""
+    if isinstance(images, np.ndarray):
+        return images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3)
+    if getattr(images, "ndim", None) is not None:  # a tensor
+        return images.ndim == 3
+    return isinstance(images, str | bytes | bytearray | memoryview | Path) or hasattr(
+        images, "getexif"
+    )
+
+
+def _hub_id(path: str | Path) -> str | None:
+    """The hub's id that ``path`` is, or None for a local path."""
+    if not isinstance(path, str):
+        return None
+    if path.startswith(_HUB_SCHEME):
+        return path.removeprefix(_HUB_SCHEME)
+    if Path(path).exists() or not _HUB_ID.fullmatch(path) or path.endswith(".safetensors"):
+        return None
+    # "runs/nmae" is a slip of the pen where there is a folder "runs", and nothing to ask a hub for.
+    return None if Path(path).parent.is_dir() else path
+
+
+def _download(hub_id: str, *, revision: str | None, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    what = f"{hub_id} (revision {revision})" if revision else hub_id
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(FILES),
+                library_name="sphereface2",
+                **options,
+            )
+        )
+    except HFValidationError as error:
+        raise UserError(f"{hub_id!r} is no id of the hub: it should be owner/name") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"there is neither a folder {hub_id} here, nor that model in the hub's cache, and the "
+            "hub cannot be reached: correct the path or the connection"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        told = str(error).strip().splitlines()
+        raise UserError(
+            f"there is no folder {hub_id} here and the hub does not give the model {what}: "
+            f"{told[-1] if told else type(error).__name__}"
+        ) from error

@@ -47,9 +47,37 @@ def similarity_slope(z: Tensor, t: float) -> Tensor:
     return ((z + 1) / 2).clamp_min(0).pow(t - 1) * t
 
 
-def angle(cos: Tensor) -> Tensor:
-    """θ in radians of a cosine clamped to ±`COSINE_LIMIT`."""
+def clamped_angle(cos: Tensor) -> Tensor:
+    """θ in radians of a cosine clamped to ±`COSINE_LIMIT`; any shape."""
     return cos.clamp(-COSINE_LIMIT, COSINE_LIMIT).acos()
+
+
+class Own(NamedTuple):
+    """Where each sample's own class lies in a block of c classes.
+
+    Attributes:
+        columns: (B,) int64, the column of its class; any valid column where the block lacks it.
+        present: (B,) bool, whether the block has it; None: always.
+    """
+
+    columns: Tensor
+    present: Tensor | None = None
+
+    def take(self, values: Tensor) -> Tensor:
+        """(B,), each sample's entry of ``values`` (B, c) at its column."""
+        return values.gather(1, self.columns[:, None])[:, 0]
+
+    def put_(self, values: Tensor, own: Tensor | float) -> None:
+        """Write ``own``, (B,) or a number, into ``values`` (B, c) where the class is present."""
+        if not isinstance(own, Tensor):
+            own = values.new_full(self.columns.shape, own)
+        if self.present is not None:
+            own = torch.where(self.present, own, self.take(values))
+        values.scatter_(1, self.columns[:, None], own[:, None])
+
+    def mask(self, terms: Tensor) -> Tensor:
+        """``terms`` (B,), 0 where the class is absent."""
+        return terms if self.present is None else terms.where(self.present, 0)
 
 
 class Terms(NamedTuple):
@@ -101,7 +129,7 @@ class BinaryMargin:
         """p - b, for the cosines of the samples with their own class; any shape."""
         if self.margin_type == "C":
             return (similarity(cos, self.t) - self.m) * self.r
-        theta = angle(cos)
+        theta = clamped_angle(cos)
         theta = theta + self.m if self.margin_type == "A" else theta * self.m
         return similarity(theta.clamp(*ANGLE_LIMITS).cos(), self.t) * self.r
 
@@ -142,7 +170,7 @@ class BinaryMargin:
         self,
         cos: Tensor,
         bias: Tensor,
-        own: tuple[Tensor, Tensor] | None = None,
+        own: Own | None = None,
         weight: float = 1.0,
     ) -> Terms:
         """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample, in place.
@@ -150,8 +178,8 @@ class BinaryMargin:
         Args:
             cos: (B, c) cosines; overwritten by their derivatives.
             bias: () or (c,).
-            own: (rows, columns) of the entries that are some sample's own class, to be left out:
-                they get neither loss nor derivative.
+            own: the entries that are some sample's own class, to be left out: they get neither
+                loss nor derivative.
             weight: factor of loss and derivatives; a sample of the negatives weighs more than 1.
 
         Returns:
@@ -167,7 +195,7 @@ class BinaryMargin:
         constant = bias + self.r * (self.negative_offset - 1)
         torch.add(constant, n, alpha=2 * self.r, out=n)
         if own is not None:
-            n[own] = -math.inf
+            own.put_(n, -math.inf)
         share = (1 - self.lam) * weight
         loss = softplus_sum(n) * (share / self.r)
         push = n.sigmoid_().mul_(share)
@@ -192,7 +220,7 @@ class BinaryMargin:
                 f"num_classes must be at least 2, got {num_classes}: "
                 "with one class there is no negative to balance against"
             )
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         a_y = self.positive_logit(zero).item()
         a_i = self.negative_logit(zero).item()
         half = 0.5 * (math.log(self.lam) - math.log1p(-self.lam) - math.log(num_classes - 1))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphereface2.margins import BinaryMargin, similarity, similarity_slope
+from sphereface2.margins import BinaryMargin, Own, similarity, similarity_slope
 
 margins = st.builds(
     BinaryMargin,
@@ -72,12 +72,14 @@ def test_blocks_of_classes_add_up(margin, batch, classes, data):
     cos = torch.rand(batch, classes, generator=generator, dtype=torch.float64) * 2 - 1
     labels = torch.randint(classes, (batch,), generator=generator)
     bias = torch.tensor(-3.0, dtype=torch.float64)
-    whole = margin.negatives_(cos.clone(), bias, (torch.arange(batch), labels))
+    whole = margin.negatives_(cos.clone(), bias, Own(labels))
     cuts = sorted({0, classes, *data.draw(st.lists(st.integers(0, classes), max_size=3))})
     loss, dbias, dcos = 0, 0, []
     for start, end in itertools.pairwise(cuts):
-        rows = torch.nonzero((labels >= start) & (labels < end))[:, 0]
-        own = (rows, labels[rows] - start)
+        if start == end:
+            continue
+        present = (labels >= start) & (labels < end)
+        own = Own((labels - start).clamp(0, end - start - 1), present)
         part = margin.negatives_(cos[:, start:end].clone(), bias, own)
         loss, dbias = loss + part.loss, dbias + part.dbias
         dcos.append(part.dcos)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sphereface2 import heads
-from sphereface2.heads.blocks import SortedLabels
 from sphereface2.heads.sampling import _distinct, uniform
 
 DIM, PEOPLE = 6, 24
@@ -44,13 +43,13 @@ def outcome(head, x, labels):
 def test_a_plan_visits_own_classes_and_a_weighted_share_of_the_others(labels, rows, share, chunk):
     own = {label for label in labels if 0 <= label < rows}
     visited, weights = [], {}
-    for block in uniform(SortedLabels(torch.tensor(labels)), rows, share, chunk):
+    for block in uniform(torch.tensor(labels), rows, share, chunk):
         assert 1 <= len(block) <= chunk
         visited += block.rows.tolist()
         weights |= dict.fromkeys(block.rows.tolist(), block.weight)
-        if block.own is not None:
-            for sample, column in zip(*(part.tolist() for part in block.own), strict=True):
-                assert labels[sample] == block.rows[column]
+        for label, column, present in zip(labels, *block.own, strict=True):
+            assert present == (label in block.rows)
+            assert label == block.rows[column] or not present
     assert len(visited) == len(set(visited))
     assert set(visited) <= set(range(rows))
     assert own <= set(visited)
@@ -145,7 +144,7 @@ def test_hard_negatives_are_the_nearest_and_lower_the_loss():
         head.weight.copy_(torch.nn.functional.normalize(near))
     labels = torch.randint(people, (size,))
     x = head.weight.detach()[labels] + 0.1 * torch.randn(size, dim)
-    visited = torch.cat([block.rows for block in head._plan(x, SortedLabels(labels))])
+    visited = torch.cat([block.rows for block in head._plan(x, labels)])
     assert set(labels.tolist()) <= set(visited.tolist())
     assert len(visited) <= round(0.05 * people) + size
     cos = torch.nn.functional.normalize(x) @ head.weight.detach().T

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2 import heads
-from sphereface2.heads.blocks import SortedLabels
+from sphereface2.heads.blocks import all_rows
 from sphereface2.heads.streaming import ONCE
 
 F64 = torch.float64
@@ -189,16 +189,15 @@ def test_no_tensor_grows_with_batch_times_classes(name, kept):
 def test_blocks_cover_all_rows_and_know_every_own_class(labels, rows, chunk):
     tensor = torch.tensor(labels)
     seen, own = [], set()
-    for block in SortedLabels(tensor).blocks(rows, chunk):
+    for block in all_rows(tensor, rows, chunk):
         numbers = list(range(rows))[block.rows]
         assert 1 <= len(block) == len(numbers) <= chunk
         seen += numbers
-        if block.own is not None:
-            own |= {(s, numbers[c]) for s, c in zip(*(p.tolist() for p in block.own), strict=True)}
+        columns, present = (part.tolist() for part in block.own)
+        assert set(columns) <= set(range(len(numbers)))
+        own |= {(s, numbers[c]) for s, c in enumerate(columns) if present[s]}
     assert seen == list(range(rows))
     assert own == {(s, label) for s, label in enumerate(labels) if 0 <= label < rows}
-    present = SortedLabels(tensor).present(rows)
-    assert present.tolist() == sorted({label for label in labels if 0 <= label < rows})
 
 
 def test_heads_say_what_they_do_not_support():

@@ -1,22 +1,20 @@
 """Losses over classes: embeddings and labels in, one number out."""
 
+from sphereface2.heads.adaptive_margins import AdaFace, CurricularFace, SphereFace
 from sphereface2.heads.base import Head, Scaling
-from sphereface2.heads.fused import FusedSGD
-from sphereface2.heads.registry import available, build, defaults, parameters, register
-from sphereface2.heads.softmax import (
-    AdaFace,
+from sphereface2.heads.fixed_margins import (
     ArcFace,
     CircleLoss,
     CocoLoss,
     CombinedMargin,
     CosFace,
-    CurricularFace,
     NormFace,
     Softmax,
-    SoftmaxHead,
-    SphereFace,
     SphereFaceR,
 )
+from sphereface2.heads.fused import FusedSGD
+from sphereface2.heads.registry import available, build, defaults, parameters, register
+from sphereface2.heads.softmax import SoftmaxHead
 from sphereface2.heads.sphereface2 import OneVersusAllBCE, SphereFace2
 
 __all__ = [

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, get_args
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sphereface2.errors import check_choice, check_count, check_number
-from sphereface2.heads.blocks import CHUNK
+from sphereface2.heads.blocks import CHUNK, RowUpdate
 from sphereface2.heads.sharding import Shard
-
-if TYPE_CHECKING:
-    from sphereface2.heads.fused import FusedSGD
 
 DRAWN_ROWS = 8192
 SMALLEST_NORM = 1e-12
@@ -74,8 +71,12 @@ class Head(nn.Module):
 
     scaling: ClassVar[frozenset[str]] = frozenset()
     """The keywords of `Scaling` that this head supports."""
-    fused: FusedSGD | None = None
+    fused: RowUpdate | None = None
     """The optimiser that takes its step within the forward pass, if there is one."""
+    trust_batches: bool = False
+    """Set it to True where the caller vouches for its batches, as the training loop does: labels
+    are then not read to check their range, nor are other ranks asked for the sizes of their
+    batches, which must be equal. Either makes a GPU's host wait at every call."""
 
     def __init__(self, embedding_dim: int, num_classes: int, **scaling: Unpack[Scaling]) -> None:
         super().__init__()
@@ -86,15 +87,15 @@ class Head(nn.Module):
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         group = scaling.get("process_group")
-        self.negatives_visited: Negatives = scaling.get("negatives", "all")
-        check_choice("negatives", self.negatives_visited, get_args(Negatives))
+        self.negatives: Negatives = scaling.get("negatives", "all")
+        check_choice("negatives", self.negatives, get_args(Negatives))
         self.negative_share = scaling.get("negative_share", 0.1)
         check_number("negative_share", self.negative_share, above=0, most=1)
         self.chunk_size = scaling.get("chunk_size")
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size, 1)
         self.streaming = (
-            scaling.get("streaming", False) or group is not None or self.negatives_visited != "all"
+            scaling.get("streaming", False) or group is not None or self.negatives != "all"
         )
         self.shard = Shard.of(num_classes, group)
         kept = scaling.get("weight_dtype", "float32")
@@ -116,7 +117,7 @@ class Head(nn.Module):
                 rows[low - shard.start : high - shard.start] = drawn[low - first : high - first]
         return shard.distribute(rows, self.num_classes)
 
-    def fuse(self, optimizer: FusedSGD) -> None:
+    def fuse(self, optimizer: RowUpdate) -> None:
         """Let ``optimizer`` take its step with `weight` within the forward pass.
 
         Raises:
@@ -165,6 +166,8 @@ class Head(nn.Module):
         if len(labels) == 0:
             raise ValueError("the batch is empty: embeddings must hold at least one row")
         labels = labels.long()
+        if self.trust_batches:
+            return labels
         lowest, highest = (int(bound) for bound in torch.stack(torch.aminmax(labels)).tolist())
         if lowest < 0 or highest >= self.num_classes:
             wrong = lowest if lowest < 0 else highest

@@ -1,12 +1,19 @@
-"""Which rows of W are worked on together, and where the samples' own classes lie in them."""
+"""Blocks of rows of W that are worked on together, and where samples' own classes lie in them.
+
+A plan of all rows has shapes that do not depend on the labels' values, so that making it waits for
+no device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sphereface2.margins import Own
 
 CHUNK = {"cpu": 4096, "cuda": 16384}
 """Classes a block by default: on a CPU so few that a block's cosines and prototypes stay in the
@@ -15,14 +22,17 @@ cache, on a GPU so many that its kernels are busy."""
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of W."""
+    """Some rows of W.
+
+    Attributes:
+        rows: a range, or ascending int64 indices.
+        own: the column of each sample's own class among them.
+        weight: factor of the negatives in the block.
+    """
 
     rows: slice | Tensor
-    """A range, or ascending int64 indices on the CPU."""
-    own: tuple[Tensor, Tensor] | None
-    """(samples, columns) of the entries of the block that are a sample's own class."""
+    own: Own
     weight: float = 1.0
-    """Factor of the negatives in the block."""
 
     def __len__(self) -> int:
         if isinstance(self.rows, slice):
@@ -30,49 +40,41 @@ class Block:
         return len(self.rows)
 
 
-class SortedLabels:
-    """A batch's labels in ascending order, on the CPU: one synchronisation with a GPU a step.
+class RowUpdate(Protocol):
+    """An optimiser that consumes the gradient of W block by block."""
+
+    def begin_step(self) -> None:
+        """A pass over the blocks begins."""
+
+    def update_(self, rows: slice | Tensor, unit: Tensor, gradient: Tensor) -> None:
+        """Take a step with the rows ``rows`` of W, which are ``unit`` (c, d) after normalisation.
+
+        Args:
+            rows: a range or indices among this rank's rows.
+            unit: (c, d), may be overwritten.
+            gradient: (c, d) gradient by these rows, may be overwritten.
+        """
+
+
+def all_rows(labels: Tensor, rows: int, chunk: int) -> Iterator[Block]:
+    """All of ``rows`` rows in ranges of ``chunk``.
 
     Args:
-        labels: (n,) int64 rows of the local W; those outside it never match.
+        labels: (B,) int64 rows of the local W; those outside it are in no block.
     """
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        present = (labels >= start) & (labels < stop)
+        columns = (labels - start).clamp(0, stop - start - 1)
+        yield Block(slice(start, stop), Own(columns, present))
 
-    def __init__(self, labels: Tensor) -> None:
-        self.device = labels.device
-        self.labels, self.samples = labels.cpu().sort(stable=True)
 
-    def blocks(self, rows: int, chunk: int) -> Iterator[Block]:
-        """All of ``rows`` rows in ranges of ``chunk``."""
-        for start in range(0, rows, chunk):
-            stop = min(start + chunk, rows)
-            low, high = self._between(start, stop)
-            columns = self.labels[low:high] - start
-            yield Block(slice(start, stop), self._own(low, high, columns))
+def chosen_rows(labels: Tensor, rows: Tensor, chunk: int, weight: float = 1.0) -> Iterator[Block]:
+    """The ascending ``rows`` (k,), each of which may be some samples' own.
 
-    def blocks_of(self, rows: Tensor, chunk: int, weight: float = 1.0) -> Iterator[Block]:
-        """The ascending ``rows`` (k,), each of which may be some samples' own."""
-        for part in rows.split(chunk):
-            low, high = self._between(int(part[0]), int(part[-1]) + 1)
-            labels = self.labels[low:high]
-            columns = torch.searchsorted(part, labels)
-            inside = part[columns] == labels
-            yield Block(part, self._own(low, high, columns, inside), weight)
-
-    def present(self, rows: int) -> Tensor:
-        """The rows below ``rows`` that are some sample's own class, ascending, each once."""
-        low, high = self._between(0, rows)
-        return torch.unique_consecutive(self.labels[low:high])
-
-    def _between(self, start: int, stop: int) -> tuple[int, int]:
-        low, high = torch.searchsorted(self.labels, torch.tensor([start, stop])).tolist()
-        return low, high
-
-    def _own(
-        self, low: int, high: int, columns: Tensor, inside: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        samples = self.samples[low:high]
-        if inside is not None:
-            samples, columns = samples[inside], columns[inside]
-        if not len(samples):
-            return None
-        return samples.to(self.device), columns.to(self.device)
+    Args:
+        labels: (B,) int64 rows of the local W, on the device of ``rows``.
+    """
+    for part in rows.split(chunk):
+        columns = torch.searchsorted(part, labels).clamp_max(len(part) - 1)
+        yield Block(part, Own(columns, part[columns] == labels), weight)

@@ -9,27 +9,39 @@ import torch
 from torch import Tensor
 
 from sphereface2.heads.base import renormalise_
-from sphereface2.heads.blocks import Block, SortedLabels
+from sphereface2.heads.blocks import Block, chosen_rows
 
 
-def uniform(labels: SortedLabels, rows: int, share: float, chunk: int) -> Iterator[Block]:
+def uniform(labels: Tensor, rows: int, share: float, chunk: int) -> Iterator[Block]:
     """The batch's own classes, and a uniform sample of the others weighted by its rarity.
 
     Of the ``rows`` rows of W about ``share`` are visited, at least one besides the own classes. The
     expectation of the loss and of its gradient is that of all rows: own classes are always there
     and weigh 1, each other is drawn with probability k/n, without replacement, and weighs n/k.
+
+    How many own classes there are decides how many others are drawn: with labels on a GPU a plan
+    waits for it once.
+
+    Args:
+        labels: (B,) int64 rows of the local W; those outside it never match.
     """
-    present = labels.present(rows)
+    present = _present(labels, rows)
     others = rows - len(present)
     drawn = min(others, max(1, round(share * rows) - len(present)))
     if len(present):
-        yield from labels.blocks_of(present, chunk)
+        yield from chosen_rows(labels, present.to(labels.device), chunk)
     if drawn:
         chosen = _distinct(drawn, others)
         # The k-th row that is not present: present[i] - i rows below present[i] are not.
         gaps = present - torch.arange(len(present))
         chosen += torch.searchsorted(gaps, chosen, right=True)
-        yield from labels.blocks_of(chosen, chunk, others / drawn)
+        yield from chosen_rows(labels, chosen.to(labels.device), chunk, others / drawn)
+
+
+def _present(labels: Tensor, rows: int) -> Tensor:
+    """Ascending rows below ``rows`` that are some sample's own class, each once; on the CPU."""
+    labels = labels.cpu()
+    return labels[(labels >= 0) & (labels < rows)].unique()
 
 
 def _distinct(count: int, below: int) -> Tensor:
@@ -65,9 +77,7 @@ class HardNegatives:
         self.index: Any = None
         self.age = 0
 
-    def blocks(
-        self, x: Tensor, labels: SortedLabels, weight: Tensor, chunk: int
-    ) -> Iterator[Block]:
+    def blocks(self, x: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> Iterator[Block]:
         """Blocks for unit embeddings ``x`` (B, d) over ``weight`` (c, d)."""
         if not len(weight):
             return
@@ -77,8 +87,8 @@ class HardNegatives:
         each = max(1, round(self.share * len(weight) / len(x)))
         _, found = self.index.search(x.detach().float().cpu().numpy(), min(each, len(weight)))
         near = torch.from_numpy(found).flatten()
-        rows = torch.cat([near[near >= 0], labels.present(len(weight))]).unique()
-        yield from labels.blocks_of(rows, chunk)
+        rows = torch.cat([near[near >= 0], _present(labels, len(weight))]).unique()
+        yield from chosen_rows(labels, rows.to(labels.device), chunk)
 
     def _build(self, weight: Tensor) -> None:
         rows = renormalise_(weight.detach().float().clone()).cpu().numpy()

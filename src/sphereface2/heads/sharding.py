@@ -62,11 +62,14 @@ class Shard:
             rows, mesh, [SplitRows(0)], run_check=False, shape=shape, stride=rows.stride()
         )
 
-    def gather(self, x: Tensor, labels: Tensor) -> Batch:
-        """Every rank's unit embeddings (B, d) and labels (B,), in rank order."""
+    def gather(self, x: Tensor, labels: Tensor, *, even: bool = False) -> Batch:
+        """Every rank's unit embeddings (B, d) and labels (B,), in rank order.
+
+        ``even``: all ranks have equally many, so that nothing needs to be asked and waited for.
+        """
         if self.group is None:
             return Batch(x, labels, [len(x)], 0)
-        counts = self._gather_counts(len(x), x.device)
+        counts = [len(x)] * self.size if even else self._gather_counts(len(x), x.device)
         # Labels travel as the bit patterns of as many floating-point columns as they need: one
         # message instead of two.
         packed = x.new_zeros(max(counts), x.shape[1] + 8 // x.element_size())

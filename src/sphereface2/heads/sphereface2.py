@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sphereface2.errors import check_choice, check_number
 from sphereface2.heads.base import Head, Scaling, unit_rows
-from sphereface2.heads.blocks import Block, SortedLabels
+from sphereface2.heads.blocks import Block, RowUpdate, all_rows
 from sphereface2.heads.registry import register
 from sphereface2.heads.sampling import HardNegatives
 from sphereface2.heads.sampling import uniform as sampled_uniformly
 from sphereface2.heads.sharding import local
 from sphereface2.heads.streaming import Work, streamed_one_vs_all
-from sphereface2.margins import BinaryMargin, Detach, MarginType
-
-if TYPE_CHECKING:
-    from sphereface2.heads.fused import FusedSGD
+from sphereface2.margins import BinaryMargin, Detach, MarginType, Own
 
 Bias = Literal["learned", "fixed", "zero", "per_class"]
 
@@ -98,7 +95,7 @@ class SphereFace2(Head):
             self.bias = nn.Parameter(start)
         else:
             self.register_buffer("bias", start)
-        hard = self.negatives_visited == "hard"
+        hard = self.negatives == "hard"
         self.hard_negatives = HardNegatives(self.negative_share) if hard else None
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -114,20 +111,27 @@ class SphereFace2(Head):
         weight = local(self.weight if self.fused is None else self.weight.detach())
         if update is not None:
             update.begin_step()
-        visits_all = self.negatives_visited == "all" or not self.training
-        work = Work(self.margin, self.shard, self._plan, visits_all, self.loss_weight, update)
+        work = Work(
+            self.margin,
+            self.shard,
+            self._plan,
+            visits_all=self.negatives == "all" or not self.training,
+            scale=self.loss_weight,
+            even=self.trust_batches,
+            update=update,
+        )
         return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
 
-    def _plan(self, x: Tensor, labels: SortedLabels) -> Iterable[Block]:
+    def _plan(self, x: Tensor, labels: Tensor) -> Iterable[Block]:
         """The blocks to visit; all of them for a loss that nobody learns from."""
         rows, chunk = self.shard.rows, self.chunk(x.device)
         if self.training and self.hard_negatives is not None:
             return self.hard_negatives.blocks(x, labels, local(self.weight), chunk)
-        if self.training and self.negatives_visited == "uniform":
+        if self.training and self.negatives == "uniform":
             return sampled_uniformly(labels, rows, self.negative_share, chunk)
-        return labels.blocks(rows, chunk)
+        return all_rows(labels, rows, chunk)
 
-    def fuse(self, optimizer: FusedSGD) -> None:
+    def fuse(self, optimizer: RowUpdate) -> None:
         if not self.streaming:
             raise ValueError("a fused update needs a head with streaming=True")
         self.fused = optimizer
@@ -195,16 +199,16 @@ class OneVersusAll(torch.autograd.Function):
         margin: BinaryMargin,
     ) -> Tensor:
         cos = x @ w.T
-        own = (torch.arange(len(x), device=x.device), labels)
+        own = Own(labels)
         own_bias = bias if bias.ndim == 0 else bias[labels]
-        positive = margin.positive(cos[own], own_bias)
+        positive = margin.positive(own.take(cos), own_bias)
         negative = margin.negatives_(cos, bias, own)
         dcos, dbias = negative.dcos, negative.dbias
-        dcos[own] = positive.dcos
+        own.put_(dcos, positive.dcos)
         if bias.ndim == 0:
             dbias += positive.dbias
         else:
-            dbias[own] = positive.dbias
+            own.put_(dbias, positive.dbias)
         ctx.save_for_backward(x, w, dcos, dbias)
         return positive.loss + negative.loss
 

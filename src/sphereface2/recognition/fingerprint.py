@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sphereface2.backbones import bundle
-from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
+
+if TYPE_CHECKING:
+    from sphereface2.backbones.base import Backbone
 
 
 def fingerprint(net: Backbone | OnnxNetwork) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import yaml
 
 from sphereface2.errors import UserError
 
@@ -102,3 +104,83 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
         hasher.update(len(data).to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file that a user gives: UTF-8, with or without a byte order mark.
+
+    Never in the locale's encoding, so that a file means the same on every machine.
+
+    Raises:
+        UserError: the file cannot be read, is UTF-16, or is no text.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    start = data[:64]
+    halves = (start[::2], start[1::2]) if len(start) >= 4 else ()
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or any(not any(half) for half in halves):
+        raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
+    if b"\0" in data:
+        raise UserError(f"{path} is not a text file: byte {data.index(0)} is NUL")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a text file and their numbers from 1, without those empty or begun by "#"."""
+    # Not splitlines(), which also cuts at characters that names of files may hold.
+    lines = enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1)
+    stripped = ((number, line.strip(" \t")) for number, line in lines)
+    return [(number, line) for number, line in stripped if line and not line.startswith("#")]
+
+
+def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] | None = None) -> Any:
+    """The value of a YAML file that a user gives, read as plain data.
+
+    Args:
+        path: the file.
+        loader: a subclass of PyYAML's safe loader, which is the default.
+
+    Raises:
+        UserError: the file cannot be read or is no YAML, or its anchors and aliases repeat so much
+            that it stands for more than a million nodes.
+    """
+    try:
+        reader = (loader or yaml.SafeLoader)(read_text(path))
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        if _nodes(node, {}) > _MOST_NODES:
+            raise UserError(f"{path}: its aliases repeat parts of it too often; write them out")
+        return reader.construct_document(node)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" line {place.line + 1}" if place is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{where} is not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply or holds itself; write it flatter") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} holds a value that cannot be read: {error}") from error
+
+
+_MOST_NODES = 1_000_000
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """The number of nodes that a YAML node stands for once its aliases are written out."""
+    if id(node) not in known:
+        parts = node.value if isinstance(node.value, list) else ()
+        flat = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in flat)
+    return known[id(node)]

@@ -6,7 +6,7 @@ CONFIG ?= configs/small.yaml
 GALLERY ?= gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench serve report docs clean
+.PHONY: help install train test test-slow check bench gpu serve report docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ check: install  ## lint, format, types and the direction of imports
 
 bench: install  ## measure every performance claim
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+gpu: install  ## test and measure on a GPU, nine minutes (ARGUMENTS='--parts tests,heads')
+	$(BIN)/python benchmarks/gpu/run.py $(ARGUMENTS)
 
 serve: install  ## serve a model and a gallery on 127.0.0.1:8000 (MODEL=runs/NAME GALLERY=gallery)
 	$(BIN)/sphereface2 serve $(or $(MODEL),$(error give MODEL=runs/NAME)) --gallery $(GALLERY)

@@ -1,0 +1,119 @@
+"""Training images a second, everything included, against the bare backbone; and the share of the
+card's arithmetic that is used.
+
+``full`` is the training loop: batches from the loader's processes, decoding and augmentation
+included, the head over all people of the set, the optimiser. ``bare`` is the same network's forward
+and backward pass over one batch that stays on the device. MFU counts the multiply-adds of the
+convolutions and linear layers, forward and twice that backward, against the bf16 product rate that
+the card reached in this run.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpu import measure
+from gpu.measure import ROOT, Part
+from sphereface2 import backbones
+from sphereface2.data import synthetic
+from sphereface2.training import config as configuration
+from sphereface2.training.distributed import world
+from training import throughput
+
+NETWORKS = [
+    ("iresnet50", {}, False),
+    ("iresnet100", {}, False),
+    ("sfnet20", {"batch_norm": True}, False),
+    ("sfnet64", {"batch_norm": True}, False),
+    ("iresnet50", {}, True),
+    ("sfnet20", {"batch_norm": True}, True),
+    ("iresnet100", {}, True),
+]
+"""Name, options, whether compiled; compiling takes a while, so it comes last."""
+COMPILING = 45.0
+"""Seconds that must be left for a network to be compiled."""
+BATCH = 256
+SIDE = 112
+
+
+def multiply_adds(name: str, **options: object) -> int:
+    """Of one image's forward pass, convolutions and linear layers."""
+    with torch.device("meta"):
+        net = backbones.build(name, **options)
+        total = 0
+
+        def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            nonlocal total
+            total += output.numel() * module.weight[0].numel()
+
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        net.eval()(torch.zeros(1, 3, *net.input_size))
+    return total
+
+
+def faces(part: Part, scratch: Path) -> Path:
+    """The training set: the one that was carried, or synthetic faces."""
+    if part.data is not None:
+        return part.data
+    people, images = (12, 4) if part.tiny else (500, 8)
+    return synthetic.write(
+        scratch / "faces", people=people, images_per_person=images, pairs_per_fold=5
+    )
+
+
+def run(part: Part) -> None:
+    rate = measure.ceilings(part)["bf16 TFLOP/s"]
+    with tempfile.TemporaryDirectory() as folder:
+        data = faces(part, Path(folder))
+        for name, options, compiled in NETWORKS[:1] if part.tiny else NETWORKS:
+            needed = COMPILING if compiled else 4
+            if part.left < needed and not part.tiny:
+                part.record(backbone=name, compiled=compiled, error="no time was left")
+                continue
+            with part.measuring(backbone=name, compiled=compiled) as row:
+                row |= one(part, data, {"name": name, **options}, compiled, rate)
+
+
+def one(
+    part: Part, data: Path, backbone: dict[str, object], compiled: bool, rate: float
+) -> measure.Row:
+    """Images a second of one network."""
+    batch = 8 if part.tiny else BATCH
+    backbone["input_size"] = 32 if part.tiny else SIDE
+    if part.tiny:
+        backbone |= {"width": 0.125, "embedding_dim": 16}
+    settings = configuration.load(ROOT / "configs" / "small.yaml")
+    tree = configuration.to_dict(settings)
+    tree["data"] |= {"train": str(data), "validation_people": 0}
+    tree["data"]["workers"] = 0 if part.tiny else max(2, (os.cpu_count() or 2) - 2)
+    tree["data"]["augmentation"] = {"flip": 0.5}
+    tree["backbone"] = backbone
+    tree["training"] |= {
+        "batch_size": batch,
+        "device": part.device.type,
+        "compile": compiled,
+        "autocast": "bf16",
+        "channels_last": True,
+        "lr": 0.01,
+    }
+    tree["validation"]["pairs"] = []
+    settings = configuration.from_dict(tree)
+    steps, rounds = (1, 1) if part.tiny else (8, 3)
+    with world(part.device.type) as place:
+        bare, full, ratio = throughput(settings, place, steps=steps, rounds=rounds)
+    work = 6 * multiply_adds(**backbone)
+    return {
+        "batch": batch,
+        "bare images/s": bare,
+        "full images/s": full,
+        "full / bare": ratio,
+        "MFU bare": bare * work / rate / 1e12,
+        "MFU full": full * work / rate / 1e12,
+    }

@@ -1,0 +1,144 @@
+"""Training on the device: exact resuming, no waiting of the host, embeddings as on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from sphereface2 import backbones
+from sphereface2.data import synthetic
+from sphereface2.embedder import Embedder
+from sphereface2.training import config as configuration
+from sphereface2.training.distributed import world
+from sphereface2.training.fit import build_trainer, open_inputs
+
+SETTINGS = {
+    "backbone.name": "sfnet4",
+    "backbone.width": 0.125,
+    "backbone.input_size": 64,
+    "backbone.embedding_dim": 32,
+    "backbone.batch_norm": True,
+    "backbone.dropout": 0.2,
+    "head.streaming": True,
+    "head.loss_weight": 5,
+    "data.validation_people": 4,
+    "data.workers": 2,
+    "data.augmentation.affine": 0.5,
+    "training.fused_head": True,
+    "training.clip_norm": "null",
+    "training.clip_embedding_norm": 5,
+    "training.autocast": "bf16",
+    "training.epochs": 12,
+    "training.batch_size": 16,
+    "training.lr": 0.02,
+    "training.checkpoint_every": 5,
+    "training.log_every": 3,
+    "training.ema": 0.9,
+    "validation.every": 0,
+    "validation.pairs": "[]",
+}
+DETERMINISTIC = (
+    "import torch; torch.use_deterministic_algorithms(True);"
+    "from sphereface2.cli import main; main()"
+)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces") / "set"
+    return synthetic.write(folder, people=24, images_per_person=8, pairs_per_fold=6)
+
+
+def start(*words, **settings):
+    options = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", DETERMINISTIC, "fit", *map(str, words), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+
+
+def logged(output):
+    return [
+        json.loads(line)
+        for path in output.glob("*/metrics.jsonl")
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+
+
+def test_killed_and_resumed_training_ends_at_the_same_weights(slow_on_cpu, faces, tmp_path):
+    settings = {**SETTINGS, "data.train": faces, "training.device": slow_on_cpu.type}
+    whole = start(**settings, output=tmp_path / "whole")
+    killed = start(**settings, output=tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and killed.poll() is None:
+        if any(line["step"] >= 6 for line in logged(tmp_path / "killed")):
+            break
+        time.sleep(0.005)
+    assert killed.poll() is None, killed.communicate()[0][-3000:]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    steps = max(line["step"] for line in logged(tmp_path / "killed"))
+    finish(whole)
+    last = max(line["step"] for line in logged(tmp_path / "whole"))
+    assert steps < last, "killed too late to test anything"
+    (folder,) = (tmp_path / "killed").iterdir()
+    finish(start("--resume", folder))
+    found, expected = (
+        safetensors.torch.load_file(
+            next((tmp_path / name).iterdir()) / "checkpoints" / "last" / "model.safetensors"
+        )
+        for name in ("killed", "whole")
+    )
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(found[key], expected[key]), key
+
+
+@pytest.mark.parametrize("autocast", ["off", "bf16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_training_step_waits_for_the_device(cuda, faces, tmp_path, autocast, fused):
+    settings = {**SETTINGS, "data.train": faces, "data.workers": 0, "training.device": "cuda"}
+    settings |= {"training.autocast": autocast, "training.fused_head": fused}
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    config = configuration.load(None, words)
+    with world("cuda") as place:
+        trainer = build_trainer(config, tmp_path, place, open_inputs(config, place))
+        trainer.forward.train()
+        batches = trainer.batches(0)
+        for mode in ("default", "default", "error"):
+            batch = next(batches)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                trainer.step([batch])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["sfnet4", "iresnet18", "mobilefacenet"])
+def test_networks_give_the_cpus_embeddings(device, name):
+    torch.manual_seed(0)
+    network = backbones.build(name, input_size=64, embedding_dim=32, width=0.25)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (72, 72, 3), dtype=np.uint8) for _ in range(9)]
+    expected = Embedder(network, device="cpu").embed(images)
+    found = Embedder(network, device=device, batch_size=4).embed(images)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import safetensors.torch
 import torch
 
 from sphereface2 import backbones
-from sphereface2.backbones import bundle
+from sphereface2.backbones import bundle, registry
 from sphereface2.errors import UserError
 
 
@@ -258,3 +261,39 @@ def test_weights_of_the_right_shape_from_elsewhere(saved: Path, net: backbones.B
     )
     loaded = bundle.load(saved).state_dict()
     assert all(torch.equal(loaded[key], value + 1) for key, value in net.state_dict().items())
+
+
+def test_loading_imports_no_compiler_and_draws_nothing(saved: Path) -> None:
+    """torch's compiler and sympy, which its random functions import on the device meta."""
+    program = (
+        "import sys, torch\n"
+        "from sphereface2.backbones import bundle\n"
+        "before = torch.random.get_rng_state()\n"
+        f"net = bundle.load({str(saved)!r})\n"
+        "assert torch.equal(before, torch.random.get_rng_state())\n"
+        "assert not any(t.is_meta for t in [*net.parameters(), *net.buffers()])\n"
+        "assert all(p.requires_grad for p in net.parameters())\n"
+        "print([name for name in ('torch._dynamo', 'sympy', 'timm') if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_buffers_that_are_not_stored_are_computed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Windowed(backbones.Backbone):
+        def __init__(self, *, embedding_dim: int, input_size: int) -> None:
+            super().__init__(embedding_dim, input_size)
+            self.fc = torch.nn.Linear(3, embedding_dim)
+            self.register_buffer("window", torch.hann_window(8), persistent=False)
+
+    monkeypatch.setattr(registry, "_BACKBONES", copy.deepcopy(registry._BACKBONES))
+    registry._BACKBONES.register("windowed")(Windowed)
+    net = backbones.build("windowed", embedding_dim=4, input_size=32)
+    bundle.save(net, tmp_path)
+    loaded = bundle.load(tmp_path)
+    assert torch.equal(loaded.window, torch.hann_window(8))
+    assert torch.equal(loaded.fc.weight, net.fc.weight)

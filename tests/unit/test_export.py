@@ -246,9 +246,10 @@ def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monke
             bundle.load(tmp_path / f"{name}.onnx")
     with pytest.raises(UserError, match="exported already"):
         export(float32, to="onnx")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"sphereface2\[export\]"):
-        bundle.load(float32)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(UserError, match=r"sphereface2\[export\]"):
+            bundle.load(float32)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"needs onnxscript.*sphereface2\[export\]"):
         export(checkpoint, to="onnx")

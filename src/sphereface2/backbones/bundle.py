@@ -21,6 +21,7 @@ from sphereface2.files import atomic_write, digest
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.overrides import TorchFunctionMode
 
     from sphereface2.backbones.base import Backbone
 
@@ -103,14 +104,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     # A file that asks for timm's weights would make `build` go to the network.
     kwargs = {k: v for k, v in description["backbone"]["kwargs"].items() if k != "pretrained"}
     try:
-        # Building draws initial weights; a caller in the midst of training keeps its generator.
-        with torch.random.fork_rng(devices=[]):
-            if name in available():
-                # Shapes first, without memory: a config may claim a network of any size.
-                with torch.device("meta"):
-                    shapes = build(name, **kwargs).state_dict()
-                _check_weights(weights, shapes, weights_file, name)
-            net = build(name, **kwargs)
+        net = None
+        if name in available():
+            # Shapes first, without memory: a config may claim a network of any size.
+            with torch.device("meta"), _uninitialised():
+                net = build(name, **kwargs)
+            _check_weights(weights, net.state_dict(), weights_file, name)
+            stored = net.state_dict().keys()
+            if any(key not in stored for key, _ in net.named_buffers()):
+                net = None  # it computes some of its buffers when it is built
+        if net is None:
+            # Building draws initial weights; a caller in the midst of training keeps its generator.
+            with torch.random.fork_rng(devices=[]):
+                net = build(name, **kwargs)
+            _check_weights(weights, net.state_dict(), weights_file, name)
         net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
     except _MismatchError:
         raise
@@ -121,8 +128,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
             f"{config_file} contradicts itself: its preprocessing makes {net.preprocessing.size} "
             f"images and its network takes {net.input_size}"
         )
-    _check_weights(weights, net.state_dict(), weights_file, name)
-    net.load_state_dict(weights)
+    wanted = net.state_dict()
+    net.load_state_dict({k: v.to(wanted[k].dtype) for k, v in weights.items()}, assign=True)
     net.metadata = description["metadata"]
     return net.to(device).eval()
 
@@ -200,6 +207,24 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(description.setdefault("metadata", {}), dict):
         raise UserError(f"{file} is damaged: its metadata is no JSON object")
     return description
+
+
+def _uninitialised() -> TorchFunctionMode:
+    """A context in which modules draw no initial weights, which on the device meta costs seconds.
+
+    There torch's random functions are written in Python and load torch's compiler.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class Uninitialised(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    return Uninitialised()
 
 
 class _MismatchError(UserError):

@@ -9,23 +9,11 @@ import sys
 from pathlib import Path
 
 import yaml
+from command_line import parsed
 from compose_spec import PyCompose
-from typer.main import get_command
-
-from sphereface2.cli import app
 
 CONTAINER = Path(__file__).parents[2] / "deploy/container"
 HADOLINT = Path(sys.executable).with_name("hadolint")
-
-
-def parses(words: list[str]) -> dict[str, object]:
-    """The options of a `sphereface2` command; it fails on a word that the command does not know."""
-    command = get_command(app)
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    context = command.make_context("sphereface2", list(words))
-    assert not context.args
-    return context.params
 
 
 def test_the_container_file_is_clean_and_starts_the_service() -> None:
@@ -38,7 +26,7 @@ def test_the_container_file_is_clean_and_starts_the_service() -> None:
         for word in ("ENTRYPOINT", "CMD")
     )
     assert entry == ["sphereface2"]
-    options = parses(command)
+    options = parsed(*command)
     assert options["host"] == "0.0.0.0" and options["keys"] is not None
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["10001"]
 
@@ -50,7 +38,7 @@ def test_the_compose_file_is_valid_and_its_parts_fit() -> None:
     PyCompose.from_yaml(set_).validate()
     services = yaml.safe_load(set_)["services"]
     service, milvus = services["service"], services["milvus"]
-    options = parses(list(service["command"]))
+    options = parsed(*service["command"])
     assert options["gallery"] == "http://milvus:19530"
     mounted = {volume.split(":")[1] for volume in service["volumes"]}
     assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent)} == mounted

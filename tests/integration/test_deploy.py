@@ -12,10 +12,9 @@ from typing import Any
 import kubeflow_trainer_api.models as kubernetes
 import pytest
 import yaml
+from command_line import parsed
 from torch.distributed.run import get_args_parser
-from typer.main import get_command
 
-from sphereface2.cli import app
 from sphereface2.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
@@ -60,12 +59,11 @@ def check_fit(words: list[str]) -> Any:
     """torchrun's words start our command, which understands its own; torchrun's part of them."""
     options = get_args_parser().parse_args(words)
     assert (options.module, options.training_script) == (True, "sphereface2")
-    name, *rest = options.training_script_args
-    assert name == "fit"
-    context = get_command(app).commands["fit"].make_context("fit", rest)  # type: ignore[attr-defined]
-    assert context.params["run_folder"], "without it a restart would begin anew"
-    path = ROOT / "configs" / context.params["config"].name
-    settings = configuration.load(path, context.args)
+    assert options.training_script_args[0] == "fit"
+    arguments = parsed(*options.training_script_args)
+    assert arguments["run_folder"], "without it a restart would begin anew"
+    path = ROOT / "configs" / Path(arguments["config"]).name
+    settings = configuration.load(path, arguments["settings"])
     assert settings.head["sharded"] is True
     return options
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.main import get_command
+from command_line import parsed
 
 from sphereface2 import backbones, heads
-from sphereface2.cli import app
+from sphereface2.training import command
 from sphereface2.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
@@ -85,14 +85,11 @@ def commands(page: Path) -> list[list[str]]:
 def test_documented_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for words in commands(page):
-        command = get_command(app)
-        while hasattr(command, "commands"):
-            command = command.commands[words.pop(0)]
-        context = command.make_context("sphereface2", list(words))
-        if command.name == "fit":
-            configuration.load(context.params["config"], context.args)
-        else:
-            assert not context.args
+        arguments = parsed(*words)
+        if words[0] == "fit":
+            config = arguments["config"]
+            path = None if config is None else command.find(config)
+            configuration.load(path, arguments["settings"])
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=lambda page: page.stem)

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import ran
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
-from sphereface2.cli import main
 from sphereface2.data import synthetic
 from sphereface2.recognition.features import embed_set
 
@@ -51,7 +51,7 @@ def test_killed_in_its_midst_it_goes_on_to_the_same_file(model: Path, tmp_path: 
     torch.set_num_threads(1)
     try:
         whole = tmp_path / "whole.parquet"
-        embed_set(model, faces, whole, aligned=True, batch_size=1, device="cpu")
+        embed_set(str(model), faces, out=whole, aligned=True, batch_size=1, device="cpu")
     finally:
         torch.set_num_threads(threads)
     out, parts = tmp_path / "f.parquet", tmp_path / ".f.parquet.parts"
@@ -86,7 +86,7 @@ def test_photographs_are_aligned_and_faceless_ones_listed(
         shutil.copy(path, photos)
     (photos / "wall.png").write_bytes(_grey_png())
     (photos / "note.jpg").write_bytes(b"no picture")
-    embed_set(model, photos, tmp_path / "f.parquet", device="cpu")
+    embed_set(str(model), photos, out=tmp_path / "f.parquet", device="cpu")
     told = capsys.readouterr().out
     assert "4 of 6 pictures embedded" in told and "2 left out" in told
     rows = list(csv.reader((tmp_path / "f.parquet.skipped.csv").open()))
@@ -105,8 +105,6 @@ def _grey_png() -> bytes:
 def test_mistakes_end_in_one_sentence(
     model: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
     (tmp_path / "a.png").write_bytes(_grey_png())
@@ -116,14 +114,9 @@ def test_mistakes_end_in_one_sentence(
         (tmp_path / "gone", tmp_path),
         (model, tmp_path / "gone"),
     ]:
-        monkeypatch.setattr(
-            sys, "argv", ["sphereface2", "embed", str(checkpoint), str(source), "--out", out]
-        )
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr().err
-        assert ended.value.code == 2
-        assert told.startswith("error: ") and told.count("\n") == 1
+        status, _, message = ran("embed", checkpoint, source, "--out", out)
+        assert status == 2
+        assert message.startswith("error: ") and message.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import Ran, call, ran
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
-from sphereface2.cli import app
 from sphereface2.data.convert import convert
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -27,11 +26,8 @@ pytest.importorskip("pymilvus")
 pytest.importorskip("milvus_lite")
 
 
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(app, ["gallery", *map(str, words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words: object) -> Ran:
+    return call("gallery", *words)
 
 
 def answer(*words: object) -> list[dict]:
@@ -142,7 +138,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
 def test_features_as_embed_writes_them(world: Path, tmp_path: Path) -> None:
     table = tmp_path / "features.parquet"
     words = ["embed", world / "old", world / "faces", "--out", table, "--aligned"]
-    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    call(*words)
     added = run("add", tmp_path / "g", "--features", table)
     assert "6 pictures of 3 people" in added.stdout
 
@@ -154,13 +150,13 @@ def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
     convert(world / "faces", tmp_path / "set", to="recordio")
     (tmp_path / "set" / "names.txt").unlink()
     words = ["embed", world / "old", tmp_path / "set", "--out", table, "--aligned"]
-    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    call(*words)
     assert "6 pictures of 3 people" in run("add", gallery, "--features", table).stdout
     (found,) = answer(gallery, files[2], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "1"
 
     words[4] = tmp_path / "other.parquet"
-    assert CliRunner().invoke(app, [*map(str, words), "--no-flip"]).exit_code == 0
+    call(*words, "--no-flip")
     with pytest.raises(UserError, match="embedded with --no-flip"):
         run("add", gallery, "--features", tmp_path / "other.parquet")
     told = pq.read_schema(table).metadata
@@ -196,9 +192,9 @@ def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) 
     gallery, old, face = tmp_path / "g", ["--model", world / "old"], world / "faces/ann/0.png"
     run("add", gallery, "ann", face, *old, "--aligned")
     words = ["search", gallery, world / "none.png", face, *old, "--aligned", "--json"]
-    ran = CliRunner().invoke(app, ["gallery", *map(str, words)])
-    assert isinstance(ran.exception, UserError) and "1 of 2 pictures" in str(ran.exception)
-    bad, good = json.loads(ran.stdout)
+    done = ran("gallery", *words)
+    assert done.returncode == 2 and "1 of 2 pictures" in done.stderr
+    bad, good = json.loads(done.stdout)
     assert "none.png" in bad["error"] and good["matches"][0]["person"] == "ann"
 
 
@@ -210,15 +206,14 @@ def test_a_full_disk_is_one_sentence(world: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     words = ["gallery", "add", tmp_path / "g", "--folder", world / "faces", "--aligned"]
-    code = "from sphereface2.cli import main; main()"
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words), "--model", str(world / "old")],
+    done = subprocess.run(
+        [sys.executable, "-m", "sphereface2", *map(str, words), "--model", str(world / "old")],
         capture_output=True,
         text=True,
         preexec_fn=limit,
     )
-    assert ran.returncode == 2 and "Traceback" not in ran.stderr, ran.stderr
-    assert "File too large" in ran.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr.strip().splitlines()[-1]
 
 
 def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:

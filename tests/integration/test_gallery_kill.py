@@ -29,8 +29,8 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 def test_a_second_process_is_told_and_harms_nothing(tmp_path: Path) -> None:
     other = (
-        "from sphereface2.cli import main; import sys;"
-        f"sys.argv = ['sphereface2', 'gallery', 'list', {str(tmp_path / 'g')!r}]; main()"
+        "import sys; from sphereface2.cli import main;"
+        f"sys.exit(main(['gallery', 'list', {str(tmp_path / 'g')!r}]))"
     )
     with Gallery.open(tmp_path / "g", fingerprint=MODEL, dim=DIM) as gallery:
         gallery.add("x", [1.0] * DIM)

@@ -19,19 +19,19 @@ from urllib.parse import quote, urlsplit
 import httpx
 import numpy as np
 import pytest
+from command_line import ran
 from fastapi.testclient import TestClient
 from PIL import Image
 from serving import drawn, encoded, make_model, photograph, serving
-from typer.testing import CliRunner
 
-from sphereface2.cli import app as cli
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
-from sphereface2.recognition.service import bodies, keys, serve
+from sphereface2.recognition.service import bodies, keys
 from sphereface2.recognition.service.app import Settings, create_app
 from sphereface2.recognition.service.audit import Audit
+from sphereface2.recognition.service.commands import serve
 from sphereface2.recognition.service.gate import LOOPBACK_NAMES
 from sphereface2.recognition.service.people import Crops
 
@@ -772,7 +772,7 @@ def test_a_refused_start_lets_go_of_the_gallery(
         monkeypatch.setattr(tempfile, "tempdir", sockets)
         for options in ({"far": 0.5}, {"audit": tmp_path}):
             with pytest.raises(UserError):
-                serve(str(model), str(folder), **options)
+                serve(str(model), gallery=str(folder), **options)
             assert list(Path(sockets).iterdir()) == []
             Gallery.open(folder, fingerprint=None, dim=None).close()  # locked while it is open
 
@@ -781,23 +781,23 @@ def test_an_unsafe_start_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
         with pytest.raises(UserError, match="keys"):
-            serve(str(model), str(tmp_path / "g"), host=host)
+            serve(str(model), gallery=str(tmp_path / "g"), host=host)
     with pytest.raises(UserError, match="does not exist"):
-        serve(str(model), str(tmp_path / "g"), keys=tmp_path / "none.json")
+        serve(str(model), gallery=str(tmp_path / "g"), keys=tmp_path / "none.json")
     with pytest.raises(UserError, match="both"):
-        serve(str(model), str(tmp_path / "g"), tls_cert=tmp_path / "c.pem")
+        serve(str(model), gallery=str(tmp_path / "g"), tls_cert=tmp_path / "c.pem")
     with pytest.raises(UserError, match="--max-queue"):
-        serve(str(model), str(tmp_path / "g"), max_queue=3)
+        serve(str(model), gallery=str(tmp_path / "g"), max_queue=3)
     words = tmp_path / "words.pem"
     words.write_text("words")
     with pytest.raises(UserError, match="no certificate"):
-        serve(str(model), str(tmp_path / "g"), tls_cert=words, tls_key=words)
+        serve(str(model), gallery=str(tmp_path / "g"), tls_cert=words, tls_key=words)
     for option in ("--max-megapixels", "--max-body-mb", "--rate", "--drain-seconds"):
         started = ["serve", str(model), "--gallery", str(tmp_path / "g"), option, "inf"]
-        assert CliRunner().invoke(cli, started).exit_code == 2
+        assert ran(*started).returncode == 2
     (tmp_path / "evil.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
     with pytest.raises(UserError):
-        serve(str(tmp_path / "evil.bin"), str(tmp_path / "g"))
+        serve(str(tmp_path / "evil.bin"), gallery=str(tmp_path / "g"))
 
 
 # --- rubbish -------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from command_line import ran
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
-from sphereface2.cli import main
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.evaluate import evaluate
@@ -36,16 +36,12 @@ def run(*words, cwd=None):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch):
     """The same command in this process, which spares the seconds that imports take."""
 
     def command(*words):
         monkeypatch.setenv("COLUMNS", "80")
-        monkeypatch.setattr(sys, "argv", ["sphereface2", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        told = capsys.readouterr()
-        return subprocess.CompletedProcess(words, left.value.code or 0, told.out, told.err)
+        return ran(*words)
 
     return command
 

@@ -133,9 +133,10 @@ def test_a_smaller_copy_shows_the_same_images(tmp_path, encode, most):
         path = tmp_path / "faces" / "ab"[seed % 2] / f"{seed}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), smooth(seed))
-    encoding = Encoding(encode, 90, size=32)
     for name in ("one", "two"):
-        convert(tmp_path / "faces", tmp_path / name, to="recordio", encoding=encoding)
+        convert(
+            tmp_path / "faces", tmp_path / name, to="recordio", encode=encode, quality=90, size=32
+        )
     files = [(tmp_path / name / "train.rec").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
     assert (tmp_path / "one" / "property").read_text().strip() == "2,32,32"
@@ -146,7 +147,7 @@ def test_a_smaller_copy_shows_the_same_images(tmp_path, encode, most):
         small = cv2.resize(decode(original), (32, 32), interpolation=cv2.INTER_AREA)
         assert np.abs(decode(ours).astype(int) - small).mean() < most
     # Nothing is enlarged.
-    convert(tmp_path / "faces", tmp_path / "large", to="list", encoding=Encoding(encode, size=99))
+    convert(tmp_path / "faces", tmp_path / "large", to="list", encode=encode, size=99)
     assert {decode(image).shape for image, _ in contents(tmp_path / "large")} == {(48, 48, 3)}
 
 
@@ -156,9 +157,7 @@ def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
     same = [True, False, True, False]
     content = ([images[i] for pair in pairs for i in pair], same)
     (tmp_path / "set.bin").write_bytes(pickle.dumps(content))
-    done = convert(
-        tmp_path / "set.bin", tmp_path / "small.bin", to="bin", encoding=Encoding("png", size=24)
-    )
+    done = convert(tmp_path / "set.bin", tmp_path / "small.bin", to="bin", encode="png", size=24)
     assert done.images == 5
     small = load_pairs(tmp_path / "small.bin")
     assert small.same.tolist() == same
@@ -169,7 +168,7 @@ def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
             assert np.array_equal(decode(small.images[ours]), expected)
     (tmp_path / "bad.bin").write_bytes(pickle.dumps(([*content[0][:7], b"damaged"], same)))
     with pytest.raises(UserError, match="image 1 of pair 3 cannot be read"):
-        convert(tmp_path / "bad.bin", tmp_path / "x.bin", to="bin", encoding=Encoding())
+        convert(tmp_path / "bad.bin", tmp_path / "x.bin", to="bin", encode="webp")
     assert not (tmp_path / "x.bin").exists()
 
 

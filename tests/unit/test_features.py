@@ -68,7 +68,9 @@ def test_rows_are_the_embedder_s_in_the_order_of_the_set(
     model: Path, faces: Path, tmp_path: Path, dtype: str
 ) -> None:
     out = tmp_path / "f.parquet"
-    report = embed_set(model, faces, out, aligned=True, dtype=dtype, device="cpu", batch_size=7)
+    report = embed_set(
+        str(model), faces, out=out, aligned=True, dtype=dtype, device="cpu", batch_size=7
+    )
     assert (report["images"], report["embedded"], report["skipped"]) == (30, 30, 0)
     source = open_source(faces)
     embedder = FaceEmbedder.from_pretrained(model, device="cpu", batch_size=7)
@@ -110,7 +112,7 @@ def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(
     cv2.imwrite(str(root / "Bo/0.png"), np.zeros((40, 40, 3), np.uint8))
     monkeypatch.setattr("sphereface2.recognition.face_embedder.Aligner", TopAligner)
     out = tmp_path / "f.parquet"
-    report = embed_set(model, root, out, device="cpu", batch_size=1)
+    report = embed_set(str(model), root, out=out, device="cpu", batch_size=1)
     assert (report["embedded"], report["skipped"]) == (5, 3)
     rows = list(csv.reader((tmp_path / "f.parquet.skipped.csv").open()))
     assert [row[0] for row in rows] == ["name", "Ann/1.png", "Bo/0.png", "Bo/3.png"]
@@ -130,7 +132,7 @@ def test_nothing_embedded_is_an_error_that_says_where_to_look(model: Path, tmp_p
     for name in ("a.jpg", "b.jpg"):
         (root / name).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"none of 2 pictures .*f\.parquet\.skipped\.csv"):
-        embed_set(model, root.parent, tmp_path / "f.parquet", aligned=True, device="cpu")
+        embed_set(str(model), root.parent, out=tmp_path / "f.parquet", aligned=True, device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.parquet.skipped.csv", "set"]
 
 
@@ -138,7 +140,7 @@ def test_a_folder_of_pictures_needs_no_people(model: Path, tmp_path: Path) -> No
     root = pictures(tmp_path / "set", ["b.png", "a.jpg", "below/c.png"])
     (root / "notes.txt").write_text("not a list")
     assert open_pictures(root).name(0) == "a.jpg"
-    embed_set(model, root, tmp_path / "f.parquet", aligned=True, device="cpu")
+    embed_set(str(model), root, out=tmp_path / "f.parquet", aligned=True, device="cpu")
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["name"].to_pylist() == ["a.jpg", "b.png", "below/c.png"]
     assert table["label"].null_count == table["person"].null_count == 3
@@ -150,7 +152,7 @@ def test_names_that_are_not_utf_8(model: Path, tmp_path: Path) -> None:
     image = (root / "Ann/a.png").read_bytes()
     for name, content in ((b"caf\xe9.png", image), (b"caf\xe8.png", b"no picture")):
         Path(os.fsdecode(os.fsencode(root / "Ann") + b"/" + name)).write_bytes(content)
-    embed_set(model, root, tmp_path / "f.parquet", aligned=True, device="cpu")
+    embed_set(str(model), root, out=tmp_path / "f.parquet", aligned=True, device="cpu")
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["name"].to_pylist() == ["Ann/a.png", r"Ann/caf\udce9.png"]
     assert r"Ann/caf\udce8.png," in (tmp_path / "f.parquet.skipped.csv").read_text("utf-8")
@@ -164,7 +166,7 @@ def test_a_file_that_cannot_be_written_is_named(
 
     monkeypatch.setattr(features, "atomic_write", full)
     with pytest.raises(UserError, match=r"f\.parquet cannot be written: No space left"):
-        embed_set(model, faces, tmp_path / "f.parquet", aligned=True, device="cpu")
+        embed_set(str(model), faces, out=tmp_path / "f.parquet", aligned=True, device="cpu")
 
 
 def test_a_cluster_that_does_not_answer_is_told_of_at_once() -> None:
@@ -183,7 +185,7 @@ def test_a_run_goes_on_with_the_parts_it_has(
 ) -> None:
     options = {"aligned": True, "device": "cpu", "batch_size": 2}
     monkeypatch.setattr(features, "_BATCHES", {True: 3, False: 3})  # 30 pictures, 5 parts
-    embed_set(model, faces, tmp_path / "whole.parquet", **options)  # type: ignore[arg-type]
+    embed_set(str(model), faces, out=tmp_path / "whole.parquet", **options)  # type: ignore[arg-type]
 
     computed: list[int] = []
     compute = Job.compute
@@ -199,27 +201,27 @@ def test_a_run_goes_on_with_the_parts_it_has(
     monkeypatch.setattr(Job, "compute", stop_in_the_third)
     out = tmp_path / "f.parquet"
     with pytest.raises(KeyboardInterrupt):
-        embed_set(model, faces, out, **options)  # type: ignore[arg-type]
+        embed_set(str(model), faces, out=out, **options)  # type: ignore[arg-type]
     assert not out.exists()
     # Another model, other settings or another input must not be mixed in.
     (tmp_path / "other").mkdir()
     other = make_model(tmp_path / "other", 1)
     with pytest.raises(UserError, match="another model:"):
-        embed_set(other, faces, out, **options)  # type: ignore[arg-type]
+        embed_set(str(other), faces, out=out, **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="another flip:"):
-        embed_set(model, faces, out, flip=False, **options)  # type: ignore[arg-type]
+        embed_set(str(model), faces, out=out, flip=False, **options)  # type: ignore[arg-type]
     more = synthetic.write(tmp_path / "more", people=5, images_per_person=6, pairs_per_fold=2)
     with pytest.raises(UserError, match="another input:"):
-        embed_set(model, more, out, **options)  # type: ignore[arg-type]
+        embed_set(str(model), more, out=out, **options)  # type: ignore[arg-type]
     computed[:] = [2]
-    embed_set(model, faces, out, **options)  # type: ignore[arg-type]
+    embed_set(str(model), faces, out=out, **options)  # type: ignore[arg-type]
     assert computed == [2, 2, 3, 4]
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     # Once more: it is there, and nothing is computed; but not with another setting.
-    embed_set(model, faces, out, **options)  # type: ignore[arg-type]
+    embed_set(str(model), faces, out=out, **options)  # type: ignore[arg-type]
     assert computed == [2, 2, 3, 4]
     with pytest.raises(UserError, match="another dtype:"):
-        embed_set(model, faces, out, dtype="float16", **options)  # type: ignore[arg-type]
+        embed_set(str(model), faces, out=out, dtype="float16", **options)  # type: ignore[arg-type]
 
 
 @given(images=st.integers(1, 500), batch_size=st.integers(1, 64), aligned=st.booleans())
@@ -245,6 +247,6 @@ def test_wrong_options(
     model: Path, faces: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        embed_set(model, faces, tmp_path / "f.parquet", **options)  # type: ignore[arg-type]
+        embed_set(str(model), faces, out=tmp_path / "f.parquet", **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--out"):
-        embed_set(model, faces, tmp_path / "no" / "f.parquet")
+        embed_set(str(model), faces, out=tmp_path / "no" / "f.parquet")

@@ -34,11 +34,12 @@ _NAMED_IN_REPORT = 20
 
 
 def align(
-    source: str | Path,
-    target: str | Path,
+    source: Path,
+    target: Path,
+    /,
     *,
     all_faces: bool = False,
-    landmarks: str | Path | None = None,
+    landmarks: Path | None = None,
     workers: int | None = None,
     size: int = SIZE,
     png: bool = False,
@@ -46,7 +47,7 @@ def align(
     max_pixels: int = 100_000_000,
     detector: str = detectors.DEFAULT,
 ) -> dict[str, Any]:
-    """Crop the faces of the pictures below ``source`` into the same tree below ``target``.
+    """Find faces in photographs and crop them for training and embedding.
 
     ``person/name.png`` becomes ``person/name.jpg`` (quality 95), with the picture's own suffix
     kept in the name (``name.png.jpg``) where two pictures would share one. A picture without a

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sphereface2 import __version__
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, digest
+from sphereface2.version import __version__
 
 if TYPE_CHECKING:
     import torch

@@ -98,9 +98,16 @@ class _Add(Protocol):
 
 
 def convert(
-    source: str | Path, target: str | Path, *, to: str, encoding: Encoding | None = None
+    source: Path,
+    target: Path,
+    /,
+    *,
+    to: str,
+    encode: str | None = None,
+    quality: int = 75,
+    size: int | None = None,
 ) -> Conversion:
-    """Copy the data set at ``source`` into the new folder ``target`` in the format ``to``.
+    """Convert a data set between formats, or make a smaller copy of it.
 
     ``to`` is ``folder`` (``person/000000.jpg``), ``list`` (the same under ``images/``, and
     ``train.txt``), ``recordio`` (``train.rec train.idx property``) or ``webdataset`` (shards of
@@ -110,11 +117,22 @@ def convert(
     With ``bin``, ``source`` is a verification set and ``target`` a file in InsightFace's layout;
     its pairs keep their order, and an unreadable image is an error.
 
-    Bytes are copied as they are, or encoded anew with an ``encoding``. ``target`` appears only
+    Bytes are copied as they are unless ``encode`` or ``size`` is given. ``target`` appears only
     when it is complete.
 
-    Raises UserError if ``to`` is unknown, ``target`` exists or no image can be read.
+    Args:
+        source: Folder, list, RecordIO file or WebDataset; or a verification set.
+        target: Folder to create; a file with `--to bin`.
+        to: "folder", "list", "recordio" or "webdataset"; "bin" for a verification set.
+        encode: Encode the images anew as "webp", "jpg" or "png".
+        quality: Quality of WebP and JPEG, 1 to 100.
+        size: Scale the longest side down to this many pixels; as WebP unless `--encode` is given.
+
+    Raises:
+        UserError: an unknown format, ``target`` exists or no image can be read.
     """
+    anew = encode is not None or size is not None
+    encoding = Encoding(encode or "webp", quality, size) if anew else None
     target = Path(target)
     if to not in _WRITERS and to != "bin":
         raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, 'bin'])}")
@@ -126,8 +144,8 @@ def convert(
     opened = open_source(source)
     done = Conversion(target)
     with atomic_folder(target) as temporary:
-        size = _first_size(opened, encoding)
-        with _WRITERS[to](temporary, _folder_names(opened), size) as add:
+        shape = _first_size(opened, encoding)
+        with _WRITERS[to](temporary, _folder_names(opened), shape) as add:
             _copy(opened, add, done, to, encoding, console)
         if done.images == 0:
             raise UserError(f"none of the {len(opened)} images of {source} can be read")

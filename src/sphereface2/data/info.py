@@ -54,11 +54,17 @@ class Info:
         return {**vars(self), "person_sizes": sizes}
 
 
-def info(path: str | Path, *, as_json: bool = False) -> Info:
-    """Read every image of the data set at ``path`` and print what was found.
+def info(path: Path, /, *, as_json: bool = False) -> Info:
+    """Count the images, people, unreadable files and duplicates of a data set.
 
-    ``path`` is anything ``open_source`` opens, or a verification ``.bin``. As JSON the keys are
-    the fields of ``Info``. Raises UserError for what is no data set.
+    Every image is read. As JSON the keys are the fields of ``Info``.
+
+    Args:
+        path: Folder, list, RecordIO file, WebDataset or verification set (`.bin`).
+        as_json: Print JSON instead of tables.
+
+    Raises:
+        UserError: there is no data set.
     """
     path = Path(path)
     console = Console(stderr=True)

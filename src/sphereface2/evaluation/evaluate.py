@@ -245,32 +245,48 @@ def evaluate_people(
 
 
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: Path,
+    /,
     *,
-    pairs: Sequence[str | Path] = (),
-    images: str | Path | None = None,
-    names: str | Path | None = None,
-    all_pairs: str | Path | None = None,
+    pairs: Sequence[Path] = (),
+    images: Path | None = None,
+    names: Path | None = None,
+    all_pairs: Path | None = None,
     suites: Sequence[str] = (),
-    root: str | Path | None = None,
+    root: Path | None = None,
     detector_weights: bool = False,
     flip: bool = True,
     batch_size: int = 128,
     seed: int = 0,
-    plots: str | Path | None = None,
+    plots: Path | None = None,
     device: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
-    """The command ``sphereface2 evaluate``: score a checkpoint, print tables or JSON, return it.
+    """Measure a model's accuracy on verification pairs, all pairs of a set, or standard suites.
 
     The report holds ``checkpoint``, ``flip``, ``sets`` (a list with the `score_pairs` report of
     each of ``pairs``, in their order) and, if asked for, ``all_pairs`` (from `evaluate_people`).
     Where a ``calibration.json`` lies beside the network, each set is judged by it too, unless
     ``flip`` is off: it was fitted on embeddings with the mirror image.
-    ``images`` is for the text lists among ``pairs``; ``names`` for the one ``.bin`` among them, by
-    default ``X_pairs.txt`` beside ``X.bin``. ``suites`` names some of `suites.SUITES`, whose
-    files lie under ``root``: their pairs follow in ``sets``; IJB's reports go to ``templates``,
-    MegaFace's to ``distractors``, a list each.
+    IJB's reports go to ``templates``, MegaFace's to ``distractors``, a list each.
+
+    Args:
+        checkpoint: A run, a checkpoint folder, its weights, or an `.onnx` file.
+        pairs: Verification set: a `.bin` file, a `pairs.txt` or a pair list; repeatable.
+        images: Image folder of a `pairs.txt`.
+        names: A `pairs.txt` that names the people of a `.bin` file; default: `X_pairs.txt` beside
+            `X.bin`.
+        all_pairs: Score every pair of this folder, list or RecordIO file.
+        suites: lfw, agedb30, calfw, cplfw, cfp_ff, cfp_fp, combined, ijbb, ijbc or megaface;
+            repeatable.
+        root: Folder that holds the suites.
+        detector_weights: IJB: weight images by the detector's score.
+        flip: Add the embedding of the mirror image.
+        batch_size: Number of images in one forward pass.
+        seed: Seed of the bootstrap.
+        plots: Folder for PNG files of ROC curves and score histograms.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+        as_json: Print JSON instead of tables.
     """
     # Recognition builds on evaluation; here alone it is the other way about.
     from sphereface2.recognition.calibration import Calibration

@@ -42,12 +42,13 @@ class Scored:
 
 
 def calibrate(
-    checkpoint: str | Path,
+    checkpoint: Path,
+    /,
     *,
-    pairs: Sequence[str | Path] = (),
-    images: str | Path | None = None,
-    names: str | Path | None = None,
-    all_pairs: Sequence[str | Path] = (),
+    pairs: Sequence[Path] = (),
+    images: Path | None = None,
+    names: Path | None = None,
+    all_pairs: Sequence[Path] = (),
     fars: Sequence[float] = (1e-2,),
     method: str = "logistic",
     batch_size: int = 128,
@@ -55,20 +56,22 @@ def calibrate(
     device: str | None = None,
     as_json: bool = False,
 ) -> dict[str, Any]:
-    """The command ``sphereface2 calibrate``: fit, write ``calibration.json``, print, return.
+    """Map similarities to probabilities and thresholds; write calibration.json beside the model.
 
     Args:
-        checkpoint: a bundle, a run or an exported ``.onnx`` file; beside it the file is written.
-        pairs, images, names: verification sets, as in `evaluate`.
-        all_pairs: labelled sets of which every pair is used (a sample of `MOST_PAIRS` of either
-            kind where there are more). Of the network's own training set only the people who were
-            held out are used.
-        fars: where thresholds are wanted; the first is the default of a decision.
+        checkpoint: A run, a model folder or an exported `.onnx` file.
+        pairs: Verification set: a `.bin` file, a `pairs.txt` or a pair list; repeatable.
+        images: Image folder of a `pairs.txt`.
+        names: A `pairs.txt` that names the people of a `.bin` file.
+        all_pairs: Labelled set of which every pair is used, or a sample where there are too many;
+            repeatable. Of the model's own training set, only the held-out people are used.
+        fars: False accept rate to give a threshold for; repeatable, the first is the default of
+            decisions.
         method: "logistic" or "isotonic".
-        batch_size: images a forward pass.
-        seed: of the bootstrap and of the sample.
-        device: where to compute.
-        as_json: print JSON instead of a table.
+        batch_size: Number of images in one forward pass.
+        seed: Seed of the bootstrap and of the sample.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+        as_json: Print JSON instead of a table.
 
     Returns:
         ``checkpoint``, ``file``, ``calibration`` (the file's content) and ``shared_bias``: what

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from sphereface2 import __version__
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import (
@@ -27,6 +26,7 @@ from sphereface2.evaluation.verification import (
 )
 from sphereface2.files import atomic_write
 from sphereface2.recognition.fingerprint import fingerprint_of
+from sphereface2.version import __version__
 
 FILE = "calibration.json"
 FORMAT = "sphereface2-calibration"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphereface2 import __version__
 from sphereface2.errors import UserError
+from sphereface2.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,9 +44,9 @@ class Picture(NamedTuple):
 
 def add(
     gallery: str,
-    person: str | None,
-    pictures: Sequence[Path],
-    *,
+    person: str | None = None,
+    /,
+    *pictures: Path,
     folder: Path | None = None,
     features: Path | None = None,
     model: str | None = None,
@@ -55,21 +56,22 @@ def add(
     index: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Enrol one person's pictures, a folder of people, or a table of embeddings; print and return.
+    """Enrol a person's images, a folder of people or a table of embeddings.
 
     Args:
-        gallery: folder or Milvus address.
-        person, pictures: who, and their files: all must be usable, or nobody is added.
-        folder: ``folder/person/picture``: files that are enrolled already are passed over;
-            unusable pictures, and people whom a gallery does not take, are told and left out.
-        features: what ``sphereface2 embed`` wrote; people whom a gallery does not take are left
-            out.
-        model: a run, a model folder or a hub id; not needed for a table that names its model.
-        aligned: the pictures are aligned crops already.
-        metadata: JSON object to keep with the person.
-        replace: the person's older pictures go.
-        index: of a new gallery: flat, ivf or hnsw.
-        device: where to compute.
+        gallery: Folder of the gallery, or the URL of its database server.
+        person: Name of the person whom the images show.
+        pictures: Their images: all must be usable, or nobody is added.
+        folder: Enrol everybody in this folder, PERSON/IMAGE. Files that are enrolled already are
+            skipped; unusable images are listed and left out.
+        features: Enrol everybody in this table of `sphereface2 embed`.
+        model: A run, a model folder or the name of a model on the hub; not needed for a table that
+            names its model.
+        aligned: The images are aligned crops already.
+        metadata: JSON object to keep with the person, such as '{"since": 2024}'.
+        replace: Remove the person's older images.
+        index: Index of a new gallery: "flat" (exact), "ivf" or "hnsw".
+        device: "cpu", "cuda" or "mps"; default: the best there is.
 
     Returns:
         ``people`` and ``pictures`` added, ``there`` (pictures that were enrolled already), and
@@ -198,8 +200,14 @@ def _first(
     return None
 
 
-def set_metadata(gallery: str, person: str, metadata: str) -> Person:
-    """Put other metadata, a JSON object, in the place of a person's."""
+def set_metadata(gallery: str, person: str, /, *, metadata: str) -> Person:
+    """Change a person's metadata; their images stay.
+
+    Args:
+        gallery: Folder of the gallery, or the URL of its database server.
+        person: Name of an enrolled person.
+        metadata: JSON object that replaces the old one, such as '{"since": 2024}'.
+    """
     about = _metadata(metadata)
     with _opened(gallery) as opened:
         changed = opened.set_metadata(person, about)
@@ -209,8 +217,14 @@ def set_metadata(gallery: str, person: str, metadata: str) -> Person:
     return changed
 
 
-def remove(gallery: str, person: str, *, keep_bytes: bool = False) -> int:
-    """Remove a person and, unless ``keep_bytes``, rewrite the files without them."""
+def remove(gallery: str, person: str, /, *, keep_bytes: bool = False) -> int:
+    """Remove a person and every trace of their embeddings from the files.
+
+    Args:
+        gallery: Folder of the gallery, or the URL of its database server.
+        person: Name of an enrolled person.
+        keep_bytes: Leave the rewriting of the files for later.
+    """
     with _opened(gallery) as opened:
         count = opened.remove(person)
         if not count:
@@ -221,8 +235,12 @@ def remove(gallery: str, person: str, *, keep_bytes: bool = False) -> int:
     return count
 
 
-def compact(gallery: str) -> None:
-    """Rewrite the gallery's files without what was removed."""
+def compact(gallery: str, /) -> None:
+    """Rewrite a gallery's files without what was removed or replaced.
+
+    Args:
+        gallery: Folder of the gallery, or the URL of its database server.
+    """
     with _opened(gallery) as opened:
         opened.compact()
         local = opened.local
@@ -235,10 +253,10 @@ def compact(gallery: str) -> None:
 
 def search(
     gallery: str,
-    pictures: Sequence[Path],
-    *,
+    /,
+    *pictures: Path,
     model: str,
-    k: int = 5,
+    k: Annotated[int, Parameter(alias="-k")] = 5,
     fusion: str = "max",
     far: float | None = None,
     threshold: float | None = None,
@@ -247,14 +265,22 @@ def search(
     device: str | None = None,
     as_json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Look for the faces of pictures; print and return a report for each.
+    """Tell whom images show, or that they show nobody enrolled.
 
     Args:
-        gallery, pictures, model, aligned, device: as in `add`.
-        k, fusion, exact: of `Gallery.search`.
-        far: decide at the model's calibrated threshold for this FAR; None: its default.
-        threshold: decide at this cosine instead.
-        as_json: print JSON instead of a table.
+        gallery: Folder of the gallery, or the URL of its database server.
+        pictures: Images of the faces to search for.
+        model: A run, a model folder or the name of a model on the hub.
+        k: Number of people to list for an image.
+        fusion: A person's score is that of their best image ("max") or of the mean of their
+            images ("mean").
+        far: Answer "unknown" below the calibrated threshold for this false accept rate; default:
+            the calibration's first.
+        threshold: Answer "unknown" below this similarity, instead of `--far`.
+        exact: Compare with every embedding instead of asking an approximate index.
+        aligned: The images are aligned crops already.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+        as_json: Print JSON instead of a table.
 
     Returns:
         For each picture ``picture``, ``person`` (None: unknown, or no threshold), ``threshold``
@@ -264,6 +290,8 @@ def search(
         UserError: as elsewhere; or pictures could not be used, after the others were answered and
             printed, in JSON along with ``picture`` and ``error`` of these.
     """
+    if not pictures:
+        raise UserError("no images to search for: name at least one after the gallery")
     embedder = _embedder(model, device)
     if threshold is not None and far is not None:
         raise UserError("give --far or --threshold, not both")
@@ -331,8 +359,13 @@ def _print_matches(reports: list[dict[str, Any]], threshold: float | None) -> No
         console.print(table)
 
 
-def list_people(gallery: str, *, as_json: bool = False) -> list[Person]:
-    """Print everybody."""
+def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
+    """List the people in a gallery.
+
+    Args:
+        gallery: Folder of the gallery, or the URL of its database server.
+        as_json: Print JSON instead of a table.
+    """
     with _opened(gallery) as opened:
         people = opened.people()
     if as_json:
@@ -347,8 +380,13 @@ def list_people(gallery: str, *, as_json: bool = False) -> list[Person]:
     return people
 
 
-def stats(gallery: str, *, as_json: bool = False) -> dict[str, Any]:
-    """Print how many people and pictures, of which model."""
+def stats(gallery: str, /, *, as_json: bool = False) -> dict[str, Any]:
+    """Count the people and images of a gallery, and name its model.
+
+    Args:
+        gallery: Folder of the gallery, or the URL of its database server.
+        as_json: Print JSON instead of lines.
+    """
     with _opened(gallery) as opened:
         numbers = opened.stats()
     if as_json:
@@ -360,16 +398,18 @@ def stats(gallery: str, *, as_json: bool = False) -> dict[str, Any]:
 
 
 def reembed(
-    gallery: str, *, model: str, drop_missing: bool = False, device: str | None = None
+    gallery: str, /, *, model: str, drop_missing: bool = False, device: str | None = None
 ) -> dict[str, Any]:
-    """Embed everybody again by another model, from the files they were enrolled from.
+    """Move a gallery to another model, from the files that people were enrolled from.
 
     The gallery changes at once at the end; until then, and after a crash, it is the old one.
 
     Args:
-        gallery, model, device: as in `add`.
-        drop_missing: people and pictures whose files are gone are left out; without it they are
-            an error and nothing changes.
+        gallery: Folder of the gallery, or the URL of its database server.
+        model: The new model: a run, a model folder or the name of a model on the hub.
+        drop_missing: Leave out images whose files are gone; without it they are an error and
+            nothing changes.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
 
     Returns:
         ``people``: how many there are now; ``gone``: the names of those who were left out whole;

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sphereface2 import __version__, onnx_runtime
+from sphereface2 import onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
@@ -27,6 +27,7 @@ from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
 from sphereface2.recognition.fingerprint import fingerprint
+from sphereface2.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 EXTRA_FILE = "sphereface2.json"
@@ -44,16 +45,17 @@ _LIMIT = 2**31 - 2**24  # a protocol buffer holds 2 GiB, the graph itself includ
 
 
 def export(
-    checkpoint: str | Path,
+    checkpoint: Path,
+    /,
     *,
     to: str,
     int8: bool = False,
-    calibration: str | Path | None = None,
+    calibration: Path | None = None,
     images: int = 512,
     seed: int = 0,
-    out: str | Path | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """The command ``sphereface2 export``: write one file, check it against PyTorch, print how.
+    """Write a model as one ONNX file or torch.export archive, and check it against PyTorch.
 
     The file takes normalised float32 images (batch, 3, h, w), batch ≥ 1, and gives embeddings
     (batch, embedding_dim), not L2-normalised, as the network does. It describes itself in a JSON
@@ -61,15 +63,15 @@ def export(
     ``sphereface2.json`` of a ``torch_export`` archive.
 
     Args:
-        checkpoint: a run, a bundle or its weights.
+        checkpoint: A run, a model folder or its weights.
         to: "onnx" or "torch_export".
-        int8: weights and activations in 8 bits (ONNX only).
-        calibration: training set (anything `open_source` reads) that activation ranges are
-            measured on; needed for int8.
-        images: how many of its images, drawn without replacement.
-        seed: of that draw.
-        out: by default ``model.onnx``, ``model.int8.onnx`` or ``model.pt2`` in the folder given as
-            checkpoint. An older file is replaced once the new one has been checked.
+        int8: Quantise weights and activations to 8 bits (ONNX only).
+        calibration: Training set on which the ranges of activations are measured; needed for
+            `--int8`.
+        images: Number of its images to measure on, drawn without replacement.
+        seed: Seed of that draw.
+        out: File to write; default: `model.onnx`, `model.int8.onnx` or `model.pt2` beside the
+            checkpoint. An existing file is replaced once the new one has been checked.
 
     Returns:
         ``path``, ``bytes``, ``cosine`` (mean over the checked images), ``cosine_min`` and

@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sphereface2 import __version__
 from sphereface2.align import Face
 from sphereface2.data.folder import PictureSource, is_picture
 from sphereface2.data.sources import Source, open_source
@@ -33,6 +32,7 @@ from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.version import __version__
 
 FORMAT = "sphereface2-features"
 FORMAT_VERSION = 1
@@ -47,9 +47,10 @@ _BATCHES = {True: 32, False: 8}
 
 def embed_set(
     checkpoint: str | Path,
-    source: str | Path,
-    out: str | Path,
+    source: Path,
+    /,
     *,
+    out: Path,
     aligned: bool = False,
     dtype: str = "float32",
     batch_size: int = 64,
@@ -58,7 +59,7 @@ def embed_set(
     engine: str = "local",
     ray_address: str | None = None,
 ) -> dict[str, Any]:
-    """The command ``sphereface2 embed``: write the embeddings of a set of pictures as Parquet.
+    """Write the embeddings of a set of images to a Parquet file.
 
     Columns, in the order of the set: ``name``; ``label`` (int64) and ``person``, null where the
     set does not tell; ``embedding``, a list of fixed length, of length 1; and unless ``aligned``,
@@ -69,17 +70,17 @@ def embed_set(
     A run that was killed is continued by the same command and ends in the same file.
 
     Args:
-        checkpoint: what `FaceEmbedder.from_pretrained` takes.
-        source: what `open_source` takes, or a folder of pictures without people.
-        out: the Parquet file to make.
-        aligned: the pictures are crops by the template already.
-        dtype: of the stored embeddings, float32 or float16.
-        batch_size: pictures in one forward pass.
-        flip: add the mirror image's embedding.
-        device: cpu, cuda, mps; by default the best there is.
-        engine: "local", or "ray": parts are computed by a Ray Data pipeline.
-        ray_address: of a cluster, which must see ``source`` under the same path; by default a
-            Ray of its own on this machine.
+        checkpoint: A run, a model folder or the name of a model on the hub.
+        source: Folder, list, RecordIO file or WebDataset; a folder needs no folders of people.
+        out: Parquet file to write.
+        aligned: The images are aligned crops already.
+        dtype: Type of the stored embeddings, "float32" or "float16".
+        batch_size: Number of images in one forward pass.
+        flip: Add the embedding of the mirror image.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+        engine: "local", or "ray" for a Ray Data pipeline.
+        ray_address: Address of a Ray cluster, which must see SOURCE under the same path; default:
+            a cluster of its own on this machine.
 
     Returns:
         ``out``, ``images`` (in the set), ``embedded``, ``skipped`` and ``seconds``.

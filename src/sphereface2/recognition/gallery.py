@@ -35,9 +35,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sphereface2 import __version__
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.recognition.store import INDEXES, MOST_ROWS, SCHEMES, Row, Store
+from sphereface2.version import __version__
 
 FORMAT_VERSION = 1
 PREFIX = "sphereface2_"

@@ -37,7 +37,8 @@ def verify(
         first: An image file.
         second: Another image file.
         model: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
-        far: Decide with the calibrated threshold for this false accept rate.
+        far: Decide with the calibrated threshold for this false accept rate; default: the
+            calibration's first.
         threshold: Decide at this similarity (cosine) instead of a calibrated threshold.
         prior: Share of genuine pairs that is expected, for the probability.
         aligned: The images are face crops by the template already.

@@ -16,11 +16,25 @@ from sphereface2.study import page, plots, results, tables
 from sphereface2.study.design import Cell
 from sphereface2.study.measure import BINS, FARS, OWN_FARS
 from sphereface2.study.results import DPRIME, MAIN_FAR, OWN_GINI, PERCENTILES, RANK1, Results
-from sphereface2.study.runner import validation_tar
+from sphereface2.study.runner import CELLS, validation_tar
 from sphereface2.study.statistics import REPLICATES, Contrast, contrast
 
 PAGE = "report"
 INDEX = "index"
+
+
+def report(*studies: Path, out: Path, cells: Path = CELLS) -> None:
+    """Write the reports of studies: tables with intervals, and plots.
+
+    Args:
+        studies: YAML files of the studies, as in `configs/study/`.
+        out: Folder of the report.
+        cells: Folder of the finished runs.
+    """
+    if not studies:
+        raise UserError("study report needs at least one study's YAML file")
+    for path in write_reports(studies, cells=cells, out=out):
+        print(path)
 
 
 def write_reports(studies: Sequence[Path], *, cells: Path, out: Path) -> list[Path]:

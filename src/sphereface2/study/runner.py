@@ -36,21 +36,23 @@ from sphereface2.study.design import Cell, Study
 from sphereface2.training import config as configuration
 
 FAILURE = "failed.txt"
+CELLS = Path("runs/study")
+"""Where studies keep their runs by default."""
 
 
-def run_study(path: Path, *, cells: Path, jobs: int) -> None:
-    """Run what is missing of the study in ``path``: its trials, then its grid and its sweeps.
+def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
+    """Train the runs of a study that are not finished yet.
 
-    A cell has a folder ``cells/KEY``, whatever study it is part of; one with ``cell.json`` is done,
-    one that was interrupted goes on from its last checkpoint, and one that was not judged on a
-    verification set that is asked for now is judged anew from there. A cell that fails (a loss that
-    diverges, say) is noted in ``failed.txt`` with the end of its log, and the others go on; it is
-    tried again when the study is run again.
+    Trials come first, then the grid and the sweeps. A run has a folder ``cells/KEY``, whatever
+    study it is part of. One with ``cell.json`` is done, one that was interrupted goes on from its
+    last checkpoint, and one that was not judged on a verification set that is asked for now is
+    judged on it from there. A run that fails (whose loss diverges, say) is noted in ``failed.txt``
+    with the end of its log, and the others go on; the next call tries it again.
 
     Args:
-        path: a study's YAML.
-        cells: folder of cells, shared by studies.
-        jobs: cells at a time; each has its share of the CPU cores.
+        path: YAML file of the study, as in `configs/study/`.
+        cells: Folder of the runs, shared by all studies.
+        jobs: Number of runs at a time; they share the CPU cores.
 
     Raises:
         UserError: a bad definition, ``cells`` holds cells of other data, or cells failed.

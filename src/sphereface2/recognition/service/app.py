@@ -14,7 +14,6 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from sphereface2 import __version__
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
@@ -29,6 +28,7 @@ from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.observer import Observer
 from sphereface2.recognition.service.people import Crops, People
 from sphereface2.recognition.service.recogniser import Recogniser
+from sphereface2.version import __version__
 
 _STATIC = Path(__file__).parent / "static"
 # Files of the page, a second and at once, of one address: some dozen people who open it together.

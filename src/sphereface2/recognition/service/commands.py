@@ -1,0 +1,142 @@
+"""``sphereface2 serve`` and ``sphereface2 keys``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from sphereface2.errors import UserError, check_count, check_number
+from sphereface2.recognition.service import keys as key_file
+
+_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "pymilvus")
+
+
+def serve(
+    checkpoint: str,
+    /,
+    *,
+    gallery: str,
+    gallery_token: Annotated[str, Parameter(env_var="SPHEREFACE2_GALLERY_TOKEN")] = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: Path | None = None,
+    allow_host: Sequence[str] = (),
+    keep_crops: Path | None = None,
+    audit: Path | None = None,
+    far: float | None = None,
+    max_batch: int = 32,
+    max_wait_ms: float = 5.0,
+    max_queue: int = 128,
+    max_body_mb: float = 20.0,
+    max_megapixels: float = 50.0,
+    rate: float = 50.0,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    drain_seconds: float = 5.0,
+    device: str | None = None,
+) -> None:
+    """Serve a model and a gallery: REST API and web page.
+
+    Args:
+        checkpoint: A run, a model folder or a name on the hub.
+        gallery: Folder of the gallery, or the address of its database server.
+        gallery_token: Login of the gallery's server.
+        host: Address to bind. Any but a loopback address needs `--keys`.
+        port: Port to bind; 0 takes a free one.
+        keys: File of the API keys that are accepted.
+        allow_host: Host name that requests may use; repeatable.
+        keep_crops: Folder for the crops of enrolled people; without it none are kept.
+        audit: File of the audit log; default: standard output.
+        far: False accept rate to decide at; default: the calibration's first.
+        max_batch: Maximum number of faces in one forward pass.
+        max_wait_ms: Maximum batching delay in milliseconds.
+        max_queue: Maximum number of images in work; further requests get status 503.
+        max_body_mb: Maximum size of a request in megabytes.
+        max_megapixels: Maximum size of an image in megapixels.
+        rate: Maximum requests per second of one client; 0: no limit.
+        tls_cert: Certificate chain, for HTTPS.
+        tls_key: Private key of the certificate.
+        drain_seconds: Seconds between SIGTERM and the end, in which requests are still served.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+
+    Raises:
+        UserError: a value out of range, the service's packages are not installed, or see
+            `server.serve`.
+    """
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise UserError(
+            f"the service needs {', '.join(missing)}: install it with "
+            "pip install 'sphereface2[serve]'"
+        )
+    check_number("--port", port, least=0, most=65535)
+    check_count("--max-batch", max_batch, 1)
+    check_count("--max-queue", max_queue, 1)
+    check_number("--max-wait-ms", max_wait_ms, least=0)
+    check_number("--max-body-mb", max_body_mb, least=0.001)
+    # Pillow refuses images of more than 178 megapixels.
+    check_number("--max-megapixels", max_megapixels, least=0.001, most=178)
+    check_number("--rate", rate, least=0)
+    check_number("--drain-seconds", drain_seconds, least=0)
+    from sphereface2.recognition.service.app import Settings
+    from sphereface2.recognition.service.server import serve as run
+
+    limits = Settings(
+        far=far,
+        max_batch=max_batch,
+        max_wait=max_wait_ms / 1000,
+        max_queue=max_queue,
+        max_body=int(max_body_mb * 1e6),
+        max_pixels=int(max_megapixels * 1e6),
+        rate=rate,
+        burst=2 * rate,
+    )
+    run(
+        checkpoint,
+        gallery,
+        host=host,
+        port=port,
+        keys=keys,
+        allow_hosts=allow_host,
+        keep_crops=keep_crops,
+        audit=audit,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        drain_seconds=drain_seconds,
+        device=device,
+        gallery_token=gallery_token,
+        settings=limits,
+    )
+
+
+def add_key(name: str, /, *, file: Path) -> None:
+    """Make an API key and print it; the file holds only its hash.
+
+    Args:
+        name: Who will use the key.
+        file: Key file; it is made if it does not exist.
+    """
+    print(key_file.add(name, file))
+
+
+def list_keys(*, file: Path) -> None:
+    """List the ids, names and creation times of API keys.
+
+    Args:
+        file: Key file.
+    """
+    for key in key_file.read(file):
+        print(f"{key.id}  {key.created}  {key.name}")
+
+
+def remove_key(name: str, /, *, file: Path) -> None:
+    """Remove an API key; a running server refuses it at once.
+
+    Args:
+        name: Name or id of the key.
+        file: Key file.
+    """
+    key_file.remove(name, file)

@@ -57,18 +57,18 @@ def align(
     that were changed since, got other landmarks or could not be read are done anew.
 
     Args:
-        source: a folder of pictures; hidden files and those with no image suffix are ignored.
-        target: a folder, made if need be, that is empty or holds such crops of ``source``; not one
-            inside it.
-        all_faces: every face (``name_face1.jpg``, …) instead of the largest and most central.
-        landmarks: a file of ``path x1 y1 … x5 y5`` lines, paths relative to ``source``: only
-            these pictures are cropped, by these points, and nothing is detected.
-        workers: processes; by default one a core.
-        size: side of the crops in pixels.
-        png: write PNG instead of JPEG.
-        min_score: the detector's confidence in [0, 1] from which a face counts.
-        max_pixels: a picture with more is not read.
-        detector: as for `Aligner`.
+        source: Folder of photographs; hidden files and those with no image suffix are ignored.
+        target: Folder for the crops, outside SOURCE: a new or empty one, or one that already holds
+            such crops of SOURCE.
+        all_faces: Crop every face (`NAME_face1.jpg`, …), not only the largest and most central.
+        landmarks: File of `path x1 y1 … x5 y5` lines, with paths relative to SOURCE: only these
+            images are cropped, by these points, and nothing is detected.
+        workers: Number of processes; default: one per CPU core.
+        size: Side of the crops in pixels.
+        png: Write PNG instead of JPEG.
+        min_score: Confidence of the detector, in [0, 1], from which a face counts.
+        max_pixels: Refuse images with more pixels than this.
+        detector: Name of the detector, as for `Aligner`.
 
     Returns:
         The report, also in ``target/report.json``: ``pictures``, ``aligned``, ``crops``,

@@ -1,0 +1,114 @@
+"""The command line: what it lists, refuses and leaves unimported."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+
+import docstring_parser
+import pytest
+import yaml
+
+from sphereface2 import __version__, cli
+from sphereface2.training import command
+
+FUNCTIONS = {
+    **cli.COMMANDS,
+    **{f"{group} {name}": f for group, (_, t) in cli.GROUPS.items() for name, f in t.items()},
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_command_and_option_has_a_help(name):
+    module, function = FUNCTIONS[name].split(":")
+    found = getattr(importlib.import_module(module), function)
+    doc = docstring_parser.parse(inspect.getdoc(found))
+    assert cli._first_line(FUNCTIONS[name]) == doc.short_description
+    assert doc.short_description.endswith(".")
+    described = {parameter.arg_name: parameter.description for parameter in doc.params}
+    wanted = set(inspect.signature(found).parameters) - {"settings"}
+    assert wanted <= set(described)
+    for meaning in described.values():
+        assert meaning[0].isupper() or meaning.startswith(("lfw", '"')), meaning
+        assert meaning.endswith("."), meaning
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ([], "calibrate"),
+        (["--help"], "calibrate"),
+        (["gallery"], "reembed"),
+        (["--version"], __version__),
+    ],
+)
+def test_lists_import_nothing_heavy(words, shown):
+    code = (
+        "import sys; from sphereface2.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'numpy', 'cv2', 'pydantic'} & set(sys.modules);"
+        "assert not heavy, heavy; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+def test_the_package_offers_its_main_things_lazily():
+    code = (
+        "import sys, sphereface2;"
+        "assert not {'torch', 'numpy'} & set(sys.modules);"
+        "assert sphereface2.heads.available() and sphereface2.backbones.available();"
+        "assert sphereface2.FaceEmbedder and sphereface2.Gallery;"
+        "assert set(sphereface2.__all__) == set(dir(sphereface2))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(ImportError):
+        from sphereface2 import FaceEmbeder  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ft"], 'Did you mean "fit"'),
+        (["verify", "a.png", "b.png", "--model", "m", "--alined"], "Did you mean --aligned"),
+        (["verify", "a.png"], "SECOND requires an argument"),
+        (["evaluate", "m", "--seed", "one"], 'unable to convert "one" into int'),
+        (["fit"], "a recipe: .*small.*--data.train"),
+        (["fit", "--config", "smal"], "did you mean 'small'"),
+        (["fit", "--cofnig", "small"], "did you mean '--config'"),
+        (["fit", "--batch-size", "3"], "did you mean '--training.batch_size'"),
+        (["fit", "--training.epoch", "3"], "did you mean 'epochs'"),
+        (["study", "report", "--out", "x"], "at least one study"),
+    ],
+)
+def test_mistakes_end_in_one_line_that_says_what_is_right(words, message, capsys):
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert len(printed.err.splitlines()) == 1
+    assert re.search(message, printed.err), printed.err
+
+
+def test_print_config_shows_every_setting(capsys):
+    assert cli.main(["fit", "--config", "small", "--print-config", "--training.epochs", "3"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["training"]["epochs"] == 3
+    assert (
+        settings["training"]["lr"] == command.configuration.load(command.find("small")).training.lr
+    )
+
+
+def test_fit_help_lists_the_settings_with_their_defaults(capsys):
+    assert cli.main(["fit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for setting in ("--training.batch_size 256", "--data.subset.people null", "--config"):
+        assert setting in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell):
+    script = cli.build().generate_completion(shell=shell)
+    for word in ("calibrate", "reembed", "detector-weights"):
+        assert word in script

@@ -16,13 +16,13 @@ from sphereface2.version import __version__
 
 if TYPE_CHECKING:
     from sphereface2 import backbones, heads
-    from sphereface2.recognition.embedder import FaceEmbedder
+    from sphereface2.recognition.face_embedder import FaceEmbedder
     from sphereface2.recognition.gallery import Gallery
 
 __all__ = ["FaceEmbedder", "Gallery", "__version__", "backbones", "heads"]
 
 _MODULES = {
-    "FaceEmbedder": "sphereface2.recognition.embedder",
+    "FaceEmbedder": "sphereface2.recognition.face_embedder",
     "Gallery": "sphereface2.recognition.gallery",
 }
 

@@ -73,7 +73,7 @@ def run(part: Part) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = faces(part, Path(folder))
         for name, options, compiled in NETWORKS[:1] if part.tiny else NETWORKS:
-            needed = COMPILING if compiled else 4
+            needed = COMPILING if compiled else 10
             if part.left < needed and not part.tiny:
                 part.record(backbone=name, compiled=compiled, error="no time was left")
                 continue
@@ -105,7 +105,7 @@ def one(
     }
     tree["validation"]["pairs"] = []
     settings = configuration.from_dict(tree)
-    steps, rounds = (1, 1) if part.tiny else (8, 3)
+    steps, rounds = (1, 1) if part.tiny else (30, 2)
     with world(part.device.type) as place:
         bare, full, ratio = throughput(settings, place, steps=steps, rounds=rounds)
     work = 6 * multiply_adds(**backbone)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -192,7 +194,8 @@ def environment(device: torch.device) -> Row:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "revision": revision(),
+        "revision": os.environ.get("REVISION") or revision(),
+        "sources": sources(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if device.type == "cuda":
@@ -202,6 +205,14 @@ def environment(device: torch.device) -> Row:
         about["multiprocessors"] = properties.multi_processor_count
         about["cudnn"] = torch.backends.cudnn.version()
     return about
+
+
+def sources() -> str:
+    """A digest of the package's source, for a copy of the repository without its history."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def revision() -> str | None:

@@ -24,7 +24,7 @@ from sphereface2 import backbones
 
 RIVAL = "Partial-FC ArcFace 0.1"
 SHARE = 0.1
-BATCH = 256
+BATCH = 128
 PEOPLE = (1_000_000, 4_000_000, 10_000_000)
 
 

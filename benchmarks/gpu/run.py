@@ -148,12 +148,12 @@ def child(arguments: argparse.Namespace) -> int:
     device = resolve(arguments.device)
     about = environment(device)
     module = importlib.import_module(f"gpu.{arguments.child}")
-    data = arguments.data if (arguments.data / "train.rec").exists() else None
+    given = not arguments.tiny and (arguments.data / "train.rec").exists()
     part = Part(
         device,
         arguments.tiny,
         arguments.seconds,
-        data,
+        arguments.data if given else None,
         save=lambda rows: write_json(arguments.out, {"environment": about, "rows": rows}),
     )
     torch.manual_seed(0)
@@ -192,7 +192,8 @@ def report(results: dict[str, Any]) -> str:
     about = results.get("environment") or {}
     lines = [
         f"\n{about.get('device')}, torch {about.get('torch')}, CUDA {about.get('cuda')}, "
-        f"revision {str(about.get('revision'))[:12]}, {results.get('seconds', 0):.0f} s"
+        f"revision {str(about.get('revision'))[:12]}, sources {about.get('sources')}, "
+        f"{results.get('seconds', 0):.0f} s"
         + (", toy sizes: no figure counts" if results["tiny"] else "")
     ]
     for name, part in results["parts"].items():

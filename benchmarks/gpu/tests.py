@@ -21,13 +21,15 @@ class Counter:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
         if report.failed:
-            self.failures[report.nodeid] = str(report.longrepr)[-600:]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = str(crash.message if crash is not None else report.longrepr)
+            self.failures[report.nodeid] = message.splitlines()[0][:160]
 
 
 def run(part: Part, folder: Path = ROOT / "tests" / "gpu") -> None:
     on_device = part.device.type == "cuda"
     counter = Counter()
-    words = ["-m", "gpu" if on_device else "not gpu and not slow", "--maxfail", "40", "--tb=short"]
+    words = ["-m", "gpu" if on_device else "not gpu and not slow", "--tb=short"]
     words += ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
     if part.tiny:
         words += ["-k", "tiny"]

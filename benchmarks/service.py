@@ -156,7 +156,7 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> No
 
     A quarter of the requests change the gallery: each client enrols somebody and deletes them.
     """
-    options = ["--keep-crops", str(folder / "crops")]
+    options = ["--keep-crops"]
     with server(model, folder / "soak", *options) as (url, process):
         end = time.monotonic() + 60 * minutes
         counts: dict[int, int] = {}

@@ -5,3 +5,5 @@ import os
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 # For the processes that tests start too, and before torch reads it.
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+from postgres import server  # noqa: E402, F401  (a fixture: a PostgreSQL server)

@@ -22,9 +22,6 @@ from sphereface2.data.convert import convert
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 
-pytest.importorskip("pymilvus")
-pytest.importorskip("milvus_lite")
-
 
 def run(*words: object) -> Ran:
     return call("gallery", *words)
@@ -62,7 +59,7 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     (faces / "ann" / "notes.txt").write_text("no picture")
     (faces / "bob" / "torn.png").write_bytes(b"\x89PNG")
     added = run("add", gallery, "--folder", faces, *old, "--aligned")
-    assert "2 pictures of 2 people" in added.stdout and "torn.png" in added.stderr
+    assert "2 images of 2 people" in added.stdout and "torn.png" in added.stderr
     run(
         "add", gallery, "ann", world / "faces/ann/1.png", *old, "--aligned", "--metadata", '{"a":1}'
     )
@@ -80,18 +77,18 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     assert "ann" in run("search", gallery, probe, *old, "--aligned", "--threshold", 0.5).stdout
 
     people = json.loads(run("list", gallery, "--json").stdout)
-    assert [(p["name"], p["pictures"]) for p in people] == [("ann", 2), ("bob", 1)]
-    assert json.loads(run("stats", gallery, "--json").stdout)["pictures"] == 3
+    assert [(p["name"], p["images"]) for p in people] == [("ann", 2), ("bob", 1)]
+    assert json.loads(run("stats", gallery, "--json").stdout)["images"] == 3
 
     new = ["--model", world / "new"]
     with pytest.raises(UserError, match="gallery reembed"):
         run("search", gallery, probe, *new, "--aligned")
     (faces / "bob" / "0.png").unlink()
-    with pytest.raises(UserError, match="1 pictures have no file"):
+    with pytest.raises(UserError, match="1 images have no file"):
         run("reembed", gallery, *new)
     assert answer(gallery, probe, *old)[0]["matches"]  # nothing has changed
     moved = run("reembed", gallery, *new, "--drop-missing")
-    assert "so that they go: bob" in moved.stderr and "1 people" in moved.stdout
+    assert "left out: an image of 'bob'" in moved.stderr and "1 people" in moved.stdout
     assert "1 went: bob" in moved.stdout
     (found,) = answer(gallery, probe, *new, "--threshold", 0.999)
     assert [(m["person"], m["metadata"]) for m in found["matches"]] == [("ann", {"a": 1})]
@@ -103,7 +100,7 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
         run("set", gallery, "ann", "--metadata", "3")
     with pytest.raises(UserError, match="there is no 'nobody'"):
         run("set", gallery, "nobody", "--metadata", "{}")
-    assert "2 pictures" in run("remove", gallery, "ann").stdout
+    assert "2 images" in run("remove", gallery, "ann").stdout
     with pytest.raises(UserError, match="there is no 'ann'"):
         run("remove", gallery, "ann")
     run("compact", gallery)
@@ -123,7 +120,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     told = {b"sphereface2": json.dumps({"model": embedder.fingerprint})}
     pq.write_table(pa.table(columns).replace_schema_metadata(told), table)
     added = run("add", gallery, "--features", table)
-    assert "6 pictures of 3 people" in added.stdout and "unknown.png" in added.stderr
+    assert "6 images of 3 people" in added.stdout and "unknown.png" in added.stderr
     (found,) = answer(gallery, files[3], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "bob"
     with pytest.raises(UserError, match="by another model"):
@@ -140,7 +137,7 @@ def test_features_as_embed_writes_them(world: Path, tmp_path: Path) -> None:
     words = ["embed", world / "old", world / "faces", "--out", table, "--aligned"]
     call(*words)
     added = run("add", tmp_path / "g", "--features", table)
-    assert "6 pictures of 3 people" in added.stdout
+    assert "6 images of 3 people" in added.stdout
 
 
 def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
@@ -151,7 +148,7 @@ def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
     (tmp_path / "set" / "names.txt").unlink()
     words = ["embed", world / "old", tmp_path / "set", "--out", table, "--aligned"]
     call(*words)
-    assert "6 pictures of 3 people" in run("add", gallery, "--features", table).stdout
+    assert "6 images of 3 people" in run("add", gallery, "--features", table).stdout
     (found,) = answer(gallery, files[2], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "1"
 
@@ -171,7 +168,7 @@ def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
 def test_a_folder_is_enrolled_once_and_past_whom_a_gallery_does_not_take(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sphereface2.recognition.gallery.PICTURES", 3)
+    monkeypatch.setattr("sphereface2.recognition.gallery.types.IMAGES_PER_PERSON", 3)
     gallery, old, faces = tmp_path / "g", ["--model", world / "old", "--aligned"], tmp_path / "f"
     picture = (world / "faces/ann/0.png").read_bytes()
     for person, count in (("ann", 1), ("bob", 4), ("x" * 201, 1), ("zoe\u0301", 2)):
@@ -179,13 +176,13 @@ def test_a_folder_is_enrolled_once_and_past_whom_a_gallery_does_not_take(
         for i in range(count):
             (faces / person / f"{i}.png").write_bytes(picture)
     added = run("add", gallery, "--folder", faces, *old)
-    assert "3 pictures of 2 people" in added.stdout and "already" not in added.stdout
-    assert "'bob' would have 4 pictures" in added.stderr and "1 to 200 characters" in added.stderr
+    assert "3 images of 2 people" in added.stdout and "already" not in added.stdout
+    assert "'bob' would have 4 images" in added.stderr and "1 to 200 characters" in added.stderr
     (faces / "ann" / "new.png").write_bytes(picture)
     added = run("add", gallery, "--folder", faces, *old)
-    assert "1 pictures of 1 people" in added.stdout and "3 pictures were there" in added.stdout
+    assert "1 images of 1 people" in added.stdout and "3 images were there" in added.stdout
     people = json.loads(run("list", gallery, "--json").stdout)
-    assert [(p["name"], p["pictures"]) for p in people] == [("ann", 2), ("zo\u00e9", 2)]
+    assert [(p["name"], p["images"]) for p in people] == [("ann", 2), ("zo\u00e9", 2)]
 
 
 def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) -> None:
@@ -193,7 +190,7 @@ def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) 
     run("add", gallery, "ann", face, *old, "--aligned")
     words = ["search", gallery, world / "none.png", face, *old, "--aligned", "--json"]
     done = ran("gallery", *words)
-    assert done.returncode == 2 and "1 of 2 pictures" in done.stderr
+    assert done.returncode == 2 and "1 of 2 images" in done.stderr
     bad, good = json.loads(done.stdout)
     assert "none.png" in bad["error"] and good["matches"][0]["person"] == "ann"
 
@@ -213,15 +210,15 @@ def test_a_full_disk_is_one_sentence(world: Path, tmp_path: Path) -> None:
         preexec_fn=limit,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "File too large" in done.stderr.strip().splitlines()[-1]
+    assert "disk I/O error; nothing was changed" in done.stderr.strip().splitlines()[-1]
 
 
 def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
     old, face = ["--model", world / "old"], world / "faces/ann/0.png"
     for words, message in (
-        ([], "give a person and pictures"),
-        (["ann"], "give a person and pictures"),
-        (["ann", face, "--folder", world], "give a person and pictures"),
+        ([], "give a person and images"),
+        (["ann"], "give a person and images"),
+        (["ann", face, "--folder", world], "give a person and images"),
         (["ann", face], "say by which model"),
         (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata takes a JSON object"),
         (["--folder", world / "faces", *old, "--replace"], "go with one person"),
@@ -232,7 +229,7 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             run("add", tmp_path / "g", *words)
     assert not (tmp_path / "g").exists()
-    with pytest.raises(UserError, match=r"cannot be opened: .*Not a directory"):
+    with pytest.raises(UserError, match="cannot be opened: "):
         run("add", face / "g", "ann", face, *old, "--aligned")
     run("add", tmp_path / "g", "ann", face, *old, "--aligned")
     (tmp_path / "moved.png").write_bytes(face.read_bytes())

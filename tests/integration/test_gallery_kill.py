@@ -1,42 +1,38 @@
-"""A gallery outlives the death of the process that fills it, and admits one process at a time."""
+"""A gallery outlives the death of the processes that fill it, and of its server."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pymilvus")
-pytest.importorskip("milvus_lite")
-
 sys.path.insert(0, str(Path(__file__).parent))
-from gallery_worker import DIM, MODEL, kill_and_check
+from gallery_worker import kill_clients, kill_server
 
-from sphereface2.recognition.gallery import Gallery
+from postgres import Postgres
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    assert len(list(kill_and_check(tmp_path / "g", 3, seed=0))) == 3
+def test_two_kills_on_sqlite(tmp_path: Path) -> None:
+    assert len(list(kill_clients(str(tmp_path / "g.db"), 2, seed=0))) == 2
+
+
+def test_one_kill_of_a_client_and_one_of_the_server(server: Postgres) -> None:
+    assert len(list(kill_clients(server.database(), 1, seed=0))) == 1
+    assert len(list(kill_server(server.database(), server.kill, server.start, 1, seed=0))) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_twenty_kills(tmp_path: Path) -> None:
-    assert len(list(kill_and_check(tmp_path / "g", 20, seed=1))) == 20
+@pytest.mark.timeout(900)
+def test_twenty_kills_on_sqlite(tmp_path: Path) -> None:
+    for line in kill_clients(str(tmp_path / "g.db"), 20, seed=1):
+        print(line)
 
 
-def test_a_second_process_is_told_and_harms_nothing(tmp_path: Path) -> None:
-    other = (
-        "import sys; from sphereface2.cli import main;"
-        f"sys.exit(main(['gallery', 'list', {str(tmp_path / 'g')!r}]))"
-    )
-    with Gallery.open(tmp_path / "g", fingerprint=MODEL, dim=DIM) as gallery:
-        gallery.add("x", [1.0] * DIM)
-        ran = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
-        assert ran.returncode == 2 and "is open elsewhere" in ran.stderr
-        assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
-        assert gallery.get("x") is not None
-    ran = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
-    assert ran.returncode == 0 and "x" in ran.stdout
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_of_clients_and_five_of_the_server(server: Postgres) -> None:
+    for line in kill_clients(server.database(), 20, seed=1):
+        print(line)
+    for line in kill_server(server.database(), server.kill, server.start, 5, seed=1):
+        print(line)

@@ -26,7 +26,7 @@ from sphereface2.recognition.service.keys import KeyFile
 from sphereface2.recognition.service.limits import Buckets, LimitRequests
 from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.observer import Observer
-from sphereface2.recognition.service.people import Crops, People
+from sphereface2.recognition.service.people import People
 from sphereface2.recognition.service.recogniser import Recogniser
 from sphereface2.version import __version__
 
@@ -82,18 +82,18 @@ def create_app(
     keys: KeyFile | None = None,
     hosts: Collection[str] | None = None,
     audit: Audit | None = None,
-    crops: Crops | None = None,
+    keep_crops: bool = False,
     settings: Settings | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; its ``state.service`` can be told to drain.
 
     Args:
         embedder: the model.
-        gallery: of that model; closed with the application. Nothing else changes a local one.
+        gallery: of that model; closed with the application.
         keys: who is admitted; None: anybody who reaches it.
         hosts: names that the Host header may give; None: any.
         audit: where the audit log goes; by default to standard output.
-        crops: where the crops of enrolled people are kept; None: nowhere.
+        keep_crops: whether the crops of enrolled people are kept in the gallery.
         settings: the limits.
 
     Raises:
@@ -115,7 +115,7 @@ def create_app(
         max_pixels=settings.max_pixels,
         threads=settings.threads,
     )
-    people = People(gallery, crops)
+    people = People(gallery, keep_crops)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

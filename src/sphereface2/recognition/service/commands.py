@@ -12,20 +12,19 @@ from cyclopts import Parameter
 from sphereface2.errors import UserError, check_count, check_number
 from sphereface2.recognition.service import keys as key_file
 
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "pymilvus")
+_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "sqlalchemy")
 
 
 def serve(
     checkpoint: str,
     /,
     *,
-    gallery: str,
-    gallery_token: Annotated[str, Parameter(env_var="SPHEREFACE2_GALLERY_TOKEN")] = "",
+    gallery: Annotated[str, Parameter(env_var="SPHEREFACE2_GALLERY")],
     host: str = "127.0.0.1",
     port: int = 8000,
     keys: Path | None = None,
     allow_host: Sequence[str] = (),
-    keep_crops: Path | None = None,
+    keep_crops: bool = False,
     audit: Path | None = None,
     far: float | None = None,
     max_batch: int = 32,
@@ -43,13 +42,13 @@ def serve(
 
     Args:
         checkpoint: A run, a model folder or a name on the hub.
-        gallery: Folder of the gallery, or the address of its database server.
-        gallery_token: Login of the gallery's server.
+        gallery: A file, created if it does not exist, or
+            postgresql+psycopg://user:password@host/database.
         host: Address to bind. Any but a loopback address needs `--keys`.
         port: Port to bind; 0 takes a free one.
         keys: File of the API keys that are accepted.
         allow_host: Host name that requests may use; repeatable.
-        keep_crops: Folder for the crops of enrolled people; without it none are kept.
+        keep_crops: Keep the crops of enrolled people in the gallery.
         audit: File of the audit log; default: standard output.
         far: False accept rate to decide at; default: the calibration's first.
         max_batch: Maximum number of faces in one forward pass.
@@ -107,7 +106,6 @@ def serve(
         tls_key=tls_key,
         drain_seconds=drain_seconds,
         device=device,
-        gallery_token=gallery_token,
         settings=limits,
     )
 

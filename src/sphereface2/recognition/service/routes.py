@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -146,7 +145,7 @@ async def model(service: Current) -> schemas.ModelOut:
         operating=operating,
         curve=curve,
         people=await service.people.count(),
-        keeps_crops=service.people.crops is not None,
+        keeps_crops=service.people.keeps_crops,
     )
 
 
@@ -212,8 +211,8 @@ async def search(request: Request, service: Current) -> schemas.Found:
                 similarity=similarity,
                 probability=service.probability(similarity),
                 same=None if threshold is None else similarity >= threshold,
-                metadata=found.metadata or {},
-                thumbnail=_has_thumbnail(service, found.ids),
+                metadata=found.metadata,
+                thumbnail=found.has_crop,
             )
         )
     known = None if threshold is None else any(match.same for match in matches)
@@ -240,7 +239,7 @@ async def list_people(
     people, total = await service.people.page(offset, limit)
     following = offset + len(people)
     return schemas.PeoplePage(
-        people=[_person(service, person) for person in people],
+        people=[_person(person) for person in people],
         total=total,
         next=following if following < total and people else None,
     )
@@ -259,8 +258,8 @@ async def enrol(request: Request, response: Response, service: Current) -> schem
     request.state.person = asked.name
     seen, rows = await service.embed(request, asked.images, asked.aligned)
     crops = [one.crop for one in seen]
-    person, added = await service.people.create(asked.name, rows, asked.metadata, crops)
-    return _enrolled(service, person, added)
+    people, metadata = service.people, asked.metadata
+    return _enrolled(*await people.add(asked.name, rows, crops, metadata=metadata, known=False))
 
 
 # Before the route of a name, which takes slashes too.
@@ -273,7 +272,6 @@ async def enrol(request: Request, response: Response, service: Current) -> schem
 )
 async def thumbnail(name: str, service: Current) -> Response:
     """The first crop kept of a person."""
-    # Read at once: whoever replaces or deletes the person may delete the file at any moment.
     crop = await service.people.thumbnail(name)
     if crop is None:
         raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
@@ -283,7 +281,7 @@ async def thumbnail(name: str, service: Current) -> Response:
 @api.get("/people/{name:text}", tags=["people"], dependencies=_doing("read"))
 async def get_person(name: str, service: Current) -> schemas.PersonOut:
     """One person."""
-    return _person(service, await service.people.get(name))
+    return _person(await service.people.get(name))
 
 
 @api.put(
@@ -298,7 +296,10 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
     await service.people.get(name)
     seen, rows = await service.embed(request, asked.images, asked.aligned)
     crops = [one.crop for one in seen]
-    return _enrolled(service, *await service.people.replace(name, rows, asked.metadata, crops))
+    people, metadata = service.people, asked.metadata
+    return _enrolled(
+        *await people.add(name, rows, crops, metadata=metadata, known=True, replace=True)
+    )
 
 
 @api.patch(
@@ -310,7 +311,7 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
 async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
     """Put new metadata in the place of all there was."""
     asked = await bodies.read(request, schemas.ChangeRequest)
-    return _person(service, await service.people.set_metadata(name, asked.metadata))
+    return _person(await service.people.set_metadata(name, asked.metadata))
 
 
 @api.post(
@@ -325,7 +326,8 @@ async def add_pictures(name: str, request: Request, service: Current) -> schemas
     asked = await bodies.read(request, schemas.PicturesRequest)
     await service.people.get(name)
     seen, rows = await service.embed(request, asked.images, asked.aligned)
-    return _enrolled(service, *await service.people.add(name, rows, [one.crop for one in seen]))
+    crops = [one.crop for one in seen]
+    return _enrolled(*await service.people.add(name, rows, crops, known=True))
 
 
 @api.delete("/people/{name:text}", tags=["people"], status_code=204, dependencies=_doing("remove"))
@@ -381,19 +383,14 @@ def _face(face: Face | None) -> schemas.Face | None:
     )
 
 
-def _has_thumbnail(service: Service, ids: Sequence[str]) -> bool:
-    crops = service.people.crops
-    return crops is not None and crops.first(ids) is not None
-
-
-def _person(service: Service, person: Person) -> schemas.PersonOut:
+def _person(person: Person) -> schemas.PersonOut:
     return schemas.PersonOut(
         name=person.name,
-        pictures=person.pictures,
-        metadata=person.metadata or {},
-        thumbnail=_has_thumbnail(service, person.ids),
+        pictures=person.images,
+        metadata=person.metadata,
+        thumbnail=person.has_crop,
     )
 
 
-def _enrolled(service: Service, person: Person, added: list[str]) -> schemas.Enrolled:
-    return schemas.Enrolled(**_person(service, person).model_dump(), added=added)
+def _enrolled(person: Person, added: list[str]) -> schemas.Enrolled:
+    return schemas.Enrolled(**_person(person).model_dump(), added=added)

@@ -26,7 +26,6 @@ from sphereface2.recognition.service.connections import (
 )
 from sphereface2.recognition.service.gate import LOOPBACK_NAMES, is_loopback
 from sphereface2.recognition.service.keys import KeyFile
-from sphereface2.recognition.service.people import Crops
 from sphereface2.recognition.service.routes import Service
 
 
@@ -38,13 +37,12 @@ def serve(
     port: int = 8000,
     keys: Path | None = None,
     allow_hosts: Sequence[str] = (),
-    keep_crops: Path | None = None,
+    keep_crops: bool = False,
     audit: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     drain_seconds: float = 5.0,
     device: str | None = None,
-    gallery_token: str = "",
     settings: Settings | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -55,19 +53,18 @@ def serve(
 
     Args:
         checkpoint: a model folder, a run or a name on the hub.
-        gallery: a folder, made if it is missing, or the address of a Milvus server.
+        gallery: a file, created if it does not exist, or the address of a PostgreSQL server.
         host: the address to bind.
         port: the port; 0 takes a free one, which the log names.
         keys: file of the keys that are admitted; needed unless ``host`` is a loopback address.
         allow_hosts: further names that the Host header may give. Bound to loopback, its names
             are always among them; otherwise without any, every name is taken.
-        keep_crops: folder for the crops of enrolled people.
+        keep_crops: keep the crops of enrolled people in the gallery.
         audit: file of the audit log; by default it goes to standard output.
         tls_cert: certificate chain to serve HTTPS with.
         tls_key: its key.
         drain_seconds: see above.
         device: cpu, cuda, mps; by default the best there is.
-        gallery_token: ``user:password`` or an API key of the Milvus server.
         settings: the limits.
 
     Raises:
@@ -86,12 +83,7 @@ def serve(
     key_file = KeyFile(keys) if keys is not None else None
     hosts = {*(LOOPBACK_NAMES if local else ()), *([host] if local else ()), *allow_hosts}
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
-    people = Gallery.open(
-        gallery,
-        fingerprint=embedder.fingerprint,
-        dim=embedder.embedding_dim,
-        token=gallery_token,
-    )
+    people = Gallery.open(gallery, embedder=embedder, model=checkpoint)
     with people:  # let go of, whatever the start stumbles over
         app = create_app(
             embedder,
@@ -99,7 +91,7 @@ def serve(
             keys=key_file,
             hosts=hosts or None,
             audit=Audit(audit),
-            crops=Crops(keep_crops) if keep_crops is not None else None,
+            keep_crops=keep_crops,
             settings=settings,
         )
         config = uvicorn.Config(

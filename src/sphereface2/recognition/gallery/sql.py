@@ -1,0 +1,398 @@
+"""The gallery's tables and its transactions, on SQLite or PostgreSQL.
+
+Every table's key begins with the person's, a hash of the name, and no sequence hands out ids: so
+the tables can be partitioned by person, or distributed over servers, as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from sphereface2.errors import UserError
+from sphereface2.recognition.gallery.types import GalleryUnavailableError
+
+STORAGES = ("float32", "float16")
+BUSY_SECONDS = 30  # to wait for another process's change
+ERASE_SECONDS = 5  # to wait for other processes' reads before bytes can be overwritten
+# An image's row of 512 float32 fills half a page of 4 KB, the default, and wastes the rest.
+_PAGE_BYTES = 16_384
+_CHANGES_KEPT = 100_000
+
+
+class Embedding(sa.types.TypeDecorator[np.ndarray]):
+    """Vectors (d,), float32 or float16: pgvector's types; on SQLite bytes, little-endian."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def __init__(self, storage: str) -> None:
+        super().__init__()
+        self.storage = storage
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        """The column's type."""
+        if dialect.name == "sqlite":
+            return sa.LargeBinary()
+        from pgvector.sqlalchemy import HALFVEC, VECTOR
+
+        return HALFVEC() if self.storage == "float16" else VECTOR()
+
+    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> Any:
+        """To the database."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astype(bytes_type(self.storage)).tobytes()
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray | None:
+        """From the database, float32."""
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return np.frombuffer(value, bytes_type(self.storage)).astype(np.float32)
+        return np.asarray(value.to_list() if hasattr(value, "to_list") else value, np.float32)
+
+
+def bytes_type(storage: str) -> np.dtype[Any]:
+    """How SQLite holds an embedding's numbers."""
+    return np.dtype("<f2" if storage == "float16" else "<f4")
+
+
+_TEXT = sa.Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
+_stamps = sa.MetaData()
+stamp = sa.Table(
+    "stamp",
+    _stamps,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("format_version", sa.Integer, nullable=False),
+    sa.Column("package_version", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    sa.Column("dim", sa.Integer, nullable=False),
+    sa.Column("storage", sa.Text, nullable=False),
+    sa.Column("model", sa.Text),
+    sa.Column("hnsw_from", sa.Integer),
+)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of people and images, for one storage of embeddings."""
+
+    people: sa.Table
+    images: sa.Table
+
+    @classmethod
+    def of(cls, storage: str) -> Tables:
+        """Describe them; nothing is created."""
+        metadata = sa.MetaData()
+        people = sa.Table(
+            "people",
+            metadata,
+            sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+            sa.Column("name", _TEXT, nullable=False, index=True),
+            sa.Column("metadata", sa.Text, nullable=False),
+            sa.Column("template", Embedding(storage), nullable=False),
+        )
+        images = sa.Table(
+            "images",
+            metadata,
+            sa.Column(
+                "person",
+                sa.BigInteger,
+                sa.ForeignKey("people.id", ondelete="CASCADE"),
+                primary_key=True,
+                autoincrement=False,
+            ),
+            sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+            sa.Column("embedding", Embedding(storage), nullable=False),
+            sa.Column("source", sa.Text),
+            sa.Column("crop", sa.LargeBinary),
+        )
+        return cls(people, images)
+
+
+# SQLite's record of who changed, by which a process brings its matrix in memory up to date. Every
+# change of a person touches the person's row.
+_CHANGES = (
+    "CREATE TABLE changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, person INTEGER NOT NULL)",
+    *(
+        f"CREATE TRIGGER people_{event} AFTER {event} ON people BEGIN "
+        f"INSERT INTO changes (person) VALUES ({row}.id); END"
+        for event, row in (("insert", "NEW"), ("update", "NEW"), ("delete", "OLD"))
+    ),
+    "CREATE TRIGGER changes_kept AFTER INSERT ON changes BEGIN "
+    f"DELETE FROM changes WHERE seq <= NEW.seq - {_CHANGES_KEPT}; END",
+)
+
+
+@dataclass
+class Database:
+    """An engine with the gallery's transactions; errors of the database become one sentence.
+
+    Attributes:
+        engine: SQLAlchemy's.
+        name: the address without its password, for messages.
+        path: SQLite's file; None on a server.
+        read_only: whether the file can only be read.
+    """
+
+    engine: Engine
+    name: str
+    path: Path | None = None
+    read_only: bool = False
+    _new: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def connect(cls, uri: str | Path, *, create: bool) -> Database:
+        """An engine for an address; a server is not asked anything yet.
+
+        Args:
+            uri: a file, or ``postgresql+psycopg://user:password@host/database``.
+            create: whether a file that does not exist is created, empty.
+
+        Raises:
+            UserError: an address or a path that cannot be a gallery's.
+        """
+        text = str(uri).removeprefix("sqlite:///")
+        if "://" not in text:
+            return cls._file(Path(text), create)
+        try:
+            url = sa.make_url(text)
+            if url.drivername == "postgresql":
+                url = url.set(drivername="postgresql+psycopg")
+            if url.drivername != "postgresql+psycopg":
+                raise UserError(
+                    f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
+                )
+            import pgvector  # noqa: F401
+
+            engine = sa.create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24)
+            sa.event.listen(engine, "connect", _tune)
+        except (ArgumentError, NoSuchModuleError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                "the gallery's address cannot be read; give a file or "
+                "postgresql+psycopg://user:password@host/database"
+            ) from error
+        except ImportError as error:
+            raise UserError(
+                "a gallery on PostgreSQL needs psycopg and pgvector: "
+                "pip install 'sphereface2[postgresql]'"
+            ) from error
+        return cls(engine, url.render_as_string(hide_password=True))
+
+    @classmethod
+    def _file(cls, path: Path, create: bool) -> Database:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; a gallery is a file, for example {path}.db")
+        new = create and not path.exists()
+        if new:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            except OSError as error:
+                raise UserError(f"the gallery {path} cannot be opened: {error.strerror}") from error
+        mode = "rw"
+        if not os.access(path, os.W_OK) or not os.access(path.resolve().parent, os.W_OK):
+            # SQLite reads beside a writer only through that one's -shm file. Without one nobody
+            # writes, and the file is taken as it is.
+            mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
+        address = f"file:{quote(str(path.resolve()))}?mode={mode}"
+
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(
+                address,
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=BUSY_SECONDS,
+            )
+            for pragma in (
+                f"page_size = {_PAGE_BYTES}",
+                *(["journal_mode = WAL"] if mode == "rw" else []),
+                "synchronous = FULL",
+                "foreign_keys = ON",
+                "secure_delete = ON",
+            ):
+                connection.execute(f"PRAGMA {pragma}")
+            return connection
+
+        engine = sa.create_engine(
+            "sqlite://", creator=connect, poolclass=sa.QueuePool, pool_size=8, max_overflow=24
+        )
+
+        @sa.event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            writes = connection.get_execution_options().get("writes", False)
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+        return cls(engine, str(path), path, mode != "rw", new)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is SQLite."""
+        return self.path is not None
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database throughout."""
+        options: dict[str, Any] = {}
+        if not self.is_file:
+            options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with (
+            self._told("read"),
+            self.engine.connect() as connection,
+            connection.execution_options(**options).begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that changes all of it or nothing, one at a time in this process.
+
+        When it ends, the change is on the disk.
+        """
+        if self.read_only:
+            raise UserError(f"the gallery {self.name} can only be read; nothing was changed")
+        with (
+            self._writing,
+            self._told("changed"),
+            self.engine.connect() as connection,
+            connection.execution_options(writes=True).begin(),
+        ):
+            yield connection
+
+    def insert(self, table: sa.Table) -> Any:
+        """An INSERT that knows ON CONFLICT."""
+        dialect = sqlite if self.is_file else postgresql
+        return dialect.insert(table)
+
+    def create(self, connection: Connection, tables: Tables) -> None:
+        """Create what is missing of the tables; tables that exist are taken as they are."""
+        if not self.is_file:
+            # Two processes that create one gallery at once take turns.
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7311)")
+            connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
+        tables.people.metadata.create_all(connection)
+        if self.is_file and not sa.inspect(connection).has_table("changes"):
+            for statement in _CHANGES:
+                connection.exec_driver_sql(statement)
+        _stamps.create_all(connection)
+
+    def discard(self) -> None:
+        """Close, and delete the file if it was created here and became no gallery."""
+        if self._new and self.path is not None:
+            with suppress(UserError):
+                if self.stamped() is None:
+                    self.path.unlink(missing_ok=True)
+        self.engine.dispose()
+
+    def stamped(self) -> Any:
+        """The stamp's row, or None where there is no gallery."""
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table("stamp"):
+                return None
+            return connection.execute(sa.select(stamp)).one_or_none()
+
+    def erase(self, *, patience: float | None = None) -> bool:
+        """Overwrite what changes left behind in SQLite's log; whether none of it is left.
+
+        Rows are overwritten when they are deleted, but the log of recent changes, the -wal file,
+        holds pages as they were. It is emptied once no process reads an older state.
+        """
+        if not self.is_file or self.read_only:
+            return True
+        until = time.monotonic() + (ERASE_SECONDS if patience is None else patience)
+        with self._told("changed"), self._raw() as connection:
+            connection.execute("PRAGMA busy_timeout = 200")
+            try:
+                while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                    if time.monotonic() >= until:
+                        return False
+                    time.sleep(0.01)
+            finally:
+                connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
+        return True
+
+    def vacuum(self, *tables: sa.Table) -> None:
+        """Give the space of deleted rows back: SQLite rewrites its file; PostgreSQL reuses it."""
+        with self._told("changed"):
+            if self.is_file:
+                with self._raw() as connection:
+                    connection.execute("VACUUM")
+                return
+            with self.engine.connect() as server:
+                server = server.execution_options(isolation_level="AUTOCOMMIT")
+                for table in tables:
+                    server.exec_driver_sql(f"VACUUM {table.name}")
+
+    @contextmanager
+    def _raw(self) -> Iterator[Any]:
+        connection = self.engine.raw_connection()
+        try:
+            yield connection.driver_connection
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._sentence(what, error) from error
+        except DBAPIError as error:
+            raise self._sentence(what, error.orig or error) from error
+        except sa.exc.TimeoutError as error:
+            raise GalleryUnavailableError(
+                f"the gallery {self.name} has too much to do; try again later"
+            ) from error
+
+    def _sentence(self, what: str, error: BaseException) -> UserError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kept = "" if what == "read" else "; nothing was changed"
+        if not self.is_file:
+            if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
+                doubt = "" if what == "read" else "; look whether the last change is there"
+                return GalleryUnavailableError(
+                    f"the database {self.name} does not answer: {reason}{doubt}; try again when it "
+                    "does"
+                )
+            return GalleryUnavailableError(
+                f"the gallery {self.name} cannot be {what}: {reason}{kept}"
+            )
+        if "locked" in reason:
+            return GalleryUnavailableError(
+                f"the gallery {self.name} is being changed by another process; try again later"
+            )
+        if "not a database" in reason or "malformed" in reason:
+            return UserError(
+                f"the gallery {self.name} is damaged or no gallery ({reason}): restore a backup, "
+                "or give another file"
+            )
+        return GalleryUnavailableError(f"the gallery {self.name} cannot be {what}: {reason}{kept}")
+
+
+def _tune(connection: Any, _: Any) -> None:
+    """Have pgvector's index go on until it has found as many rows as were asked for."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SET hnsw.iterative_scan = strict_order; SET hnsw.ef_search = 100; "
+            "SET hnsw.max_scan_tuples = 100000"
+        )
+    connection.commit()

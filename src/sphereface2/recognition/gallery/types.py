@@ -1,0 +1,239 @@
+"""What a gallery takes and gives: people, images, matches; the checks every engine shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sphereface2.errors import UserError
+
+NAME_LENGTH = 200
+METADATA_BYTES = 16_384
+SOURCE_BYTES = 8_192
+IMAGES_PER_PERSON = 1_000
+MOST_K = 1_000
+FUSIONS = ("max", "mean")
+
+
+class NoGalleryError(UserError):
+    """The gallery does not exist and ``create`` is False."""
+
+
+class GalleryUnavailableError(UserError):
+    """The database does not answer or cannot do what was asked; later it may."""
+
+
+class PersonExistsError(UserError):
+    """Somebody of the name is in the gallery already."""
+
+
+class UnknownPersonError(UserError):
+    """Nobody of the name is in the gallery."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody in a gallery: name, number of images, metadata, whether a crop is kept."""
+
+    name: str
+    images: int
+    metadata: dict[str, Any]
+    has_crop: bool = False
+
+
+@dataclass(frozen=True)
+class Match:
+    """One candidate of a search: who, at which cosine (-1 to 1), with metadata."""
+
+    person: str
+    score: float
+    metadata: dict[str, Any]
+    has_crop: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """An enrolled image: its id and where it came from, if that was said."""
+
+    id: int
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What `Gallery.add_many` takes.
+
+    Attributes:
+        person: the name.
+        embeddings: (k, d) or (d,), brought to length 1.
+        metadata: JSON-able; replaces what the person had. None leaves it.
+        sources: where each image came from, for re-embedding.
+        crops: an encoded crop of each image, to show; None for an image without.
+    """
+
+    person: str
+    embeddings: np.ndarray
+    metadata: dict[str, Any] | None = None
+    sources: Sequence[str | None] | None = None
+    crops: Sequence[bytes | None] | None = None
+
+    def check(self, dim: int) -> None:
+        """UserError if a gallery of embeddings of ``dim`` numbers refuses it."""
+        checked(self, dim)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An enrolment that passed the checks: clean name, its key, unit vectors (k, d) float32."""
+
+    enrolment: Enrolment
+    key: int
+    name: str
+    vectors: np.ndarray
+    sources: list[str | None]
+    crops: list[bytes | None]
+    metadata: str | None
+
+
+def checked(item: Enrolment, dim: int) -> Checked:
+    """Check an enrolment against every limit.
+
+    Raises:
+        UserError: a bad name, metadata, source or embedding, or more than 1,000 images.
+    """
+    name = person_name(item.person)
+    vectors = unit(item.embeddings, dim)
+    if not len(vectors):
+        raise UserError(f"{name!r} comes without an image; give at least one")
+    check_count(name, len(vectors))
+    sources, crops = _each(item.sources, vectors), _each(item.crops, vectors)
+    for what, given in (("sources", sources), ("crops", crops)):
+        if len(given) != len(vectors):
+            raise UserError(f"{name!r} has {len(vectors)} images and {len(given)} {what}")
+    for source in sources:
+        if source is not None and (size := len(_utf8(source, f"a source of {name!r}"))):
+            if size > SOURCE_BYTES:
+                raise UserError(
+                    f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the most"
+                )
+            if "\0" in source:
+                raise UserError(f"a source of {name!r} contains the character NUL; leave it out")
+    metadata = None if item.metadata is None else metadata_json(name, item.metadata)
+    return Checked(item, person_key(name), name, vectors, sources, crops, metadata)
+
+
+def _each(values: Sequence[Any] | None, vectors: np.ndarray) -> list[Any]:
+    return [None] * len(vectors) if values is None else list(values)
+
+
+def check_count(name: str, images: int) -> None:
+    """UserError if a person would have too many images."""
+    if images > IMAGES_PER_PERSON:
+        raise UserError(
+            f"{name!r} would have {images} images; {IMAGES_PER_PERSON} is the most: leave some out"
+        )
+
+
+def person_name(name: str) -> str:
+    """A name as galleries know it: Unicode's composed form (NFC), without spaces at the ends.
+
+    Raises:
+        UserError: it is empty, longer than 200 characters, or no text that a database stores.
+    """
+    clean = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
+    if not 1 <= len(clean) <= NAME_LENGTH:
+        raise UserError(
+            f"a person's name has 1 to {NAME_LENGTH} characters, not only spaces; got "
+            f"{str(name)[:40]!r}"
+        )
+    _utf8(clean, f"the name {clean!r}")
+    if "\0" in clean:
+        raise UserError(f"the name {clean!r} contains the character NUL; leave it out")
+    return clean
+
+
+def person_key(name: str) -> int:
+    """The primary key of a clean name: 63 bits of its sha256.
+
+    A function of the name, so that a name is unique in a database that is distributed by key.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def image_ids(count: int) -> list[int]:
+    """New image ids, rising with time: 41 bits of milliseconds, 22 bits that start at random.
+
+    No sequence hands them out, so any number of servers may.
+    """
+    start = ((time.time_ns() // 1_000_000 - 1_577_836_800_000) << 22) + secrets.randbits(22)
+    return list(range(start, start + count))
+
+
+def checked_json(value: object) -> str:
+    """JSON in ASCII that any reader can take back.
+
+    Raises:
+        ValueError, TypeError, RecursionError: a NaN, an infinity, half of a surrogate pair (which
+            JSON can escape and UTF-8 cannot hold), or what JSON does not know.
+    """
+    json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value, allow_nan=False)
+
+
+def metadata_json(name: str, metadata: dict[str, Any]) -> str:
+    """The JSON text of a person's metadata; UserError if it is not JSON or longer than 16 KB."""
+    if not isinstance(metadata, dict):
+        raise UserError(f"the metadata of {name!r} is not a JSON object; give names with values")
+    try:
+        text = checked_json(metadata)
+    except UnicodeEncodeError as error:
+        raise UserError(f"the metadata of {name!r} is not valid Unicode") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the metadata of {name!r} is not JSON: {error}") from error
+    if len(text) > METADATA_BYTES:
+        raise UserError(
+            f"the metadata of {name!r} has {len(text):,} bytes; {METADATA_BYTES:,} is the most"
+        )
+    return text
+
+
+def unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
+    """Embeddings (n, d) or (d,) brought to length 1: float32 (n, d); UserError if they cannot."""
+    vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
+    if vectors.ndim != 2 or (vectors.size and vectors.shape[1] != dim):
+        raise UserError(
+            f"the embeddings have the shape {np.shape(embeddings)}; the gallery takes (n, {dim})"
+        )
+    if not vectors.size:
+        return np.zeros((0, dim), np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    if not np.isfinite(lengths).all() or not lengths.all():
+        raise UserError("an embedding is zero, infinite or not a number; its image is unusable")
+    return np.asarray(vectors / lengths, np.float32)
+
+
+def template(vectors: np.ndarray) -> np.ndarray:
+    """The normalised mean of unit vectors (k, d); the first of them if they cancel out."""
+    total = vectors.sum(0, dtype=np.float64)
+    length = float(np.linalg.norm(total))
+    return np.asarray(total / length if length > 1e-6 else vectors[0], np.float32)
+
+
+def decide(matches: Sequence[Match], threshold: float) -> Match | None:
+    """The best match if it reaches the threshold, else None: an unknown person."""
+    return matches[0] if matches and matches[0].score >= threshold else None
+
+
+def _utf8(text: str, what: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not valid Unicode") from error

@@ -40,7 +40,8 @@ class Embedder:
         network: a backbone, which is used in evaluation mode and in float32, or an exported one.
         flip: add the embedding of the mirror image before normalising.
         batch_size: images in one forward pass, 1 or more.
-        device: where to compute; by default where the network is.
+        device: where to compute: cpu, cuda, cuda:1, mps, "auto" for the best there is; by default
+            where the network is.
         threads: that read and decode images; by default one a core, at most 8.
 
     Attributes:
@@ -100,15 +101,13 @@ class Embedder:
             UserError: there is no network at ``path``, it is damaged, or there is no such device.
         """
         folder = bundle.resolve(path).resolve()
-        network: Backbone | OnnxNetwork
-        if folder.suffix == ".onnx":
-            network = OnnxNetwork(folder)
-        else:
-            from sphereface2.device import resolve
-
-            device = resolve(str(device) if device is not None else None)
-            network = bundle.load(folder)
-        return cls(network, flip=flip, batch_size=batch_size, device=device, threads=threads)
+        return cls(
+            OnnxNetwork(folder) if folder.suffix == ".onnx" else bundle.load(folder),
+            flip=flip,
+            batch_size=batch_size,
+            device=device or "auto",
+            threads=threads,
+        )
 
     @property
     def embedding_dim(self) -> int:
@@ -289,7 +288,11 @@ class _Engine(Protocol):
 
 class _TorchEngine:
     def __init__(self, network: Backbone, device: str | torch.device | None) -> None:
-        self.network = network if device is None else network.to(device)
+        if device is not None:
+            from sphereface2.device import resolve
+
+            network = network.to(resolve(str(device)))
+        self.network = network
 
     @property
     def device(self) -> str:

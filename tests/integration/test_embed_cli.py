@@ -70,7 +70,7 @@ def test_killed_in_its_midst_it_goes_on_to_the_same_file(model: Path, tmp_path: 
     (parts / ".00000019.parquet.1.tmp").write_bytes(b"half")
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
-    assert "640 of 640 pictures embedded" in result.stdout
+    assert "640 of 640 images embedded" in result.stdout
     assert out.read_bytes() == whole.read_bytes()
     assert not parts.exists()
 
@@ -88,7 +88,7 @@ def test_photographs_are_aligned_and_faceless_ones_listed(
     (photos / "note.jpg").write_bytes(b"no picture")
     embed_set(str(model), photos, out=tmp_path / "f.parquet", device="cpu")
     told = capsys.readouterr().out
-    assert "4 of 6 pictures embedded" in told and "2 left out" in told
+    assert "4 of 6 images embedded" in told and "2 left out" in told
     rows = list(csv.reader((tmp_path / "f.parquet.skipped.csv").open()))
     assert [row[0] for row in rows[1:]] == ["note.jpg", "wall.png"]
     boxes = np.stack(pq.read_table(tmp_path / "f.parquet")["box"].to_numpy())
@@ -125,9 +125,10 @@ def test_ray_gives_the_same_file(model: Path, tmp_path: Path) -> None:
     faces = synthetic.write(tmp_path / "set", people=40, images_per_person=16, pairs_per_fold=2)
     options = ("--aligned", "--batch-size", 4)
     for engine in ("local", "ray"):
-        result = run(model, faces, "--out", tmp_path / engine, "--engine", engine, *options)
+        out = tmp_path / f"{engine}.parquet"
+        result = run(model, faces, "--out", out, "--engine", engine, *options)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "ray").read_bytes() == (tmp_path / "local").read_bytes()
+    assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
 
 
 @pytest.mark.slow
@@ -138,7 +139,7 @@ import dataclasses
 from pathlib import Path
 from sphereface2.recognition import ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.features import Job
+from sphereface2.recognition.feature_parts import Job
 
 embedder = FaceEmbedder.from_pretrained({str(model)!r}, device="cpu")
 model = embedder.fingerprint

@@ -25,9 +25,10 @@ from sphereface2.data import synthetic
 from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.recognition import features, ray_engine
+from sphereface2.recognition import feature_parts, ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.features import Job, embed_set, open_pictures
+from sphereface2.recognition.feature_parts import Job, open_images
+from sphereface2.recognition.features import embed_set
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_rows_are_the_embedder_s_in_the_order_of_the_set(
     report = embed_set(
         str(model), faces, out=out, aligned=True, dtype=dtype, device="cpu", batch_size=7
     )
-    assert (report["images"], report["embedded"], report["skipped"]) == (30, 30, 0)
+    assert (report.images, report.embedded, report.skipped) == (30, 30, 0)
     source = open_source(faces)
     embedder = FaceEmbedder.from_pretrained(model, device="cpu", batch_size=7)
     expected = embedder.embed([source.read(i) for i in range(30)], aligned=True)
@@ -81,7 +82,7 @@ def test_rows_are_the_embedder_s_in_the_order_of_the_set(
     table = pq.read_table(out)
     assert table["name"].to_pylist() == [source.name(i) for i in range(30)]
     assert table["label"].to_pylist() == source.labels.tolist()
-    told = json.loads(table.schema.metadata[features.METADATA])
+    told = json.loads(table.schema.metadata[feature_parts.METADATA])
     assert told["model"] == embedder.fingerprint
     assert (told["embedding_dim"], told["flip"], told["dtype"]) == (16, True, dtype)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.parquet"]
@@ -113,7 +114,7 @@ def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(
     monkeypatch.setattr("sphereface2.recognition.face_embedder.Aligner", TopAligner)
     out = tmp_path / "f.parquet"
     report = embed_set(str(model), root, out=out, device="cpu", batch_size=1)
-    assert (report["embedded"], report["skipped"]) == (5, 3)
+    assert (report.embedded, report.skipped) == (5, 3)
     rows = list(csv.reader((tmp_path / "f.parquet.skipped.csv").open()))
     assert [row[0] for row in rows] == ["name", "Ann/1.png", "Bo/0.png", "Bo/3.png"]
     assert [bool(row[1]) for row in rows] == [True] * 4 and "no face" in rows[2][1]
@@ -131,7 +132,7 @@ def test_nothing_embedded_is_an_error_that_says_where_to_look(model: Path, tmp_p
     root.mkdir(parents=True)
     for name in ("a.jpg", "b.jpg"):
         (root / name).write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"none of 2 pictures .*f\.parquet\.skipped\.csv"):
+    with pytest.raises(UserError, match=r"none of 2 images .*f\.parquet\.skipped\.csv"):
         embed_set(str(model), root.parent, out=tmp_path / "f.parquet", aligned=True, device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.parquet.skipped.csv", "set"]
 
@@ -139,7 +140,7 @@ def test_nothing_embedded_is_an_error_that_says_where_to_look(model: Path, tmp_p
 def test_a_folder_of_pictures_needs_no_people(model: Path, tmp_path: Path) -> None:
     root = pictures(tmp_path / "set", ["b.png", "a.jpg", "below/c.png"])
     (root / "notes.txt").write_text("not a list")
-    assert open_pictures(root).name(0) == "a.jpg"
+    assert open_images(root).name(0) == "a.jpg"
     embed_set(str(model), root, out=tmp_path / "f.parquet", aligned=True, device="cpu")
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["name"].to_pylist() == ["a.jpg", "b.png", "below/c.png"]
@@ -164,7 +165,7 @@ def test_a_file_that_cannot_be_written_is_named(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(features, "atomic_write", full)
+    monkeypatch.setattr(feature_parts, "atomic_write", full)
     with pytest.raises(UserError, match=r"f\.parquet cannot be written: No space left"):
         embed_set(str(model), faces, out=tmp_path / "f.parquet", aligned=True, device="cpu")
 
@@ -184,7 +185,7 @@ def test_a_run_goes_on_with_the_parts_it_has(
     model: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"aligned": True, "device": "cpu", "batch_size": 2}
-    monkeypatch.setattr(features, "_BATCHES", {True: 3, False: 3})  # 30 pictures, 5 parts
+    monkeypatch.setattr(feature_parts, "_BATCHES", {True: 3, False: 3})  # 30 pictures, 5 parts
     embed_set(str(model), faces, out=tmp_path / "whole.parquet", **options)  # type: ignore[arg-type]
 
     computed: list[int] = []
@@ -241,12 +242,13 @@ def test_parts_cover_every_picture_once(images: int, batch_size: int, aligned: b
         ({"engine": "spark"}, "local or ray"),
         ({"batch_size": 0}, "--batch-size"),
         ({"ray_address": "auto"}, "--engine ray"),
+        ({"out": Path("x.csv")}, r"writes Parquet: name it x\.parquet"),
     ],
 )
 def test_wrong_options(
     model: Path, faces: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        embed_set(str(model), faces, out=tmp_path / "f.parquet", **options)  # type: ignore[arg-type]
+        embed_set(str(model), faces, **{"out": tmp_path / "f.parquet", **options})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--out"):
         embed_set(str(model), faces, out=tmp_path / "no" / "f.parquet")

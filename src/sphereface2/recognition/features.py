@@ -1,48 +1,39 @@
-"""A set of pictures as a file of embeddings: the command ``sphereface2 embed``.
-
-The work is cut into parts of so many whole batches. Each part that is finished lies as a small
-Parquet file beside the result, so that a run that was killed goes on where it was, and a part has
-the same rows whoever computes it: this process, the next one, or a worker of a Ray cluster.
-"""
+"""``sphereface2 embed``: a set of images as a file of embeddings."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from sphereface2.align import Face
-from sphereface2.data.folder import PictureSource, is_picture
-from sphereface2.data.sources import Source, open_source
+from sphereface2 import console
+from sphereface2.data.sources import Source
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write, lock, printable, writing
-from sphereface2.images import read_image
+from sphereface2.recognition import ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.version import __version__
+from sphereface2.recognition.feature_parts import DTYPES, Job, Parts, metadata, open_images
 
-FORMAT = "sphereface2-features"
-FORMAT_VERSION = 1
-#: The key of the file's metadata, a JSON object: model, embedding_dim, flip and so on.
-METADATA = b"sphereface2"
-_SKIPPED = b"skipped"  # key of a part's metadata: [[name, reason], …]
-_DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 _ENGINES = ("local", "ray")
-#: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.
-_BATCHES = {True: 32, False: 8}
+
+
+@dataclass(frozen=True)
+class FeaturesReport:
+    """What `embed_set` did.
+
+    Attributes:
+        out: the file.
+        images: images in the set.
+        embedded: rows of the file.
+        skipped: images left out.
+        seconds: time it took.
+    """
+
+    out: Path
+    images: int
+    embedded: int
+    skipped: int
+    seconds: float
 
 
 def embed_set(
@@ -58,38 +49,35 @@ def embed_set(
     device: str | None = None,
     engine: str = "local",
     ray_address: str | None = None,
-) -> dict[str, Any]:
+) -> FeaturesReport:
     """Write the embeddings of a set of images to a Parquet file.
 
     Columns, in the order of the set: ``name``; ``label`` (int64) and ``person``, null where the
     set does not tell; ``embedding``, a list of fixed length, of length 1; and unless ``aligned``,
-    ``score`` and ``box`` (left, top, right, bottom) of the face. The file's metadata tell the
-    model's fingerprint and all settings. Pictures that cannot be read or show no face are left
-    out and listed, with the reason, in ``OUT.skipped.csv``.
+    ``score`` and ``box`` (left, top, right, bottom) of the face. The file's metadata hold the
+    model's fingerprint and all settings. Images that cannot be read or show no face are left out
+    and listed, with the reason, in ``OUT.skipped.csv``.
 
     A run that was killed is continued by the same command and ends in the same file.
 
     Args:
-        checkpoint: A run, a model folder or the name of a model on the hub.
+        checkpoint: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
         source: Folder, list, RecordIO file or WebDataset; a folder needs no folders of people.
-        out: Parquet file to write.
-        aligned: The images are aligned crops already.
+        out: Parquet file to write, ``NAME.parquet``.
+        aligned: The images are face crops by the template already.
         dtype: Type of the stored embeddings, "float32" or "float16".
         batch_size: Number of images in one forward pass.
         flip: Add the embedding of the mirror image.
-        device: "cpu", "cuda" or "mps"; default: the best there is.
+        device: Where to compute: cpu, cuda, mps; by default the best there is.
         engine: "local", or "ray" for a Ray Data pipeline.
-        ray_address: Address of a Ray cluster, which must see SOURCE under the same path; default:
-            a cluster of its own on this machine.
-
-    Returns:
-        ``out``, ``images`` (in the set), ``embedded``, ``skipped`` and ``seconds``.
+        ray_address: Address of a Ray cluster, which must see the set under the same path; by
+            default a cluster of its own on this machine.
 
     Raises:
         UserError: a wrong option, no such model or set, a file of another run in the way, or not
-            one picture that could be embedded.
+            one image that could be embedded.
     """
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise UserError(f"--dtype must be float32 or float16, not {dtype!r}")
     if engine not in _ENGINES:
         raise UserError(f"--engine must be local or ray, not {engine!r}")
@@ -98,10 +86,12 @@ def embed_set(
     if ray_address is not None and engine != "ray":
         raise UserError("--ray-address goes with --engine ray")
     out = Path(out)
+    if out.suffix.lower() != ".parquet":
+        raise UserError(f"--out writes Parquet: name it {out.with_suffix('.parquet').name}")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: give --out a file in a folder that exists")
     path = Path(source).resolve()
-    pictures = open_pictures(path)
+    images = open_images(path)
     embedder = FaceEmbedder.from_pretrained(
         checkpoint,
         device="cpu" if engine == "ray" else device,  # where Ray's workers each have their own
@@ -110,8 +100,8 @@ def embed_set(
     )
     job = Job(
         path=path,
-        images=len(pictures),
-        input=pictures.fingerprint(),
+        images=len(images),
+        input=images.fingerprint(),
         model=embedder.fingerprint,
         embedding_dim=embedder.embedding_dim,
         aligner=None if aligned else embedder.aligner.name,
@@ -120,305 +110,44 @@ def embed_set(
         batch_size=batch_size,
     )
     start = time.perf_counter()
-    parts = _Parts(out, job)
+    parts = Parts(out, job)
     if not parts.finished():
-        with parts.open() as missing, _progress(job, missing) as advance:
-            if engine == "ray":
-                from sphereface2.recognition.ray_engine import compute
+        with parts.open() as missing, console.bars(counted=True) as bars:
+            task = bars.add_task("embedding", total=job.images)
+            bars.advance(task, job.images - sum(len(job.rows(number)) for number in missing))
 
-                done = compute(job, embedder, missing, address=ray_address, device=device)
+            def advance(count: int) -> None:
+                bars.advance(task, count)
+
+            if engine == "ray":
+                done = ray_engine.compute(
+                    job, embedder, missing, address=ray_address, device=device, progress=advance
+                )
             else:
-                done = _compute(job, embedder, pictures, missing, advance)
+                done = _compute(job, embedder, images, missing, advance)
             for number, content in done:
                 parts.write(number, content)
-                if engine == "ray":
-                    advance(len(job.rows(number)))
             parts.merge()
     parts.remove()
-    report = _report(out) | {"seconds": time.perf_counter() - start}
-    _print(report)
+    found = metadata(out)
+    report = FeaturesReport(
+        out=out,
+        images=found["images"],
+        embedded=found["embedded"],
+        skipped=found["skipped"],
+        seconds=time.perf_counter() - start,
+    )
+    left_out = f"; {report.skipped:,} left out, see {out}.skipped.csv" if report.skipped else ""
+    console.show(f"{report.embedded:,} of {report.images:,} images embedded in {out}{left_out}")
     return report
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is computed, whoever computes it; it pickles.
-
-    Attributes:
-        path: of the set.
-        images: pictures in it.
-        input: its fingerprint.
-        model: the embedder's fingerprint.
-        embedding_dim: length of an embedding.
-        aligner: what finds faces; None if the pictures are crops.
-        flip, dtype, batch_size: as in `embed_set`.
-    """
-
-    path: Path
-    images: int
-    input: str
-    model: str
-    embedding_dim: int
-    aligner: str | None
-    flip: bool
-    dtype: str
-    batch_size: int
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the pictures are crops already."""
-        return self.aligner is None
-
-    @property
-    def part_size(self) -> int:
-        """Pictures in a part, the last one apart."""
-        return self.batch_size * _BATCHES[self.aligned]
-
-    @property
-    def parts(self) -> range:
-        """Numbers of all parts."""
-        return range(-(-self.images // self.part_size))
-
-    def rows(self, number: int) -> range:
-        """Indices of the pictures of part ``number``."""
-        start = number * self.part_size
-        return range(start, min(start + self.part_size, self.images))
-
-    def identity(self) -> dict[str, Any]:
-        """All that a row depends on, JSON-able."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "package_version": __version__,
-            "model": self.model,
-            "embedding_dim": self.embedding_dim,
-            "flip": self.flip,
-            "aligned": self.aligned,
-            "aligner": self.aligner,
-            "dtype": self.dtype,
-            "batch_size": self.batch_size,
-            "input": self.input,
-            "images": self.images,
-        }
-
-    def schema(self) -> pa.Schema:
-        """The file's columns."""
-        columns = [
-            pa.field("name", pa.string(), nullable=False),
-            pa.field("label", pa.int64()),
-            pa.field("person", pa.string()),
-            pa.field("embedding", pa.list_(_DTYPES[self.dtype], self.embedding_dim)),
-        ]
-        if not self.aligned:
-            columns += [
-                pa.field("score", pa.float32()),
-                pa.field("box", pa.list_(pa.float32(), 4)),
-            ]
-        return pa.schema(columns)
-
-    def compute(
-        self,
-        embedder: FaceEmbedder,
-        pictures: Source,
-        number: int,
-        *,
-        progress: Callable[[int], None] | None = None,
-    ) -> bytes:
-        """Part ``number`` as a Parquet file."""
-        indices = self.rows(number)
-        faces: dict[int, Face] = {}
-        reasons: dict[int, str] = {}
-
-        def read(index: int) -> np.ndarray:
-            try:
-                data = pictures.read(index)
-                if self.aligned:
-                    return read_image(data)
-                crop, faces[index] = embedder.crop(data)
-                return crop
-            except (OSError, UserError) as error:
-                reasons[index] = str(error)
-                raise UserError(str(error)) from error
-
-        unreadable: list[int] = []
-        embeddings = embedder.embedder.embed(
-            indices, read=read, unreadable=unreadable, progress=progress
-        )
-        kept = [index for index in indices if index not in reasons]
-        labels = [int(pictures.labels[i]) if len(pictures.labels) else None for i in kept]
-        people = pictures.class_names
-        columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
-            "name": [printable(pictures.name(index)) for index in kept],
-            "label": labels,
-            "person": [printable(people[n]) if people and n is not None else None for n in labels],
-            "embedding": _fixed(embeddings.astype(self.dtype)),
-        }
-        if not self.aligned:
-            columns["score"] = [faces[index].score for index in kept]
-            boxes = [faces[index].box for index in kept]
-            columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
-        skipped = [[printable(pictures.name(i)), printable(reasons[i])] for i in sorted(reasons)]
-        schema = self.schema().with_metadata({_SKIPPED: json.dumps(skipped)})
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
-        return buffer.getvalue()
-
-
-def open_pictures(path: str | Path) -> Source:
-    """What `open_source` opens, or a folder of pictures, then without people.
-
-    A folder that itself holds pictures is a folder of pictures: all those in it and below it.
-    """
-    path = Path(path)
-    if path.is_dir() and any(is_picture(entry) for entry in path.iterdir()):
-        return PictureSource(path)
-    return open_source(path)
 
 
 def _compute(
     job: Job,
     embedder: FaceEmbedder,
-    pictures: Source,
+    images: Source,
     numbers: Iterable[int],
-    advance: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[int, bytes]]:
     for number in numbers:
-        yield (
-            number,
-            job.compute(embedder, pictures, number, progress=advance),
-        )
-
-
-def _fixed(values: np.ndarray) -> pa.FixedSizeListArray:
-    """(N, k) as N lists of k."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-class _Parts:
-    """The finished parts of a file that is being made, in a folder beside it."""
-
-    def __init__(self, out: Path, job: Job) -> None:
-        self.out = out
-        self.job = job
-        self.folder = out.with_name(f".{out.name}.parts")
-        self._identity = self.folder / "identity.json"
-
-    def finished(self) -> bool:
-        """Whether the file is there; UserError if it is another's."""
-        if not self.out.exists():
-            return False
-        self._check(_metadata(self.out), self.out, "holds the features of")
-        return True
-
-    @contextmanager
-    def open(self) -> Iterator[list[int]]:
-        """The numbers of the parts still missing, the folder being this process's alone."""
-        with writing(self.out):
-            self.folder.mkdir(exist_ok=True)
-            file = (self.folder / "lock").open("w")
-        with file:
-            lock(file, f"another process is at work on {self.out}")
-            if self._identity.exists():
-                found = json.loads(self._identity.read_text(encoding="utf-8"))
-                self._check(found, self.folder, "holds the unfinished work of")
-            else:
-                with writing(self.out):
-                    atomic_write(self._identity, json.dumps(self.job.identity()).encode())
-            yield [number for number in self.job.parts if not self._path(number).exists()]
-
-    def _check(self, found: dict[str, Any], where: Path, what: str) -> None:
-        wanted = self.job.identity()
-        if other := [key for key in wanted if found.get(key) != wanted[key]]:
-            raise UserError(
-                f"{where} {what} a run with another {', '.join(other)}: give another --out, or "
-                "delete it"
-            )
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.parquet"
-
-    def write(self, number: int, content: bytes) -> None:
-        with writing(self.out):
-            atomic_write(self._path(number), content)
-
-    def merge(self) -> None:
-        """Make the file, and the list of what was left out, from all parts."""
-        with writing(self.out):
-            self._merge()
-
-    def _merge(self) -> None:
-        listed = self.out.with_name(f"{self.out.name}.skipped.csv")
-        merged, skipped_file = self.folder / "merged", self.folder / "skipped"
-        embedded = skipped = 0
-        with skipped_file.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["name", "reason"])
-            for number in self.job.parts:
-                part = pq.ParquetFile(self._path(number))
-                embedded += part.metadata.num_rows
-                left_out = json.loads(part.schema_arrow.metadata[_SKIPPED])
-                skipped += len(left_out)
-                rows.writerows(left_out)
-        if skipped:
-            skipped_file.replace(listed)
-        else:
-            listed.unlink(missing_ok=True)  # of an older file of this name
-        if not embedded:
-            self.remove()
-            raise UserError(
-                f"none of {self.job.images:,} pictures gave an embedding; {listed} tells why"
-            )
-        told = self.job.identity() | {"embedded": embedded, "skipped": skipped}
-        schema = self.job.schema().with_metadata({METADATA: json.dumps(told)})
-        with pq.ParquetWriter(merged, schema, use_dictionary=["person"]) as writer:
-            for number in self.job.parts:
-                table = pq.read_table(self._path(number))
-                if len(table):
-                    writer.write_table(table.replace_schema_metadata(schema.metadata))
-        with merged.open("rb") as written:
-            os.fsync(written.fileno())
-        merged.replace(self.out)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """What a features file tells of itself; empty if it is none."""
-    try:
-        return json.loads((pq.read_schema(path).metadata or {})[METADATA])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
-        return {}
-
-
-# -- what is told --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(job: Job, missing: Sequence[int]) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        left = sum(len(job.rows(number)) for number in missing)
-        task = progress.add_task("", total=job.images, completed=job.images - left)
-        yield lambda count: progress.advance(task, count)
-
-
-def _report(out: Path) -> dict[str, Any]:
-    told = _metadata(out)
-    return {"out": str(out), **{key: told[key] for key in ("images", "embedded", "skipped")}}
-
-
-def _print(report: dict[str, Any]) -> None:
-    left_out = (
-        f"; {report['skipped']:,} left out, see {report['out']}.skipped.csv"
-        if report["skipped"]
-        else ""
-    )
-    Console(soft_wrap=True, highlight=False).print(
-        f"{report['embedded']:,} of {report['images']:,} pictures embedded in {report['out']}"
-        f"{left_out}",
-        markup=False,
-    )
+        yield number, job.compute(embedder, images, number, progress=progress)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from sphereface2.device import resolve
+from sphereface2.data.sources import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.features import Job, open_pictures
-
-if TYPE_CHECKING:
-    from sphereface2.data.sources import Source
+from sphereface2.recognition.feature_parts import Job, open_images
 
 _ANSWER_SECONDS = 5.0
 
@@ -29,6 +26,7 @@ def compute(
     *,
     address: str | None,
     device: str | None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (number, Parquet file) of each part as it is finished, in any order.
 
@@ -41,6 +39,7 @@ def compute(
         numbers: of the parts wanted.
         address: of a cluster; None starts a Ray on this machine and stops it afterwards.
         device: of a worker's network; by default the best it has.
+        progress: called with the number of images of each finished part.
 
     Raises:
         UserError: Ray is missing or cannot be reached, or a worker does not see the same set.
@@ -52,7 +51,7 @@ def compute(
         import ray.data
     except ImportError as error:
         raise UserError("--engine ray needs Ray: pip install 'sphereface2[ray]'") from error
-    # A user's pictures are nobody's business: no report of use is sent.
+    # A user's images are private: no report of use is sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = not ray.is_initialized()
     if own and address is not None:
@@ -88,7 +87,9 @@ def compute(
         for row in parts.iter_rows():
             if row["error"]:
                 raise UserError(row["error"])
-            yield int(row["number"]), row["part"]
+            number = int(row["number"])
+            progress(len(job.rows(number)))
+            yield number, row["part"]
     finally:
         if own:
             ray.shutdown()
@@ -132,10 +133,10 @@ class _Worker:
     def _prepare(self) -> tuple[FaceEmbedder, Source]:
         import ray
 
-        pictures = open_pictures(self._job.path)
-        if pictures.fingerprint() != self._job.input:
+        images = open_images(self._job.path)
+        if images.fingerprint() != self._job.input:
             raise UserError(
-                f"a worker of the cluster finds other pictures under {self._job.path}: the set "
+                f"a worker of the cluster finds other images under {self._job.path}: the set "
                 "must lie on storage that all machines share"
             )
         embedder = FaceEmbedder(
@@ -143,7 +144,7 @@ class _Worker:
                 ray.get(self._network),
                 flip=self._job.flip,
                 batch_size=self._job.batch_size,
-                device=resolve(self._device),
+                device=self._device or "auto",
                 threads=1,
             )
         )
@@ -152,4 +153,4 @@ class _Worker:
                 f"a worker of the cluster finds faces with {embedder.aligner.name} and this "
                 f"machine with {self._job.aligner}: install the same packages"
             )
-        return embedder, pictures
+        return embedder, images

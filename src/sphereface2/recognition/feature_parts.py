@@ -1,0 +1,281 @@
+"""The parts of a features file: what is computed, and the finished parts on disk.
+
+The work is cut into parts of so many whole batches. Each part that is finished lies as a small
+Parquet file beside the result, so that a run that was killed is continued where it was, and a part
+has the same rows whoever computes it: this process, the next one, or a worker of a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sphereface2.align import Face
+from sphereface2.data.folder import PictureSource, is_picture
+from sphereface2.data.sources import Source, open_source
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write, lock, printable, writing
+from sphereface2.images import read_image
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.version import __version__
+
+FORMAT = "sphereface2-features"
+FORMAT_VERSION = 1
+#: The key of the file's metadata, a JSON object: model, embedding_dim, flip and so on.
+METADATA = b"sphereface2"
+DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
+_SKIPPED = b"skipped"  # key of a part's metadata: [[name, reason], …]
+#: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.
+_BATCHES = {True: 32, False: 8}
+
+
+def open_images(path: str | Path) -> Source:
+    """What `open_source` opens, or a folder of images, then without people.
+
+    A folder that itself holds images is a folder of images: all those in it and below it.
+    """
+    path = Path(path)
+    if path.is_dir() and any(is_picture(entry) for entry in path.iterdir()):
+        return PictureSource(path)
+    return open_source(path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is computed, whoever computes it; it pickles.
+
+    Attributes:
+        path: of the set.
+        images: number of images in it.
+        input: its fingerprint.
+        model: the embedder's fingerprint.
+        embedding_dim: length of an embedding.
+        aligner: what finds faces; None if the images are crops.
+        flip, dtype, batch_size: as in `embed_set`.
+    """
+
+    path: Path
+    images: int
+    input: str
+    model: str
+    embedding_dim: int
+    aligner: str | None
+    flip: bool
+    dtype: str
+    batch_size: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the images are crops already."""
+        return self.aligner is None
+
+    @property
+    def part_size(self) -> int:
+        """Images in a part, the last one apart."""
+        return self.batch_size * _BATCHES[self.aligned]
+
+    @property
+    def parts(self) -> range:
+        """Numbers of all parts."""
+        return range(-(-self.images // self.part_size))
+
+    def rows(self, number: int) -> range:
+        """Indices of the images of part ``number``."""
+        start = number * self.part_size
+        return range(start, min(start + self.part_size, self.images))
+
+    def identity(self) -> dict[str, Any]:
+        """All that a row depends on, JSON-able."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            "model": self.model,
+            "embedding_dim": self.embedding_dim,
+            "flip": self.flip,
+            "aligned": self.aligned,
+            "aligner": self.aligner,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "input": self.input,
+            "images": self.images,
+        }
+
+    def schema(self) -> pa.Schema:
+        """The file's columns."""
+        columns = [
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("label", pa.int64()),
+            pa.field("person", pa.string()),
+            pa.field("embedding", pa.list_(DTYPES[self.dtype], self.embedding_dim)),
+        ]
+        if not self.aligned:
+            columns += [
+                pa.field("score", pa.float32()),
+                pa.field("box", pa.list_(pa.float32(), 4)),
+            ]
+        return pa.schema(columns)
+
+    def compute(
+        self,
+        embedder: FaceEmbedder,
+        source: Source,
+        number: int,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> bytes:
+        """Part ``number`` as a Parquet file."""
+        indices = self.rows(number)
+        faces: dict[int, Face] = {}
+        reasons: dict[int, str] = {}
+
+        def read(index: int) -> np.ndarray:
+            try:
+                content = source.read(index)
+                if self.aligned:
+                    return read_image(content)
+                crop, faces[index] = embedder.crop(content)
+                return crop
+            except (OSError, UserError) as error:
+                reasons[index] = str(error)
+                raise
+
+        embeddings = embedder.embedder.embed(indices, read=read, unreadable=[], progress=progress)
+        kept = [index for index in indices if index not in reasons]
+        labels = [int(source.labels[i]) if len(source.labels) else None for i in kept]
+        people = source.class_names
+        columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
+            "name": [printable(source.name(index)) for index in kept],
+            "label": labels,
+            "person": [printable(people[n]) if people and n is not None else None for n in labels],
+            "embedding": _fixed(embeddings.astype(self.dtype)),
+        }
+        if not self.aligned:
+            columns["score"] = [faces[index].score for index in kept]
+            boxes = [faces[index].box for index in kept]
+            columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
+        skipped = [[printable(source.name(i)), printable(reasons[i])] for i in sorted(reasons)]
+        schema = self.schema().with_metadata({_SKIPPED: json.dumps(skipped)})
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
+        return buffer.getvalue()
+
+
+class Parts:
+    """The finished parts of the file ``out`` that is being made, in a folder beside it."""
+
+    def __init__(self, out: Path, job: Job) -> None:
+        self.out = out
+        self.job = job
+        self.folder = out.with_name(f".{out.name}.parts")
+        self._identity = self.folder / "identity.json"
+
+    def finished(self) -> bool:
+        """Whether the file is there; UserError if it is another's."""
+        if not self.out.exists():
+            return False
+        self._check(metadata(self.out), self.out, "holds the features of")
+        return True
+
+    @contextmanager
+    def open(self) -> Iterator[list[int]]:
+        """The numbers of the parts still missing; nobody else may write while this is open."""
+        with writing(self.out):
+            self.folder.mkdir(exist_ok=True)
+            file = (self.folder / "lock").open("w")
+        with file:
+            lock(file, f"another process is at work on {self.out}")
+            if self._identity.exists():
+                found = json.loads(self._identity.read_text(encoding="utf-8"))
+                self._check(found, self.folder, "holds the unfinished work of")
+            else:
+                with writing(self.out):
+                    atomic_write(self._identity, json.dumps(self.job.identity()).encode())
+            yield [number for number in self.job.parts if not self._path(number).exists()]
+
+    def _check(self, found: dict[str, Any], where: Path, what: str) -> None:
+        wanted = self.job.identity()
+        if other := [key for key in wanted if found.get(key) != wanted[key]]:
+            raise UserError(
+                f"{where} {what} a run with another {', '.join(other)}: give another --out, or "
+                "delete it"
+            )
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.parquet"
+
+    def write(self, number: int, content: bytes) -> None:
+        """Store a finished part."""
+        with writing(self.out):
+            atomic_write(self._path(number), content)
+
+    def merge(self) -> None:
+        """Make the file, and the list of what was left out, from all parts.
+
+        Raises:
+            UserError: it cannot be written, or no image gave an embedding.
+        """
+        with writing(self.out):
+            self._merge()
+
+    def _merge(self) -> None:
+        listed = self.out.with_name(f"{self.out.name}.skipped.csv")
+        merged, skipped_file = self.folder / "merged", self.folder / "skipped"
+        embedded = skipped = 0
+        with skipped_file.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["name", "reason"])
+            for number in self.job.parts:
+                part = pq.ParquetFile(self._path(number))
+                embedded += part.metadata.num_rows
+                left_out = json.loads(part.schema_arrow.metadata[_SKIPPED])
+                skipped += len(left_out)
+                rows.writerows(left_out)
+        if skipped:
+            skipped_file.replace(listed)
+        else:
+            listed.unlink(missing_ok=True)  # of an older file of this name
+        if not embedded:
+            self.remove()
+            raise UserError(
+                f"none of {self.job.images:,} images gave an embedding; {listed} lists the reasons"
+            )
+        described = self.job.identity() | {"embedded": embedded, "skipped": skipped}
+        schema = self.job.schema().with_metadata({METADATA: json.dumps(described)})
+        with pq.ParquetWriter(merged, schema, use_dictionary=["person"]) as writer:
+            for number in self.job.parts:
+                table = pq.read_table(self._path(number))
+                if len(table):
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
+        with merged.open("rb") as written:
+            os.fsync(written.fileno())
+        merged.replace(self.out)
+
+    def remove(self) -> None:
+        """Delete the parts."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What a features file says about itself; empty if it is none."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {})[METADATA])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return {}
+
+
+def _fixed(values: np.ndarray) -> pa.FixedSizeListArray:
+    """(N, k) as N lists of k."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

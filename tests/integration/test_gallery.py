@@ -200,6 +200,22 @@ def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
         gallery.people()
 
 
+def test_one_image_of_a_person_goes(address: str) -> None:
+    rows = vectors(1, 3)
+    with opened(address) as gallery:
+        first, second, third = gallery.add("Ann", rows)
+        assert gallery.search(rows[1], k=1)[0][0].score > 0.999
+        assert gallery.remove_image("Ann", second) and not gallery.remove_image("Ann", second)
+        assert not gallery.remove_image("nobody", second)
+        left = {"Ann": rows[[0, 2]]}
+        for fusion in ("max", "mean"):
+            agrees(gallery.search(rows, fusion=fusion), brute_force(left, rows, fusion, 1))
+        assert gallery.remove_image("Ann", first)
+        with pytest.raises(UserError, match="no other image"):
+            gallery.remove_image("Ann", third)
+        assert gallery.stats()["images"] == 1
+
+
 def test_images_that_cancel_out_have_a_template(address: str) -> None:
     row = vectors(3)
     with opened(address) as gallery:

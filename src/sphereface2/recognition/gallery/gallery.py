@@ -479,6 +479,29 @@ class Gallery:
             self._erase()
         return count
 
+    def remove_image(self, person: str, image: int) -> bool:
+        """Remove one image of a person, by its id; whether it was there.
+
+        Raises:
+            UserError: it is the person's last.
+        """
+        name, images = person_name(person), self._images
+        key = person_key(name)
+        with self._change() as connection:
+            touch = sa.update(self._people).where(self._people.c.id == key)
+            connection.execute(touch.values(name=self._people.c.name))  # locks the row
+            mine = sa.select(images.c.id, images.c.embedding).where(images.c.person == key)
+            rows = {row.id: row.embedding for row in connection.execute(mine)}
+            if rows.pop(image, None) is None:
+                return False
+            if not rows:
+                raise UserError(f"{name!r} has no other image: remove the person instead")
+            one = (images.c.person == key) & (images.c.id == image)
+            connection.execute(sa.delete(images).where(one))
+            connection.execute(touch.values(template=template(np.stack(list(rows.values())))))
+        self._erase()
+        return True
+
     def _erase(self) -> None:
         for file in self._index_files():
             file.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ class Registry(Generic[Builder]):
         self._builders: dict[str, Builder] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builders
+        return isinstance(name, str) and name in self._builders
 
     def register(self, name: str) -> Callable[[B], B]:
         """Decorator that makes a class or function available under ``name``.
@@ -51,6 +51,8 @@ class Registry(Generic[Builder]):
         Raises:
             UserError: unknown name; the message suggests the nearest.
         """
+        if not isinstance(name, str):
+            raise UserError(f"name must be the name of a {self.kind}, got {name!r}")
         if name not in self._builders:
             raise UserError(
                 f"there is no {self.kind} {name!r}{did_you_mean(name, self._builders)}; "

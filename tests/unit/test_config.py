@@ -44,16 +44,116 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("--backbone.name=sfnet21", "sfnet20"),
         ("--backbone.widht=0.5", "width"),
         ("--training.epochs=three", "training.epochs"),
-        ("--training.epochs=-1", "above 0"),
+        ("--training.epochs=-1", "epochs must be greater than 0, got -1 in the command line"),
         ("--training.optimizer=adam", "optimizer"),
         ("--head.m=-1", "m"),
         ("--data.people_per_batch=8", "images_per_person"),
-        ("--data.augmentation.size=96", "contradicts"),
+        ("--data.augmentation.size=96", "must be backbone.input_size, 112, got 96"),
+        ("--training.epochs=.nan", r"training.epochs must be a finite number, got \.nan"),
+        ("--training.epochs=.inf", "training.epochs must be a finite number"),
+        ("--training.lr=nan", "training.lr must be a finite number"),
+        ("--training.max_loss_ratio=.nan", "max_loss_ratio must be a finite number"),
+        ("--training.clip_norm=.inf", "clip_norm must be a finite number"),
+        ("--data.augmentation.rotation=.nan", "rotation must be a finite number"),
+        ("--validation.fars=[0.1, .nan]", r"validation.fars.1 must be a finite number"),
+        ("--head.m=.nan", r"head\.m must be a number ≥ 0, got nan"),
+        ("--backbone.width=.inf", r"backbone\.width must be a number > 0, got inf"),
+        ("--backbone.residual_scale=.nan", "residual_scale must be a number"),
+        ("--seed=-1", "seed must be greater than or equal to 0, got -1"),
+        ("--seed=99999999999", "seed must be less than 4294967296"),
+        ("--data.split_seed=-1", "data.split_seed must be greater than or equal to 0"),
+        ("--training.threads=100000", "threads must be less than or equal to 1024, got 100000"),
+        ("--training.accumulate=0", "accumulate must be greater than or equal to 1, got 0"),
+        ("--training.milestones=[0.5, 2]", "milestones.1 must be less than or equal to 1, got 2"),
+        ("--name=null", "name must be text, got null in the command line"),
+        ("--name=", "name must be text, got null"),
+        ("--backbone.name=null", "backbone.name must be the name of a backbone, got None"),
+        ("--head.name=[a, b]", r"no head '\[a, b\]'"),
+        ("--head.sharded=perhaps", "head.sharded must be true or false, got perhaps"),
+        ("--data=3", "data must be a section of settings, got 3"),
+        ("--head=3", "head must be a section of settings, got 3"),
+        ("--validation.fars=0.1", r"fars must be a list, such as \[1, 2\], got 0.1"),
+        ("--training.nesterov=true --training.momentum=0", "momentum above 0"),
         ("training.epochs=3", "--key value"),
         ("--training.epochs", "needs a value"),
     ],
 )
 def test_mistakes_are_one_sentence_that_names_the_remedy(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        config.load(None, [override])
+        config.load(None, [override] if " --" not in override else override.split())
     assert "\n" not in str(caught.value)
+    assert "<class" not in str(caught.value)
+
+
+def write(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    path = folder / "x.yaml"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-05-01", "yes", "2024", "007", "1e5", "12:30", "off", "a: b"]
+)
+def test_a_text_setting_is_the_text_that_was_given(text: str, tmp_path: Path) -> None:
+    words = ["--name", text, f"--data.train={text}", "--validation.names", text]
+    loaded = config.load(None, [*words, "--validation.pairs", f"['{text}', {text.split(':')[0]}]"])
+    assert loaded.name == loaded.data.train == loaded.validation.names == text
+    assert loaded.validation.pairs == [text, text.split(":")[0]]
+    if text != "a: b":  # which is a mapping in YAML
+        path = write(tmp_path, f"name: {text}\ndata: {{train: {text}}}\n")
+        assert config.load(path).name == config.load(path).data.train == text
+    path = write(tmp_path, config.dump(loaded))
+    assert config.load(path) == loaded
+
+
+def test_choices_that_yaml_calls_booleans_and_sections_of_components() -> None:
+    loaded = config.load(
+        None, ["--training.autocast", "off", "--training.compile", "yes", "--head.m", "0"]
+    )
+    assert loaded.training.autocast == "off"
+    assert loaded.training.compile is True
+    assert loaded.head == {"name": "sphereface2", "m": 0}
+    assert config.load(None, ["--validation.names=null"]).validation.names is None
+
+
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    loaded = config.load(None, ["--data.train", "~/faces", "--output=~/runs", "--name", "~x"])
+    assert (loaded.data.train, loaded.output) == ("/home/ada/faces", "/home/ada/runs")
+    assert loaded.name == "~x"
+    assert config.load(None, ["--validation.pairs", "[auto, ~/lfw.bin]"]).validation.pairs == [
+        "auto",
+        "/home/ada/lfw.bin",
+    ]
+
+
+def test_files_in_other_encodings_and_bombs(tmp_path: Path) -> None:
+    text = "name: Zoë\ntraining: {epochs: 3}\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        assert config.load(write(tmp_path, text, encoding)).name == "Zoë"
+    for bad, message in (
+        (text.encode("utf-16"), "UTF-16"),
+        (b"name: \xff", "UTF-8"),
+        (b"- a\n", "must be a mapping of settings"),
+        (b"a: &a [*a]\n", "nested"),
+        (b"seed: 1\nname: [1\n", "line 3"),
+        (b"2024-01-01: 3\n", "unknown setting 2024-01-01"),
+        (b"training: {epochs: 0}", r"epochs must be greater than 0, got 0 in .*x\.yaml"),
+    ):
+        (tmp_path / "x.yaml").write_bytes(bad)
+        with pytest.raises(UserError, match=message) as caught:
+            config.load(tmp_path / "x.yaml")
+        assert "\n" not in str(caught.value)
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+    )
+    with pytest.raises(UserError, match="aliases"):
+        config.load(write(tmp_path, bomb))
+
+
+def test_a_file_of_version_0_1_0_reads_as_before() -> None:
+    stored = config.load(Path(__file__).parents[1] / "assets" / "config-0.1.0.yaml")
+    assert stored.training.weight_decay == 5e-4
+    assert stored.data.augmentation.erase_area == (0.02, 0.15)
+    assert stored.head["m"] == 0.3
+    assert stored.training.milestones == [0.5, 0.78, 0.94]

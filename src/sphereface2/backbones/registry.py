@@ -104,7 +104,7 @@ def build(
 
 def _find(name: str) -> Callable[..., Backbone]:
     """The builder of a name, a timm model's included."""
-    if name in _BACKBONES:
+    if name in _BACKBONES or not isinstance(name, str):
         return _BACKBONES.find(name)
     model = name.removeprefix("timm/")
     if timm_adaptor.knows(model):

@@ -103,6 +103,7 @@ class SFNet(Backbone):
         super().__init__(embedding_dim, input_size)
         check_number("width", width, above=0)
         check_number("dropout", dropout, least=0, below=1)
+        check_number("residual_scale", residual_scale, least=0)
         if after_sum is None:
             after_sum = activation == "relu"
         if residual_scale == 0 and activation == "relu" and not after_sum:

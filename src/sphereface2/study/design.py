@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 
 from sphereface2 import heads
 from sphereface2.errors import UserError, did_you_mean
@@ -169,7 +169,7 @@ def load(path: Path) -> Study:
     """
     tree = _read(path)
     tree.setdefault("name", path.stem)
-    study = configuration.validated(TypeAdapter(Study), tree, str(path))
+    study = configuration.validated(Study, tree, str(path))
     _check(study, path)
     return study
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sphereface2.errors import check_choice, check_number
+from sphereface2.errors import UserError, check_choice, check_number
 
 MarginType = Literal["C", "A", "M"]
 Detach = Literal["all", "margin"]
@@ -107,7 +107,7 @@ class BinaryMargin:
             g(cos θ), with the angular margin's offset as a constant (the paper).
 
     Raises:
-        ValueError: a value out of its range.
+        UserError: a value out of its range.
     """
 
     margin_type: MarginType = "C"
@@ -213,10 +213,10 @@ class BinaryMargin:
         which neither overflows nor cancels for any r, m and C ≥ 2.
 
         Raises:
-            ValueError: fewer than 2 classes.
+            UserError: fewer than 2 classes.
         """
         if num_classes < 2:
-            raise ValueError(
+            raise UserError(
                 f"num_classes must be at least 2, got {num_classes}: "
                 "with one class there is no negative to balance against"
             )

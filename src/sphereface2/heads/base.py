@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sphereface2.errors import check_choice, check_count, check_number
+from sphereface2.errors import UserError, check_choice, check_count, check_number
 from sphereface2.heads.blocks import CHUNK, RowUpdate
 from sphereface2.heads.sharding import Shard
 
@@ -65,7 +65,7 @@ class Head(nn.Module):
     returns the batch's loss, a scalar of at least float32. Autocast does not reach inside.
 
     Raises:
-        ValueError: in the constructor, a value out of its range; in a call, shapes that do not fit,
+        UserError: in the constructor, a value out of its range; in a call, shapes that do not fit,
             an empty batch, or a label outside 0 … C - 1.
     """
 
@@ -83,7 +83,7 @@ class Head(nn.Module):
         check_count("embedding_dim", embedding_dim, 1)
         check_count("num_classes", num_classes, 2)
         for name in scaling.keys() - self.scaling:
-            raise ValueError(f"{type(self).__name__} does not support {name}")
+            raise UserError(f"{type(self).__name__} does not support {name}")
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         group = scaling.get("process_group")
@@ -121,9 +121,9 @@ class Head(nn.Module):
         """Let ``optimizer`` take its step with `weight` within the forward pass.
 
         Raises:
-            ValueError: the head is not streaming, or its gradient is not known in one pass.
+            UserError: the head is not streaming, or its gradient is not known in one pass.
         """
-        raise ValueError(f"{type(self).__name__} needs its loss before its gradient: not fusible")
+        raise UserError(f"{type(self).__name__} needs its loss before its gradient: not fusible")
 
     def chunk(self, device: torch.device) -> int:
         """Classes a block."""
@@ -148,30 +148,30 @@ class Head(nn.Module):
         return self.weight.to(dtype)
 
     def check_batch(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Raise a ValueError for a batch that does not fit; return the labels as int64."""
+        """Raise a UserError for a batch that does not fit; return the labels as int64."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
-            raise ValueError(
+            raise UserError(
                 f"embeddings must have shape (B, {self.embedding_dim}), "
                 f"got {tuple(embeddings.shape)}"
             )
         if not embeddings.is_floating_point():
-            raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}")
+            raise UserError(f"embeddings must be floating point, got {embeddings.dtype}")
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
+            raise UserError(
                 f"labels must have shape ({embeddings.shape[0]},), one for each embedding, "
                 f"got {tuple(labels.shape)}"
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be integers (int64), got {labels.dtype}")
+            raise UserError(f"labels must be integers (int64), got {labels.dtype}")
         if len(labels) == 0:
-            raise ValueError("the batch is empty: embeddings must hold at least one row")
+            raise UserError("the batch is empty: embeddings must hold at least one row")
         labels = labels.long()
         if self.trust_batches:
             return labels
         lowest, highest = (int(bound) for bound in torch.stack(torch.aminmax(labels)).tolist())
         if lowest < 0 or highest >= self.num_classes:
             wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"label {wrong} is outside 0 … {self.num_classes - 1}")
+            raise UserError(f"label {wrong} is outside 0 … {self.num_classes - 1}")
         return labels
 
     def summary(self) -> dict[str, Any]:

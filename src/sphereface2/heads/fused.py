@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sphereface2.errors import check_choice, check_number
+from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.heads.base import Head
 from sphereface2.heads.sharding import local
 
@@ -40,7 +40,7 @@ class FusedSGD(torch.optim.Optimizer):
             memory, rounded stochastically so that small gradients are not lost on average.
 
     Raises:
-        ValueError: a value out of its range, a head that cannot take its step on the way.
+        UserError: a value out of its range, a head that cannot take its step on the way.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FusedSGD(torch.optim.Optimizer):
         check_number("weight_decay", weight_decay, least=0)
         check_choice("momentum_dtype", momentum_dtype, get_args(MomentumType))
         if nesterov and not momentum:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise UserError("nesterov needs a momentum above 0")
         head.fuse(self)
         settings = {
             "lr": lr,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphereface2.errors import UserError
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, chosen_rows
 
@@ -69,7 +70,7 @@ class HardNegatives:
         try:
             import faiss
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "hard negatives need the package faiss-cpu: pip install 'sphereface2[hard]'"
             ) from error
         self.faiss: Any = faiss

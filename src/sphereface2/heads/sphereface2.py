@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from sphereface2.errors import check_choice, check_number
+from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.heads.base import Head, Scaling, unit_rows
 from sphereface2.heads.blocks import Block, RowUpdate, all_rows
 from sphereface2.heads.registry import register
@@ -133,7 +133,7 @@ class SphereFace2(Head):
 
     def fuse(self, optimizer: RowUpdate) -> None:
         if not self.streaming:
-            raise ValueError("a fused update needs a head with streaming=True")
+            raise UserError("a fused update needs a head with streaming=True")
         self.fused = optimizer
 
     def summary(self) -> dict[str, Any]:

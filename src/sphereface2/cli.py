@@ -15,7 +15,7 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, Parameter
 
 from sphereface2.console import accept_any_encoding
-from sphereface2.errors import UserError
+from sphereface2.errors import Stopped, UserError
 from sphereface2.version import __version__
 
 COMMANDS = {
@@ -132,7 +132,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     A mistake of the user's (`UserError`, a wrong option, a file that the system refuses) ends in
-    one sentence on standard error and status 2.
+    one sentence on standard error and status 2; a signal that a command ends in order for, in
+    status 128 and the signal's number.
 
     Args:
         words: the command and its options; None: those that the process was started with.
@@ -141,6 +142,9 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     try:
         build(words)(words)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
     except (UserError, CycloptsError) as error:
         message = str(error)
     except OSError as error:

@@ -16,6 +16,18 @@ class UserError(ValueError):
     """
 
 
+class Stopped(BaseException):
+    """A signal asked the command to end, and it ended in order.
+
+    The message says what is kept and how to go on; the command line prints it and exits with
+    ``status``, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signum
+
+
 def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the candidate nearest to ``name``, or nothing."""
     near = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.5)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,11 +61,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def atomic_symlink(link: Path, target: str) -> None:
-    """Point ``link`` at ``target`` (relative to its folder), replacing an older one at once."""
+def point(link: Path, name: str) -> None:
+    """Make ``link`` lead to ``name``, which lies beside it, replacing an older one at once.
+
+    It is a symbolic link, or, where the file system has none, a text file that holds the name.
+    """
     temporary = _temporary(link)
-    temporary.symlink_to(target)
+    try:
+        temporary.symlink_to(name)
+    except (OSError, NotImplementedError):
+        temporary.write_text(f"{name}\n")
     temporary.replace(link)
+
+
+def pointed(link: Path) -> Path | None:
+    """What ``link``, made by `point`, leads to; None if it is not there or leads nowhere."""
+    try:
+        if link.is_symlink() or not link.is_file():
+            target = link
+        else:
+            name = link.read_text().strip()
+            target = link.with_name(name) if name and Path(name).name == name else link
+        return target if target.is_dir() else None
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager
@@ -76,7 +99,8 @@ def writing(path: Path) -> Iterator[None]:
 def lock(file: IO[Any], busy: str) -> None:
     """Keep an open file to this process until it is closed; UserError ``busy`` if another has it.
 
-    Windows knows no such lock; there it does nothing.
+    The lock ends with the process, however it ends, and is not passed on to processes that it
+    forks. Windows, and file systems without locks, know no such lock; there it does nothing.
     """
     if sys.platform != "win32":
         import fcntl
@@ -85,6 +109,63 @@ def lock(file: IO[Any], busy: str) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        _locked.add(file)
+
+
+_locked: weakref.WeakSet[IO[Any]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child, which would keep its parent's locks alive after the parent's death."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in list(_locked):
+        if not file.closed:
+            os.dup2(nothing, file.fileno(), inheritable=False)
+    os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
+    """Make ``folder`` this process's alone; one that died keeps nothing.
+
+    Args:
+        folder: existing; a file ``.lock`` in it says who has it.
+        patience: seconds to wait for an owner that is about to end.
+
+    Raises:
+        UserError: another process has it; the message says which.
+    """
+    path = folder / ".lock"
+    with writing(path):
+        file = path.open("a+")
+    with file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                lock(file, "")
+                break
+            except UserError:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{folder} is in use by {holder}; wait until it ends, or end it"
+                ) from None
+        with writing(path):
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
+            file.flush()
+        yield
 
 
 def printable(name: str) -> str:

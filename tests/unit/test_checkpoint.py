@@ -26,16 +26,20 @@ def network() -> torch.nn.Module:
 
 def save(folder: Path, step: int, best: bool = False) -> None:
     state = {"value": torch.full((4,), float(step))}
-    Checkpointer(folder, ALONE).save(
-        step, model=network(), state=state, progress={"step": step}, best=best
-    )
+    checkpointer = Checkpointer(folder, ALONE)
+    checkpointer.tidy()
+    checkpointer.save(step, model=network(), state=state, progress={"step": step}, best=best)
+    checkpointer.close()
+    checkpointer.wait()
 
 
 def stored(folder: Path) -> tuple[float, int]:
     state = {"value": torch.zeros(4)}
     checkpointer = Checkpointer(folder, ALONE)
-    checkpointer.load(state)
-    return state["value"][0].item(), checkpointer.last_progress()["step"]
+    checkpointer.tidy()
+    found = checkpointer.find()
+    checkpointer.load(found, state)
+    return state["value"][0].item(), found.progress["step"]
 
 
 def _die_at(folder: Path, moment: str) -> None:
@@ -72,15 +76,16 @@ def test_killed_while_writing_the_previous_one_stays_whole(tmp_path: Path, momen
     assert stored(tmp_path) == (2, 2)
 
 
-def test_last_and_best_are_kept_and_the_others_go(tmp_path: Path) -> None:
-    for step, best in ((1, False), (2, True), (3, False), (4, False)):
+def test_last_the_one_before_and_best_are_kept_and_the_others_go(tmp_path: Path) -> None:
+    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
         save(tmp_path, step, best)
     folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000002", "step-00000004"]
+    kept = sorted(path.name for path in folder.glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
     assert (folder / "best").resolve().name == "step-00000002"
-    assert stored(tmp_path) == (4, 4)
+    assert stored(tmp_path) == (5, 5)
 
 
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
-        Checkpointer(tmp_path, ALONE).last_progress()
+        Checkpointer(tmp_path, ALONE).find()

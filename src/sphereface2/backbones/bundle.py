@@ -15,7 +15,7 @@ import numpy as np
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write, digest
+from sphereface2.files import atomic_write, digest, pointed
 from sphereface2.version import __version__
 
 if TYPE_CHECKING:
@@ -167,7 +167,10 @@ def resolve(path: str | Path) -> Path:
         return path.parent
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a bundle or its {WEIGHTS}")
-    candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last"]
+    checkpoints = path / "checkpoints"
+    linked = (pointed(checkpoints / name) for name in ("best", "last"))
+    newest = sorted(checkpoints.glob("step-*"), reverse=True)  # where the links were lost
+    candidates = [path, *(folder for folder in linked if folder is not None), *newest]
     for folder in candidates:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder

@@ -3,26 +3,35 @@
     RUN/checkpoints/step-00001200/model.safetensors   the backbone, loads without code execution
                                   config.json         its architecture and preprocessing
                                   progress.json       where the run stood
+                                  run.json            its settings, its data, whom the classes are
                                   state/              torch.distributed.checkpoint of the rest
-                    last -> step-00001200             replaced in one step, once the folder is whole
+                                  manifest.json       sizes and SHA-256 of all of these
+                    last -> step-00001200             to go on from
                     best -> step-00000900
 
-A folder is written under a temporary name and renamed, so a cut leaves the previous one whole.
+A folder is written under a temporary name, its manifest last, and then renamed, so that a cut
+leaves the previous one whole. It is written by a thread, from a copy, while training goes on.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -30,21 +39,152 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_symlink, atomic_write
+from sphereface2.files import atomic_write, point, pointed
 from sphereface2.training.distributed import World
+from sphereface2.version import __version__
+
+FORMAT = "sphereface2-checkpoint"
+FORMAT_VERSION = 2
+"""1, of package version 0.1.0, has no manifest and no ``run.json``."""
+MANIFEST, PROGRESS, RUN = "manifest.json", "progress.json", "run.json"
+
+
+@dataclass
+class Checkpoint:
+    """A whole checkpoint, and what was found on the way to it."""
+
+    folder: Path
+    progress: dict[str, Any]
+    """Of `Checkpointer.save`."""
+    run: dict[str, Any]
+    """Likewise; empty if an older version wrote it."""
+    damaged: list[str] = field(default_factory=list)
+    """A sentence for each newer checkpoint that is not whole."""
+    newer: list[Path] = field(default_factory=list)
+    """Newer checkpoints, damaged or left behind when ``last`` was set back."""
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run folder; every rank calls every method."""
+    """Writes and reads the checkpoints of one run folder.
+
+    Every rank calls every method but `tidy` and `find`, which are rank 0's.
+    """
 
     def __init__(self, run: Path, world: World) -> None:
         self.folder = run / "checkpoints"
         self.world = world
-        if world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step-*.tmp"):
+        self._beside = world.background or world
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._previous: str | None = None
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Put in order what a kill, or a copy without symbolic links, has left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step-*.tmp"):
+            final = self.folder / leftover.name.removeprefix(".").removesuffix(".tmp")
+            if final.exists() or not (leftover / MANIFEST).exists() or _problem(leftover):
                 shutil.rmtree(leftover)
-        world.barrier()
+            else:
+                leftover.rename(final)
+        for link in (self.folder / "last", self.folder / "best"):
+            if link.is_dir() and not link.is_symlink():
+                self._adopt(link)
+
+    def _adopt(self, copied: Path) -> None:
+        """Make a folder that was copied in the place of a link a link again."""
+        if _problem(copied):
+            shutil.rmtree(copied)
+            return
+        final = self.folder / _name(json.loads((copied / PROGRESS).read_text())["step"])
+        if final.exists() and not _problem(final):
+            shutil.rmtree(copied)
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            copied.rename(final)
+        point(copied, final.name)
+
+    def find(self, wanted: Path | None = None) -> Checkpoint:
+        """The checkpoint to go on from, verified: what ``last`` leads to, else the newest whole.
+
+        Args:
+            wanted: this one before ``last``.
+
+        Raises:
+            UserError: there is none, or none that is whole.
+        """
+        steps = sorted(self.folder.glob("step-*"), reverse=True)
+        last = wanted or pointed(self.folder / "last")
+        first = last.resolve().name if last is not None else "step-~"
+        # Newer ones come last: they were left behind when ``last`` was set back.
+        candidates = sorted(steps, key=lambda path: path.name > first)
+        damaged: list[str] = []
+        for path in candidates:
+            if problem := _problem(path):
+                damaged.append(f"{path} is damaged: {problem}")
+                continue
+            return Checkpoint(
+                path,
+                _read_json(path / PROGRESS),
+                _read_json(path / RUN) if (path / RUN).exists() else {},
+                damaged,
+                [other for other in steps if other.name > path.name],
+            )
+        run = self.folder.parent
+        if damaged:
+            raise UserError(
+                f"{damaged[0]}; {run} holds no checkpoint that is whole: restore one from a copy, "
+                "or start a new run"
+            )
+        raise UserError(f"{run} holds no checkpoint to resume from (no {self.folder / 'last'})")
+
+    def go_on_from(self, found: Checkpoint, best: int | None) -> None:
+        """Make ``found`` the last one, set newer ones aside, and restore a lost ``best``.
+
+        Args:
+            best: the step of the best checkpoint, if it is known.
+        """
+        for path in found.newer:
+            aside = path.with_name(f"set-aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        point(self.folder / "last", found.folder.name)
+        if best is not None and (self.folder / _name(best)).exists():
+            point(self.folder / "best", _name(best))
+
+    def last(self) -> Path | None:
+        """The last checkpoint that is whole, if there is one."""
+        found = pointed(self.folder / "last")
+        return None if found is None else self.folder / found.resolve().name
+
+    def has_best(self) -> bool:
+        """Whether the best checkpoint is there and whole."""
+        best = pointed(self.folder / "best")
+        return best is not None and _problem(best) is None
+
+    def load(self, found: Checkpoint, state: dict[str, Any]) -> None:
+        """Fill ``state``'s tensors in place, whatever the number of ranks that wrote them.
+
+        Raises:
+            UserError: what is stored does not fit.
+        """
+        self._previous = found.folder.name
+        try:
+            with _quiet():
+                dcp.load(state, checkpoint_id=found.folder / "state", no_dist=self.world.size == 1)
+        except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"{found.folder} does not fit the run's settings, or is damaged: {_why(error)}"
+            ) from error
+
+    def keys(self, found: Checkpoint) -> set[str]:
+        """The names of what the checkpoint's state holds."""
+        reader = dcp.FileSystemReader(found.folder / "state")
+        return set(reader.read_metadata().state_dict_metadata)
+
+    # -- writing -----------------------------------------------------------------------------
 
     def save(
         self,
@@ -53,67 +193,261 @@ class Checkpointer:
         model: nn.Module,
         state: dict[str, Any],
         progress: dict[str, Any],
+        run: dict[str, Any] | None = None,
         about: dict[str, Any] | None = None,
         best: bool = False,
-    ) -> Path:
-        """Write checkpoint ``step``, point ``last`` (and ``best``) at it, drop the unreferenced.
+    ) -> None:
+        """Copy what checkpoint ``step`` is to hold, and begin to write it.
+
+        Once it is whole, ``last`` (and ``best``) lead to it, and all go but these and the one
+        before.
 
         Args:
             model: the network to ship (its moving average where one is kept).
             state: nested tensors for torch.distributed.checkpoint, this rank's view of them.
             progress: JSON-able position and statistics of the run.
+            run: JSON-able facts that a resumption must find again.
             about: JSON-able facts to ship with the network, as metadata.
+
+        Raises:
+            UserError: an earlier checkpoint could not be written.
         """
-        final = self.folder / f"step-{step:08d}"
-        if not final.exists():
-            temporary = self.folder / f".step-{step:08d}.tmp"
-            if self.world.is_main:
-                temporary.mkdir()
-            self.world.barrier()
-            with _quiet():
-                dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.world.size == 1)
-            if self.world.is_main:
-                extra = {"step": step, "run": self.folder.parent.name, **(about or {})}
-                bundle.save(model, temporary, extra=extra)
-                atomic_write(temporary / "progress.json", json.dumps(progress, indent=1).encode())
-                temporary.rename(final)
-        elif self.world.is_main:
-            atomic_write(final / "progress.json", json.dumps(progress, indent=1).encode())
-        if self.world.is_main:
-            atomic_symlink(self.folder / "last", final.name)
-            if best:
-                atomic_symlink(self.folder / "best", final.name)
-            kept = {link.resolve().name for link in self._links()}
-            for old in self.folder.glob("step-*"):
-                if old.name not in kept:
-                    shutil.rmtree(old)
-        self.world.barrier()
-        return final
+        self.wait()
+        texts = {PROGRESS: json.dumps(progress, indent=1), RUN: json.dumps(run or {}, indent=1)}
+        extra = {"step": step, "run": self.folder.parent.name, **(about or {})}
+        shipped = copy.deepcopy(model).cpu() if self.world.is_main else None
+        self._writing = self._thread.submit(
+            self._write, step, shipped, extra, _copied(state), texts, best
+        )
 
-    def last_progress(self) -> dict[str, Any]:
-        """``progress.json`` of the last checkpoint; UserError where there is none."""
-        path = self.folder / "last" / "progress.json"
+    def wait(self) -> None:
+        """Wait until the last checkpoint that was begun is whole.
+
+        Raises:
+            UserError: it cannot be written; the one before stays.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Let what was begun come to its end, and write no more."""
+        self._thread.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        model: nn.Module | None,
+        extra: dict[str, Any],
+        state: dict[str, Any],
+        texts: dict[str, str],
+        best: bool,
+    ) -> None:
+        """In the thread: ranks talk in a group of their own, and fail together."""
+        temporary = self.folder / f".{_name(step)}.tmp"
+        world = self._beside
         try:
-            progress: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError as error:
+            self._together(step, lambda: temporary.mkdir() if world.is_main else None)
+
+            def save_state() -> dict[str, Any]:
+                with _quiet():
+                    dcp.save(
+                        state,
+                        checkpoint_id=temporary / "state",
+                        process_group=world.process_group,
+                        no_dist=world.size == 1,
+                    )
+                # Each rank reads back what it wrote itself.
+                return _entries(temporary, f"state/__{world.rank}_*")
+
+            written = self._together(step, save_state)
+
+            def finish() -> None:
+                if model is None:
+                    return
+                bundle.save(model, temporary, extra=extra)
+                for name, text in texts.items():
+                    atomic_write(temporary / name, text.encode())
+                known = {name: entry for rank in written for name, entry in rank.items()}
+                self._publish(temporary, step, known, best)
+
+            self._together(step, finish)
+        except UserError:
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _together(self, step: int, do: Any) -> list[Any]:
+        """What ``do`` gives on each rank; UserError on all of them if it fails on one."""
+        result, failure = None, None
+        try:
+            result = do()
+        except (CheckpointException, OSError, RuntimeError, UserError) as error:
+            failure = _why(error)
+        for rank, (_, why) in enumerate(told := self._beside.gather((result, failure))):
+            if why is not None:
+                where = f" (rank {rank})" if self._beside.size > 1 else ""
+                kept = pointed(self.folder / "last")
+                raise UserError(
+                    f"{self.folder / _name(step)} cannot be written{where}: {why}; "
+                    + (f"{kept.resolve().name} is kept" if kept else "there is no older one")
+                )
+        return [one for one, _ in told]
+
+    def _publish(self, temporary: Path, step: int, known: dict[str, Any], best: bool) -> None:
+        """Write the manifest, give the folder its name, and drop what is not needed any more."""
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            "files": known | _entries(temporary, "**/*", known),
+        }
+        atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for folder in (temporary / "state", temporary):
+            _sync(folder)
+        final = self.folder / _name(step)
+        if final.exists():  # from before ``last`` was set back, or to be replaced by the same
+            old = self.folder / f".old-{final.name}.tmp"
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old)
+        # The link first: if it leads nowhere the newest whole one is taken, while an older one
+        # that it leads to is taken for what the user wants.
+        last = self.folder / "last"
+        before = pointed(last)
+        if before is not None and before.resolve().name != final.name:
+            self._previous = before.resolve().name
+        point(last, final.name)
+        if temporary.exists():
+            temporary.rename(final)
+        if best:
+            point(self.folder / "best", final.name)
+        _sync(self.folder)
+        best_one = pointed(self.folder / "best")
+        kept = {final.name, self._previous, best_one.resolve().name if best_one else None}
+        for old in self.folder.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run folder holds any, whole or not."""
+    folder = run / "checkpoints"
+    whole = (*folder.glob("step-*"), *folder.glob(f".step-*.tmp/{MANIFEST}"))
+    return bool(whole) or (folder / "last").is_dir()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):
+            os.fsync(handle)
+        os.close(handle)
+
+
+def _entries(folder: Path, pattern: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Size and SHA-256 by name of the files that match and are not ``known``."""
+    entries = {}
+    for path in sorted(folder.glob(pattern)):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (known or {}):
+            entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole.
+
+    Raises:
+        UserError: a newer version of the package wrote it.
+    """
+    try:
+        if not (folder / MANIFEST).exists():
+            return _problem_of_old(folder)
+        manifest = _read_json(folder / MANIFEST)
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{self.folder.parent} holds no checkpoint to resume from (no {path})"
-            ) from error
-        return progress
+                f"{folder} has format version {version!r}, of sphereface2 "
+                f"{manifest['package_version']}; this is {__version__}, which reads "
+                f"{FORMAT_VERSION}: use the version that wrote it"
+            )
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} has changed (its SHA-256 is another)"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return f"{MANIFEST} or {PROGRESS} cannot be understood"
+    return None
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Fill ``state``'s tensors in place from the last checkpoint, whatever its rank count."""
-        source = self.folder / "last" / "state"
-        with _quiet():
-            dcp.load(state, checkpoint_id=source, no_dist=self.world.size == 1)
 
-    def has_rng_of(self, rank: int) -> bool:
-        """Whether the last checkpoint was written by a run that had this rank."""
-        reader = dcp.FileSystemReader(self.folder / "last" / "state")
-        return f"rng.{rank}.cpu" in reader.read_metadata().state_dict_metadata
+def _problem_of_old(folder: Path) -> str | None:
+    """The same of a checkpoint of 0.1.0, which has no checksums: whether all of it is there."""
+    if (folder / RUN).exists():
+        return f"{MANIFEST} is missing"
+    for name in (PROGRESS, bundle.CONFIG, bundle.WEIGHTS, "state/.metadata"):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    _read_json(folder / PROGRESS)["step"]
+    try:
+        bundle.load(folder)
+        stored = dcp.FileSystemReader(folder / "state").read_metadata().storage_data
+    except Exception as error:  # a pickle that was cut fails in any way
+        return f"it cannot be read ({_why(error)})"
+    for part in stored.values():
+        path = folder / "state" / part.relative_path
+        if not path.is_file():
+            return f"state/{part.relative_path} is missing"
+        if path.stat().st_size < part.offset + part.length:
+            return f"state/{part.relative_path} has been cut"
+    return None
 
-    def _links(self) -> list[Path]:
-        return [link for name in ("last", "best") if (link := self.folder / name).is_symlink()]
+
+def _why(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _copied(value: Any) -> Any:
+    """The same nested value with its tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(one) for one in value)
+    return copy.deepcopy(value)
 
 
 @contextmanager
@@ -142,11 +476,21 @@ def restore_training_state(
     head: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Inverse of ``training_state`` after ``Checkpointer.load`` filled it."""
+    """Inverse of ``training_state`` after ``Checkpointer.load`` filled it.
+
+    The optimisers keep the settings they were built with: only their tensors and counts return.
+    """
     both = nn.ModuleDict({"backbone": backbone, "head": head})
     backbone.load_state_dict(state["backbone"])
     head.load_state_dict(state["head"])
+    settings = [
+        [{key: value for key, value in group.items() if key != "params"} for group in one]
+        for one in (optimizer.param_groups for optimizer in optimizers)
+    ]
     set_optimizer_state_dict(both, optimizers, state["optimizer"])
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.update(kept)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import os
-import sys
 import time
-import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.dataset import FaceDataset
@@ -24,10 +21,13 @@ from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.sources import Source, open_source, split_people
 from sphereface2.data.verification import PairSet, load_pairs
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write
+from sphereface2.files import owned
+from sphereface2.signals import Stopper
 from sphereface2.training import config as configuration
+from sphereface2.training import resuming
+from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
-from sphereface2.training.distributed import World, world
+from sphereface2.training.distributed import World, launch, parent, world
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
 from sphereface2.training.trainer import Progress, Trainer
@@ -45,6 +45,8 @@ class Inputs:
     train_labels: np.ndarray
     """int64, the class of each training image, in [0, num_classes)."""
     num_classes: int
+    people: dict[str, list[Any]]
+    """Who the classes are and who is held out, see `resuming.people`."""
     pairs: list[PairSet]
     located: TrainingData
 
@@ -61,47 +63,72 @@ def fit(
 
     Args:
         config: YAML file of a ``RunConfig``; None: the defaults.
-        resume: a run folder whose last checkpoint to continue from, with its own configuration;
-            ``overrides`` change it from there on.
+        resume: a run folder whose last checkpoint to continue from, or one of its checkpoints,
+            with the run's own configuration; ``overrides`` change it from there on.
         run: the run's folder, where a launcher that restarts the same command (torchrun, Slurm,
-            Kubernetes) finds it again: its last checkpoint is resumed if there is one, with the
-            run's own configuration; else the run starts there. None: a new folder.
+            Kubernetes) finds it again: its last whole checkpoint is resumed if there is one, with
+            ``config`` or else the run's own configuration; else the run starts there. None: a new
+            folder.
         ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
             core); None: this process alone, or the one that torchrun started.
         overrides: ``--section.key value`` words.
 
     Raises:
-        UserError: a bad setting, missing data, a diverging run.
+        UserError: a bad setting, missing data, a damaged checkpoint, a diverging run.
+        Stopped: a signal ended it in order.
     """
     if resume is not None and config is not None:
         raise UserError("--resume uses the run's own configuration; leave --config out")
-    if run is not None:
-        if resume is not None:
-            raise UserError("--run-folder resumes by itself what it finds; leave --resume out")
-        if (run / "checkpoints" / "last").exists():
-            resume, config = run, None
-    settings = configuration.load(resume / "config.yaml" if resume else config, overrides)
+    if run is not None and resume is not None:
+        raise UserError("--run-folder resumes by itself what it finds; leave --resume out")
+    wanted: Path | None = None
+    if resume is not None and resume.parent.name == "checkpoints":
+        wanted, resume = resume, resume.parent.parent
+    given = resume or run
+    resumes = resume is not None or (run is not None and has_checkpoints(run))
+    if resumes and given is not None and config is None:
+        settings = resuming.own_settings(given, overrides)
+    else:
+        settings = configuration.load(config, overrides)
     if ranks is not None and "WORLD_SIZE" not in os.environ:
         count = _count_ranks(ranks, settings)
         if count > 1:
-            _launch(count, config, resume, run, overrides)
+            words = ["-m", "sphereface2", "fit"]
+            words += ["--config", str(config)] if config else []
+            words += ["--resume", str(wanted or resume)] if resume else []
+            words += ["--run-folder", str(run)] if run else []
+            launch(count, [*words, *overrides])
             return
-    with world(settings.training.device, settings.training.threads) as place:
-        folder = _run_folder(settings, resume or run, place)
-        inputs = open_inputs(settings, place)
-        progress = _train(settings, folder, place, inputs, overrides, resumes=resume is not None)
-        main = place.is_main
-    if main:
-        torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
-        report(
-            folder,
-            settings,
-            inputs.located,
-            inputs.source,
-            inputs.held_out_indices,
-            inputs.pairs,
-            progress,
-        )
+    again = "start the same command again"
+    before = f"stopped before the first step; {again}"
+    with ExitStack() as owning, Stopper(before, parent=parent()) as stopper:
+        with world(settings.training.device, settings.training.threads) as place:
+            folder = _run_folder(settings, given, place)
+            place.on_main(lambda: owning.enter_context(owned(folder)) and None)
+            checkpointer = Checkpointer(folder, place)
+            place.on_main(checkpointer.tidy)
+            found: Checkpoint | None = None
+            changed: dict[str, list[Any]] = {}
+            if resumes:
+                strict = resume is not None
+                found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
+                changed = resuming.check_settings(folder, found, settings)
+            inputs = open_inputs(settings, place)
+            start = {"overrides": list(overrides), "changed": changed}
+            progress = _train(settings, folder, place, inputs, found, start, stopper)
+            main = place.is_main
+        if main:
+            stopper.message = f"stopped while the trained network was evaluated; {again}"
+            torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
+            report(
+                folder,
+                settings,
+                inputs.located,
+                inputs.source,
+                inputs.held_out_indices,
+                inputs.pairs,
+                progress,
+            )
 
 
 def _train(
@@ -109,17 +136,47 @@ def _train(
     folder: Path,
     place: World,
     inputs: Inputs,
-    overrides: Sequence[str],
-    *,
-    resumes: bool,
+    found: Checkpoint | None,
+    start: dict[str, Any],
+    stopper: Stopper,
 ) -> Progress:
     """Apart from ``fit`` so that nothing of the training is left when the group is destroyed."""
     trainer = build_trainer(settings, folder, place, inputs)
-    if resumes:
-        trainer.resume()
+    trainer.record = {
+        "settings": configuration.to_dict(settings),
+        "fingerprint": trainer.data_fingerprint,
+        "people": resuming.digest(
+            inputs.people, inputs.train_indices, inputs.train_labels, inputs.held_out_indices
+        ),
+    }
+    if found is not None:
+        resuming.check_data(folder, found, trainer.record, inputs.located.train)
+        trainer.resume(found)
+        if trainer.is_done:
+            resuming.check_done(folder, start["changed"])
+        place.on_main(lambda: trainer.checkpointer.go_on_from(found, trainer.progress.best_step))
+        _check_best(trainer, place)
+    start = {"step": trainer.progress.step, **start, **environment()}
+    data = {
+        "kind": inputs.located.kind,
+        "train": str(inputs.located.train),
+        "fingerprint": trainer.data_fingerprint,
+        "images": len(inputs.train_indices),
+        "people": inputs.num_classes,
+    }
+    place.on_main(lambda: resuming.write_records(folder, settings, inputs.people, data, start))
+    return trainer.train(stopper)
+
+
+def _check_best(trainer: Trainer, place: World) -> None:
+    """Choose the best checkpoint anew if it is lost or damaged."""
+    progress = trainer.progress
+    if math.isinf(progress.best) or place.on_main(trainer.checkpointer.has_best):
+        return
     if place.is_main:
-        _record(folder, settings, inputs, trainer, overrides)
-    return trainer.train()
+        print("the best checkpoint is lost or damaged; it is chosen anew from here on", flush=True)
+        (trainer.checkpointer.folder / "best").unlink(missing_ok=True)
+    progress.best, progress.best_step = -math.inf, None
 
 
 def _count_ranks(ranks: str, settings: RunConfig) -> int:
@@ -132,58 +189,21 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
     return int(ranks)
 
 
-def _launch(
-    count: int,
-    config: Path | None,
-    resume: Path | None,
-    run: Path | None,
-    overrides: Sequence[str],
-) -> None:
-    """Run the same command in ``count`` processes of this machine, by torchrun's own launcher."""
-    command = ["-m", "sphereface2", "fit"]
-    command += ["--config", str(config)] if config else []
-    command += ["--resume", str(resume)] if resume and not run else []
-    command += ["--run-folder", str(run)] if run else []
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # The failing rank has said why; the launcher's own account of it would bury that.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    launch = elastic_launch(
-        LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-        ),
-        sys.executable,
-    )
-    try:
-        launch(*command, *overrides)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise UserError(
-            f"training ended: rank {rank} left with status {failure.exitcode}, see above for why"
-        ) from error
-
-
 def _run_folder(settings: RunConfig, given: Path | None, place: World) -> Path:
     """The folder ``given``, or a new one."""
-    if given is not None:
-        if place.is_main:
+
+    def make() -> Path:
+        if given is not None:
             given.mkdir(parents=True, exist_ok=True)
-        place.barrier()
-        return given
-    stamp = place.broadcast(time.strftime("%Y%m%d-%H%M%S"))
-    run = Path(settings.output) / f"{settings.name}-{stamp}"
-    if place.is_main:
+            return given
+        run = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             run.mkdir(parents=True)
         except FileExistsError as error:
             raise UserError(f"{run} exists already; choose another --name") from error
-    place.barrier()
-    return run
+        return run
+
+    return place.on_main(make)
 
 
 def open_inputs(settings: RunConfig, place: World) -> Inputs:
@@ -219,6 +239,11 @@ def open_inputs(settings: RunConfig, place: World) -> Inputs:
         test_indices=split.test,
         train_labels=corrupt(classes, data.label_noise),
         num_classes=len(people),
+        people=resuming.people(
+            labels,
+            source.class_names,
+            {"train": train, "validation": split.validation, "test": split.test},
+        ),
         pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
         located=located,
     )
@@ -253,7 +278,16 @@ def build_trainer(settings: RunConfig, run: Path, place: World, inputs: Inputs) 
     validate = Validation(
         settings.validation, place, inputs.source, inputs.held_out_indices, inputs.pairs
     )
-    trainer = Trainer(settings, run, place, dataset, sampler, inputs.num_classes, validate)
+    trainer = Trainer(
+        settings,
+        run,
+        place,
+        dataset,
+        sampler,
+        inputs.num_classes,
+        validate,
+        held_out=len(inputs.held_out_indices),
+    )
     if place.is_main:
         _announce(settings, run, place, inputs, trainer)
     return trainer
@@ -286,34 +320,3 @@ def _aside(settings: RunConfig) -> str:
     if data.label_noise.share:
         told += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
     return told
-
-
-def _record(
-    run: Path, settings: RunConfig, inputs: Inputs, trainer: Trainer, overrides: Sequence[str]
-) -> None:
-    """Write what determines the run beside its results: ``config.yaml``, ``environment.json``.
-
-    A resumption may change settings (more epochs, say): ``config.yaml`` then holds the new ones,
-    and ``environment.json`` tells of every start, its step and what was changed.
-    """
-    path = run / "environment.json"
-    fingerprint = trainer.data_fingerprint
-    before = json.loads(path.read_text()) if path.exists() else {"starts": []}
-    if before["starts"] and before["data"]["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{inputs.located.train} is not what {run} was trained on (its fingerprint changed); "
-            "resume with the original data or start a new run"
-        )
-    start = {"step": trainer.progress.step, "overrides": list(overrides), **environment()}
-    record = {
-        "starts": [*before["starts"], start],
-        "data": {
-            "kind": inputs.located.kind,
-            "train": str(inputs.located.train),
-            "fingerprint": fingerprint,
-            "images": len(inputs.train_indices),
-            "people": inputs.num_classes,
-        },
-    }
-    atomic_write(run / "config.yaml", configuration.dump(settings).encode())
-    atomic_write(path, json.dumps(record, indent=1).encode())

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, writing
 
 
 def environment() -> dict[str, Any]:
@@ -45,9 +45,24 @@ class RunLog:
 
     ``metrics.jsonl`` has one object a line with ``step``; on resuming, lines past the checkpoint's
     step are dropped, so that a step is never told twice.
+
+    Args:
+        folder: the run's.
+        main: whether this is rank 0.
+        total_steps: of the run.
+        start_step: of the checkpoint that the run goes on from.
+        pending: whether that step's validation is still to come.
     """
 
-    def __init__(self, folder: Path, *, main: bool, total_steps: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        main: bool,
+        total_steps: int,
+        start_step: int = 0,
+        pending: bool = False,
+    ) -> None:
         self.main = main
         self.console = Console(quiet=not main)
         self._progress: Progress | None = None
@@ -56,10 +71,11 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        kept = _lines_up_to(path, start_step) if start_step and path.exists() else []
-        atomic_write(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a")
+        self._path = path = folder / "metrics.jsonl"
+        kept = _lines_up_to(path, start_step, pending) if start_step and path.exists() else []
+        with writing(path):
+            atomic_write(path, "".join(line + "\n" for line in kept).encode())
+            self._file = path.open("a")
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
@@ -128,20 +144,25 @@ class RunLog:
 
     def _write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         record = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Whole lines of steps up to ``step``; a line that a kill cut short is dropped."""
+def _lines_up_to(path: Path, step: int, pending: bool) -> list[str]:
+    """Whole lines of steps up to ``step``; what a kill cut short, or is none of ours, is dropped.
+
+    With ``pending`` the validation of ``step`` itself goes too.
+    """
     kept = []
-    for line in path.read_text().split("\n")[:-1]:
+    for line in path.read_text(errors="replace").split("\n")[:-1]:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            at, validation = record["step"], record["kind"] == "validation"
+            if at < step or (at == step and not (pending and validation)):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
             continue
-        if record["step"] <= step:
-            kept.append(line)
     return kept

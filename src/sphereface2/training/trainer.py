@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch, FaceDataset
-from sphereface2.data.sampler import BatchSampler
-from sphereface2.errors import UserError
+from sphereface2.data.sampler import BatchKey, BatchSampler
+from sphereface2.errors import Stopped, UserError
+from sphereface2.heads.sharding import local
+from sphereface2.signals import Stopper, in_worker
 from sphereface2.training import checkpoint as ckpt
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
@@ -39,8 +43,10 @@ from sphereface2.training.optim import (
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Validate = Callable[[nn.Module], dict[str, float]]
-"""Network -> figures in [0, 1]; the first is the one by which the best checkpoint is chosen."""
+Validate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]] | None]
+"""Network -> figures in [0, 1], the first being the one by which the best checkpoint is chosen, and
+the names of unreadable images; the same on every rank. It is asked now and then whether to stop,
+and then gives None."""
 
 
 @dataclass
@@ -58,8 +64,17 @@ class Progress:
     seconds: float = 0.0
     """Wall time inside training steps, over all resumptions."""
     unreadable: list[str] = field(default_factory=list)
-    """Names of images met that cannot be read, over all ranks; as of the last checkpoint."""
+    """Names of images met that cannot be read, over all ranks."""
     world_size: int = 1
+    best_step: int | None = None
+    """Step of the best checkpoint."""
+    pending: bool = False
+    """The step was stopped before its validation."""
+    epoch_steps: int = 0
+    """Optimiser steps an epoch."""
+    shift: int = 0
+    """What to add to ``step`` to get the steps that the epochs done would take at today's batch
+    size; other than 0 after a resumption with another one."""
 
 
 class Trainer:
@@ -72,6 +87,7 @@ class Trainer:
         dataset: training images; its labels are 0 … ``num_classes`` - 1.
         sampler: the batches of an epoch for this rank.
         validate: called on every rank with the network to evaluate (in eval mode).
+        held_out: images that ``validate`` reads, which share in the allowance of unreadable ones.
     """
 
     def __init__(
@@ -83,8 +99,10 @@ class Trainer:
         sampler: BatchSampler,
         num_classes: int,
         validate: Validate,
+        held_out: int = 0,
     ) -> None:
         self.config, self.world, self.validate = config, world, validate
+        self.images = len(dataset) + held_out
         self.dataset, self.sampler = dataset, sampler
         settings = config.training
         device = world.device
@@ -125,14 +143,16 @@ class Trainer:
         workers = config.data.workers
         if workers is None:
             workers = 4 if device.type == "cuda" else 0
+        self._check_shared_memory(workers)
         self.loader = DataLoader(
-            dataset,
+            _Told(dataset),  # type: ignore[arg-type]
             sampler=sampler,
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             # Its own generator: starting an epoch must not draw from the one that dropout uses.
             generator=torch.Generator(),
+            worker_init_fn=_start_worker if workers else None,
         )
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
@@ -141,9 +161,11 @@ class Trainer:
                 f"{settings.batch_size}; lower training.batch_size"
             )
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
-        self.progress = Progress(world_size=world.size)
+        self.progress = Progress(world_size=world.size, epoch_steps=self.epoch_steps)
         self.checkpointer = ckpt.Checkpointer(run, world)
         self.run = run
+        #: What a resumption must find again, kept with every checkpoint.
+        self.record: dict[str, Any] = {}
 
     def _replicate(self, module: nn.Module) -> nn.Module:
         trainable = any(p.requires_grad for p in module.parameters())
@@ -152,85 +174,180 @@ class Trainer:
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
-    def resume(self) -> None:
-        """Restore the last checkpoint of the run folder."""
-        told = self.checkpointer.last_progress()
-        self.progress = Progress(**told)
-        state = self._state()
-        same_ranks = self.progress.world_size == self.world.size
+    def resume(self, found: ckpt.Checkpoint) -> None:
+        """Restore a checkpoint, of any number of ranks, precision and batch size.
+
+        Raises:
+            UserError: it does not fit the configuration, or has trained for longer.
+        """
+        try:
+            self.progress = progress = Progress(**found.progress)
+        except TypeError as error:
+            raise UserError(f"{found.folder / ckpt.PROGRESS} cannot be understood") from error
+        state, stored = self._state(), self.checkpointer.keys(found)
+        own_rng = f"rng.{self.world.rank}"
+        same_ranks = progress.world_size == self.world.size
         if not same_ranks:
-            state.pop(f"rng.{self.world.rank}")
-        self.checkpointer.load(state)
+            state.pop(own_rng)
+        # What the run did without so far begins now.
+        if not any(key.startswith("average.") for key in stored):
+            state.pop("average", None)
+        if not any(key.startswith("scaler") for key in stored):
+            state.pop("scaler", None)
+        self.checkpointer.load(found, state)
         ckpt.restore_training_state(state, self.network, self.head, self.optimizers)
         if self.average is not None:
-            self.average.average = state["average"]
-        if self.scaler.is_enabled():
+            self.average.average = state.get("average") or {
+                key: value.clone() for key, value in self.network.state_dict().items()
+            }
+        if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         if same_ranks:
-            ckpt.set_rng_state(state[f"rng.{self.world.rank}"], self.world.device)
-        self.progress.world_size = self.world.size
+            ckpt.set_rng_state(state[own_rng], self.world.device)
+        else:
+            torch.manual_seed(hash((self.config.seed, progress.step, self.world.rank)))
+        progress.world_size = self.world.size
+        before = progress.epoch_steps or self.epoch_steps
+        done = (progress.step + progress.shift) / before
+        if before != self.epoch_steps:
+            progress.shift = round(done * self.epoch_steps) - progress.step
+        progress.epoch_steps = self.epoch_steps
+        if self.position > self.total_steps:
+            raise UserError(
+                f"training.epochs = {self.config.training.epochs:g}, but {self.run} has trained "
+                f"{done:g} epochs; give more, or start a new run"
+            )
 
-    def train(self) -> Progress:
-        """Train to the end of the schedule, from wherever ``progress`` stands."""
+    @property
+    def position(self) -> int:
+        """Steps of the schedule done: ``progress.step``, counted in today's batch size."""
+        return self.progress.step + self.progress.shift
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.position == self.total_steps and not self.progress.pending
+
+    def train(self, stopper: Stopper | None = None) -> Progress:
+        """Train to the end of the schedule, from wherever ``progress`` stands.
+
+        Args:
+            stopper: asked after each step, on all ranks together, whether to stop.
+
+        Raises:
+            Stopped: it said so; a checkpoint of the last step is whole.
+            UserError: training diverges, images or loader processes fail, a checkpoint cannot be
+                written.
+        """
+        self.stopper = stopper or Stopper("")
         settings, progress = self.config.training, self.progress
         log = RunLog(
             self.run,
             main=self.world.is_main,
-            total_steps=self.total_steps,
+            total_steps=self.total_steps - progress.shift,
             start_step=progress.step,
+            pending=progress.pending,
         )
-        every = round(self.config.validation.every * self.epoch_steps)
-        batches = self.batches(progress.step * settings.accumulate)
+        batches = self.batches(self.position * settings.accumulate)
         logged = copy.copy(progress)
         since = time.perf_counter()
         self.forward.train()
         self.loss.train()
-        with log:
-            while progress.step < self.total_steps:
-                factor = learning_rate_factor(settings, progress.step, self.total_steps)
-                set_learning_rate(self.optimizers, factor)
-                micro = [next(batches) for _ in range(settings.accumulate)]
-                loss, norm = self.step(micro)
-                self._check_loss(loss)
-                if self.average is not None:
-                    self.average.update(self.network, progress.step)
-                progress.step += 1
-                progress.images += sum(len(batch.labels) for batch in micro) * self.world.size
-                for batch in micro:
-                    if batch.unreadable:
-                        self.dataset.note_unreadable(batch.unreadable)
-                now = time.perf_counter()
-                progress.seconds += now - since
-                since = now
-                done = progress.step == self.total_steps
+        try:
+            with log, self.stopper.deferred():
+                if progress.pending:
+                    self._conclude(log, stopping=False)
+                while self.position < self.total_steps:
+                    factor = learning_rate_factor(settings, self.position, self.total_steps)
+                    set_learning_rate(self.optimizers, factor)
+                    micro = [next(batches) for _ in range(settings.accumulate)]
+                    loss, norm = self.step(micro)
+                    stopping = self._agree(micro)
+                    self._check_loss(loss)
+                    if self.average is not None:
+                        self.average.update(self.network, progress.step)
+                    progress.step += 1
+                    progress.images += sum(len(one.labels) for one in micro) * self.world.size
+                    now = time.perf_counter()
+                    progress.seconds += now - since
+                    since = now
 
-                if progress.step % settings.log_every == 0 or done:
-                    seconds = progress.seconds - logged.seconds
-                    values = {
-                        "seconds": progress.seconds,
-                        "loss": self.world.mean(loss),
-                        "lr": self.optimizers[0].param_groups[0]["lr"],
-                        "gradient_norm": norm,
-                        "images_per_second": (progress.images - logged.images) / seconds,
-                        "seconds_per_step": seconds / (progress.step - logged.step),
-                        "unreadable": len(self.dataset.unreadable_names()),
-                    }
-                    log.train(progress.step, self.epoch, values)
-                    logged = copy.copy(progress)
+                    if progress.step % settings.log_every == 0 or self.is_done:
+                        seconds = progress.seconds - logged.seconds
+                        values = {
+                            "seconds": progress.seconds,
+                            "loss": self.world.mean(loss),
+                            "lr": self.optimizers[0].param_groups[0]["lr"],
+                            "gradient_norm": norm,
+                            "images_per_second": (progress.images - logged.images) / seconds,
+                            "seconds_per_step": seconds / (progress.step - logged.step),
+                            "unreadable": len(progress.unreadable),
+                        }
+                        log.train(progress.step, self.epoch, values)
+                        logged = copy.copy(progress)
 
-                pause = time.perf_counter()
-                is_best = False
-                if done or (every and progress.step % every == 0):
-                    is_best = self._validate(log)
-                if done or is_best or progress.step % settings.checkpoint_every == 0:
-                    self._save(best=is_best)
-                since += time.perf_counter() - pause
+                    pause = time.perf_counter()
+                    self._conclude(log, stopping)
+                    since += time.perf_counter() - pause
+                self.checkpointer.wait()
+        except Stopped as stop:
+            raise Stopped(
+                f"stopped at step {progress.step}; continue with "
+                f"sphereface2 fit --resume {self.run}",
+                stop.status - 128,
+            ) from None
+        finally:
+            self.checkpointer.close()
         return progress
+
+    def _conclude(self, log: RunLog, stopping: bool) -> None:
+        """What is due after a step: validation, a checkpoint, the end."""
+        progress = self.progress
+        every = round(self.config.validation.every * self.epoch_steps)
+        done = self.position == self.total_steps
+        is_best = False
+        if done or (every and self.position % every == 0):
+            progress.pending = True
+            try:
+                if not stopping:
+                    is_best = self._validate(log)
+            except UserError:
+                self._save(best=False)
+                self.checkpointer.wait()
+                raise
+            stopping = stopping or progress.pending
+        periodic = progress.step % self.config.training.checkpoint_every == 0
+        if done or is_best or stopping or periodic:
+            self._save(best=is_best)
+        if stopping:
+            self.checkpointer.wait()
+            raise Stopped("", self.stopper.signum or signal.SIGTERM)
+
+    def _agree(self, micro: Sequence[Batch]) -> bool:
+        """Exchange what ranks must know of each other after a step: whether one is to stop."""
+        unreadable = [self.dataset.source.name(i) for batch in micro for i in batch.unreadable]
+        asked, met = self.world.count(self.stopper.signum is not None, len(unreadable))
+        if met:
+            self._note_unreadable(
+                [name for names in self.world.gather(unreadable) for name in names]
+            )
+        return asked > 0
+
+    def _note_unreadable(self, names: Iterable[str]) -> None:
+        """Count unreadable images; UserError, alike on all ranks, once their share is too large."""
+        met = self.progress.unreadable = sorted({*self.progress.unreadable, *names})
+        allowed = self.config.data.max_unreadable
+        if len(met) > allowed * self.images:
+            raise UserError(
+                f"{len(met)} of {self.images} images cannot be read ({', '.join(met[:3])}, …), "
+                f"more than the allowed share of {allowed:g}: repair the data set or raise "
+                "data.max_unreadable"
+            )
 
     @property
     def epoch(self) -> float:
         """Epochs done, fractional."""
-        return self.progress.step / self.epoch_steps
+        return self.position / self.epoch_steps
 
     def evaluated_network(self) -> nn.Module:
         """The network that is validated and shipped: the moving average where one is kept."""
@@ -246,11 +363,43 @@ class Trainer:
         epoch, position = divmod(consumed, per_epoch)
         while True:
             self.sampler.load_state_dict({"epoch": epoch, "position": position})
-            for index, batch in enumerate(self.loader, start=position):
+            for index, batch in enumerate(self._loaded(), start=position):
                 if index >= per_epoch:
                     break
                 yield batch
             epoch, position = epoch + 1, 0
+
+    def _loaded(self) -> Iterator[Batch]:
+        """The loader's batches; what went wrong in a loader process is one sentence here."""
+        try:
+            for batch in self.loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a loader process was ended from outside, perhaps for want of memory or of shared "
+                f"memory (/dev/shm): lower data.workers ({self.loader.num_workers})"
+            ) from error
+
+    def _check_shared_memory(self, workers: int) -> None:
+        """UserError if loader processes cannot hand over their batches: they would be killed."""
+        room = Path("/dev/shm")
+        if not workers or not room.is_dir():
+            return
+        side = self.config.data.augmentation.size
+        batch = self.sampler.batch_size // self.world.size * side * side * 3
+        # Each worker has two batches ahead and one in the making.
+        needed = self.world.local_size * workers * 3 * batch
+        free = shutil.disk_usage(room).free
+        if needed > free:
+            raise UserError(
+                f"data.workers = {workers}: loader processes need {needed / 1e6:,.0f} MB of shared "
+                f"memory and {room} has {free / 1e6:,.0f} MB; give the container more (docker run "
+                "--shm-size 1g) or lower data.workers, 0 needs none"
+            )
 
     def step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimiser step; returns this rank's loss and the gradient norm before clipping."""
@@ -294,10 +443,11 @@ class Trainer:
 
     def _check_loss(self, loss: float) -> None:
         progress = self.progress
+        loss = self.world.mean(loss)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {progress.step + 1}; the last good checkpoint is "
-                f"{self.checkpointer.folder / 'last'}: lower training.lr or training.autocast"
+                f"the loss became {loss} at step {progress.step + 1}; {self._last_good()}: lower "
+                "training.lr or training.autocast"
             )
         if math.isnan(progress.first_loss):
             progress.first_loss = progress.smoothed_loss = loss
@@ -307,33 +457,61 @@ class Trainer:
             raise UserError(
                 f"training diverges: the loss rose from {progress.first_loss:.3g} to "
                 f"{progress.smoothed_loss:.3g} by step {progress.step + 1}; lower training.lr (or "
-                f"raise training.max_loss_ratio); the last good checkpoint is "
-                f"{self.checkpointer.folder / 'last'}"
+                f"raise training.max_loss_ratio); {self._last_good()}"
             )
 
+    def _last_good(self) -> str:
+        """What is left of a run that goes wrong."""
+        self.checkpointer.wait()
+        last = self.checkpointer.last()
+        if last is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {last}, which --resume {self.run} goes on from"
+
     def _validate(self, log: RunLog) -> bool:
+        """Log the figures; whether they are the best so far. A stop leaves the step pending."""
+        self._share_buffers()
         network = self.evaluated_network()
         network.eval()
-        figures = self.validate(network)
+        validated = self.validate(network, lambda: self.stopper.signum is not None)
         self.network.train()
+        if validated is None:
+            return False
+        figures, unreadable = validated
+        self._note_unreadable(unreadable)
+        self.progress.pending = False
         log.validation(self.progress.step, self.epoch, self.progress.seconds, figures)
         if not figures:
             return False
         first = next(iter(figures.values()))
         is_best = first > self.progress.best
-        self.progress.best = max(first, self.progress.best)
+        if is_best:
+            self.progress.best, self.progress.best_step = first, self.progress.step
         return is_best
 
+    def _share_buffers(self) -> None:
+        """Give all ranks the running statistics of rank 0, as each forward pass does."""
+        buffers = dict(self.network.named_buffers())
+        averages = self.average.average if self.average is not None else {}
+        averaged = [averages[key] for key in buffers if averages]
+        tensors = [*buffers.values(), *averaged, *self.head.buffers()]
+        self.world.share([tensor for tensor in tensors if tensor.is_floating_point()])
+
     def _save(self, best: bool) -> None:
-        met = {
-            name for names in self.world.gather(self.dataset.unreadable_names()) for name in names
-        }
-        self.progress.unreadable = sorted(met.union(self.progress.unreadable))
+        self._share_buffers()
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        finite = all(bool(local(p.detach()).isfinite().all()) for p in parameters)
+        if self.world.count(not finite)[0]:
+            raise UserError(
+                f"training diverges: the weights are not finite at step {self.progress.step}; "
+                f"{self._last_good()}: lower training.lr"
+            )
         self.checkpointer.save(
             self.progress.step,
             model=self.evaluated_network(),
             state=self._state(),
             progress=vars(self.progress),
+            run=self.record,
             about=self._about() if self.world.is_main else None,
             best=best,
         )
@@ -364,3 +542,20 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         state[f"rng.{self.world.rank}"] = ckpt.rng_state(self.world.device)
         return state
+
+
+class _Told(Dataset[Batch | UserError]):
+    """A data set whose UserErrors are items, which loader processes pass on as they are."""
+
+    def __init__(self, dataset: FaceDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: BatchKey) -> Batch | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _start_worker(_number: int) -> None:
+    in_worker()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from torch import nn
 
+from sphereface2.backbones.base import Backbone
 from sphereface2.data.sources import Source
 from sphereface2.data.verification import PairSet
+from sphereface2.embedder import Embedder
+from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import all_pairs_tar
-from sphereface2.evaluation.embedding import embed
 from sphereface2.evaluation.evaluate import score_pairs
 from sphereface2.evaluation.verification import pair_scores
+from sphereface2.images import read_image
 from sphereface2.training.config import ValidationConfig
 from sphereface2.training.distributed import World
 
@@ -36,49 +38,100 @@ class Validation:
         self.config, self.world = config, world
         self.source, self.held_out, self.pairs = source, held_out, pairs
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
-        """Figures in [0, 1] by name, the same on every rank."""
+    def __call__(
+        self, network: Backbone, stopping: Callable[[], bool]
+    ) -> tuple[dict[str, float], list[str]] | None:
+        """Figures in [0, 1] by name and the names of unreadable images, the same on every rank.
+
+        Args:
+            network: to evaluate.
+            stopping: asked after each batch whether to stop.
+
+        Returns:
+            None if it is to stop on any rank.
+
+        Raises:
+            UserError: alike on all ranks: an image of a verification set is unreadable.
+        """
         figures: dict[str, float] = {}
-        if len(self.held_out):
-            embeddings = self._embed(
-                network,
-                len(self.held_out),
-                lambda i: self.source.read(int(self.held_out[i])),
-                lambda i: self.source.name(int(self.held_out[i])),
-            )
-            labels = self.source.labels[self.held_out]
-            tars = all_pairs_tar(embeddings, labels, self.config.fars).tars
-            resolved = {t.far: t.tar for t in tars if t.tar is not None}
-            for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
-                figures[f"held-out TAR@{far:g}"] = resolved[far]
-        for pair_set in self.pairs:
-            embeddings = self._embed(
-                network,
-                len(pair_set.images),
-                pair_set.images.__getitem__,
-                pair_set.image_name,
-            )
-            scores = pair_scores(embeddings, pair_set.pairs)
-            figures[f"{pair_set.name} accuracy"] = score_pairs(scores, pair_set)["accuracy"]
-        return figures
+        unreadable: list[str] = []
+        try:
+            with Embedder(network, flip=self.config.flip, device=self.world.device) as embedder:
+                if len(self.held_out):
+                    labels = self.source.labels[self.held_out]
+                    embeddings, read = self._embed(
+                        embedder,
+                        len(labels),
+                        lambda i: self.source.read(int(self.held_out[i])),
+                        None,
+                        stopping,
+                    )
+                    lost = np.flatnonzero(~read)
+                    unreadable = [self.source.name(int(self.held_out[i])) for i in lost]
+                    tars = all_pairs_tar(embeddings[read], labels[read], self.config.fars).tars
+                    resolved = {t.far: t.tar for t in tars if t.tar is not None}
+                    for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
+                        figures[f"held-out TAR@{far:g}"] = resolved[far]
+                for pair_set in self.pairs:
+                    embeddings, _ = self._embed(
+                        embedder,
+                        len(pair_set.images),
+                        pair_set.images.__getitem__,
+                        pair_set.image_name,
+                        stopping,
+                    )
+                    scores = pair_scores(embeddings, pair_set.pairs)
+                    figures[f"{pair_set.name} accuracy"] = score_pairs(scores, pair_set)["accuracy"]
+        except _StopError:
+            return None
+        return figures, unreadable
 
     def _embed(
         self,
-        network: nn.Module,
+        embedder: Embedder,
         count: int,
         read: Callable[[int], bytes | np.ndarray],
-        name: Callable[[int], str],
-    ) -> np.ndarray:
-        """float32 (count, d); each rank embeds its share and receives the others'."""
+        name: Callable[[int], str] | None,
+        stopping: Callable[[], bool],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float32 (count, d), and bool (count,): which images could be read.
+
+        Each rank embeds its share and receives the others'. With ``name`` all must be readable.
+        """
         mine = range(self.world.rank, count, self.world.size)
-        part = embed(
-            network,
-            (read(i) for i in mine),
-            flip=self.config.flip,
-            device=self.world.device,
-            name=lambda k: name(mine[k]),
-        )
-        embeddings = np.empty((count, part.shape[1]), np.float32)
-        for rank, rows in enumerate(self.world.gather(part)):
-            embeddings[rank :: self.world.size] = rows
-        return embeddings
+        lost: list[int] = []
+        part: np.ndarray | None = None
+        failure: str | None = None
+
+        def go_on(_count: int) -> None:
+            if stopping():
+                raise _StopError
+
+        try:
+            part = embedder.embed(
+                mine,
+                read=lambda i: read_image(read(i)),
+                name=(lambda k: name(mine[k])) if name else None,
+                unreadable=None if name else lost,
+                progress=go_on,
+            )
+        except _StopError:
+            pass
+        except UserError as error:
+            failure = str(error)
+        shares = self.world.gather((part, lost, failure))
+        if failures := [failure for *_, failure in shares if failure is not None]:
+            raise UserError(failures[0])
+        if any(part is None for part, *_ in shares):
+            raise _StopError
+        embeddings = np.zeros((count, embedder.embedding_dim), np.float32)
+        readable = np.ones(count, bool)
+        for rank, (rows, lost, _) in enumerate(shares):
+            readable[rank :: self.world.size][lost] = False
+            theirs = np.arange(rank, count, self.world.size)
+            embeddings[theirs[readable[theirs]]] = rows
+        return embeddings, readable
+
+
+class _StopError(Exception):
+    """The caller of a validation does not want to wait for its end."""

@@ -1,0 +1,144 @@
+"""SIGINT, SIGTERM and SIGHUP: an orderly end at the first, an immediate one at the second."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Self
+
+from sphereface2.errors import Stopped
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+# A terminal's Ctrl-C reaches a process itself and again through its launcher: that is one.
+_SAME = 1.0
+# Seconds in which a process ends once its parent has died.
+_ORPHAN = 20.0
+
+
+class Stopper:
+    """A block of code that signals end in order.
+
+    The first signal raises `Stopped` in the main thread, at once or, within `deferred`, at the next
+    `check`. A second one, a second or more later, ends the process at once, also while it waits
+    inside a library. Signals that the process was started to ignore stay ignored. Off the main
+    thread, which alone receives signals, it does nothing.
+
+    Args:
+        message: what is kept and how to go on, for `Stopped`.
+        forward: also called with each signal's number, in a thread.
+        parent: the process whose death counts as SIGTERM.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        forward: Callable[[int], None] | None = None,
+        parent: int | None = None,
+    ) -> None:
+        self.message = message
+        #: The first signal's number.
+        self.signum: int | None = None
+        self._forward, self._parent = forward, parent
+        self._deferred = 0
+        self._before: dict[int, Any] = {}
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for signum in SIGNALS:
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                self._before[signum] = signal.signal(signum, self._handle)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            return
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.send(b"\0")
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let a signal wait for the next `check`."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self.signum is not None:
+            raise Stopped(self.message, self.signum)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        first = self.signum is None
+        if first:
+            self.signum = signum
+        if first and not self._deferred:
+            self.check()
+
+    def _watch(self) -> None:
+        """In a thread: the main one may be waiting in a library, where no handler runs."""
+        began: float | None = None
+        orphan = False
+        while True:
+            ready, _, _ = select.select([self._reader], [], [], 0.5)
+            now = time.monotonic()
+            if self._parent is not None and not orphan and os.getppid() != self._parent:
+                orphan = True
+                began = now
+                os.kill(os.getpid(), signal.SIGTERM)
+            if orphan and began is not None and now > began + _ORPHAN:
+                os._exit(128 + signal.SIGTERM)
+            for signum in self._reader.recv(64) if ready else b"":
+                if not signum:
+                    return
+                if signum not in SIGNALS:
+                    continue
+                if self._forward is not None:
+                    self._forward(signum)
+                if began is None:
+                    began = now
+                elif now > began + _SAME and not orphan:
+                    os._exit(128 + signum)
+
+
+def in_worker() -> None:
+    """For the start of a worker process: its parent alone takes signals, and decides its end.
+
+    A signal to the whole process group would end workers in the middle of a step. On Linux they
+    die with their parent, however it dies.
+    """
+    signal.set_wakeup_fd(-1)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """On Linux, be killed when the parent dies; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

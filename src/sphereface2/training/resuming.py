@@ -1,0 +1,254 @@
+"""What must be the same for a run to go on, what may change, and what is recorded of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sphereface2 import backbones, heads
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write
+from sphereface2.training import config as configuration
+from sphereface2.training.checkpoint import Checkpoint, Checkpointer
+from sphereface2.training.config import RunConfig
+from sphereface2.version import __version__
+
+CONFIG, ENVIRONMENT, PEOPLE = "config.yaml", "environment.json", "people.json"
+
+_FIXED = (
+    "seed",
+    "output",
+    "backbone",
+    "head",
+    "data.validation_people",
+    "data.test_people",
+    "data.held_out_max_images",
+    "data.split_seed",
+    "data.subset",
+    "data.label_noise",
+    "training.optimizer",
+    "training.fused_head",
+    "training.fused_momentum",
+)
+# How a head computes, not what.
+_HOW = ("streaming", "sharded", "chunk_size")
+# What still has an effect when everything is trained.
+_AFTERWARDS = (
+    "name",
+    "validation",
+    "data.train",
+    "data.workers",
+    "training.device",
+    "training.threads",
+)
+
+
+def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
+    """The settings that a run folder holds, changed by ``overrides``.
+
+    Raises:
+        UserError: they are missing, cut, another's, or of a version that has other settings.
+    """
+    path = run / CONFIG
+    tree = configuration.read_yaml(path, "run's configuration")
+    for section in (one.name for one in dataclasses.fields(RunConfig)):
+        if section not in tree:
+            raise UserError(
+                f"{path} has no {section} and so is not the configuration of a run, or was cut; "
+                "restore it from a copy, or start a new run"
+            )
+    try:
+        return configuration.load(path, overrides)
+    except UserError as error:
+        starts = read_environment(run).get("starts") or [{}]
+        written = starts[-1].get("packages", {}).get("sphereface2", __version__)
+        if written == __version__:
+            raise
+        raise UserError(
+            f"{error}; sphereface2 {written} wrote it and this is {__version__}"
+        ) from error
+
+
+def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Checkpoint:
+    """The checkpoint to go on from.
+
+    Args:
+        checkpointer: the run's.
+        wanted: the one that the user names; None: the last.
+        strict: do not go on from an older one without being told to.
+
+    Raises:
+        UserError: there is none that is whole; with ``strict`` also if a newer one is damaged.
+    """
+    found = checkpointer.find(wanted)
+    if found.damaged:
+        damage = "; ".join(found.damaged)
+        if strict:
+            raise UserError(
+                f"{damage}; {found.folder.name} is whole: go on from it with --resume "
+                f"{found.folder}"
+            )
+        print(f"{damage}; going on from {found.folder.name}, which is whole", flush=True)
+    return found
+
+
+def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[str, list[Any]]:
+    """The settings that change at a resumption, each with its old and new value.
+
+    Raises:
+        UserError: one that cannot change.
+    """
+    before = found.run.get("settings")
+    if before is None:  # of version 0.1.0
+        before = configuration.read_yaml(run / CONFIG, "run's configuration")
+    old, new = _flat(before), _flat(configuration.to_dict(settings))
+    if _same_network(before["backbone"], settings.backbone):
+        old, new = (
+            {key: value for key, value in one.items() if not key.startswith("backbone.")}
+            for one in (old, new)
+        )
+    changed = {
+        key: [old.get(key), new.get(key)]
+        for key in sorted(old.keys() | new.keys())
+        # A setting that the older version did not have is not a change.
+        if old.get(key) != new.get(key) and (key in old or key.startswith(("backbone.", "head.")))
+    }
+    if 0 in changed.get("training.momentum", ()) and settings.training.optimizer == "sgd":
+        fixed = ["training.momentum"]
+    else:
+        fixed = [
+            key
+            for key in changed
+            if any(key == one or key.startswith(f"{one}.") for one in _FIXED)
+            and key.removeprefix("head.") not in _HOW
+        ]
+    if fixed:
+        before, now = changed[fixed[0]]
+        others = f" (and {', '.join(fixed[1:])})" if fixed[1:] else ""
+        raise UserError(
+            f"{fixed[0]} = {now!r}{others} cannot be given to {run}, which was trained with "
+            f"{before!r}: leave it as it was, or start a new run"
+        )
+    return changed
+
+
+def check_done(run: Path, changed: dict[str, list[Any]]) -> None:
+    """UserError if settings of a run that is trained to its end were changed to no effect."""
+    idle = [key for key in changed if not key.startswith(_AFTERWARDS)]
+    if idle:
+        raise UserError(
+            f"{idle[0]} = {changed[idle[0]][1]!r} would have no effect: {run} is trained to its "
+            "end; raise training.epochs to train on, or start a new run"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    if prefix == "head.":
+        tree = heads.defaults(tree["name"]) | {"sharded": False} | tree
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def _same_network(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two ``backbone`` sections mean one network, though only one may name a default."""
+    if first == second:
+        return True
+    if first["name"] != second["name"] or first["name"] not in backbones.available():
+        return False
+    with torch.device("meta"):
+        networks = [backbones.build(**options) for options in (first, second)]
+    one, other = (
+        (str(n), n.preprocessing, {k: v.shape for k, v in n.state_dict().items()}) for n in networks
+    )
+    return one == other
+
+
+# -- people --------------------------------------------------------------------------------------
+
+
+def people(
+    labels: np.ndarray, names: list[str] | None, indices: dict[str, np.ndarray]
+) -> dict[str, list[Any]]:
+    """Who is who: for each class of ``train``, and of those held out, the person's name or label.
+
+    Args:
+        labels: int64 (N,) of the source.
+        names: the source's people, if it names them.
+        indices: images of ``train``, ``validation`` and ``test``.
+    """
+    who = {part: np.unique(labels[chosen]).tolist() for part, chosen in indices.items()}
+    if names is not None:
+        who = {part: [names[label] for label in found] for part, found in who.items()}
+    return {"classes": who["train"], "validation": who["validation"], "test": who["test"]}
+
+
+def digest(who: dict[str, list[Any]], *arrays: np.ndarray) -> str:
+    """SHA-256 of `people` and of the images and classes that they stand for."""
+    hasher = hashlib.sha256(json.dumps(who).encode("utf-8", "surrogatepass"))
+    for array in arrays:
+        hasher.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return hasher.hexdigest()
+
+
+def check_data(run: Path, found: Checkpoint, record: dict[str, Any], train: Path) -> None:
+    """UserError unless the data and the people are those that the run was trained on."""
+    known = found.run or read_environment(run).get("data", {})
+    if known.get("fingerprint", record["fingerprint"]) != record["fingerprint"]:
+        raise UserError(
+            f"{train} is not what {run} was trained on (its fingerprint changed); resume with the "
+            "original data or start a new run"
+        )
+    if found.run.get("people", record["people"]) != record["people"]:
+        raise UserError(
+            f"the classes of {run} would stand for other people or images than those it was "
+            f"trained on, which {run / PEOPLE} lists: start a new run"
+        )
+
+
+# -- records -------------------------------------------------------------------------------------
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """``environment.json``; empty if it is missing or damaged: checkpoints hold what is needed."""
+    try:
+        found = json.loads((run / ENVIRONMENT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else {}
+
+
+def write_records(
+    run: Path,
+    settings: RunConfig,
+    who: dict[str, list[Any]],
+    data: dict[str, Any],
+    start: dict[str, Any],
+) -> None:
+    """Write what determines a run beside its results.
+
+    A resumption may change settings: ``config.yaml`` then holds the new ones, and
+    ``environment.json`` tells of every start, its step and what was changed.
+    """
+    path = run / ENVIRONMENT
+    before = read_environment(run)
+    if path.exists() and not before:
+        print(f"{path} is damaged and begun anew; the checkpoint holds what is needed", flush=True)
+    record = {"starts": [*before.get("starts", []), start], "data": data}
+    for name, text in (
+        (PEOPLE, json.dumps(who)),
+        (CONFIG, configuration.dump(settings)),
+        (ENVIRONMENT, json.dumps(record, indent=1)),
+    ):
+        atomic_write(run / name, text.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,192 @@
+"""Runs of ``fit`` in processes that start in a moment, to be killed and resumed.
+
+A fork server imports torch once; each rank is a child of it in a session of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["sphereface2.training.fit", "torch.utils.tensorboard", "torch.distributed.tensor"]
+)
+ARCHIVE = Path(__file__).parents[1] / "assets" / "0.1.0.tar.xz"
+STEPS = 24
+SETTINGS = {
+    "backbone.name": "sfnet4",
+    "backbone.width": 0.0625,
+    "backbone.batch_norm": "true",
+    "backbone.input_size": 64,
+    "backbone.embedding_dim": 8,
+    "backbone.dropout": 0.2,
+    "head.r": 10,
+    "head.loss_weight": 5,
+    "data.validation_people": 2,
+    "data.augmentation.affine": 0.5,
+    "training.epochs": 8,
+    "training.batch_size": 12,
+    "training.lr": 0.05,
+    "training.checkpoint_every": 2,
+    "training.log_every": 1,
+    "training.device": "cpu",
+    "training.threads": 1,
+    "validation.every": 3,
+    "validation.pairs": "[]",
+    "validation.fars": "[0.1]",
+}
+
+
+def unpack_faces(folder: Path) -> Path:
+    """The 48 faces (8 people) that the tests of older versions keep."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "0.1.0" / "faces"
+
+
+def words(settings: dict[str, object]) -> list[str]:
+    return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+class Run:
+    """One start of ``fit`` on some ranks: with ``--run-folder``, or as ``command`` says."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, object] | None = None,
+        ranks: int = 1,
+        command: Sequence[object] | None = None,
+    ) -> None:
+        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
+        given = ["--run-folder", folder] if command is None else command
+        arguments = [*map(str, given), *words(settings or {})]
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = store
+        self.processes = [
+            _CONTEXT.Process(
+                target=_rank,
+                args=(rank, ranks, store.port, arguments, self.log, list(sys.path)),
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """The ranks' exit codes."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            self.signal(signal.SIGKILL)
+        return codes
+
+    def signal(self, signum: int) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+
+    def signal_when(self, signum: int, ready: Callable[[], bool], delay: float) -> bool:
+        """Send a signal ``delay`` seconds after ``ready``; whether the run was still going on."""
+        while not ready():
+            if all(process.exitcode is not None for process in self.processes):
+                return False
+            time.sleep(0.001)
+        time.sleep(delay)
+        alive = any(process.exitcode is None for process in self.processes)
+        self.signal(signum)
+        return alive
+
+    def steps(self) -> int:
+        """Steps logged so far."""
+        return sum(line["kind"] == "train" for line in metrics(self.folder))
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written at this moment."""
+        return any((self.folder / "checkpoints").glob(".step-*.tmp"))
+
+    def told(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def _rank(
+    rank: int, ranks: int, port: int, arguments: list[str], log: Path, path: list[str]
+) -> None:
+    os.setsid()
+    sys.path[:] = path
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    from sphereface2.cli import main
+    from sphereface2.training import fit as module
+
+    module.report = lambda *_: None  # not part of what is killed, and slow
+    sys.argv = ["sphereface2", "fit", *arguments]
+    sys.exit(main())
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """What ``metrics.jsonl`` says, without times and without a line that is being written."""
+    timed = ("seconds", "images_per_second", "seconds_per_step")
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append({k: v for k, v in json.loads(line).items() if k not in timed})
+    return found
+
+
+def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "checkpoints" / which / "model.safetensors")
+
+
+def stored_network(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The network in ``state/`` of the last checkpoint: under ``backbone`` or ``average``."""
+    reader = dcp.FileSystemReader(folder / "checkpoints" / "last" / "state")
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(f"{prefix}.")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert not different, different
+
+
+def left_behind(folder: Path) -> Iterator[str]:
+    """Names in the checkpoints' folder that are neither checkpoints nor links."""
+    for path in (folder / "checkpoints").iterdir():
+        if not path.name.startswith(("step-", "last", "best")):
+            yield path.name

@@ -3,7 +3,7 @@
 Servers are processes of their own on 127.0.0.1, the clients threads of this one, each with one
 connection that it keeps; all share the machine's cores. A request embeds one aligned JPEG crop.
 The server with batches of one is the alternative, measured in turns with the default; the bound is
-the embedder alone, called in this process with batches of the same pictures.
+the embedder alone, called in this process with batches of the same images.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class Client:
         return answer.status
 
 
-def load(url: str, pictures: list[bytes], clients: int, seconds: float) -> list[float]:
+def load(url: str, images: list[bytes], clients: int, seconds: float) -> list[float]:
     """Latencies of all requests, in seconds; any refusal ends the benchmark."""
+    forms = [form("images", image) for image in images]
     latencies: list[list[float]] = [[] for _ in range(clients)]
     failures: list[int] = []
     end = time.perf_counter() + seconds
@@ -86,8 +87,7 @@ def load(url: str, pictures: list[bytes], clients: int, seconds: float) -> list[
         client = Client(url)
         turn = number
         while (started := time.perf_counter()) < end and not failures:
-            picture = pictures[turn % len(pictures)]
-            status = client.ask("POST", "/v1/embed?aligned=true", picture, "image/jpeg")
+            status = client.ask("POST", "/v1/embed", forms[turn % len(forms)], FORM)
             if status != 200:
                 failures.append(status)
             latencies[number].append(time.perf_counter() - started)
@@ -107,30 +107,30 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def compare(model: Path, folder: Path, pictures: list[bytes], seconds: float) -> None:
+def compare(model: Path, folder: Path, images: list[bytes], seconds: float) -> None:
     """Requests a second of batches up to 32 and of one, and of the embedder alone."""
     embedder = FaceEmbedder.from_pretrained(model, device="cpu")
-    embedder.embed(pictures, aligned=True)
+    embedder.embed(images, aligned=True)
     started = time.perf_counter()
     repeats = 0
     while time.perf_counter() - started < seconds:
-        embedder.embed(pictures, aligned=True)
+        embedder.embed(images, aligned=True)
         repeats += 1
-    bound = repeats * len(pictures) / (time.perf_counter() - started)
-    print(f"the embedder alone, batches of 32: {bound:,.0f} pictures/s")
+    bound = repeats * len(images) / (time.perf_counter() - started)
+    print(f"the embedder alone, batches of 32: {bound:,.0f} images/s")
     print(f"{'clients':>7}  {'max batch':>9}  {'requests/s':>10}  {'p50 ms':>7}  {'p99 ms':>7}")
     with (
-        server(model, folder / "one", "--max-batch", "1") as (single, _),
-        server(model, folder / "many") as (batched, _),
+        server(model, folder / "one.db", "--max-batch", "1") as (single, _),
+        server(model, folder / "many.db") as (batched, _),
     ):
         for url in (single, batched):
-            load(url, pictures, 8, 2)
+            load(url, images, 8, 2)
         for clients in CLIENTS:
             rates = {}
             taken: dict[str, list[float]] = {single: [], batched: []}
             for _ in range(ROUNDS):
                 for url in taken:
-                    taken[url] += load(url, pictures, clients, seconds)
+                    taken[url] += load(url, images, clients, seconds)
             for url, size in ((single, "1"), (batched, "32")):
                 latencies = taken[url]
                 rates[url] = clients / statistics.mean(latencies)
@@ -151,13 +151,12 @@ def resident(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> None:
+def soak(model: Path, folder: Path, images: list[bytes], minutes: float) -> None:
     """Mixed requests of 8 clients, good and bad, and the server's memory meanwhile.
 
     A quarter of the requests change the gallery: each client enrols somebody and deletes them.
     """
-    options = ["--keep-crops"]
-    with server(model, folder / "soak", *options) as (url, process):
+    with server(model, folder / "soak.db", "--keep-crops") as (url, process):
         end = time.monotonic() + 60 * minutes
         counts: dict[int, int] = {}
         lock = threading.Lock()
@@ -170,17 +169,17 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> No
             client = Client(url)
             turn = number
             while time.monotonic() < end:
-                picture = pictures[turn % len(pictures)]
-                form = json.dumps({"aligned": True, "name": "nobody"}).encode()
+                image = images[turn % len(images)]
+                incomplete = json.dumps({"aligned": True, "name": "nobody"}).encode()
                 name = f"somebody-{number}"
                 requests = [
-                    ("POST", "/v1/embed?aligned=true", picture, "image/jpeg"),
-                    ("POST", "/v1/embed", picture, "image/jpeg"),  # with detection
-                    ("POST", "/v1/search?aligned=true", picture, "image/jpeg"),
+                    ("POST", "/v1/embed", form("images", image), FORM),
+                    ("POST", "/v1/embed", form("images", image, aligned="false"), FORM),
+                    ("POST", "/v1/search", form("image", image), FORM),
                     ("GET", "/v1/people", None, ""),
-                    ("POST", "/v1/embed", picture[: len(picture) // 2], "image/jpeg"),
-                    ("POST", "/v1/people", form, "application/json"),
-                    ("POST", "/v1/people", enrolment(name, picture), FORM),
+                    ("POST", "/v1/embed", form("images", image[: len(image) // 2]), FORM),
+                    ("POST", "/v1/people", incomplete, "application/json"),
+                    ("POST", "/v1/people", form("images", image, name=name), FORM),
                     ("DELETE", f"/v1/people/{name}", None, ""),
                 ]
                 count(client.ask(*requests[turn // 8 % len(requests)]))
@@ -198,8 +197,8 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> No
             thread.join()
         memory.append((time.monotonic() - started, resident(process)))
     total = sum(counts.values())
-    told = ", ".join(f"{count:,} × {status}" for status, count in sorted(counts.items()))
-    print(f"soak: {minutes:g} min, {total:,} requests ({told})")
+    listed = ", ".join(f"{count:,} × {status}" for status, count in sorted(counts.items()))
+    print(f"soak: {minutes:g} min, {total:,} requests ({listed})")
     tenth = max(1, len(memory) // 10)
     for part in range(0, len(memory), tenth):
         seconds, megabytes = memory[part]
@@ -217,14 +216,14 @@ def soak(model: Path, folder: Path, pictures: list[bytes], minutes: float) -> No
 FORM = "multipart/form-data; boundary=soak"
 
 
-def enrolment(name: str, picture: bytes) -> bytes:
-    fields = {"name": name, "aligned": "true"}
+def form(field: str, image: bytes, **fields: str) -> bytes:
+    """A form with an aligned image in ``field``, and other fields."""
     parts = [
         f'--soak\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
-        for key, value in fields.items()
+        for key, value in {"aligned": "true", **fields}.items()
     ]
-    head = b'--soak\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'
-    return b"".join(parts) + head + picture + b"\r\n--soak--\r\n"
+    head = f'--soak\r\nContent-Disposition: form-data; name="{field}"; filename="x"\r\n\r\n'
+    return b"".join(parts) + head.encode() + image + b"\r\n--soak--\r\n"
 
 
 def main() -> None:
@@ -234,16 +233,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     network = backbones.build("sfnet20", width=0.25, input_size=64, batch_norm=True)
-    pictures = [picture for number in range(16) for picture in person(0, number, 4)]
+    images = [image for number in range(16) for image in person(0, number, 4)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "model"
         model.mkdir()
         bundle.save(network, model)
         if arguments.soak:
-            soak(model, folder, pictures, arguments.soak)
+            soak(model, folder, images, arguments.soak)
         else:
-            compare(model, folder, pictures, arguments.seconds)
+            compare(model, folder, images, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,19 @@ def test_the_compose_file_is_valid_and_its_parts_fit() -> None:
     set_ = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", set_)
     PyCompose.from_yaml(set_).validate()
     services = yaml.safe_load(set_)["services"]
-    service, milvus = services["service"], services["milvus"]
+    proxy, service, database = services["proxy"], services["service"], services["database"]
     options = parsed(*service["command"])
-    assert options["gallery"] == "http://milvus:19530"
+    assert options["gallery"] == "postgresql+psycopg://sphereface2@database/sphereface2"
+    assert options["behind_proxy"] is True
+    user = database["environment"]
+    assert (user["POSTGRES_USER"], user["POSTGRES_DB"]) == ("sphereface2", "sphereface2")
     mounted = {volume.split(":")[1] for volume in service["volumes"]}
     assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent)} == mounted
-    assert service["read_only"] and all(p.startswith("127.0.0.1:") for p in service["ports"])
-    assert "ports" not in milvus  # reached by the service alone
+    assert service["read_only"] and proxy["read_only"]
+    # Nobody reaches the service or the database but through the proxy.
+    assert [name for name, one in services.items() if "ports" in one] == ["proxy"]
     assert (CONTAINER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    template = CONTAINER / proxy["volumes"][0].split(":")[0]
+    variables = set(re.findall(r"\$\{([A-Z]+(?:_[A-Z]+)*)\}", template.read_text()))
+    assert variables == set(proxy["environment"])
+    assert proxy["environment"]["SERVICE"] == "service:8000"

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 import os
-import socket
 import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
-from command_line import ran
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import drawn, encoded, make_model, photograph, serving
+from serving import drawn, encoded, make_model, photograph
 
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
+from sphereface2.recognition.gallery.quality import Gate
 from sphereface2.recognition.service import bodies, keys
 from sphereface2.recognition.service.app import Settings, create_app
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.commands import serve
-from sphereface2.recognition.service.gate import LOOPBACK_NAMES
+from sphereface2.recognition.service.security import LOOPBACK_NAMES
 
 BASE = "http://127.0.0.1:8000"
 ALIGNED = {"aligned": "true"}
@@ -51,62 +51,68 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(embedder: FaceEmbedder, folder: Path) -> Iterator[TestClient]:
     """A service as on a laptop: bound to loopback, no keys, crops kept."""
-    gallery = Gallery.open(
-        folder / "gallery", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
+    gallery = Gallery.open(folder / "gallery.db", embedder=embedder)
     app = create_app(
         embedder,
         gallery,
         hosts=LOOPBACK_NAMES,
         audit=Audit(folder / "audit.jsonl"),
-        keep_crops=True,
-        settings=Settings(max_pixels=2_000_000, max_pictures=4, max_body=3_000_000, rate=0),
+        settings=Settings(
+            max_pixels=2_000_000, max_images=4, max_body=3_000_000, rate=0, keep_crops=True
+        ),
     )
     with TestClient(app, base_url=BASE, raise_server_exceptions=True) as client:
         yield client
 
 
-def files(*pictures: bytes, name: str = "images") -> list[tuple[str, tuple[str, bytes, str]]]:
-    return [(name, ("secret-file-name.jpg", picture, "image/jpeg")) for picture in pictures]
+def files(*images: bytes, name: str = "images") -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [(name, ("secret-file-name.jpg", image, "image/jpeg")) for image in images]
 
 
-def base64_of(picture: bytes) -> str:
-    return base64.b64encode(picture).decode()
+def base64_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
 
 
-def test_every_way_of_sending_a_picture_gives_the_embedder_s_own_numbers(
+def rows_of(answer: httpx.Response) -> np.ndarray:
+    return np.array([one["embedding"] for one in answer.json()["embeddings"]])
+
+
+def test_every_way_of_sending_an_image_gives_the_embedder_s_own_numbers(
     client: TestClient, embedder: FaceEmbedder
 ) -> None:
-    picture = drawn(1)
-    expected = embedder.embed([picture], aligned=True)
-    answers = [
-        client.post("/v1/embed", files=files(picture), data=ALIGNED),
-        client.post("/v1/embed", json={"images": [base64_of(picture)], "aligned": True}),
-        client.post(
-            "/v1/embed?aligned=true", content=picture, headers={"content-type": "image/jpeg"}
-        ),
+    image = drawn(1)
+    expected = embedder.embed([image], aligned=True)
+    text = base64_of(image)
+    url_safe = base64.urlsafe_b64encode(image).decode().rstrip("=")
+    lines = "\r\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    answers = [client.post("/v1/embed", files=files(image), data=ALIGNED)]
+    answers += [
+        client.post("/v1/embed", json={"images": [sent], "aligned": True})
+        for sent in (text, url_safe, lines, f"data:image/jpeg;base64,{text}")
     ]
     for answer in answers:
         assert answer.status_code == 200, answer.text
-        np.testing.assert_allclose(answer.json()["embeddings"], expected, atol=1e-6)
+        np.testing.assert_allclose(rows_of(answer), expected, atol=1e-6)
         assert answer.json()["model"] == embedder.fingerprint
     photo = photograph()
-    found = client.post("/v1/embed", files=files(photo)).json()
-    np.testing.assert_allclose(found["embeddings"], embedder.embed([photo]), atol=1e-5)
-    face = found["faces"][0]
+    answer = client.post("/v1/embed", files=files(photo))
+    np.testing.assert_allclose(rows_of(answer), embedder.embed([photo]), atol=1e-5)
+    face = answer.json()["embeddings"][0]["face"]
     assert len(face["landmarks"]) == 5 and face["box"][0] < face["box"][2]
+    bare = client.post("/v1/embed", content=image, headers={"content-type": "image/jpeg"})
+    assert (bare.status_code, bare.json()["code"]) == (415, "content_type")
 
 
 def test_concurrent_requests_each_get_their_own_answer(
     client: TestClient, embedder: FaceEmbedder
 ) -> None:
-    pictures = [drawn(seed) for seed in range(12)]
-    expected = embedder.embed(pictures, aligned=True)
+    images = [drawn(seed) for seed in range(12)]
+    expected = embedder.embed(images, aligned=True)
     rows: dict[int, np.ndarray] = {}
 
     def ask(number: int) -> None:
-        answer = client.post("/v1/embed", files=files(pictures[number]), data=ALIGNED)
-        rows[number] = np.array(answer.json()["embeddings"][0])
+        answer = client.post("/v1/embed", files=files(images[number]), data=ALIGNED)
+        rows[number] = rows_of(answer)[0]
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
     for thread in threads:
@@ -142,7 +148,7 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
         files=files(drawn(1), drawn(1, 1)),
     )
     assert made.status_code == 201, made.text
-    assert (made.json()["pictures"], len(made.json()["added"])) == (2, 2)
+    assert (made.json()["images"], len(made.json()["added"])) == (2, 2)
     again = client.post(
         "/v1/people", data={"name": "Ada Łovelace", **ALIGNED}, files=files(drawn(1))
     )
@@ -157,29 +163,62 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
     found = client.post(
         "/v1/search", data={**ALIGNED, "k": "2"}, files=files(drawn(3), name="image")
     )
-    assert found.json()["matches"][0]["name"] == "c" and found.json()["known"] is True
-    assert found.json()["matches"][0]["similarity"] == pytest.approx(1, abs=1e-4)
+    (face,) = found.json()["faces"]
+    assert face["matches"][0]["name"] == "c" and face["known"] is True
+    assert face["matches"][0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert "probability" not in face["matches"][0]  # of one pair, and this is one among many
+    far = found.json()["far"]
+    assert found.json()["people"] == 4
+    assert found.json()["fpir"] == pytest.approx(1 - (1 - far) ** 4)
+    for name, seed, expected in (("c", 3, True), ("b", 3, False)):
+        verdict = client.post(
+            f"/v1/people/{name}/verify", data=ALIGNED, files=files(drawn(seed), name="image")
+        ).json()
+        assert verdict["person"]["name"] == name and verdict["same"] is expected
+        assert verdict["same"] == (verdict["similarity"] >= verdict["threshold"])
+    unknown = client.post(
+        "/v1/people/nobody/verify", data=ALIGNED, files=files(drawn(3), name="image")
+    )
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "no_such_person")
 
-    more = client.post("/v1/people/c/pictures", data=ALIGNED, files=files(drawn(3, 1)))
-    assert (more.status_code, more.json()["pictures"]) == (201, 2)
+    more = client.post("/v1/people/c/images", data=ALIGNED, files=files(drawn(3, 1)))
+    assert (more.status_code, more.json()["images"]) == (201, 2)
     new = client.put(
         "/v1/people/c", data={**ALIGNED, "metadata": '{"x": 1}'}, files=files(drawn(9))
     )
-    assert (new.json()["pictures"], new.json()["metadata"]) == (1, {"x": 1})
+    assert (new.json()["images"], new.json()["metadata"]) == (1, {"x": 1})
     for kind in ({"json": {"metadata": {"y": 2}}}, {"files": {"metadata": (None, '{"y": 2}')}}):
         changed = client.patch("/v1/people/c", **kind)
         assert (changed.status_code, changed.json()) == (
             200,
-            {"name": "c", "pictures": 1, "metadata": {"y": 2}, "thumbnail": True},
+            {"name": "c", "images": 1, "metadata": {"y": 2}, "thumbnail": True},
         )
     refused = client.patch("/v1/people/c", content=b"x", headers={"content-type": "image/png"})
     assert (refused.status_code, refused.json()["code"]) == (415, "content_type")
-    assert client.patch("/v1/people/c", json={}).status_code == 422
+    listed = client.get("/v1/people/Ada Łovelace/images").json()
+    assert (listed["name"], listed["images"], len(listed["enrolled"])) == ("Ada Łovelace", 2, 2)
+    first, second = (one["id"] for one in listed["enrolled"])
+    crop = client.get(f"/v1/people/Ada Łovelace/images/{second}/crop")
+    assert crop.headers["content-type"] == "image/jpeg"
+    assert client.get(f"/v1/people/b/images/{second}/crop").status_code == 404
+    assert client.delete(f"/v1/people/b/images/{second}").status_code == 404
+    assert client.delete(f"/v1/people/Ada Łovelace/images/{second}").status_code == 204
+    assert client.get("/v1/people/Ada Łovelace").json()["images"] == 1
+    last = client.delete(f"/v1/people/Ada Łovelace/images/{first}")
+    assert (last.status_code, last.json()["code"]) == (422, "invalid")
+    renamed = client.patch("/v1/people/d", json={"name": "e", "metadata": {"z": 3}}).json()
+    assert (renamed["name"], renamed["metadata"]) == ("e", {"z": 3})
+    assert client.get("/v1/people/d").status_code == 404
+    taken = client.patch("/v1/people/e", json={"name": "c"})
+    assert (taken.status_code, taken.json()["code"]) == (409, "exists")
+    assert client.patch("/v1/people/e", json={"name": "d"}).json()["name"] == "d"
     assert client.patch("/v1/people/nobody", json={"metadata": {}}).status_code == 404
     person = client.get("/v1/people/Ada Łovelace").json()
     assert (person["metadata"], person["thumbnail"]) == ({"room": 7}, True)
     thumbnail = client.get("/v1/people/Ada Łovelace/thumbnail")
     assert read_image(thumbnail.content).shape == (112, 112, 3)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg") == []
+
     assert client.delete("/v1/people/Ada Łovelace").status_code == 204
     for path in ("Ada Łovelace", "Ada Łovelace/thumbnail", "nobody"):
         assert client.get(f"/v1/people/{path}").status_code == 404
@@ -188,18 +227,91 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
         client.delete(f"/v1/people/{name}")
     assert client.get("/v1/people").json()["total"] == 0
     empty = client.post("/v1/search", data=ALIGNED, files=files(drawn(3), name="image")).json()
-    assert (empty["known"], empty["matches"]) == (False, [])
+    assert [(face["known"], face["matches"]) for face in empty["faces"]] == [(False, [])]
+
+
+def test_an_image_with_several_faces_is_told(client: TestClient) -> None:
+    face = np.asarray(Image.open(io.BytesIO(photograph())))
+    two = encoded(np.concatenate([face, face[:, ::-1]], 1))
+    enrolled = client.post("/v1/people", data={"name": "Eve"}, files=files(two))
+    assert (enrolled.status_code, enrolled.json()["code"]) == (422, "several_faces")
+    assert "2 faces" in enrolled.json()["error"]
+    assert client.get("/v1/people").json()["total"] == 0
+    form = {"name": "Eve", "faces": "largest"}
+    assert client.post("/v1/people", data=form, files=files(two)).status_code == 201
+    found = client.post("/v1/search", data={"faces": "all"}, files=files(two, name="image")).json()
+    assert [one["matches"][0]["name"] for one in found["faces"]] == ["Eve", "Eve"]
+    left, right = sorted(one["face"]["box"][0] for one in found["faces"])
+    assert left < face.shape[1] < right
+    assert len(rows_of(client.post("/v1/embed", data={"faces": "all"}, files=files(two)))) == 2
+    pair = {"a": ("a", two), "b": ("b", photograph())}
+    verdict = client.post("/v1/verify", data={"faces": "all"}, files=pair).json()
+    assert [len(faces) for faces in verdict["faces"]] == [2, 1] and len(verdict["pairs"]) == 2
+    assert verdict["pairs"][0]["similarity"] == verdict["similarity"]
+    assert verdict["pairs"][0]["similarity"] >= verdict["pairs"][1]["similarity"]
+    client.delete("/v1/people/Eve")
+
+
+def test_a_poor_image_is_warned_of_or_refused(embedder: FaceEmbedder, tmp_path: Path) -> None:
+    grey = encoded(np.full((112, 112, 3), 128, np.uint8), "PNG")
+    for action, status in (("warn", 201), ("refuse", 422), ("off", 201)):
+        gallery = Gallery.open(tmp_path / f"{action}.db", embedder=embedder)
+        settings = Settings(rate=0, quality=Gate(action=action))
+        app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+        with TestClient(app, base_url=BASE) as client:
+            answer = client.post("/v1/people", data={"name": "x", **ALIGNED}, files=files(grey))
+            assert answer.status_code == status, answer.text
+            if status == 201:
+                assert len(answer.json()["warnings"]) == (action == "warn")
+            else:
+                assert answer.json()["code"] == "poor_image" and "blurred" in answer.json()["error"]
+            assert client.get("/v1/people").json()["total"] == (status == 201)
+
+
+def test_head_answers_wherever_get_does_and_other_sites_only_where_allowed(
+    embedder: FaceEmbedder, tmp_path: Path
+) -> None:
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+    app = create_app(
+        embedder,
+        gallery,
+        hosts=LOOPBACK_NAMES,
+        origins=["https://intranet.example"],
+        audit=Audit(tmp_path / "a"),
+    )
+    with TestClient(app, base_url=BASE) as client:
+        for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/people", "/v1/model"):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, get.status_code) == (200, 200), path
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert client.head("/v1/people/nobody").status_code == 404
+        preflight = {
+            "origin": "https://intranet.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization",
+        }
+        allowed = client.options("/v1/verify", headers=preflight)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://intranet.example"
+        sent = client.get("/v1/people", headers={"origin": "https://intranet.example"})
+        assert sent.status_code == 200
+        assert sent.headers["access-control-allow-origin"] == "https://intranet.example"
+        for origin in ("https://evil.example", "https://intranet.example.evil.example"):
+            refused = client.get("/v1/people", headers={"origin": origin})
+            assert refused.status_code == 403
+            assert "access-control-allow-origin" not in refused.headers
 
 
 def test_a_person_enrolled_anew_never_has_the_face_of_the_one_deleted_before(
     embedder: FaceEmbedder, tmp_path: Path
 ) -> None:
     def started(crops: bool) -> TestClient:
-        gallery = Gallery.open(
-            tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
+        gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+        settings = Settings(keep_crops=crops)
+        return TestClient(
+            create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings),
+            base_url=BASE,
         )
-        app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), keep_crops=crops)
-        return TestClient(app, base_url=BASE)
 
     def enrol(client: TestClient, name: str, seed: int) -> None:
         answer = client.post("/v1/people", data={"name": name, **ALIGNED}, files=files(drawn(seed)))
@@ -217,38 +329,38 @@ def test_a_person_enrolled_anew_never_has_the_face_of_the_one_deleted_before(
         listed = client.get("/v1/people").json()["people"]
         assert [person["thumbnail"] for person in listed] == [False, True]
         assert client.get("/v1/people/Bob/thumbnail").content == bob
-        # Pictures added now are shown, and the first of them stays the first.
+        # The first of the images added with a crop is shown, and stays the first.
         more = {"data": ALIGNED, "files": files(drawn(3, 1), drawn(3, 2))}
-        assert client.post("/v1/people/Ada/pictures", **more).json()["thumbnail"] is True
+        assert client.post("/v1/people/Ada/images", **more).json()["thumbnail"] is True
         first = client.get("/v1/people/Ada/thumbnail").content
-        client.post("/v1/people/Ada/pictures", data=ALIGNED, files=files(drawn(3, 3)))
+        client.post("/v1/people/Ada/images", data=ALIGNED, files=files(drawn(3, 3)))
         assert client.get("/v1/people/Ada/thumbnail").content == first
 
 
 def test_whom_the_gallery_holds_under_any_name_can_be_read_and_deleted(
     embedder: FaceEmbedder, tmp_path: Path
 ) -> None:
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
     names = ["R&D/Ada", "a/../b", "100%", "two\nlines"]
     row = embedder.embed([drawn(1)], aligned=True)
     for name in names:
         gallery.add(name, row)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), keep_crops=True)
+    app = create_app(
+        embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(keep_crops=True)
+    )
     with TestClient(app, base_url=BASE) as client:
         for name in names:
             path = f"/v1/people/{quote(name, safe='')}"
             assert client.get(path).json()["name"] == name
             changed = client.patch(path, json={"metadata": {"x": 1}})
             assert changed.json()["metadata"] == {"x": 1}
-            more = client.post(f"{path}/pictures", data=ALIGNED, files=files(drawn(2)))
-            assert more.json()["pictures"] == 2, more.text
+            more = client.post(f"{path}/images", data=ALIGNED, files=files(drawn(2)))
+            assert more.json()["images"] == 2, more.text
             assert client.get(f"{path}/thumbnail").headers["content-type"] == "image/jpeg"
             assert client.delete(path).status_code == 204
             assert client.get(path).json()["code"] == "no_such_person"
         assert client.get("/v1/people").json()["total"] == 0
-        assert 'route="/v1/people/{name}/pictures"' in client.get("/metrics").text
+        assert 'route="/v1/people/{name}/images"' in client.get("/metrics").text
         # Persian and emoji are written with characters that show nothing.
         for name in ("نرگس می\u200cخواهد", "\U0001f469\u200d\U0001f52c"):
             made = client.post("/v1/people", data={"name": name, **ALIGNED}, files=files(drawn(3)))
@@ -261,7 +373,7 @@ def test_whom_the_gallery_holds_under_any_name_can_be_read_and_deleted(
 def test_a_list_is_of_the_people_there_are_now(client: TestClient) -> None:
     def listed() -> list[tuple[str, int, dict]]:
         people = client.get("/v1/people").json()["people"]
-        return [(one["name"], one["pictures"], one["metadata"]) for one in people]
+        return [(one["name"], one["images"], one["metadata"]) for one in people]
 
     assert listed() == []
     for name in "cab":
@@ -269,7 +381,7 @@ def test_a_list_is_of_the_people_there_are_now(client: TestClient) -> None:
     assert listed() == [("a", 1, {}), ("b", 1, {}), ("c", 1, {})]
     client.delete("/v1/people/b")
     client.patch("/v1/people/c", json={"metadata": {"x": 1}})
-    client.post("/v1/people/a/pictures", data=ALIGNED, files=files(drawn(1, 1)))
+    client.post("/v1/people/a/images", data=ALIGNED, files=files(drawn(1, 1)))
     assert listed() == [("a", 2, {}), ("c", 1, {"x": 1})]
     assert client.get("/v1/people?offset=1&limit=1").json()["people"][0]["name"] == "c"
     for name in "ac":
@@ -354,12 +466,12 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("picture", "status", "code"),
+    ("image", "status", "code"),
     [
-        (b"", 415, "not_a_picture"),
-        (b"a text that was renamed to .jpg", 415, "not_a_picture"),
-        (b"GIF89a" + b"\0" * 40, 415, "not_a_picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not_a_picture"),
+        (b"", 415, "not_an_image"),
+        (b"a text that was renamed to .jpg", 415, "not_an_image"),
+        (b"GIF89a" + b"\0" * 40, 415, "not_an_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not_an_image"),
         (drawn(1)[:600], 422, "unreadable"),
         (b"\xff\xd8\xff", 422, "unreadable"),
         (bomb(), 422, "unreadable"),
@@ -368,15 +480,15 @@ def bomb() -> bytes:
     ],
     ids=["empty", "text", "gif", "svg", "truncated", "three bytes", "bomb", "no face", "1x1"],
 )
-def test_a_bad_picture_is_refused_in_one_sentence(
-    client: TestClient, picture: bytes, status: int, code: str
+def test_a_bad_image_is_refused_in_one_sentence(
+    client: TestClient, image: bytes, status: int, code: str
 ) -> None:
-    answer = client.post("/v1/embed", files=files(picture))
+    answer = client.post("/v1/embed", files=files(image))
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     assert "\n" not in answer.json()["error"] and "secret" not in answer.text
 
 
-def test_unusual_pictures_are_taken(client: TestClient) -> None:
+def test_unusual_images_are_taken(client: TestClient) -> None:
     pixels = read_image(drawn(1))
     image = Image.fromarray(pixels)
     animated = encoded(pixels, "WEBP", save_all=True, append_images=[image.rotate(90)])
@@ -388,8 +500,8 @@ def test_unusual_pictures_are_taken(client: TestClient) -> None:
         encoded(image.convert("CMYK")),
         encoded(np.zeros((1, 1, 3), np.uint8), "PNG"),
     ]
-    for picture in unusual:
-        answer = client.post("/v1/embed", files=files(picture), data=ALIGNED)
+    for image in unusual:
+        answer = client.post("/v1/embed", files=files(image), data=ALIGNED)
         assert answer.status_code == 200, answer.text
 
 
@@ -460,8 +572,8 @@ def test_a_body_of_many_parts_costs_no_more_than_another(
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "..", "a\0b", "x" * 201, "a\nb"])
 def test_a_bad_name_is_refused(client: TestClient, name: str) -> None:
-    picture = base64_of(drawn(1))
-    answer = client.post("/v1/people", json={"name": name, "images": [picture], "aligned": True})
+    image = base64_of(drawn(1))
+    answer = client.post("/v1/people", json={"name": name, "images": [image], "aligned": True})
     assert answer.status_code == 422, answer.text
     assert client.get("/v1/people").json()["total"] == 0
 
@@ -503,7 +615,6 @@ def test_headers_documents_and_metrics(client: TestClient) -> None:
     assert paths <= set(document["paths"])
     for path in paths - {"/v1/people/{name}"}:
         body = document["paths"][path]["post"]["requestBody"]["content"]
-        assert "example" in body["application/json"]["schema"]
         assert "binary" in json.dumps(body["multipart/form-data"])
     client.get("/v1/people/somebody")
     text = client.get("/metrics").text
@@ -524,9 +635,9 @@ def test_the_audit_log_says_who_did_what_and_nothing_more(client: TestClient, fo
         ("enrol", "Eve", "ok"),
         ("search", "Eve", "known"),
         ("remove", "Eve", "ok"),
-        ("embed", None, "not_a_picture"),
+        ("embed", None, "not_an_image"),
     ]
-    fields = {"time", "request", "client", "key", "action", "person", "pictures", "status"}
+    fields = {"time", "request", "client", "key", "action", "person", "images", "status"}
     assert all(set(line) <= fields | {"outcome"} for line in lines)
     assert "secret-file-name" not in (folder / "audit.jsonl").read_text()
 
@@ -535,20 +646,18 @@ def test_keys_rates_and_hosts_of_a_server_in_the_open(
     embedder: FaceEmbedder, tmp_path: Path
 ) -> None:
     token = keys.add("desk", tmp_path / "keys.json")
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
     app = create_app(
         embedder,
         gallery,
         keys=keys.KeyFile(tmp_path / "keys.json"),
         audit=Audit(tmp_path / "audit.jsonl"),
-        settings=Settings(rate=0.001, burst=6, max_pictures=1, max_queue=1),
+        settings=Settings(rate=0.6, max_images=1, max_queue=1),
     )
     with TestClient(app, base_url="http://faces.example") as client:
         for path in ("/", "/healthz", "/readyz", "/openapi.json", "/static/main.js"):
             assert client.get(path).status_code == 200, path
-        for path in ("/metrics", "/v1/people", "/v1/model", "/v1/unknown"):
+        for path in ("/metrics", "/v1/people", "/v1/model"):
             assert client.get(path).status_code == 401, path
         wrong = {"authorization": f"Bearer {token[:-2]}"}
         assert client.get("/v1/people", headers=wrong).status_code == 401
@@ -559,7 +668,7 @@ def test_keys_rates_and_hosts_of_a_server_in_the_open(
         assert no_crop.status_code == 404
         answers = [client.get("/v1/people", headers=good) for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
-        assert int(answers[-1].headers["retry-after"]) > 100
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 10
         keys.add("other", tmp_path / "keys.json")
         keys.remove("desk", tmp_path / "keys.json")
         assert client.get("/v1/people", headers=good).status_code == 401
@@ -569,40 +678,35 @@ def test_keys_rates_and_hosts_of_a_server_in_the_open(
     assert token not in (tmp_path / "audit.jsonl").read_text()
 
 
-def test_a_rate_below_one_lets_a_first_request_in_and_the_page_s_files_count_apart(
+def test_a_rate_below_one_lets_a_first_request_in_and_the_page_s_files_do_not_count(
     embedder: FaceEmbedder, tmp_path: Path
 ) -> None:
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
-    settings = Settings(rate=0.4, burst=0.8)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(rate=0.05))
     with TestClient(app, base_url=BASE) as client:
         loaded = [client.get("/static/main.js").status_code for _ in range(100)]
         assert loaded == [200] * 100
         answers = [client.get("/v1/people") for _ in range(2)]
         assert [answer.status_code for answer in answers] == [200, 429]
-        assert 1 <= int(answers[1].headers["retry-after"]) <= 3
+        assert 1 <= int(answers[1].headers["retry-after"]) <= 20
 
 
 def test_what_is_too_much_is_refused_with_a_time_to_return(
     embedder: FaceEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
-    settings = Settings(max_pictures=1, max_queue=2, rate=0)
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+    settings = Settings(max_images=1, max_queue=2, rate=0)
     app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
     entered, gate = threading.Event(), threading.Event()
     with TestClient(app, base_url=BASE) as client:
-        original = embedder.embed
+        original = app.state.service.recogniser.batcher._forward
 
         def slow(*args: object, **options: object) -> np.ndarray:
             entered.set()
             assert gate.wait(20)
             return original(*args, **options)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(embedder, "embed", slow)
+        monkeypatch.setattr(app.state.service.recogniser.batcher, "_forward", slow)
         answers: list[int] = []
 
         def ask() -> None:
@@ -630,17 +734,15 @@ def test_what_is_too_much_is_refused_with_a_time_to_return(
         assert client.get("/healthz").status_code == 200
 
 
-def test_pictures_in_work_count_until_the_last_of_them_is_done(
+def test_images_in_work_count_until_the_last_of_them_is_done(
     embedder: FaceEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
-    settings = Settings(max_pictures=3, max_queue=3, rate=0, threads=2)
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+    settings = Settings(max_images=3, max_queue=3, rate=0, threads=2)
     app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
     entered, gate, looked = threading.Event(), threading.Event(), []
     with TestClient(app, base_url=BASE) as client:
-        original = embedder.crop
+        original = embedder.aligner.detect
 
         def slow(*args: Any, **options: Any) -> Any:
             looked.append(options)
@@ -648,12 +750,12 @@ def test_pictures_in_work_count_until_the_last_of_them_is_done(
             assert gate.wait(20)
             return original(*args, **options)
 
-        monkeypatch.setattr(embedder, "crop", slow)
+        monkeypatch.setattr(embedder.aligner, "detect", slow)
         answers: list[tuple[int, str]] = []
 
         def ask() -> None:
-            pictures = [photograph(), b"\xff\xd8\xff", photograph()]
-            answer = client.post("/v1/embed", files=files(*pictures))
+            images = [photograph(), b"\xff\xd8\xff", photograph()]
+            answer = client.post("/v1/embed", files=files(*images))
             answers.append((answer.status_code, answer.json()["error"]))
 
         thread = threading.Thread(target=ask)
@@ -665,54 +767,18 @@ def test_pictures_in_work_count_until_the_last_of_them_is_done(
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         gate.set()
         thread.join()
-        assert answers[0][0] == 422 and "picture 2" in answers[0][1]
-        assert looked[0] == {"max_pixels": settings.max_pixels}
-        assert "sphereface2_pictures 0.0" in client.get("/metrics").text
+        assert answers[0][0] == 422 and "image 2" in answers[0][1]
+        assert "sphereface2_images 0.0" in client.get("/metrics").text
         assert client.post("/v1/embed", files=files(drawn(1)), data=ALIGNED).status_code == 200
-        # What is seen to be no picture at once keeps nobody busy.
+        # What is seen to be no image at once keeps nobody busy.
         looked.clear()
         assert client.post("/v1/embed", files=files(photograph(), b"")).status_code == 415
         assert looked == []
 
 
-def test_who_never_ends_a_request_s_head_keeps_nobody_out(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "m")
-    with serving(model, tmp_path / "g", "--drain-seconds", "0") as server:
-        address = urlsplit(server.url)
-        place = (address.hostname or "", address.port or 0)
-        with ExitStack() as stack:
-
-            def opened(data: bytes) -> socket.socket:
-                connection = stack.enter_context(socket.create_connection(place, 10))
-                connection.sendall(data)
-                return connection
-
-            head = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-            used = opened(head + b"\r\n")
-            answer = b""
-            while not answer.endswith(b"\r\n\r\nok"):
-                answer += used.recv(1000)
-            held = [used, *(opened(head + b"X") for _ in range(400))]
-            started = time.monotonic()
-            while time.monotonic() - started < 11:
-                assert httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200
-                for connection in held:
-                    with suppress(OSError):  # closed by the server already
-                        connection.sendall(b"X")
-                time.sleep(0.5)
-            for connection in held:
-                connection.settimeout(5)
-                with suppress(ConnectionError):
-                    assert connection.recv(1) == b""
-        assert server.stop() == 0
-        assert "Too many open files" not in "".join(server.log)
-
-
 def test_without_calibration_there_is_a_similarity_and_no_verdict(tmp_path: Path) -> None:
     embedder = FaceEmbedder.from_pretrained(make_model(tmp_path / "m", calibrated=False))
-    gallery = Gallery.open(
-        tmp_path / "g", fingerprint=embedder.fingerprint, dim=embedder.embedding_dim
-    )
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
     app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"))
     with TestClient(app, base_url=BASE) as client:
         form = {"a": ("a", drawn(1)), "b": ("b", drawn(2))}
@@ -723,16 +789,13 @@ def test_without_calibration_there_is_a_similarity_and_no_verdict(tmp_path: Path
         assert client.get("/v1/model").json()["curve"] is None
 
 
-def test_options_in_the_address_are_obeyed_or_refused(client: TestClient) -> None:
-    picture = drawn(1)
-    address = "/v1/search?aligned=true&k=3"
-    bare = client.post(address, content=picture, headers={"content-type": "image/jpeg"})
-    assert bare.status_code == 200, bare.text
+def test_options_in_the_address_are_refused(client: TestClient) -> None:
+    image = drawn(1)
     for body in (
-        {"files": files(picture, name="image"), "data": ALIGNED},
-        {"json": {"image": base64_of(picture), "aligned": True}},
+        {"files": files(image, name="image"), "data": ALIGNED},
+        {"json": {"image": base64_of(image), "aligned": True}},
     ):
-        refused = client.post(address, **body)
+        refused = client.post("/v1/search?k=3", **body)
         assert (refused.status_code, refused.json()["code"]) == (422, "invalid")
         assert "address" in refused.json()["error"]
 
@@ -754,35 +817,28 @@ def test_the_audit_log_is_private_after_it_was_moved_away(tmp_path: Path) -> Non
         )
 
 
-def test_a_refused_start_lets_go_of_the_gallery(tmp_path: Path) -> None:
-    model, folder = make_model(tmp_path / "m"), tmp_path / "g"
-    for options in ({"far": 0.5}, {"audit": tmp_path}):
-        with pytest.raises(UserError):
-            serve(str(model), gallery=str(folder), **options)
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("g")] == ["g"]
-
-
 def test_an_unsafe_start_is_refused(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "m")
+    model = str(make_model(tmp_path / "m"))
+    keys.add("desk", tmp_path / "keys.json")
+    place = {"gallery": str(tmp_path / "g.db")}
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
         with pytest.raises(UserError, match="keys"):
-            serve(str(model), gallery=str(tmp_path / "g"), host=host)
+            serve(model, **place, host=host)
+        with pytest.raises(UserError, match="--behind-proxy"):
+            serve(model, **place, host=host, keys=tmp_path / "keys.json")
+    with pytest.raises(UserError, match="keys"):  # a proxy brings others to a loopback address
+        serve(model, **place, behind_proxy=True)
     with pytest.raises(UserError, match="does not exist"):
-        serve(str(model), gallery=str(tmp_path / "g"), keys=tmp_path / "none.json")
-    with pytest.raises(UserError, match="both"):
-        serve(str(model), gallery=str(tmp_path / "g"), tls_cert=tmp_path / "c.pem")
-    with pytest.raises(UserError, match="--max-queue"):
-        serve(str(model), gallery=str(tmp_path / "g"), max_queue=3)
-    words = tmp_path / "words.pem"
-    words.write_text("words")
-    with pytest.raises(UserError, match="no certificate"):
-        serve(str(model), gallery=str(tmp_path / "g"), tls_cert=words, tls_key=words)
-    for option in ("--max-megapixels", "--max-body-mb", "--rate", "--drain-seconds"):
-        started = ["serve", str(model), "--gallery", str(tmp_path / "g"), option, "inf"]
-        assert ran(*started).returncode == 2
+        serve(model, **place, keys=tmp_path / "none.json")
+    for options in ({"max_queue": 3}, {"far": 0.5}, {"audit": tmp_path}):
+        with pytest.raises(UserError):
+            serve(model, **place, **options)
+    for option in ("max_megapixels", "max_body_mb", "rate", "drain_seconds"):
+        with pytest.raises(UserError, match=option.replace("_", "-")):
+            serve(model, **place, **{option: math.inf})
     (tmp_path / "evil.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
     with pytest.raises(UserError):
-        serve(str(tmp_path / "evil.bin"), gallery=str(tmp_path / "g"))
+        serve(str(tmp_path / "evil.bin"), **place)
 
 
 # --- rubbish -------------------------------------------------------------------------------------
@@ -819,7 +875,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 def test_rubbish_never_breaks_the_server(client: TestClient) -> None:
     rng = np.random.default_rng(20)
     pixels = read_image(drawn(1))
-    pictures = [
+    images = [
         drawn(1),
         encoded(pixels, "PNG"),
         encoded(pixels, "WEBP"),
@@ -828,30 +884,32 @@ def test_rubbish_never_breaks_the_server(client: TestClient) -> None:
     boundary = b"----boundary"
     part = b'--%b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
 
-    def form_of(metadata: bytes) -> bytes:
-        fields = [(b"aligned", b"true"), (b"name", b"Zoe"), (b"metadata", metadata)]
-        form = b"".join(part % (boundary, name, b"", value) for name, value in fields)
-        form += part % (boundary, b"images", b'; filename="x.jpg"', pictures[0])
+    def form_of(fields: dict[bytes, bytes], name: bytes, image: bytes) -> bytes:
+        fields = {b"aligned": b"true", **fields}
+        form = b"".join(part % (boundary, key, b"", value) for key, value in fields.items())
+        form += part % (boundary, name, b'; filename="x.jpg"', image)
         return form + b"--%b--\r\n" % boundary
 
-    form = form_of(b'{"a": 1}')
+    def person_of(metadata: bytes) -> bytes:
+        return form_of({b"name": b"Zoe", b"metadata": metadata}, b"images", images[0])
+
+    form = person_of(b'{"a": 1}')
     document = json.dumps(
-        {"name": "Zoe", "images": [base64_of(pictures[0][:400])], "metadata": {"a": 1}}
+        {"name": "Zoe", "images": [base64_of(images[0][:400])], "metadata": {"a": 1}}
     ).encode()
     multipart = "multipart/form-data; boundary=----boundary"
     statuses: list[int] = []
     for number in range(FUZZED):
-        headers = {"content-type": "application/octet-stream"}
+        headers = {"content-type": multipart}
         match number % 8:
             case 0 | 1 | 2 | 3 as kind:
-                path, body = "/v1/embed?aligned=true", mutated(pictures[kind], rng)
+                path, body = "/v1/embed", form_of({}, b"images", mutated(images[kind], rng))
             case 4:
-                path, body = "/v1/search", mutated(pictures[number % 4], rng)
+                path, body = "/v1/search", form_of({}, b"image", mutated(images[number % 4], rng))
             case 5:
                 path, body = "/v1/people", mutated(form, rng)
-                if number % 16 == 5:  # the picture takes most of a form's blows
-                    body = form_of(mutated(b'{"a": "b"}', rng))
-                headers = {"content-type": multipart}
+                if number % 16 == 5:  # the image takes most of a form's blows
+                    body = person_of(mutated(b'{"a": "b"}', rng))
             case 6:
                 path, body = "/v1/people", mutated(document, rng)
                 headers = {"content-type": "application/json"}

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import socket
-import ssl
 import stat
-import subprocess
 import threading
 import time
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import uvicorn
 
 from sphereface2.errors import UserError
-from sphereface2.recognition.service import connections, keys
+from sphereface2.recognition.service import keys
 from sphereface2.recognition.service.batching import Batcher
-from sphereface2.recognition.service.limits import Buckets
 
 
 def test_what_arrives_while_the_network_is_busy_shares_a_pass_and_gets_its_own_row() -> None:
@@ -84,70 +74,6 @@ def test_a_failed_pass_fails_its_items_and_no_other() -> None:
         batcher.submit(np.array([1]))
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_connections_are_counted_and_cut_off_before_there_is_a_request(
-    secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
-    tls, trust = None, ssl.create_default_context()
-    if secure:
-        if (openssl := shutil.which("openssl")) is None:
-            pytest.skip("no openssl to make a certificate with")
-        cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-        options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
-        names = ["-addext", "subjectAltName=DNS:localhost", "-out", str(cert), "-keyout", str(key)]
-        subprocess.run([openssl, "req", *options, *names], check=True, capture_output=True)
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(cert, key)
-        trust.load_verify_locations(cert)
-    seen: list[str] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["scheme"])
-        if scope["path"] == "/slow":
-            await asyncio.sleep(2)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x" * 10})
-
-    most = connections.Connections(40, 8)
-    config = uvicorn.Config(
-        app, port=0, log_level="error", lifespan="off", http=connections.protocol(most, tls)
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-
-    def ask(path: str) -> int:
-        scheme = "https" if secure else "http"
-        with urlopen(f"{scheme}://localhost:{port}{path}", context=trust, timeout=10) as answer:
-            return len(answer.read())
-
-    with ExitStack() as stack:
-        slow: list[int] = []
-        working = threading.Thread(target=lambda: slow.append(ask("/slow")))
-        working.start()
-        while not seen:
-            time.sleep(0.01)
-        # Four times as many as an address may hold: the oldest go, who works and who asks stay.
-        silent = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(32)
-        ]
-        assert ask("/") == 10
-        assert len(most._open) <= 8
-        for connection in silent:
-            with suppress(ConnectionError):
-                assert connection.recv(1) == b""  # raises TimeoutError if it is never closed
-        working.join()
-        assert slow == [10]
-    server.should_exit = True
-    thread.join()
-    assert most._open == {} and most._addresses == {}
-    assert set(seen) == {"https" if secure else "http"}
-
-
 def test_keys_are_known_by_their_hash_alone_and_can_be_withdrawn(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     one, two = keys.add("one", path), keys.add("two", path)
@@ -194,17 +120,3 @@ def test_a_key_file_without_keys_or_with_a_bad_hash_admits_nobody(tmp_path: Path
         keys.KeyFile(path)
     with pytest.raises(UserError, match="does not exist"):
         keys.KeyFile(tmp_path / "other.json")
-
-
-def test_a_bucket_gives_its_burst_then_its_rate() -> None:
-    now = 0.0
-    buckets = Buckets(2.0, 3.0, clients=2, clock=lambda: now)
-    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
-    assert buckets.take("b") == 0  # each client has its own
-    now = 0.5
-    assert buckets.take("a") == 0 and buckets.take("a") == 0.5
-    now = 100.0
-    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
-    for name in "cdefg":
-        buckets.take(name)
-    assert len(buckets._buckets) == 2

@@ -672,20 +672,15 @@ class Gallery:
         with self._read() as (connection, _):
             return self._describe(connection, [key]).get(key)
 
-    def crop(self, person: str) -> bytes | None:
-        """The first crop kept of a person, as it was given; None if there is none."""
+    def crop(self, person: str, image: int | None = None) -> bytes | None:
+        """The crop kept of a person's image, or the first of them, as it was given; else None."""
         images = self._images
         mine = images.c.person == person_key(person_name(person))
         query = sa.select(images.c.crop).where(mine, images.c.crop.is_not(None))
+        if image is not None:
+            query = query.where(images.c.id == image)
         with self._read() as (connection, _):
             return connection.scalar(query.order_by(images.c.id).limit(1))
-
-    def image_crop(self, person: str, image: int) -> bytes | None:
-        """The crop kept of one image of a person."""
-        images = self._images
-        mine = images.c.person == person_key(person_name(person))
-        with self._read() as (connection, _):
-            return connection.scalar(sa.select(images.c.crop).where(mine, images.c.id == image))
 
     def people(self, offset: int = 0, limit: int | None = None) -> list[Person]:
         """Everybody by name, or a page: ``limit`` people after the first ``offset``."""

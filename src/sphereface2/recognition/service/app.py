@@ -5,73 +5,86 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.gallery import Gallery
+from sphereface2.recognition.gallery import (
+    Gallery,
+    GalleryUnavailableError,
+    PersonExistsError,
+    UnknownPersonError,
+)
+from sphereface2.recognition.gallery.quality import Gate
 from sphereface2.recognition.service import routes
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.bodies import sentence
 from sphereface2.recognition.service.errors import Refusal
-from sphereface2.recognition.service.gate import Gate
 from sphereface2.recognition.service.keys import KeyFile
-from sphereface2.recognition.service.limits import Buckets, LimitRequests
 from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.observer import Observer
-from sphereface2.recognition.service.people import People
 from sphereface2.recognition.service.recogniser import Recogniser
+from sphereface2.recognition.service.security import (
+    Access,
+    BodyLimit,
+    HeadAsGet,
+    Hosts,
+    SameOrigin,
+)
 from sphereface2.version import __version__
 
+_GALLERY_ERRORS = (
+    (GalleryUnavailableError, 503, "gallery_unavailable"),
+    (UnknownPersonError, 404, "no_such_person"),
+    (PersonExistsError, 409, "exists"),
+)
 _STATIC = Path(__file__).parent / "static"
-# Files of the page, a second and at once, of one address: some dozen people who open it together.
-_PAGE_RATE, _PAGE_BURST = 50.0, 200.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The service's limits.
+    """The service's limits and choices.
 
     Attributes:
         max_body: bytes of a request.
-        max_pixels: of a picture, told from its header before it is decoded.
-        max_pictures: in a request.
+        max_pixels: of an image, told from its header before it is decoded.
+        max_images: in a request.
         max_batch: faces in one forward pass.
         max_wait: seconds a face waits for others to share its forward pass.
-        max_queue: pictures in work; requests beyond are refused with 503.
-        max_requests: requests in work, the reading of their bodies included.
-        body_seconds: for the whole body to arrive.
-        rate: requests a second of one key, or of one address where no keys are used; 0: any.
-        burst: requests of one client at once. The page's own files are counted apart.
-        threads: that decode pictures and find faces.
+        max_queue: images in work; requests beyond are refused with 503.
+        rate: requests a second of one key, or of one address where no keys are used, on average
+            over ten seconds; 0: any.
+        threads: that decode images and find faces.
         far: false accept rate to decide at; None: the calibration's default.
+        keep_crops: whether the aligned faces of people enrolled are stored in the gallery.
+        quality: what a face must have to be enrolled or verified.
     """
 
     max_body: int = 20_000_000
     max_pixels: int = 50_000_000
-    max_pictures: int = 16
+    max_images: int = 16
     max_batch: int = 32
     max_wait: float = 0.005
     max_queue: int = 128
-    max_requests: int = 256
-    body_seconds: float = 30.0
     rate: float = 50.0
-    burst: float = 100.0
     threads: int = os.cpu_count() or 1
     far: float | None = None
+    keep_crops: bool = False
+    quality: Gate = field(default_factory=Gate)
 
     def __post_init__(self) -> None:
-        if self.max_queue < self.max_pictures:
+        if self.max_queue < self.max_images:
             raise UserError(
-                f"--max-queue {self.max_queue} is less than the {self.max_pictures} pictures that "
-                "one request may bring"
+                f"--max-queue {self.max_queue} is less than the {self.max_images} images that one "
+                "request may hold: give at least as many"
             )
 
 
@@ -81,8 +94,8 @@ def create_app(
     *,
     keys: KeyFile | None = None,
     hosts: Collection[str] | None = None,
+    origins: Collection[str] = (),
     audit: Audit | None = None,
-    keep_crops: bool = False,
     settings: Settings | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; its ``state.service`` can be told to drain.
@@ -92,8 +105,8 @@ def create_app(
         gallery: of that model; closed with the application.
         keys: who is admitted; None: anybody who reaches it.
         hosts: names that the Host header may give; None: any.
+        origins: origins of other sites whose pages may call the API (CORS).
         audit: where the audit log goes; by default to standard output.
-        keep_crops: whether the crops of enrolled people are kept in the gallery.
         settings: the limits.
 
     Raises:
@@ -115,15 +128,14 @@ def create_app(
         max_pixels=settings.max_pixels,
         threads=settings.threads,
     )
-    people = People(gallery, keep_crops)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         recogniser.warm_up()
-        people.start()
+        gallery.warm_up()
         yield
         recogniser.close()
-        people.close()
+        gallery.close()
         audit.close()
 
     app = FastAPI(
@@ -135,26 +147,32 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = routes.Service(
-        recogniser, people, metrics, max_pictures=settings.max_pictures, far=settings.far
+        recogniser,
+        gallery,
+        metrics,
+        max_images=settings.max_images,
+        far=settings.far,
+        keep_crops=settings.keep_crops,
+        gate=settings.quality,
     )
-    routes.include(app)
+    access = Depends(Access(keys, settings.rate))
+    app.include_router(routes.api, dependencies=[access])
+    app.include_router(routes.operation, dependencies=[access])
+    app.include_router(routes.probes)
     _add_page(app)
     _add_errors(app)
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(SameOrigin, origins=origins)
     app.add_middleware(
-        LimitRequests,
-        max_body=settings.max_body,
-        max_requests=settings.max_requests,
-        body_seconds=settings.body_seconds,
-    )
-    app.add_middleware(
-        Gate,
-        hosts=hosts,
-        keys=keys,
-        buckets=Buckets(settings.rate, settings.burst),
-        page=Buckets(_PAGE_RATE if settings.rate else 0.0, _PAGE_BURST),
+        Hosts, allowed_hosts=None if hosts is None else sorted(hosts), www_redirect=False
     )
     app.add_middleware(Observer, metrics=metrics, audit=audit)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
     return app
 
 
@@ -179,20 +197,33 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
+    def answer(request: Request, refusal: Refusal) -> Response:
+        request.state.code = refusal.code
+        return refusal.response()
+
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, Refusal):
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad")
-            known = {404: "there is nothing at this address", 405: "this method has no use here"}
+            known = {
+                404: "no route has this address: see /openapi.json",
+                405: "this address does not take this method: see /openapi.json",
+            }
             headers = error.headers
             error = Refusal(
                 error.status_code, code, known.get(error.status_code, str(error.detail))
             )
             error.headers = headers
-        request.state.code = error.code
-        return error.response()
+        return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        request.state.code = "invalid"
-        return Refusal(422, "invalid", sentence(error.errors())).response()
+        return answer(request, Refusal(422, "invalid", sentence(error.errors())))
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> Response:
+        for kind, status, code in _GALLERY_ERRORS:
+            if isinstance(error, kind):
+                wait = 1 if status == 503 else None
+                return answer(request, Refusal(status, code, str(error), retry_after=wait))
+        return answer(request, Refusal(422, "invalid", str(error)))

@@ -1,6 +1,6 @@
 """The audit log: who did what to whom, and no more.
 
-One JSON object a line: time, request id, client, key id, action, person, pictures, status, outcome.
+One JSON object a line: time, request id, client, key id, action, person, images, status, outcome.
 No image, embedding, similarity, landmark or file name is ever written.
 """
 
@@ -50,8 +50,8 @@ class Audit:
 
     def write(self, **fields: str | int | None) -> None:
         """Append one line; empty fields are left out."""
-        told = {name: value for name, value in fields.items() if value is not None}
-        text = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told})
+        present = {name: value for name, value in fields.items() if value is not None}
+        text = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **present})
         self._handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class Batcher:
         Args:
             forward: n items to an array of n rows.
             max_batch: items in one call of ``forward``.
-            max_wait: seconds that an item may wait for company.
+            max_wait: maximum batching delay in seconds.
             on_the_way: how many accepted items have no answer yet, those of the batch included.
             observe: told the size and the seconds of each batch.
         """

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
+from typing import Literal
 
 from sphereface2.errors import UserError, check_count, check_number
 from sphereface2.recognition.service import keys as key_file
 
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "sqlalchemy")
+_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "limits")
 
 
 def serve(
     checkpoint: str,
     /,
     *,
-    gallery: Annotated[str, Parameter(env_var="SPHEREFACE2_GALLERY")],
+    gallery: str,
     host: str = "127.0.0.1",
     port: int = 8000,
     keys: Path | None = None,
+    behind_proxy: bool = False,
+    insecure: bool = False,
     allow_host: Sequence[str] = (),
+    allow_origin: Sequence[str] = (),
     keep_crops: bool = False,
+    quality: Literal["refuse", "warn", "off"] = "warn",
     audit: Path | None = None,
     far: float | None = None,
     max_batch: int = 32,
@@ -33,8 +35,6 @@ def serve(
     max_body_mb: float = 20.0,
     max_megapixels: float = 50.0,
     rate: float = 50.0,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
     drain_seconds: float = 5.0,
     device: str | None = None,
 ) -> None:
@@ -42,13 +42,19 @@ def serve(
 
     Args:
         checkpoint: A run, a model folder or a name on the hub.
-        gallery: A file, created if it does not exist, or
-            postgresql+psycopg://user:password@host/database.
-        host: Address to bind. Any but a loopback address needs `--keys`.
+        gallery: File of the gallery, or the address of its PostgreSQL server.
+        host: Address to bind. Any but a loopback address needs `--keys`, and `--behind-proxy` or
+            `--insecure`.
         port: Port to bind; 0 takes a free one.
         keys: File of the API keys that are accepted.
+        behind_proxy: A proxy stands before the service: take the clients' addresses from its
+            headers. Nobody else may reach the port.
+        insecure: Bind an address that other machines reach, without a proxy and without TLS.
         allow_host: Host name that requests may use; repeatable.
-        keep_crops: Keep the crops of enrolled people in the gallery.
+        allow_origin: Origin of another site whose pages may call the API, such as
+            https://intranet.example; repeatable.
+        keep_crops: Store the aligned faces of enrolled people in the gallery, as thumbnails.
+        quality: What happens to a small, blurred or turned face at enrolment and verification.
         audit: File of the audit log; default: standard output.
         far: False accept rate to decide at; default: the calibration's first.
         max_batch: Maximum number of faces in one forward pass.
@@ -56,15 +62,13 @@ def serve(
         max_queue: Maximum number of images in work; further requests get status 503.
         max_body_mb: Maximum size of a request in megabytes.
         max_megapixels: Maximum size of an image in megapixels.
-        rate: Maximum requests per second of one client; 0: no limit.
-        tls_cert: Certificate chain, for HTTPS.
-        tls_key: Private key of the certificate.
+        rate: Maximum requests per second of one client, on average over ten seconds; 0: no limit.
         drain_seconds: Seconds between SIGTERM and the end, in which requests are still served.
         device: "cpu", "cuda" or "mps"; default: the best there is.
 
     Raises:
-        UserError: a value out of range, the service's packages are not installed, or see
-            `server.serve`.
+        UserError: a value out of range, an address that is open and unprotected, a foreign
+            gallery, or the service's packages are not installed.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise UserError(
@@ -80,33 +84,34 @@ def serve(
     check_number("--max-megapixels", max_megapixels, least=0.001, most=178)
     check_number("--rate", rate, least=0)
     check_number("--drain-seconds", drain_seconds, least=0)
+    from sphereface2.recognition.gallery.quality import Gate
     from sphereface2.recognition.service.app import Settings
     from sphereface2.recognition.service.server import serve as run
 
-    limits = Settings(
-        far=far,
-        max_batch=max_batch,
-        max_wait=max_wait_ms / 1000,
-        max_queue=max_queue,
-        max_body=int(max_body_mb * 1e6),
-        max_pixels=int(max_megapixels * 1e6),
-        rate=rate,
-        burst=2 * rate,
-    )
     run(
         checkpoint,
         gallery,
         host=host,
         port=port,
         keys=keys,
+        behind_proxy=behind_proxy,
+        insecure=insecure,
         allow_hosts=allow_host,
-        keep_crops=keep_crops,
+        allow_origins=allow_origin,
         audit=audit,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
         drain_seconds=drain_seconds,
         device=device,
-        settings=limits,
+        settings=Settings(
+            far=far,
+            max_batch=max_batch,
+            max_wait=max_wait_ms / 1000,
+            max_queue=max_queue,
+            max_body=int(max_body_mb * 1e6),
+            max_pixels=int(max_megapixels * 1e6),
+            rate=rate,
+            keep_crops=keep_crops,
+            quality=Gate(action=quality),
+        ),
     )
 
 

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.errors import Refusal
-from sphereface2.recognition.service.gate import OPEN_PATHS, OPEN_PREFIX
 from sphereface2.recognition.service.metrics import Metrics
+from sphereface2.recognition.service.security import Caller
 
 log = logging.getLogger("sphereface2.service")
 
@@ -30,6 +30,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+#: Not audited: they say nothing about people.
+_UNAUDITED = frozenset({"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 
@@ -52,6 +54,7 @@ class Observer:
         started, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        state["caller"] = Caller(scope["client"][0] if scope.get("client") else "unknown")
         state["request"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
         async def decorated(message: Message) -> None:
@@ -88,16 +91,16 @@ class Observer:
         if code := state.get("code"):
             self.metrics.refused(code)
         path = scope["path"]
-        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or path == "/metrics":
+        if path in _UNAUDITED or path.startswith("/static/"):
             return
-        caller = state.get("caller")
+        caller = state["caller"]
         self.audit.write(
             request=state["request"],
-            client=caller.address if caller else None,
-            key=caller.key if caller else None,
+            client=caller.address,
+            key=caller.key,
             action=state.get("action", "refused"),
             person=state.get("person"),
-            pictures=state.get("pictures"),
+            images=state.get("images"),
             status=status,
             outcome=state.get("code") or state.get("outcome", "ok"),
         )

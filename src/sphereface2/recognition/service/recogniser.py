@@ -1,8 +1,8 @@
-"""Pictures to embeddings for many requests at once.
+"""Images to embeddings for many requests at once.
 
-Decoding and detection run in a pool of threads, the network in the batcher's. Every picture that is
+Decoding and detection run in a pool of threads, the network in the batcher's. Every image that is
 accepted counts until nothing of its request is at work any more, and there is a bound on their
-number: what comes beyond it is refused at once instead of queuing for longer than anybody waits.
+number: a request beyond it is refused at once instead of queuing for longer than anybody waits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import cv2
 import numpy as np
 
-from sphereface2.align import Face, NoFaceError
+from sphereface2.align import Face, warp
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -28,14 +28,17 @@ from sphereface2.recognition.service.metrics import Metrics
 
 MAX_ALIGNED_SIDE = 1024
 Result = TypeVar("Result")
+Which = Literal["one", "largest", "all"]
+"""The faces of an image to take: "one" refuses an image with several."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture's aligned face, uint8 RGB (H, W, 3), and where it was found."""
+    """A face: its aligned crop, uint8 RGB (H, W, 3), where it was found, its embedding (d,)."""
 
     crop: np.ndarray
     face: Face | None
+    embedding: np.ndarray
 
     def png(self) -> str:
         """The crop as a data: address."""
@@ -61,15 +64,15 @@ class Recogniser:
         self.max_queue = max_queue
         self.max_pixels = max_pixels
         self._accepted = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
         self.batcher = Batcher(
-            lambda crops: embedder.embed(crops, aligned=True),
+            embedder.embedder.embed,
             max_batch=max_batch,
             max_wait=max_wait,
             on_the_way=lambda: self._accepted,
             observe=metrics.batch,
         )
-        metrics.watch("sphereface2_pictures", "Pictures in work.", lambda: self._accepted)
+        metrics.watch("sphereface2_images", "Images in work.", lambda: self._accepted)
         metrics.watch(
             "sphereface2_queue", "Faces before the network.", lambda: self.batcher.waiting
         )
@@ -77,36 +80,38 @@ class Recogniser:
     def warm_up(self) -> None:
         """Load the detector and run the network once, so that the first request is as fast."""
         grey = np.full((112, 112, 3), 128, np.uint8)
-        self.embedder.embed([grey], aligned=True)
+        self.embedder.embedder.embed([grey])
         self.embedder.aligner.detect(grey)
 
     async def embed(
-        self, pictures: Sequence[bytes], *, aligned: bool
-    ) -> tuple[list[Seen], np.ndarray]:
-        """The faces of encoded pictures and their embeddings (N, d).
+        self, images: Sequence[bytes], *, aligned: bool, which: Which = "largest"
+    ) -> list[list[Seen]]:
+        """The faces of each encoded image with their embeddings, the largest first.
 
         Raises:
-            Refusal: 503 when there is too much to do; 415 or 422 for a picture that is none or
-                shows no face.
+            Refusal: 503 when there is too much to do; 415 or 422 for an image that cannot be read,
+                shows no face or, where ``which`` is "one", several.
         """
-        names = ["the picture"]
-        if len(pictures) > 1:
-            names = [f"picture {number}" for number in range(1, len(pictures) + 1)]
-        for which, data in zip(names, pictures, strict=True):
+        names = ["the image"]
+        if len(images) > 1:
+            names = [f"image {number}" for number in range(1, len(images) + 1)]
+        for name, data in zip(names, images, strict=True):
             if sniff(data) is None:
-                raise Refusal(415, "not_a_picture", f"{which} is no JPEG, PNG or WebP file")
-        with self._admitted(len(pictures)):
-            seen = await _all(
+                raise Refusal(415, "not_an_image", f"{name} is no JPEG, PNG or WebP file")
+        with self._admitted(len(images)):
+            found = await _all(
                 [
-                    self._pool.submit(self._see, which, data, aligned)
-                    for which, data in zip(names, pictures, strict=True)
+                    self._pool.submit(self._look, name, data, aligned, which)
+                    for name, data in zip(names, images, strict=True)
                 ]
             )
-            rows = await _all([self.batcher.submit(one.crop) for one in seen])
-        return seen, np.stack(rows)
+            rows = iter(
+                await _all([self.batcher.submit(crop) for faces in found for crop, _ in faces])
+            )
+        return [[Seen(crop, face, next(rows)) for crop, face in faces] for faces in found]
 
     def close(self) -> None:
-        """End the threads: pictures in work are finished, those that wait are dropped."""
+        """End the threads: images in work are finished, those that wait are dropped."""
         self._pool.shutdown(cancel_futures=True)
         self.batcher.close()
 
@@ -122,28 +127,41 @@ class Recogniser:
         finally:
             self._accepted -= count
 
-    def _see(self, which: str, data: bytes, aligned: bool) -> Seen:
+    def _look(
+        self, name: str, data: bytes, aligned: bool, which: Which
+    ) -> list[tuple[np.ndarray, Face | None]]:
+        """The aligned faces of an encoded image."""
         try:
-            return self._look(data, aligned)
-        except NoFaceError:
+            pixels = read_image(data, max_pixels=self.max_pixels)
+            if not aligned:
+                faces = self.embedder.aligner.detect(pixels, thorough=which == "all")
+        except UserError as error:
+            raise Refusal(422, "unreadable", f"{name} cannot be used: {error}") from None
+        if aligned:
+            if max(pixels.shape) > MAX_ALIGNED_SIDE:
+                raise Refusal(
+                    422,
+                    "unreadable",
+                    f"{name} cannot be used: an aligned crop has at most {MAX_ALIGNED_SIDE} pixels "
+                    f"a side, and this one is {pixels.shape[1]}×{pixels.shape[0]}",
+                )
+            return [(pixels, None)]
+        if not faces:
             raise Refusal(
                 422,
                 "no_face",
-                f"no face was found in {which}: give one with a clear, upright, larger face",
-            ) from None
-        except UserError as error:
-            raise Refusal(422, "unreadable", f"{which} cannot be used: {error}") from None
-
-    def _look(self, data: bytes, aligned: bool) -> Seen:
-        photo = read_image(data, max_pixels=self.max_pixels)
-        if not aligned:
-            return Seen(*self.embedder.crop(photo, max_pixels=self.max_pixels))
-        if max(photo.shape) > MAX_ALIGNED_SIDE:
-            raise UserError(
-                f"an aligned crop has at most {MAX_ALIGNED_SIDE} pixels a side, and this one is "
-                f"{photo.shape[1]}×{photo.shape[0]}"
+                f"no face was found in {name}: give one with a clear, upright, larger face",
             )
-        return Seen(photo, None)
+        if which == "one" and len(faces) > 1:
+            raise Refusal(
+                422,
+                "several_faces",
+                f"{name} shows {len(faces)} faces: give one with a single face, or faces=largest "
+                "to take the largest",
+            )
+        taken = faces if which == "all" else faces[:1]
+        size = self.embedder.aligner.size
+        return [(warp(pixels, face.landmarks, size), face) for face in taken]
 
 
 async def _all(futures: Sequence[Future[Result]]) -> list[Result]:

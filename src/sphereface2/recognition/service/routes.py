@@ -1,12 +1,15 @@
-"""The endpoints: read the request, ask the recogniser and the people, shape the answer."""
+"""The endpoints: read the request, ask the recogniser and the gallery, shape the answer."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.convertors import Convertor, register_url_convertor
@@ -14,12 +17,12 @@ from starlette.convertors import Convertor, register_url_convertor
 from sphereface2.align import Face
 from sphereface2.errors import UserError
 from sphereface2.recognition.calibration import Calibration
-from sphereface2.recognition.gallery import Person
+from sphereface2.recognition.gallery import Gallery, Match, Person, UnknownPersonError
+from sphereface2.recognition.gallery.quality import Gate, measure
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import CONTENT_TYPE, Metrics
-from sphereface2.recognition.service.people import People
-from sphereface2.recognition.service.recogniser import Recogniser, Seen
+from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which, encode
 
 _CURVE_POINTS = 201
 
@@ -46,10 +49,12 @@ class Service:
     """What the endpoints work with."""
 
     recogniser: Recogniser
-    people: People
+    gallery: Gallery
     metrics: Metrics
-    max_pictures: int
-    far: float | None = None
+    max_images: int
+    far: float | None
+    keep_crops: bool
+    gate: Gate
     draining: bool = False
 
     @property
@@ -64,7 +69,7 @@ class Service:
                 raise Refusal(
                     422,
                     "not_calibrated",
-                    "the model is not calibrated, so that no far can be kept: run sphereface2 "
+                    "the model is not calibrated, so no far can be kept: run sphereface2 "
                     "calibrate first",
                 )
             return None, None
@@ -81,15 +86,54 @@ class Service:
         return float(self.calibration.probability(np.array([similarity]))[0])
 
     async def embed(
-        self, request: Request, pictures: list[bytes], aligned: bool
-    ) -> tuple[list[Seen], np.ndarray]:
-        """Faces and rows of a request's pictures."""
-        if len(pictures) > self.max_pictures:
-            raise Refusal(
-                422, "too_many_pictures", f"at most {self.max_pictures} pictures a request"
-            )
-        request.state.pictures = len(pictures)
-        return await self.recogniser.embed(pictures, aligned=aligned)
+        self, request: Request, images: Sequence[bytes], aligned: bool, which: Which
+    ) -> list[list[Seen]]:
+        """The faces of each of a request's images."""
+        if len(images) > self.max_images:
+            raise Refusal(422, "too_many_images", f"at most {self.max_images} images a request")
+        request.state.images = len(images)
+        return await self.recogniser.embed(images, aligned=aligned, which=which)
+
+    def check(self, seen: Sequence[Seen]) -> list[str]:
+        """Warnings about faces that are poor ones to enrol or to decide by.
+
+        Raises:
+            Refusal: 422 for one that the quality gate refuses.
+        """
+        warnings = []
+        for number, one in enumerate(seen, 1):
+            name = "the image" if len(seen) == 1 else f"image {number}"
+            try:
+                warnings += self.gate.check(measure(one.crop, one.face), name)
+            except UserError as error:
+                raise Refusal(422, "poor_image", str(error)) from None
+        return warnings
+
+    def person(self, name: str) -> Person:
+        """An enrolled person; a 404 if there is none."""
+        person = self.gallery.get(name)
+        if person is None:
+            raise UnknownPersonError("no person of that name is enrolled")
+        return person
+
+    async def enrol(
+        self, request: Request, name: str, asked: schemas.ImagesRequest, **options: Any
+    ) -> schemas.Enrolled:
+        """Add a request's images to the gallery; ``options`` are of `Gallery.add`."""
+        seen = [
+            faces[0]
+            for faces in await self.embed(request, asked.images, asked.aligned, asked.faces)
+        ]
+        warnings = self.check(seen)
+        rows = np.stack([one.embedding for one in seen])
+        if self.keep_crops:
+            options["crops"] = [encode(one.crop, ".jpg") for one in seen]
+
+        def work() -> tuple[list[int], Person]:
+            return self.gallery.add(name, rows, **options), self.person(name)
+
+        added, person = await run_in_threadpool(work)
+        return schemas.Enrolled(**_person(person).model_dump(), added=added, warnings=warnings)
 
 
 def _service(request: Request) -> Service:
@@ -120,11 +164,12 @@ api = APIRouter(
     responses=_ERRORS,
     dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
 )
+operation = APIRouter(tags=["operation"])
 probes = APIRouter(tags=["operation"])
 
 
 @api.get("/model", tags=["recognition"], dependencies=_doing("model"))
-async def model(service: Current) -> schemas.ModelOut:
+def model(service: Current) -> schemas.ModelOut:
     """What the server computes with: the model, its thresholds, its calibrated curve."""
     calibration, curve = service.calibration, None
     operating: list[schemas.Operating] = []
@@ -144,8 +189,8 @@ async def model(service: Current) -> schemas.ModelOut:
         far=service.decide(None)[0],
         operating=operating,
         curve=curve,
-        people=await service.people.count(),
-        keeps_crops=service.people.keeps_crops,
+        people=service.gallery.count(),
+        keeps_crops=service.keep_crops,
     )
 
 
@@ -156,13 +201,16 @@ async def model(service: Current) -> schemas.ModelOut:
     openapi_extra=bodies.documentation(schemas.EmbedRequest),
 )
 async def embed(request: Request, service: Current) -> schemas.Embedded:
-    """Embeddings of the most prominent face of each picture."""
+    """Embeddings of the faces of images."""
     asked = await bodies.read(request, schemas.EmbedRequest)
-    seen, rows = await service.embed(request, asked.images, asked.aligned)
+    seen = await service.embed(request, asked.images, asked.aligned, asked.faces)
     return schemas.Embedded(
         model=service.recogniser.embedder.fingerprint,
-        embeddings=rows.tolist(),
-        faces=[_face(one.face) for one in seen],
+        embeddings=[
+            schemas.Embedding(image=at, face=_face(one.face), embedding=one.embedding.tolist())
+            for at, faces in enumerate(seen)
+            for one in faces
+        ],
     )
 
 
@@ -173,21 +221,30 @@ async def embed(request: Request, service: Current) -> schemas.Embedded:
     openapi_extra=bodies.documentation(schemas.VerifyRequest),
 )
 async def verify(request: Request, service: Current) -> schemas.Verdict:
-    """Whether two pictures show one person."""
+    """Whether two images show one person."""
     asked = await bodies.read(request, schemas.VerifyRequest)
     far, threshold = service.decide(asked.far)
-    seen, rows = await service.embed(request, [asked.a, asked.b], asked.aligned)
-    similarity = _cosine(rows[0] @ rows[1])
-    same = None if threshold is None else similarity >= threshold
-    request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[same]
+    first, second = await service.embed(request, [asked.a, asked.b], asked.aligned, asked.faces)
+    pairs = [
+        schemas.PairOut(a=a, b=b, similarity=score, same=_same(score, threshold))
+        for a, one in enumerate(first)
+        for b, other in enumerate(second)
+        for score in [_cosine(one.embedding @ other.embedding)]
+    ]
+    pairs.sort(key=lambda pair: -pair.similarity)
+    best = pairs[0]
+    chosen = [first[best.a], second[best.b]]
+    request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[best.same]
     return schemas.Verdict(
-        similarity=similarity,
-        same=same,
+        similarity=best.similarity,
+        same=best.same,
         threshold=threshold,
         far=far,
-        probability=service.probability(similarity),
-        faces=[_face(one.face) for one in seen],
-        crops=[one.png() for one in seen] if asked.crops else None,
+        probability=service.probability(best.similarity),
+        faces=[[_face(one.face) for one in faces] for faces in (first, second)],
+        pairs=pairs,
+        crops=[one.png() for one in chosen] if asked.crops else None,
+        warnings=service.check(chosen),
     )
 
 
@@ -198,45 +255,50 @@ async def verify(request: Request, service: Current) -> schemas.Verdict:
     openapi_extra=bodies.documentation(schemas.SearchRequest),
 )
 async def search(request: Request, service: Current) -> schemas.Found:
-    """Who in the gallery looks most like the face in a picture, and whether it is anybody."""
+    """Who in the gallery the faces of an image look most like, and whether it is anybody."""
     asked = await bodies.read(request, schemas.SearchRequest)
     far, threshold = service.decide(asked.far)
-    seen, rows = await service.embed(request, [asked.image], asked.aligned)
-    matches = []
-    for found in await service.people.search(rows[0], asked.k, asked.fusion):
-        similarity = _cosine(found.score)
-        matches.append(
-            schemas.MatchOut(
-                name=found.person,
-                similarity=similarity,
-                probability=service.probability(similarity),
-                same=None if threshold is None else similarity >= threshold,
-                metadata=found.metadata,
-                thumbnail=found.has_crop,
+    (seen,) = await service.embed(request, [asked.image], asked.aligned, asked.faces)
+    rows = np.stack([one.embedding for one in seen])
+
+    def work() -> tuple[list[list[Match]], int]:
+        found = service.gallery.search(rows, k=asked.k, fusion=asked.fusion)
+        return found, service.gallery.count()
+
+    found, people = await run_in_threadpool(work)
+    faces = []
+    for one, matches in zip(seen, found, strict=True):
+        listed = [_match(match, threshold) for match in matches]
+        faces.append(
+            schemas.FaceSearch(
+                face=_face(one.face),
+                known=None if threshold is None else any(match.same for match in listed),
+                matches=listed,
+                crop=one.png() if asked.crops else None,
             )
         )
-    known = None if threshold is None else any(match.same for match in matches)
-    request.state.outcome = {None: "not calibrated", True: "known", False: "unknown"}[known]
+    known = [face.matches[0].name for face in faces if face.known]
+    outcome = "not calibrated" if threshold is None else "known" if known else "unknown"
+    request.state.outcome = outcome
     if known:
-        request.state.person = matches[0].name
+        request.state.person = ", ".join(known)[: schemas.MAX_NAME]
     return schemas.Found(
-        known=known,
         threshold=threshold,
         far=far,
-        matches=matches,
-        face=_face(seen[0].face),
-        crop=seen[0].png() if asked.crops else None,
+        people=people,
+        fpir=None if far is None else float(-np.expm1(people * np.log1p(-far))),
+        faces=faces,
     )
 
 
 @api.get("/people", tags=["people"], dependencies=_doing("list"))
-async def list_people(
+def list_people(
     service: Current,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> schemas.PeoplePage:
     """Who is enrolled, by name, a page at a time."""
-    people, total = await service.people.page(offset, limit)
+    people, total = service.gallery.people(offset, limit), service.gallery.count()
     following = offset + len(people)
     return schemas.PeoplePage(
         people=[_person(person) for person in people],
@@ -252,14 +314,11 @@ async def list_people(
     dependencies=_doing("enrol"),
     openapi_extra=bodies.documentation(schemas.EnrolRequest),
 )
-async def enrol(request: Request, response: Response, service: Current) -> schemas.Enrolled:
-    """Add a person with one picture or several."""
+async def enrol(request: Request, service: Current) -> schemas.Enrolled:
+    """Add a person with one image or several."""
     asked = await bodies.read(request, schemas.EnrolRequest)
     request.state.person = asked.name
-    seen, rows = await service.embed(request, asked.images, asked.aligned)
-    crops = [one.crop for one in seen]
-    people, metadata = service.people, asked.metadata
-    return _enrolled(*await people.add(asked.name, rows, crops, metadata=metadata, known=False))
+    return await service.enrol(request, asked.name, asked, metadata=asked.metadata, known=False)
 
 
 # Before the route of a name, which takes slashes too.
@@ -270,18 +329,99 @@ async def enrol(request: Request, response: Response, service: Current) -> schem
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {}}}},
 )
-async def thumbnail(name: str, service: Current) -> Response:
+def thumbnail(name: str, service: Current) -> Response:
     """The first crop kept of a person."""
-    crop = await service.people.thumbnail(name)
-    if crop is None:
-        raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
-    return Response(crop, media_type="image/jpeg")
+    service.person(name)
+    return _jpeg(service.gallery.crop(name))
+
+
+@api.get("/people/{name:text}/images", tags=["people"], dependencies=_doing("read"))
+def list_images(name: str, service: Current) -> schemas.PersonImages:
+    """A person's images."""
+    found = service.gallery.stored([name])
+    if not found:
+        raise UnknownPersonError("no person of that name is enrolled")
+    person, images = found[0]
+    return schemas.PersonImages(
+        **_person(person).model_dump(),
+        enrolled=[schemas.ImageOut(id=image.id, source=image.source) for image in images],
+    )
+
+
+@api.get(
+    "/people/{name:text}/images/{image:int}/crop",
+    tags=["people"],
+    dependencies=_doing("thumbnail"),
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}}}},
+)
+def image_crop(name: str, image: int, service: Current) -> Response:
+    """The crop kept of one image of a person."""
+    return _jpeg(service.gallery.crop(name, image))
+
+
+@api.post(
+    "/people/{name:text}/images",
+    tags=["people"],
+    status_code=201,
+    dependencies=_doing("add"),
+    openapi_extra=bodies.documentation(schemas.ImagesRequest),
+)
+async def add_images(name: str, request: Request, service: Current) -> schemas.Enrolled:
+    """Add images to a person."""
+    asked = await bodies.read(request, schemas.ImagesRequest)
+    await run_in_threadpool(service.person, name)
+    return await service.enrol(request, name, asked, known=True)
+
+
+@api.delete(
+    "/people/{name:text}/images/{image:int}",
+    tags=["people"],
+    status_code=204,
+    dependencies=_doing("remove image"),
+)
+def remove_image(name: str, image: int, service: Current) -> Response:
+    """Delete one image of a person; the last one cannot be, the person can."""
+    if not service.gallery.remove_image(name, image):
+        raise Refusal(404, "no_such_image", "that person has no image of that id")
+    return Response(status_code=204)
+
+
+@api.post(
+    "/people/{name:text}/verify",
+    tags=["recognition"],
+    dependencies=_doing("verify person"),
+    openapi_extra=bodies.documentation(schemas.VerifyPersonRequest),
+)
+async def verify_person(name: str, request: Request, service: Current) -> schemas.PersonVerdict:
+    """Whether an image shows an enrolled person."""
+    asked = await bodies.read(request, schemas.VerifyPersonRequest)
+    far, threshold = service.decide(asked.far)
+    person = await run_in_threadpool(service.person, name)
+    (seen,) = await service.embed(request, [asked.image], asked.aligned, asked.faces)
+    rows = np.stack([one.embedding for one in seen])
+    scores = await run_in_threadpool(service.gallery.verify, name, rows, fusion=asked.fusion)
+    best = int(np.argmax(scores))
+    similarity = _cosine(scores[best])
+    same = _same(similarity, threshold)
+    request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[same]
+    return schemas.PersonVerdict(
+        person=_person(person),
+        similarity=similarity,
+        same=same,
+        threshold=threshold,
+        far=far,
+        probability=service.probability(similarity),
+        face=_face(seen[best].face),
+        crop=seen[best].png() if asked.crops else None,
+        warnings=service.check([seen[best]]),
+    )
 
 
 @api.get("/people/{name:text}", tags=["people"], dependencies=_doing("read"))
-async def get_person(name: str, service: Current) -> schemas.PersonOut:
+def get_person(name: str, service: Current) -> schemas.PersonOut:
     """One person."""
-    return _person(await service.people.get(name))
+    return _person(service.person(name))
 
 
 @api.put(
@@ -291,14 +431,11 @@ async def get_person(name: str, service: Current) -> schemas.PersonOut:
     openapi_extra=bodies.documentation(schemas.ReplaceRequest),
 )
 async def replace_person(name: str, request: Request, service: Current) -> schemas.Enrolled:
-    """Put new pictures and metadata in the place of all there were."""
+    """Put new images and metadata in the place of all there were."""
     asked = await bodies.read(request, schemas.ReplaceRequest)
-    await service.people.get(name)
-    seen, rows = await service.embed(request, asked.images, asked.aligned)
-    crops = [one.crop for one in seen]
-    people, metadata = service.people, asked.metadata
-    return _enrolled(
-        *await people.add(name, rows, crops, metadata=metadata, known=True, replace=True)
+    await run_in_threadpool(service.person, name)
+    return await service.enrol(
+        request, name, asked, metadata=asked.metadata, known=True, replace=True
     )
 
 
@@ -309,31 +446,25 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
     openapi_extra=bodies.documentation(schemas.ChangeRequest),
 )
 async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
-    """Put new metadata in the place of all there was."""
+    """Rename a person, or replace the metadata; the images stay."""
     asked = await bodies.read(request, schemas.ChangeRequest)
-    return _person(await service.people.set_metadata(name, asked.metadata))
 
+    def work() -> Person:
+        current = service.person(name).name
+        if asked.metadata is not None:
+            service.gallery.set_metadata(current, asked.metadata)
+        if asked.name is not None:
+            service.gallery.rename(current, asked.name)
+        return service.person(asked.name or current)
 
-@api.post(
-    "/people/{name:text}/pictures",
-    tags=["people"],
-    status_code=201,
-    dependencies=_doing("add pictures"),
-    openapi_extra=bodies.documentation(schemas.PicturesRequest),
-)
-async def add_pictures(name: str, request: Request, service: Current) -> schemas.Enrolled:
-    """Add pictures to a person."""
-    asked = await bodies.read(request, schemas.PicturesRequest)
-    await service.people.get(name)
-    seen, rows = await service.embed(request, asked.images, asked.aligned)
-    crops = [one.crop for one in seen]
-    return _enrolled(*await service.people.add(name, rows, crops, known=True))
+    return _person(await run_in_threadpool(work))
 
 
 @api.delete("/people/{name:text}", tags=["people"], status_code=204, dependencies=_doing("remove"))
-async def remove_person(name: str, service: Current) -> Response:
+def remove_person(name: str, service: Current) -> Response:
     """Delete a person: embeddings, metadata and kept crops."""
-    await service.people.remove(name)
+    if not service.gallery.remove(name):
+        raise UnknownPersonError("no person of that name is enrolled")
     return Response(status_code=204)
 
 
@@ -351,26 +482,25 @@ async def readyz(service: Current) -> Response:
     if not service.recogniser.batcher.alive:
         return PlainTextResponse("the network's thread has ended", 503)
     try:
-        await service.people.count()
+        async with asyncio.timeout(5):
+            await run_in_threadpool(service.gallery.count)
     except Exception as error:  # whatever a database far away may raise
         return PlainTextResponse(f"the gallery does not answer: {type(error).__name__}", 503)
     return PlainTextResponse("ready")
 
 
-@probes.get("/metrics", response_class=PlainTextResponse)
+@operation.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Current) -> Response:
     """Prometheus metrics."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-def include(app: FastAPI) -> None:
-    """Add all endpoints."""
-    app.include_router(api)
-    app.include_router(probes)
-
-
 def _cosine(value: float) -> float:
     return float(np.clip(value, -1, 1))
+
+
+def _same(similarity: float, threshold: float | None) -> bool | None:
+    return None if threshold is None else similarity >= threshold
 
 
 def _face(face: Face | None) -> schemas.Face | None:
@@ -383,14 +513,27 @@ def _face(face: Face | None) -> schemas.Face | None:
     )
 
 
+def _match(match: Match, threshold: float | None) -> schemas.MatchOut:
+    similarity = _cosine(match.score)
+    return schemas.MatchOut(
+        name=match.person,
+        similarity=similarity,
+        same=_same(similarity, threshold),
+        metadata=match.metadata,
+        thumbnail=match.has_crop,
+    )
+
+
 def _person(person: Person) -> schemas.PersonOut:
     return schemas.PersonOut(
         name=person.name,
-        pictures=person.images,
+        images=person.images,
         metadata=person.metadata,
         thumbnail=person.has_crop,
     )
 
 
-def _enrolled(person: Person, added: list[str]) -> schemas.Enrolled:
-    return schemas.Enrolled(**_person(person).model_dump(), added=added)
+def _jpeg(crop: bytes | None) -> Response:
+    if crop is None:
+        raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
+    return Response(crop, media_type="image/jpeg")

@@ -23,19 +23,21 @@ from sphereface2.recognition.gallery import checked_json
 
 MAX_NAME = 200
 MAX_METADATA = 4096  # bytes of JSON
-MAX_PICTURES = 1_000  # whatever the server's own bound, which is told in plainer words
+MAX_IMAGES = 1_000  # whatever the server's own bound, whose message is plainer
 # Shown as nothing, yet part of how Persian words, Indic letters and some emoji are written.
 _JOINERS = dict.fromkeys((0x200C, 0x200D))
 
 
-def _picture(value: Any) -> Any:
+def _image(value: Any) -> Any:
+    """Bytes as they are; text as base64: of either alphabet, with line breaks, padded or not."""
     if not isinstance(value, str):
         return value
     text = value.partition(",")[2] if value.startswith("data:") else value
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError("not a picture in base64") from error
+        raise ValueError("it is not an image in base64") from error
 
 
 def _name(value: str) -> str:
@@ -64,117 +66,145 @@ def _metadata(value: Any) -> Any:
     return value
 
 
-Picture = Annotated[
-    bytes, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "byte"})
+Image = Annotated[
+    bytes, BeforeValidator(_image), WithJsonSchema({"type": "string", "format": "byte"})
 ]
-# The first bad one is told, so that the others need no looking at.
-Pictures = Annotated[list[Picture], FailFast(), Field(min_length=1, max_length=MAX_PICTURES)]
+# Validation stops at the first bad one.
+Images = Annotated[list[Image], FailFast(), Field(min_length=1, max_length=MAX_IMAGES)]
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_name)]
 Value = str | bool | int | FiniteFloat | None
 Metadata = Annotated[dict[str, Value], BeforeValidator(_metadata)]
 
-_ALIGNED = "The pictures are aligned crops already: no face is looked for."
-_FAR = "The false accept rate to decide at: one that the model is calibrated for."
-_BASE64 = "/9j/4AAQSkZJRgABAQ…"
-
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
+    aligned: bool = Field(False, description="The images are aligned crops: no face is looked for.")
 
 
-def _example(**values: Any) -> ConfigDict:
-    return ConfigDict(extra="forbid", json_schema_extra={"example": values})
-
-
-class EmbedRequest(_Request):
-    """Pictures to embed."""
-
-    model_config = _example(images=[_BASE64], aligned=False)
-    images: Pictures = Field(description="JPEG, PNG or WebP; base64 in JSON.")
-    aligned: bool = Field(False, description=_ALIGNED)
-
-
-class VerifyRequest(_Request):
-    """Two pictures to compare."""
-
-    model_config = _example(a=_BASE64, b=_BASE64, far=0.001)
-    a: Picture = Field(description="JPEG, PNG or WebP; base64 in JSON.")
-    b: Picture = Field(description="The picture to compare it with.")
-    aligned: bool = Field(False, description=_ALIGNED)
-    far: float | None = Field(None, gt=0, lt=1, description=_FAR)
+class _Decided(_Request):
+    far: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The false accept rate to decide at: one that the model is calibrated for.",
+    )
+    faces: Literal["largest", "all"] = Field(
+        "largest", description="Answer for the largest face of an image, or for every face."
+    )
     crops: bool = Field(False, description="Send the aligned faces back.")
 
 
-class SearchRequest(_Request):
-    """A picture to look for in the gallery."""
+class EmbedRequest(_Request):
+    """Images to embed."""
 
-    model_config = _example(image=_BASE64, k=5)
-    image: Picture = Field(description="JPEG, PNG or WebP; base64 in JSON.")
-    aligned: bool = Field(False, description=_ALIGNED)
-    k: int = Field(5, ge=1, le=100, description="People to return.")
-    fusion: Literal["max", "mean"] = Field(
-        "max", description="A person's score: the best picture's, or the mean template's."
+    images: Images = Field(description="JPEG, PNG or WebP files; base64 in JSON.")
+    faces: Literal["largest", "all"] = Field(
+        "largest", description="Embed the largest face of each image, or every face."
     )
-    far: float | None = Field(None, gt=0, lt=1, description=_FAR)
-    crops: bool = Field(False, description="Send the aligned face back.")
 
 
-class EnrolRequest(_Request):
-    """A person to add."""
+class VerifyRequest(_Decided):
+    """Two images to compare."""
 
-    model_config = _example(name="Ada Lovelace", images=[_BASE64], metadata={"department": "R&D"})
-    name: Name = Field(description="The person's name or number; unique.")
-    images: Pictures = Field(description="JPEG, PNG or WebP; base64 in JSON.")
-    metadata: Metadata = Field(default_factory=dict, description="Anything to keep with it.")
-    aligned: bool = Field(False, description=_ALIGNED)
+    a: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
+    b: Image = Field(description="The image to compare it with.")
 
 
-class PicturesRequest(EmbedRequest):
-    """Further pictures of a person."""
+class VerifyPersonRequest(_Decided):
+    """An image to compare with an enrolled person."""
+
+    image: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
+    fusion: Literal["max", "mean"] = Field(
+        "max", description="The score: of the person's nearest image, or of their template."
+    )
 
 
-class ReplaceRequest(_Request):
-    """What a person is to be from now on."""
+class SearchRequest(_Decided):
+    """An image to look for in the gallery."""
 
-    model_config = _example(images=[_BASE64], metadata={"department": "R&D"})
-    images: Pictures = Field(description="They take the place of all before.")
+    image: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
+    k: int = Field(5, ge=1, le=100, description="People to return for each face.")
+    fusion: Literal["max", "mean"] = Field(
+        "max", description="A person's score: of the nearest image, or of the template."
+    )
+
+
+class ImagesRequest(_Request):
+    """Images of a person."""
+
+    images: Images = Field(description="JPEG, PNG or WebP files; base64 in JSON.")
+    faces: Literal["one", "largest"] = Field(
+        "one", description="Refuse an image with several faces, or take the largest."
+    )
+
+
+class ReplaceRequest(ImagesRequest):
+    """What a person is to be from now on: everything before is replaced."""
+
     metadata: Metadata = Field(default_factory=dict, description="It replaces the one before.")
-    aligned: bool = Field(False, description=_ALIGNED)
 
 
-class ChangeRequest(_Request):
-    """What is to change about a person; the pictures stay."""
+class EnrolRequest(ImagesRequest):
+    """A person to enrol."""
 
-    model_config = _example(metadata={"department": "R&D"})
-    metadata: Metadata = Field(description="It replaces the one before.")
+    name: Name = Field(description="The person's name or number; unique.")
+    metadata: Metadata = Field(default_factory=dict, description="Values to keep with the person.")
+
+
+class ChangeRequest(BaseModel):
+    """What is to change about a person; what is left out stays, and so do the images."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Name | None = Field(None, description="The person's new name.")
+    metadata: Metadata | None = Field(None, description="It replaces the one before.")
 
 
 class Face(BaseModel):
-    """Where a face was found, in pixels of the upright picture."""
+    """Where a face was found, in pixels of the upright image."""
 
     box: list[float] = Field(description="x0, y0, x1, y1")
     score: float
     landmarks: list[list[float]] = Field(description="five (x, y)")
 
 
+class Embedding(BaseModel):
+    """One face's embedding."""
+
+    image: int = Field(description="Which image of the request, from 0.")
+    face: Face | None = Field(description="Null for an aligned crop.")
+    embedding: list[float] = Field(description="Of length 1.")
+
+
 class Embedded(BaseModel):
-    """Embeddings in the order of the pictures."""
+    """Embeddings in the order of the images, the largest face of an image first."""
 
     model: str = Field(description="The model's fingerprint: compare only what it is equal for.")
-    embeddings: list[list[float]] = Field(description="Rows of length 1.")
-    faces: list[Face | None]
+    embeddings: list[Embedding]
+
+
+class PairOut(BaseModel):
+    """A face of the first image and one of the second."""
+
+    a: int = Field(description="Which of the faces of the first image, from 0.")
+    b: int = Field(description="Which of the faces of the second image, from 0.")
+    similarity: float = Field(description="The cosine, -1 to 1.")
+    same: bool | None = Field(description="The decision; null if the model is not calibrated.")
 
 
 class Verdict(BaseModel):
-    """Whether two pictures show one person."""
+    """Whether two images show one person: the most similar pair of faces decides."""
 
     similarity: float = Field(description="The cosine, -1 to 1.")
     same: bool | None = Field(description="The decision; null if the model is not calibrated.")
     threshold: float | None
     far: float | None
     probability: float | None = Field(description="With even odds beforehand.")
-    faces: list[Face | None]
-    crops: list[str] | None = Field(None, description="data: addresses of PNG pictures.")
+    faces: list[list[Face | None]] = Field(description="The faces of each image.")
+    pairs: list[PairOut] = Field(description="Every pair of faces, the most similar first.")
+    crops: list[str] | None = Field(
+        None, description="data: addresses of the most similar faces, as PNG."
+    )
+    warnings: list[str] = Field(description="What makes an image a poor one to decide by.")
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -183,26 +213,56 @@ class Verdict(BaseModel):
                 "threshold": 0.42,
                 "far": 0.001,
                 "probability": 0.998,
-                "faces": [None, None],
+                "faces": [[None], [None]],
+                "pairs": [{"a": 0, "b": 0, "similarity": 0.71, "same": True}],
                 "crops": None,
+                "warnings": [],
             }
         }
     )
 
 
 class PersonOut(BaseModel):
-    """Somebody in the gallery."""
+    """An enrolled person."""
 
     name: str
-    pictures: int
+    images: int
     metadata: dict[str, Any]
     thumbnail: bool = Field(description="Whether a crop is kept.")
 
 
-class Enrolled(PersonOut):
-    """Somebody just changed, with the ids of the new pictures."""
+class PersonVerdict(BaseModel):
+    """Whether an image shows an enrolled person: its most similar face decides."""
 
-    added: list[str]
+    person: PersonOut
+    similarity: float = Field(description="The cosine, -1 to 1.")
+    same: bool | None = Field(description="The decision; null if the model is not calibrated.")
+    threshold: float | None
+    far: float | None
+    probability: float | None = Field(description="With even odds beforehand.")
+    face: Face | None
+    crop: str | None = Field(None, description="data: address of the face, as PNG.")
+    warnings: list[str] = Field(description="What makes an image a poor one to decide by.")
+
+
+class Enrolled(PersonOut):
+    """A person just changed."""
+
+    added: list[int] = Field(description="Ids of the new images.")
+    warnings: list[str] = Field(description="What makes an image a poor one to enrol.")
+
+
+class ImageOut(BaseModel):
+    """An enrolled image."""
+
+    id: int
+    source: str | None = Field(description="The file it was enrolled from, if that is known.")
+
+
+class PersonImages(PersonOut):
+    """An enrolled person with their images, oldest first."""
+
+    enrolled: list[ImageOut]
 
 
 class PeoplePage(BaseModel):
@@ -218,23 +278,33 @@ class MatchOut(BaseModel):
 
     name: str
     similarity: float
-    probability: float | None
-    same: bool | None
+    same: bool | None = Field(description="Whether it is at or above the threshold.")
     metadata: dict[str, Any]
     thumbnail: bool
 
 
-class Found(BaseModel):
-    """Candidates, the most similar first."""
+class FaceSearch(BaseModel):
+    """One face's candidates, the most similar first."""
 
+    face: Face | None
     known: bool | None = Field(
         description="Whether the first is at or above the threshold; null without calibration."
     )
+    matches: list[MatchOut]
+    crop: str | None = Field(None, description="data: address of the face, as PNG.")
+
+
+class Found(BaseModel):
+    """Who the faces of an image may be, the largest face first."""
+
     threshold: float | None
     far: float | None
-    matches: list[MatchOut]
-    face: Face | None
-    crop: str | None = None
+    people: int = Field(description="How many people the gallery holds.")
+    fpir: float | None = Field(
+        description="The share of strangers who would be named by mistake among so many people: "
+        "1 - (1 - far)^people."
+    )
+    faces: list[FaceSearch]
 
 
 class Operating(BaseModel):
@@ -271,6 +341,6 @@ class ErrorOut(BaseModel):
     error: str
     model_config = ConfigDict(
         json_schema_extra={
-            "example": {"code": "no_face", "error": "picture 1: no face was found in it"}
+            "example": {"code": "no_face", "error": "no face was found in image 1: …"}
         }
     )

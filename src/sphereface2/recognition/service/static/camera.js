@@ -1,10 +1,10 @@
-// One picture from the camera, or null.
+// One image from the camera, or null.
 
 import { say } from "./dom.js";
 
 const QUALITY = 0.95;
 
-export async function takePicture() {
+export async function takePhotograph() {
   const dialog = document.querySelector("#camera");
   const video = dialog.querySelector("video");
   const line = dialog.querySelector(".message");
@@ -31,10 +31,10 @@ export async function takePicture() {
   });
 
   start();
-  const picture = await done;
+  const image = await done;
   stream?.getTracks().forEach((track) => track.stop());
   video.srcObject = null;
-  return picture;
+  return image;
 
   async function start() {
     try {

@@ -15,7 +15,7 @@ export function drawCurve(curve, verdict) {
     class: "curve",
     role: "img",
     "aria-label":
-      `Curve of the probability that two pictures show one person, over their similarity. ` +
+      `Curve of the probability that two images show one person, over their similarity. ` +
       `This pair: similarity ${decimal(verdict.similarity)}, probability ${percent(verdict.probability)}; ` +
       `the threshold is ${decimal(verdict.threshold)}.`,
   });

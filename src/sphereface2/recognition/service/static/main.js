@@ -8,11 +8,12 @@ import { startVerify } from "./verify.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const aligned = document.querySelector("#aligned");
+const faces = document.querySelector("#faces");
 const far = document.querySelector("#far");
 const settings = new EventTarget();
 const app = {
   model: null,
-  settings: () => ({ aligned: aligned.checked, far: far.value }),
+  settings: () => ({ aligned: aligned.checked, faces: faces.checked ? "all" : "largest", far: far.value }),
   onSettings: (listener) => settings.addEventListener("settings", () => listener()),
   onPeople: (listener) => settings.addEventListener("people", () => listener()),
   peopleChanged: () => settings.dispatchEvent(new Event("people")),
@@ -45,11 +46,11 @@ function startTabs() {
 
 async function showModel() {
   const model = (app.model = await call("GET", "model"));
-  const told = model.calibrated ? "calibrated" : "not calibrated";
-  document.querySelector("#model").textContent = `Model ${model.model.slice(0, 8)}, ${told}`;
+  const state = model.calibrated ? "calibrated" : "not calibrated";
+  document.querySelector("#model").textContent = `Model ${model.model.slice(0, 8)}, ${state}`;
   document.querySelector("[data-storage]").textContent = model.keeps_crops
-    ? "The aligned faces are kept as thumbnails; the pictures are not."
-    : "Embeddings are kept; no picture is.";
+    ? "The aligned faces are kept as thumbnails; the images are not."
+    : "Embeddings are kept; no image is.";
   if (!model.calibrated) return;
   far.disabled = false;
   far.replaceChildren(
@@ -59,7 +60,7 @@ async function showModel() {
   );
 }
 
-for (const control of [aligned, far]) {
+for (const control of [aligned, faces, far]) {
   control.addEventListener("change", () => settings.dispatchEvent(new Event("settings")));
 }
 const forget = document.querySelector("#forget");
@@ -68,7 +69,7 @@ forget.addEventListener("click", () => {
   sessionStorage.removeItem("key");
   location.reload();
 });
-// A picture dropped beside its place must not take the page away.
+// A image dropped beside its place must not take the page away.
 for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
 
 startTabs();
@@ -78,7 +79,7 @@ const takers = {
   search: startSearch(document.querySelector("#search"), app),
   people: startPeople(document.querySelector("#people"), app),
 };
-// A picture pasted wherever the focus is goes to the tab that is seen.
+// A image pasted wherever the focus is goes to the tab that is seen.
 document.addEventListener("paste", (event) => {
   const { files } = event.clipboardData;
   if (!files.length || event.defaultPrevented || document.querySelector("dialog[open]")) return;

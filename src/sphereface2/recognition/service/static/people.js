@@ -23,7 +23,7 @@ export function startPeople(panel, app) {
     event.preventDefault();
     const who = name.value.trim();
     if (!who) return missing("Give a name.", name);
-    if (!picker.files.length) return missing("Choose at least one picture.", picker.input);
+    if (!picker.files.length) return missing("Choose at least one image.", picker.input);
     await enrol(who);
   });
   more.addEventListener("click", async () => {
@@ -41,21 +41,31 @@ export function startPeople(panel, app) {
   async function enrol(who) {
     const button = form.querySelector("[type=submit]");
     const { aligned } = app.settings();
-    const pictures = { images: picker.files, aligned };
+    const images = { images: picker.files, aligned };
     button.disabled = true;
     say(line, "Enrolling…", "busy");
     try {
-      let person;
-      try {
-        person = await call("POST", "people", { name: who, ...pictures });
-      } catch (error) {
-        if (error.code !== "exists") throw error;
-        if (!(await confirm(`${who} is enrolled already. Add the pictures?`, "Add"))) return say(line, "");
-        person = await call("POST", `people/${encodeURIComponent(who)}/pictures`, pictures);
+      let address = "people";
+      let fields = { name: who, ...images };
+      let person = null;
+      while (!person) {
+        try {
+          person = await call("POST", address, fields);
+        } catch (error) {
+          if (error.code === "exists") {
+            if (!(await confirm(`${who} is enrolled already. Add the images?`, "Add"))) return say(line, "");
+            address = `people/${encodeURIComponent(who)}/images`;
+            delete fields.name;
+          } else if (error.code === "several_faces") {
+            if (!(await confirm(`${error.message} Take the largest face?`, "Take the largest"))) return say(line, "");
+            fields.faces = "largest";
+          } else throw error;
+        }
       }
       form.reset();
       picker.clear();
-      say(line, `${person.name} is enrolled with ${count(person.pictures)}.`, "done");
+      const warnings = person.warnings.map((warning) => ` Poor image: ${warning}.`);
+      say(line, `${person.name} is enrolled with ${count(person.images)}.${warnings.join("")}`, "done");
       name.focus();
       await load(0);
       app.peopleChanged();
@@ -67,7 +77,7 @@ export function startPeople(panel, app) {
   }
 
   async function remove(person, item) {
-    if (!(await confirm(`Delete ${person.name} and ${count(person.pictures)} from the gallery?`, "Delete"))) return;
+    if (!(await confirm(`Delete ${person.name} and ${count(person.images)} from the gallery?`, "Delete"))) return;
     try {
       await call("DELETE", `people/${encodeURIComponent(person.name)}`);
       say(line, `${person.name} was deleted.`, "done");
@@ -128,7 +138,7 @@ export function startPeople(panel, app) {
         "div",
         { className: "who" },
         make("div", { className: "name", textContent: person.name }),
-        make("div", { className: "hint", textContent: count(person.pictures) }),
+        make("div", { className: "hint", textContent: count(person.images) }),
       ),
       button,
     );
@@ -140,4 +150,4 @@ export function startPeople(panel, app) {
   return (files) => picker.take(files);
 }
 
-const count = (pictures) => (pictures === 1 ? "1 picture" : `${pictures.toLocaleString("en")} pictures`);
+const count = (images) => (images === 1 ? "1 image" : `${images.toLocaleString("en")} images`);

@@ -1,6 +1,6 @@
-// A place for a picture: choose a file, drop it, paste it, or take it with the camera.
+// A place for a image: choose a file, drop it, paste it, or take it with the camera.
 
-import { takePicture } from "./camera.js";
+import { takePhotograph } from "./camera.js";
 import { make } from "./dom.js";
 
 const TYPES = ["image/jpeg", "image/png", "image/webp"];
@@ -8,7 +8,7 @@ const ARROW = "M12 16V5m0 0 4.5 4.5M12 5 7.5 9.5M5 19h14";
 
 /**
  * Turns `place` into a picker; `changed(files)` is called with the files whenever they change, and
- * `spare(files)` with those that a picker of one picture was given beyond the first.
+ * `spare(files)` with those that a picker of one image was given beyond the first.
  */
 export class Picker {
   constructor(place, changed, spare = () => {}) {
@@ -27,7 +27,7 @@ export class Picker {
       "aria-label": this.label,
     });
     this.drop = make("label", { className: "drop" });
-    this.strip = make("ul", { className: "strip", "aria-label": "Chosen pictures", hidden: true });
+    this.strip = make("ul", { className: "strip", "aria-label": "Chosen images", hidden: true });
     const camera = make("button", { type: "button", textContent: "Camera" });
     camera.setAttribute("aria-label", `${this.label}: use the camera`);
     this.remove = make("button", { type: "button", textContent: "Remove", hidden: true });
@@ -46,8 +46,8 @@ export class Picker {
 
     this.input.addEventListener("change", () => this.take(this.input.files));
     camera.addEventListener("click", async () => {
-      const picture = await takePicture();
-      if (picture) this.take([picture]);
+      const image = await takePhotograph();
+      if (image) this.take([image]);
     });
     this.remove.addEventListener("click", () => {
       this.clear();
@@ -114,13 +114,13 @@ export class Picker {
 
   item(at) {
     const remove = make("button", { type: "button", textContent: "×" });
-    remove.setAttribute("aria-label", `Remove picture ${at + 1}`);
+    remove.setAttribute("aria-label", `Remove image ${at + 1}`);
     remove.addEventListener("click", () => {
       this.files.splice(at, 1);
       this.update();
       this.input.focus();
     });
-    return make("li", {}, make("img", { src: this.urls[at], alt: `Picture ${at + 1}` }), remove);
+    return make("li", {}, make("img", { src: this.urls[at], alt: `Image ${at + 1}` }), remove);
   }
 }
 
@@ -136,7 +136,7 @@ function invitation(multiple) {
   icon.append(path);
   return [
     icon,
-    make("strong", { textContent: multiple ? "Choose pictures" : "Choose a picture" }),
+    make("strong", { textContent: multiple ? "Choose images" : "Choose a image" }),
     make("span", { className: "hint", textContent: "or drop, or paste" }),
   ];
 }

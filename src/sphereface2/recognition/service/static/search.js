@@ -1,7 +1,7 @@
-// One picture, the people of the gallery it looks most like.
+// One image, the people of the gallery it looks most like.
 
 import { call } from "./api.js";
-import { decimal, make, percent, say } from "./dom.js";
+import { decimal, make, oneIn, say } from "./dom.js";
 import { Picker } from "./picker.js";
 import { portrait } from "./portrait.js";
 
@@ -25,7 +25,7 @@ export function startSearch(panel, app) {
       result.replaceChildren(...show(found));
       result.hidden = false;
       say(line, "");
-      line.append(make("span", { className: "unseen", textContent: `${title(found)}. ${found.matches.length} candidates.` }));
+      line.append(make("span", { className: "unseen", textContent: found.faces.map((face) => `${title(face)}. ${face.matches.length} candidates.`).join(" ") }));
     } catch (error) {
       if (mine === latest) say(line, error.message, "error");
     }
@@ -35,23 +35,40 @@ export function startSearch(panel, app) {
   return (files) => picker.take(files);
 }
 
-function title(found) {
-  if (!found.matches.length) return "The gallery is empty";
-  if (found.known === null) return "Most similar";
-  return found.known ? found.matches[0].name : "Unknown person";
+function title(face) {
+  if (!face.matches.length) return "The gallery is empty";
+  if (face.known === null) return "Most similar";
+  return face.known ? face.matches[0].name : "Unknown person";
 }
 
 function show(found) {
+  const faces = found.faces.flatMap((face, at) => one(face, at, found));
+  const meaning = expected(found);
+  return meaning ? [...faces, make("p", { className: "hint", textContent: meaning })] : faces;
+}
+
+/** What the false accept rate means for a gallery of this size. */
+function expected(found) {
+  if (found.fpir === null || !found.people) return "";
+  const among = found.people === 1 ? "With 1 person enrolled" : `With ${found.people.toLocaleString("en")} people enrolled`;
+  return found.fpir > 0.5
+    ? `${among}, most strangers would be named by mistake at this false accept rate: choose a lower one.`
+    : `${among}, about ${oneIn(found.fpir)} strangers would be named by mistake.`;
+}
+
+function one(face, at, found) {
   const notes = { true: "at or above the threshold", false: "nobody reaches the threshold", null: "no threshold: the model is not calibrated" };
-  const note = found.matches.length ? notes[found.known] : "enrol somebody first";
+  const note = face.matches.length ? notes[face.known] : "enrol a person first";
+  const name = found.faces.length > 1 ? `Face ${at + 1}: ${title(face)}` : title(face);
   const top = make(
     "div",
-    { className: `found ${found.known ? "yes" : ""}` },
-    make("img", { src: found.crop, alt: "Aligned face of the picture" }),
-    make("div", {}, make("h3", { textContent: title(found) }), make("p", { className: "hint", textContent: note })),
+    { className: `found ${face.known ? "yes" : ""}` },
+    make("img", { src: face.crop, alt: "Aligned face of the image" }),
+    make("div", {}, make("h3", { textContent: name }), make("p", { className: "hint", textContent: note })),
   );
-  const rows = found.matches.map((match, at) => row(match, at + 1, found.threshold));
-  return rows.length ? [top, make("ol", { className: "people", "aria-label": "Candidates" }, ...rows)] : [top];
+  const rows = face.matches.map((match, rank) => row(match, rank + 1, found.threshold));
+  const label = found.faces.length > 1 ? `Candidates of face ${at + 1}` : "Candidates";
+  return rows.length ? [top, make("ol", { className: "people", "aria-label": label }, ...rows)] : [top];
 }
 
 function row(match, rank, threshold) {
@@ -65,21 +82,15 @@ function row(match, rank, threshold) {
     bar.append(edge);
   }
   const kind = match.same === null ? "" : match.same ? "same" : "below";
-  const told = [`similarity ${decimal(match.similarity)}`];
-  if (match.probability !== null) told.push(`probability ${percent(match.probability)}`);
-  if (match.same !== null) told.push(match.same ? "at or above the threshold" : "below the threshold");
+  const words = [`similarity ${decimal(match.similarity)}`];
+  if (match.same !== null) words.push(match.same ? "at or above the threshold" : "below the threshold");
   return make(
     "li",
     { className: kind },
     make("span", { className: "rank", textContent: rank, "aria-hidden": "true" }),
     portrait(match),
     make("div", { className: "who" }, make("div", { className: "name", textContent: match.name }), bar),
-    make("span", { className: "unseen", textContent: told.join(", ") }),
-    make(
-      "div",
-      { className: "figure", "aria-hidden": "true" },
-      make("div", { textContent: decimal(match.similarity), title: "similarity" }),
-      match.probability === null ? null : make("div", { className: "hint", textContent: percent(match.probability) }),
-    ),
+    make("span", { className: "unseen", textContent: words.join(", ") }),
+    make("div", { className: "figure", "aria-hidden": "true", textContent: decimal(match.similarity), title: "similarity" }),
   );
 }

@@ -1,4 +1,4 @@
-// Two pictures, one verdict.
+// Two images, one verdict.
 
 import { call } from "./api.js";
 import { drawCurve } from "./curve.js";
@@ -16,7 +16,7 @@ export function startVerify(panel, app) {
 
   async function compare() {
     const mine = ++latest;
-    await null; // two pictures dropped together come one after the other
+    await null; // two images dropped together come one after the other
     if (mine !== latest) return;
     const [a, b] = pickers.map((picker) => picker.files[0]);
     result.hidden = true;
@@ -34,7 +34,7 @@ export function startVerify(panel, app) {
     }
   }
 
-  /** Pictures pasted somewhere on the page. */
+  /** Images pasted somewhere on the page. */
   return (files) => (pickers.find((picker) => !picker.files.length) ?? pickers[0]).take(files);
 }
 
@@ -44,8 +44,8 @@ function title(verdict) {
 }
 
 function summary(verdict) {
-  const told = `${title(verdict)}. Similarity ${decimal(verdict.similarity)}`;
-  return verdict.probability === null ? told : `${told}, probability ${percent(verdict.probability)}.`;
+  const words = `${title(verdict)}. Similarity ${decimal(verdict.similarity)}`;
+  return verdict.probability === null ? words : `${words}, probability ${percent(verdict.probability)}.`;
 }
 
 function show(verdict, model) {
@@ -65,7 +65,7 @@ function show(verdict, model) {
     make(
       "div",
       { className: "crops" },
-      ...verdict.crops.map((src, at) => make("img", { src, alt: `Aligned face of picture ${at + 1}` })),
+      ...verdict.crops.map((src, at) => make("img", { src, alt: `Aligned face of image ${at + 1}` })),
     ),
     make(
       "h3",
@@ -77,6 +77,7 @@ function show(verdict, model) {
       make("dt", { textContent: name }),
       make("dd", { textContent: value }),
     ])),
+    ...verdict.warnings.map((warning) => make("p", { className: "hint", textContent: `Poor image: ${warning}.` })),
   );
   const side = model?.curve
     ? make(

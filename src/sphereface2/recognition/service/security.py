@@ -1,0 +1,188 @@
+"""Who may ask: known hosts, no page of another site, a key, not too often; small enough bodies."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from limits import RateLimitItemPerSecond
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.datastructures import Headers
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.keys import KeyFile
+
+PROBES = frozenset({"/healthz", "/readyz"})
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_WINDOW_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the network address and, where keys are used, the key's id."""
+
+    address: str
+    key: str | None = None
+
+
+class Access:
+    """FastAPI dependency of every route of the API: checks the key and the rate.
+
+    Args:
+        keys: the keys admitted, or None where none is needed.
+        rate: requests a second of a key, or of an address where no keys are used, on average over
+            ten seconds; 0 limits nothing.
+    """
+
+    def __init__(self, keys: KeyFile | None, rate: float) -> None:
+        self.keys = keys
+        self._limit = None
+        if rate:
+            seconds = max(_WINDOW_SECONDS, round(1 / rate))
+            self._limit = RateLimitItemPerSecond(max(1, round(rate * seconds)), seconds)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    def __call__(self, request: Request) -> None:
+        """Name the caller in ``request.state.caller``.
+
+        Raises:
+            Refusal: 401 without a valid key, 429 when the rate is exceeded.
+        """
+        caller: Caller = request.state.caller
+        if self.keys is not None:
+            key = self.keys.check(_token(request.headers))
+            if key is None:
+                self._check_rate(f"refused {caller.address}")
+                raise Refusal(
+                    401,
+                    "unauthorised",
+                    "a valid key is needed: send it as Authorization: Bearer KEY",
+                )
+            caller = request.state.caller = Caller(caller.address, key.id)
+        self._check_rate(f"key {caller.key}" if caller.key else caller.address)
+
+    def _check_rate(self, client: str) -> None:
+        if self._limit is not None and not self._limiter.hit(self._limit, client):
+            wait = self._limiter.get_window_stats(self._limit, client).reset_time - time.time()
+            raise Refusal(429, "too_often", "too many requests: slow down", retry_after=wait)
+
+
+class Hosts(TrustedHostMiddleware):
+    """Refuses names that the Host header may not give; an orchestrator's probes may give any.
+
+    A server without keys trusts what reaches it on the loopback interface. A web page elsewhere can
+    reach it too, by letting its own name point to 127.0.0.1, and is given away by that name.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") in PROBES:
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class SameOrigin:
+    """ASGI: refuses what a page of another site made a browser send, except of ``origins``."""
+
+    def __init__(self, app: ASGIApp, *, origins: Collection[str] = ()) -> None:
+        self.app = app
+        self.origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in PROBES:
+            self._check(Headers(scope=scope), scope)
+        await self.app(scope, receive, send)
+
+    def _check(self, headers: Headers, scope: Scope) -> None:
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        if origin is not None and origin in self.origins:
+            return
+        foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
+        navigation = scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
+        linked = navigation and headers.get("sec-fetch-mode") == "navigate"
+        if foreign or (site not in ("same-origin", "none") and not linked):
+            raise Refusal(
+                403,
+                "cross_origin",
+                "requests from another site's pages are refused: start the server with "
+                "--allow-origin to admit one",
+            )
+
+
+class BodyLimit:
+    """ASGI: bodies of at most ``limit`` bytes, counted as they arrive."""
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        received = 0
+        too_large = Refusal(
+            413,
+            "body_too_large",
+            f"the request is larger than {self.limit / 1e6:g} MB: send smaller or fewer images",
+        )
+        declared = Headers(scope=scope).get("content-length", "0")
+        if not declared.isdigit() or int(declared[:19]) > self.limit:
+            raise too_large
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise too_large
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class HeadAsGet:
+    """ASGI: HEAD works wherever GET does; the server leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+        try:
+            await self.app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _netloc(origin: str) -> str:
+    """HOST[:PORT] of an origin; empty for ``null`` and for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _token(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

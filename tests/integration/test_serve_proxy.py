@@ -1,0 +1,195 @@
+"""The shipped proxy configuration: a real nginx before a real service, and what attacks it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from serving import drawn, make_model, serving
+
+from sphereface2.recognition.service import keys
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+OPENSSL = shutil.which("openssl")
+TEMPLATE = Path(__file__).parents[2] / "deploy" / "proxy" / "nginx.conf.template"
+pytestmark = pytest.mark.skipif(
+    NGINX is None or OPENSSL is None, reason="no nginx or openssl: apt-get install nginx openssl"
+)
+SECONDS = 12.0  # longer than the proxy's patience with slow clients
+
+
+@contextmanager
+def proxy(folder: Path, service: str) -> Iterator[tuple[int, Path]]:
+    """nginx with the shipped configuration: its port and its certificate."""
+    cert, key, run = folder / "cert.pem", folder / "key.pem", folder / "run"
+    subprocess.run(
+        [str(OPENSSL), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=DNS:localhost", "-out", str(cert), "-keyout", str(key)],
+        check=True,
+        capture_output=True,
+    )
+    run.mkdir(mode=0o777)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    configuration = folder / "nginx.conf"
+    values = {
+        "SERVER_NAME": "localhost",
+        "LISTEN": str(port),
+        "SERVICE": service,
+        "CERT": str(cert),
+        "KEY": str(key),
+        "RUN": str(run),
+    }
+    text = TEMPLATE.read_text()
+    for name, value in values.items():
+        text = text.replace(f"${{{name}}}", value)
+    assert not re.findall(r"\$\{[A-Z]", text)
+    configuration.write_text(text)
+    command = [str(NGINX), "-p", str(folder), "-c", str(configuration)]
+    subprocess.run([*command, "-t"], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, "-g", "daemon off;"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(100):
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            time.sleep(0.05)
+        yield port, cert
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path, str]]:
+    """Port and certificate of a proxy before a service, and a key."""
+    folder = tmp_path_factory.mktemp("proxy")
+    folder.chmod(0o755)
+    token = keys.add("desk", folder / "keys.json")
+    options = ["--behind-proxy", "--keys", str(folder / "keys.json"), "--rate", "0"]
+    audit = ["--audit", str(folder / "audit.jsonl"), "--drain-seconds", "0"]
+    with (
+        serving(make_model(folder / "m"), folder / "g.db", *options, *audit) as server,
+        proxy(folder, urlsplit(server.url).netloc) as (port, cert),
+    ):
+        yield port, cert, token
+
+
+def client_of(place: tuple[int, Path, str], address: str = "127.0.0.1") -> httpx.Client:
+    port, cert, token = place
+    return httpx.Client(
+        base_url=f"https://localhost:{port}",
+        headers={"authorization": f"Bearer {token}"},
+        transport=httpx.HTTPTransport(
+            verify=ssl.create_default_context(cafile=str(cert)), local_address=address
+        ),
+        timeout=30,
+    )
+
+
+def test_the_service_works_behind_the_proxy(place: tuple[int, Path, str]) -> None:
+    _, cert, _ = place
+    with client_of(place, "127.0.0.7") as client:
+        page = client.get("/")
+        assert page.status_code == 200 and "strict-transport-security" in page.headers
+        assert client.get("/", headers={"origin": str(client.base_url)}).status_code == 200
+        assert client.get("/metrics").status_code == 404
+        image = {"images": ("x.jpg", drawn(1), "image/jpeg")}
+        answer = client.post("/v1/embed", data={"aligned": "true"}, files=image)
+        assert answer.status_code == 200, answer.text
+        large = client.post("/v1/embed", content=b"\0" * 21_000_000)
+        assert large.status_code == 413
+        forged = client.get("/v1/people", headers={"x-forwarded-for": "192.0.2.1"})
+        assert forged.status_code == 200
+        assert client.get("/v1/people", headers={"authorization": "Bearer x"}).status_code == 401
+        flood = [client.get("/v1/people").status_code for _ in range(150)]
+        assert 429 in flood and set(flood) == {200, 429}
+    lines = (cert.parent / "audit.jsonl").read_text().splitlines()
+    # Whatever a client says of itself, the address is the one that the proxy saw.
+    assert len(lines) > 3 and all('"client": "127.0.0.7"' in line for line in lines)
+
+
+@pytest.mark.slow
+def test_attackers_do_not_slow_others_down(place: tuple[int, Path, str]) -> None:
+    port, cert, _ = place
+    context = ssl.create_default_context(cafile=str(cert))
+
+    def p99(client: httpx.Client, seconds: float) -> float:
+        """Of requests at a pace below the limit of an address."""
+        taken, end = [], time.monotonic() + seconds
+        image = {"images": ("x.jpg", drawn(1), "image/jpeg")}
+        while time.monotonic() < end:
+            started = time.perf_counter()
+            answer = client.post("/v1/embed", data={"aligned": "true"}, files=image)
+            taken.append(time.perf_counter() - started)
+            assert answer.status_code == 200, answer.text
+            time.sleep(0.05)
+        return sorted(taken)[int(0.99 * len(taken))]
+
+    over = threading.Event()
+    statuses: list[int] = []
+
+    def flood() -> None:
+        with client_of(place, "127.0.0.3") as client:
+            while not over.is_set():
+                statuses.append(client.get("/v1/people").status_code)
+                time.sleep(0.005)  # the attacker shares the machine's cores
+
+    def drip(sockets: list[ssl.SSLSocket]) -> None:
+        while not over.wait(1.0):
+            for one in sockets:
+                with suppress(OSError):
+                    one.sendall(b"X")
+
+    def opened(address: str, stack: ExitStack) -> ssl.SSLSocket:
+        plain = socket.create_connection(("localhost", port), 10, source_address=(address, 0))
+        return stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+
+    with client_of(place) as client, ExitStack() as stack:
+        p99(client, 2)
+        quiet = p99(client, SECONDS)
+        heads = [opened(f"127.0.1.{1 + number}", stack) for number in range(40)]
+        for one in heads:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        bodies = [opened(f"127.0.2.{1 + number}", stack) for number in range(40)]
+        for one in bodies:
+            one.sendall(
+                b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100000\r\n\r\n"
+            )
+        idle = [opened(f"127.0.3.{1 + number % 60}", stack) for number in range(300)]
+        threads = [threading.Thread(target=flood) for _ in range(4)]
+        threads += [threading.Thread(target=drip, args=(part,)) for part in (heads, bodies)]
+        for thread in threads:
+            thread.start()
+        attacked = p99(client, SECONDS)
+        over.set()
+        for thread in threads:
+            thread.join()
+        for one in heads:  # cut off: 408 or nothing at all, but closed
+            one.settimeout(15)
+            with suppress(OSError):
+                while one.recv(1000):
+                    pass
+        assert len(idle) == 300
+    share = sum(status == 429 for status in statuses) / len(statuses)
+    print(
+        f"p99 quiet {1000 * quiet:.1f} ms, attacked {1000 * attacked:.1f} ms; {share:.0%} of "
+        f"{len(statuses):,} requests of the flood refused"
+    )
+    assert share > 0.5
+    assert attacked < 2 * quiet + 0.005

@@ -591,13 +591,13 @@ def reembed(
         kept = _source(image.source)
         if kept is not None and Path(kept["path"]).is_file():
             return True
-        return opened.image_crop(person, image.id) is not None
+        return opened.crop(person, image.id) is not None
 
     def crop(person: str, image: Any) -> np.ndarray:
         kept = _source(image.source)
         if kept is not None and Path(kept["path"]).is_file():
             return _look(embedder, Path(kept["path"]), kept["aligned"], "largest")[0].crop
-        if (content := opened.image_crop(person, image.id)) is None:
+        if (content := opened.crop(person, image.id)) is None:
             raise UserError(f"an image of {person!r} has no file and no crop any more")
         return read_image(content)
 

@@ -130,16 +130,16 @@ def verification(
 ) -> None:
     """Accuracy of the first fold's pairs on our crops and on the supplied ones."""
     from sphereface2.backbones import bundle
-    from sphereface2.evaluation.embedding import embed
+    from sphereface2.embedder import Embedder
     from sphereface2.evaluation.verification import pair_scores
 
     net = bundle.load(model, device="cpu")
     count = len(files)
-    embeddings = embed(net, (lfw.images[i] for i in range(len(lfw.images))))
+    embeddings = Embedder(net).embed(lfw.images[i] for i in range(len(lfw.images)))
     supplied = pair_scores(embeddings, lfw.pairs)
     flat = [path for pair in files for path in pair]
     black = np.zeros((112, 112, 3), np.uint8)
-    ours = embed(net, [crops.get(path, black) for path in flat])
+    ours = Embedder(net).embed([crops.get(path, black) for path in flat])
     missed = np.array([[path not in crops for path in pair] for pair in files]).any(axis=1)
     scores = pair_scores(ours, np.arange(2 * count).reshape(-1, 2))
     scores[missed] = -1.0  # no face, no match

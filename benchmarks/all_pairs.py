@@ -15,7 +15,8 @@ import time
 
 import numpy as np
 
-from sphereface2.evaluation.all_pairs import _Tiles, all_pairs_tar
+from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.tiles import Tiles
 
 
 def synthetic(images: int, people: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,15 +49,15 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     order = np.argsort(labels, kind="stable")
-    tiles = _Tiles(rows[order], np.sort(labels).astype(np.int32), args.block, args.workers)
+    tiles = Tiles(rows[order], np.sort(labels).astype(np.int32), args.block, args.workers)
     started = time.perf_counter()
     tiles._run(tiles.all, lambda i, j, scores: None)
     product = time.perf_counter() - started
 
-    pairs = result.genuine + result.impostors
+    pairs = result.genuine + result.impostor
     print(f"{args.images:,} x {args.dim} embeddings, {pairs:,} pairs, {args.workers} threads")
-    for tar in result.tars:
-        print(f"  TAR at FAR {tar.far:g}: {tar.tar:.6f} (threshold {tar.threshold:.6f})")
+    for tar in result.tar:
+        print(f"  TAR at FAR {tar.at:g}: {tar.value:.6f} (threshold {tar.threshold:.6f})")
     print(f"all pairs {counted:.1f} s in {result.passes} pass(es), {pairs / counted / 1e6:.0f} M/s")
     print(f"bare product {product:.1f} s; ratio {counted / product:.2f}")
     print(f"peak resident memory {peak:.2f} GiB")

@@ -18,21 +18,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sphereface2.backbones import bundle
 from sphereface2.data import open_source, split_people
 from sphereface2.data.verification import load_pairs
-from sphereface2.evaluation.calibration import cllr, quality, reliability
-from sphereface2.evaluation.embedding import embed
+from sphereface2.embedder import Embedder
+from sphereface2.evaluation.calibration import Calibration
+from sphereface2.evaluation.pairs import sample_pairs
+from sphereface2.evaluation.reliability import cllr, quality, reliability
+from sphereface2.evaluation.thresholds import FALSE_ACCEPTS
 from sphereface2.evaluation.verification import pair_scores
-from sphereface2.recognition.calibrate import all_pairs_of, shared_bias
-from sphereface2.recognition.calibration import FALSE_ACCEPTS, Calibration
+from sphereface2.recognition.calibrate import MOST_PAIRS, shared_bias
 
 Scored = tuple[np.ndarray, np.ndarray, np.ndarray]
 FARS = (1e-2, 1e-3)
 
 
 def of_people(embeddings: np.ndarray, labels: np.ndarray) -> Scored:
-    pairs, same = all_pairs_of(labels, np.random.default_rng(0))
+    pairs, same = sample_pairs(labels, np.random.default_rng(0), MOST_PAIRS)
     return pair_scores(embeddings, pairs), same, labels[pairs]
 
 
@@ -60,22 +61,20 @@ def judge(table: Table, name: str, fit: Scored, test: Scored, metadata: Mapping[
         found = quality(test[0], test[1], calibration)
         rates = [
             f"{100 * rate:.3g} % ({100 * one.far_ci[0]:.2g}–{100 * one.far_ci[1]:.2g})"
-            for rate, one in zip(
-                found["far"].values(), calibration.thresholds.values(), strict=True
-            )
+            for rate, one in zip(found.far.values(), calibration.thresholds.values(), strict=True)
         ]
         figures = [
-            f"{100 * found['ece']:.2f} %",
-            f"{found['cllr']:.4f}",
-            f"{found['min_cllr']:.4f}",
+            f"{100 * found.ece:.2f} %",
+            f"{found.cllr:.4f}",
+            f"{found.min_cllr:.4f}",
         ]
         table.add_row(name, method, *figures, *rates, *["too few"] * (len(FARS) - len(rates)))
     bias = shared_bias(metadata, test[0], test[1])
     if bias is not None:
-        logits = bias["r"] * (2 * ((test[0] + 1) / 2) ** bias["t"] - 1) + bias["bias"]
+        logits = bias.r * (2 * ((test[0] + 1) / 2) ** bias.t - 1) + bias.bias
         ece = reliability(1 / (1 + np.exp(-logits)), test[1]).ece
         cost = cllr(logits, test[1])
-        rate = f"{100 * bias['far']:.2g} %, TAR {100 * bias['tar']:.1f} %"
+        rate = f"{100 * bias.far:.2g} %, TAR {100 * bias.tar:.1f} %"
         table.add_row("", "-b/r", f"{100 * ece:.2f} %", f"{cost:.4f}", "", rate)
     table.add_section()
 
@@ -94,12 +93,12 @@ def main() -> None:
         embeddings, labels = drawn()
         sets, metadata = {"drawn people": (embeddings, labels)}, {}
     else:
-        net = bundle.load(options.run)
-        metadata = net.metadata
+        embedder = Embedder.load(options.run)
+        metadata = embedder.metadata
         source = open_source(options.data / "celeb50k")
         split = metadata.get("data", {"validation_people": 400, "split_seed": 0})
         held_out = split_people(source, split["validation_people"], split["split_seed"]).validation
-        embeddings = embed(net, (source.read(int(i)) for i in held_out))
+        embeddings = embedder.embed_source(source, held_out)
         labels = source.labels[held_out]
         sets = {"held-out people": (embeddings, labels)}
     for name, (embeddings, labels) in sets.items():
@@ -109,7 +108,7 @@ def main() -> None:
     if options.run is not None:
         lfw = load_pairs(options.data / "lfw.bin", names=options.data / "lfw_pairs.txt")
         assert lfw.people is not None
-        scores = pair_scores(embed(net, lfw.images), lfw.pairs)
+        scores = pair_scores(embedder.embed_pairs(lfw), lfw.pairs)
         people = lfw.people[lfw.pairs]
         first = lfw.folds < 5
         one, two = ((scores[half], lfw.same[half], people[half]) for half in (first, ~first))

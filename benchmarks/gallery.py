@@ -78,9 +78,9 @@ def searches(gallery: Gallery, probes: np.ndarray, known: int, **options) -> tup
     """Who comes first for each probe, the first `known` of which show the people 0, 1, ..."""
     best = [m[0] for m in gallery.search(probes, k=1, **options)]
     right = np.array([i < known and m.person == f"person {i}" for i, m in enumerate(best)])
-    mated = np.arange(len(probes)) < known
+    enrolled = np.arange(len(probes)) < known
     scores = np.array([m.score for m in best], np.float32)
-    found = Searches(mated, scores, np.where(mated, np.where(right, 1, 2), 0))
+    found = Searches(enrolled, scores, np.where(enrolled, np.where(right, 1, 2), 0))
     return [m.person for m in best], found
 
 

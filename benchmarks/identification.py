@@ -36,13 +36,13 @@ def through_gallery(
     gallery: Gallery, rows: np.ndarray, people: np.ndarray, enrolled: set[int]
 ) -> Searches:
     score, rank = np.empty(len(rows), np.float32), np.zeros(len(rows), np.int64)
-    mated = np.array([int(p) in enrolled for p in people])
+    enrolled_probes = np.array([int(p) in enrolled for p in people])
     for i, matches in enumerate(gallery.search(rows, k=max(RANKS))):
         names = [match.person for match in matches]
         place = names.index(str(people[i])) if str(people[i]) in names else None
-        rank[i] = 0 if not mated[i] else len(enrolled) if place is None else place + 1
-        score[i] = matches[place if mated[i] and place is not None else 0].score
-    return Searches(mated, score, rank)
+        rank[i] = 0 if not enrolled_probes[i] else len(enrolled) if place is None else place + 1
+        score[i] = matches[place if enrolled_probes[i] and place is not None else 0].score
+    return Searches(enrolled_probes, score, rank)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
         if not number:
             print(
                 f"{len(rows):,} pictures; {len(enrolled):,} people enrolled with one picture each, "
-                f"{found.mated.sum():,} probes of them, {(~found.mated).sum():,} of "
+                f"{found.enrolled.sum():,} probes of them, {(~found.enrolled).sum():,} of "
                 "people not enrolled"
             )
     names = [f"TPIR at FPIR {f:.0%}" for f in FPIRS] + [f"rank {k}" for k in RANKS]

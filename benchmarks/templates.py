@@ -22,8 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from sphereface2.data import ijb
-from sphereface2.evaluation.suites import score_templates
-from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
+from sphereface2.evaluation.templates import (
+    TemplateAverager,
+    evaluate_templates,
+    template_pair_scores,
+)
 from sphereface2.evaluation.verification import pair_scores
 
 IMAGES, PROBES, GALLERIES, GENUINE = 469_375, 19_593, (1_772, 1_759), 19_557
@@ -121,17 +124,18 @@ def main() -> None:
             f"in {time.perf_counter() - started:.1f} s"
         )
         started = time.perf_counter()
-        report = score_templates(features, found, replicates=1000)
+        report = evaluate_templates(features, found, replicates=1000)
         print(f"every figure {time.perf_counter() - started:.1f} s")
-        one, many = report["verification"], report["identification"]
-        for far, tar in one["tar"].items():
-            print(f"  TAR at FAR {far}: {tar:.6f}")
-        for fpir, tpir in many["tpir"].items():
-            print(f"  TPIR at FPIR {fpir}: {tpir:.6f}")
-        print(f"  rank-1 {many['rank1']:.6f}, rank-10 {many['rank10']:.6f}")
+        pairs = report.verification
+        assert pairs is not None
+        for point in pairs.tar:
+            print(f"  TAR at FAR {point.at:g}: {point.value:.6f}")
+        for point in report.galleries[0].tpir:
+            print(f"  TPIR at FPIR {point.at:g}: {report.mean_tpir(point.at):.6f}")
+        print(f"  rank-1 {report.mean_rank(1):.6f}, rank-10 {report.mean_rank(10):.6f}")
         print(
-            f"peak resident memory {peak():.2f} GiB for {one['pairs']:,} pairs "
-            f"({one['matched']:,} matched) of {len(features):,} x {args.dim} templates"
+            f"peak resident memory {peak():.2f} GiB for {pairs.pairs:,} pairs "
+            f"({pairs.genuine:,} genuine) of {len(features):,} x {args.dim} templates"
         )
 
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from sphereface2.version import __version__
 
 COMMANDS = {
     "fit": "sphereface2.training.command:fit",
-    "evaluate": "sphereface2.evaluation.evaluate:evaluate",
+    "evaluate": "sphereface2.recognition.evaluate:evaluate",
     "calibrate": "sphereface2.recognition.calibrate:calibrate",
     "verify": "sphereface2.recognition.verify:verify",
     "embed": "sphereface2.recognition.features:embed_set",

@@ -21,7 +21,7 @@ from skimage.data import astronaut
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.synthetic import person
-from sphereface2.recognition.calibration import Calibration
+from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition.fingerprint import fingerprint_of
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,10 +15,10 @@ import torch
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.verification import load_pairs
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.evaluation.embedding import embed
-from sphereface2.evaluation.evaluate import evaluate
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
+from sphereface2.recognition.evaluate import evaluate
 
 PEOPLE, IMAGES = 12, 4
 
@@ -80,18 +81,18 @@ def test_json_of_three_layouts_of_one_set(place):
     assert [s["name"] for s in report["sets"]] == ["set", "set_pairs", "list"]
     first = report["sets"][0]
     pair_set = load_pairs(place / "set.bin")
-    e = embed(bundle.load(place / "net"), pair_set.images).astype(np.float64)
+    e = Embedder(bundle.load(place / "net")).embed(pair_set.images).astype(np.float64)
     scores = (e[pair_set.pairs[:, 0]] * e[pair_set.pairs[:, 1]]).sum(1)
     folds = kfold_accuracy(scores, pair_set.same, np.repeat(np.arange(10), 6))
     assert first["accuracy"] == pytest.approx(folds.accuracy)
     assert first["accuracy_std"] == pytest.approx(folds.std)
     assert first["accuracy"] > 0.6  # the people differ in colour: better than a coin
     assert list(first["tar"]) == ["1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6"]
-    assert first["tar"]["1e-1"] == pytest.approx(tar_at_far(scores, pair_set.same, [0.1])[0].tar)
+    assert first["tar"]["1e-1"] == pytest.approx(tar_at_far(scores, pair_set.same, [0.1])[0].value)
     assert first["tar"]["1e-3"] is None
     low, high = first["tar_ci"]["1e-1"]
     assert low <= first["tar"]["1e-1"] <= high
-    assert (first["pairs"], first["matched"], first["people"]) == (60, 30, PEOPLE)
+    assert (first["pairs"], first["genuine"], first["people"]) == (60, 30, PEOPLE)
     for other in report["sets"][1:]:
         for key in ("accuracy", "accuracy_std", "eer", "auc", "people", "tar", "tar_ci"):
             assert other[key] == first[key], key
@@ -106,7 +107,7 @@ def test_tables_all_pairs_and_plots(place, tmp_path):
             *("--pairs", place / "set.bin", "--all-pairs", place / "faces"),
             *("--plots", tmp_path, "--no-flip"),
         )
-        report = evaluate(place / "net", all_pairs=place / "faces", as_json=True)["all_pairs"]
+        report = evaluate(place / "net", all_pairs=place / "faces", as_json=True).all_pairs
     finally:
         (place / "faces" / "P3" / "broken.png").unlink()
     assert done.returncode == 0, done.stderr
@@ -118,19 +119,18 @@ def test_tables_all_pairs_and_plots(place, tmp_path):
         "set_roc.png",
         "set_scores.png",
     ]
-    assert (report["images"], report["unreadable"]) == (PEOPLE * IMAGES, 1)
-    assert "broken.png" in report["unreadable_names"][0]
-    assert report["matched"] == PEOPLE * IMAGES * (IMAGES - 1) // 2
-    assert report["mismatched"] == IMAGES**2 * PEOPLE * (PEOPLE - 1) // 2
+    assert (report.images, report.unreadable) == (PEOPLE * IMAGES, 1)
+    assert "broken.png" in report.unreadable_names[0]
+    assert report.genuine == PEOPLE * IMAGES * (IMAGES - 1) // 2
+    assert report.impostor == IMAGES**2 * PEOPLE * (PEOPLE - 1) // 2
 
     paths = sorted((place / "faces").glob("*/*.png"))
-    e = embed(bundle.load(place / "net"), [p.read_bytes() for p in paths])
+    e = Embedder(bundle.load(place / "net")).embed([p.read_bytes() for p in paths])
     i, j = np.triu_indices(len(paths), 1)
     same = np.array([paths[a].parent == paths[b].parent for a, b in zip(i, j, strict=True)])
-    for tar in tar_at_far((e @ e.T)[i, j], same, [0.1, 0.01]):
-        assert report["tar"][f"1e-{len(str(round(1 / tar.far))) - 1}"] == pytest.approx(
-            tar.tar, abs=0.02
-        )
+    expected = tar_at_far((e @ e.T)[i, j], same, [0.1, 0.01])
+    for found, tar in zip(report.tar, expected, strict=False):
+        assert (found.at, found.value) == (tar.at, pytest.approx(tar.value, abs=0.02))
 
 
 class Attack:
@@ -160,6 +160,8 @@ def test_a_malicious_bin_ends_in_one_sentence_and_runs_nothing(place, tmp_path):
         ({"all_pairs": "absent"}, "absent"),
         ({"pairs": ["short.bin"]}, "too few for 10-fold"),
         ({"pairs": ["unreadable.bin"]}, "unreadable: image 1 of pair 0 cannot be read"),
+        ({"pairs": ["empty.bin"]}, "empty: image 1 of pair 0 cannot be read"),
+        ({"pairs": ["set.bin"], "seed": -1}, "--seed must be an integer ≥ 0, got -1"),
     ],
 )
 def test_mistakes_are_named(place, monkeypatch, options, message):
@@ -168,7 +170,32 @@ def test_mistakes_are_named(place, monkeypatch, options, message):
     (place / "short.bin").write_bytes(pickle.dumps((content[0][:8], content[1][:4])))
     content[0][1] = b"not an image"
     (place / "unreadable.bin").write_bytes(pickle.dumps(content))
+    content[0][1] = np.zeros((0, 0, 3), np.uint8)
+    (place / "empty.bin").write_bytes(pickle.dumps(content))
+    if "pairs" in options:
+        options = options | {"pairs": [Path(path) for path in options["pairs"]]}
+    given = {k: Path(v) if k in ("images", "names", "all_pairs") else v for k, v in options.items()}
     with pytest.raises(UserError, match=message):
-        evaluate("net", **options)
+        evaluate(Path("net"), **given)
     with pytest.raises(UserError, match="nowhere"):
-        evaluate("nowhere", pairs=["set.bin"])
+        evaluate(Path("nowhere"), pairs=[Path("set.bin")])
+
+
+def test_figures_that_say_little_are_noted(place, tmp_path, capsys):
+    """A network whose weights are all 0, and folds of one kind of pair."""
+    network = bundle.load(place / "net")
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    (tmp_path / "zeros").mkdir()
+    bundle.save(network, tmp_path / "zeros")
+    images, same = pickle.loads((place / "set.bin").read_bytes())
+    order = np.argsort(same, kind="stable")
+    images = [images[2 * k + side] for k in order for side in (0, 1)]
+    sorted_set = tmp_path / "sorted.bin"
+    sorted_set.write_bytes(pickle.dumps((images, sorted(same))))
+    found = evaluate(tmp_path / "zeros", pairs=[sorted_set], all_pairs=place / "faces")
+    assert "all pairs have the same score" in found.sets[0].notes[1]
+    assert "10 of 10 folds hold pairs of one kind only" in found.sets[0].notes[2]
+    assert "all images have the same embedding" in found.all_pairs.notes[-1]
+    shown = capsys.readouterr().out
+    assert "all pairs have the same score" in shown and "folds hold pairs of one kind" in shown

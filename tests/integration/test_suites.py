@@ -19,11 +19,11 @@ from sphereface2 import backbones
 from sphereface2.align import TEMPLATE, warp
 from sphereface2.backbones import bundle
 from sphereface2.data import ijb
+from sphereface2.data.suites import SUITES, open_suite
 from sphereface2.data.verification import load_pairs
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.evaluation.embedding import embed
-from sphereface2.evaluation.evaluate import evaluate
-from sphereface2.evaluation.suites import SUITES, open_suite
+from sphereface2.recognition.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def ijb_by_brute_force(root: Path, name: str, letter: str, net: Path, weighted: 
         pixels = cv2.imread(str(root / name.upper() / "loose_crop" / image))[..., ::-1]
         crops[image] = warp(np.ascontiguousarray(pixels), where)
         score_of[image] = float(numbers[10])
-    rows = dict(zip(crops, embed(backbone, crops.values()).astype(np.float64), strict=True))
+    rows = dict(
+        zip(crops, Embedder(backbone).embed(crops.values()).astype(np.float64), strict=True)
+    )
     media: dict[int, dict[int, list[np.ndarray]]] = {}
     for line in (meta / f"{name}_face_tid_mid.txt").read_text().splitlines():
         image, template, medium = line.split()
@@ -187,12 +189,17 @@ def test_ijb_is_what_brute_force_says(net: Path, tmp_path: Path) -> None:
     (report,) = json.loads(done.stdout)["templates"]
     check_ijb(report, ijb_by_brute_force(tmp_path, "ijbc", "G", net, weighted=False))
     assert (report["name"], report["images"], report["templates"]) == ("ijbc", 240, 72)
-    assert (report["verification"]["matched"], report["verification"]["pairs"]) == (48, 1152)
+    assert (report["verification"]["genuine"], report["verification"]["pairs"]) == (48, 1152)
     assert report["verification"]["intervals"]["over"] == "people"
     low, high = report["verification"]["tar_ci"]["1e-1"]
     assert low < report["verification"]["tar"]["1e-1"] < high
     first = report["identification"]["galleries"][0]
-    assert (first["name"], first["people"], first["probes"], first["mated"]) == ("G1", 12, 48, 24)
+    assert (first["name"], first["people"], first["probes"], first["enrolled"]) == (
+        "G1",
+        12,
+        48,
+        24,
+    )
 
 
 def test_ijb_weighted_by_detector_scores_and_names_of_ijbb(
@@ -201,12 +208,12 @@ def test_ijb_weighted_by_detector_scores_and_names_of_ijbb(
     monkeypatch.setenv("COLUMNS", "100")
     write_ijb(tmp_path, "ijbb", letter="S", seed=1)
     report = evaluate(net, suites=["ijbb"], root=tmp_path / "IJBB", detector_weights=True)
-    (weighted,) = report["templates"]
-    check_ijb(weighted, ijb_by_brute_force(tmp_path, "ijbb", "S", net, weighted=True))
+    (weighted,) = report.templates
+    check_ijb(weighted.to_dict(), ijb_by_brute_force(tmp_path, "ijbb", "S", net, weighted=True))
     shown = capsys.readouterr().out
     assert "72 templates of 240 images, weighted by the detector's scores" in shown
     assert "rank-10" in shown and "TPIR at FPIR 1e-1" in shown
-    assert "TAR at FAR 1e-4 and below cannot be told from 1,104 mismatched pairs" in shown
+    assert "TAR at FAR 1e-4 and below cannot be measured with 1,104 impostor pairs" in shown
 
 
 def test_ijb_tells_what_is_missing_or_wrong(net: Path, tmp_path: Path) -> None:
@@ -277,25 +284,29 @@ def test_megaface_is_what_brute_force_says(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{d}.png").write_bytes(png(picture(rng, person(rng))))
     (tmp_path / "distractors" / "broken.png").write_bytes(b"nothing")
-    report = evaluate(net, suites=["megaface"], root=tmp_path)["distractors"][0]
+    report = evaluate(net, suites=["megaface"], root=tmp_path).distractors[0]
     assert "rank-1 by number of distractors" in capsys.readouterr().out
-    assert (report["images"], report["people"], report["searches"]) == (21, 6, 60)
-    assert (report["distractors"], report["unreadable"]) == (130, 1)
-    assert list(report["rank1"]) == ["10", "100", "130"]
+    assert (report.images, report.people, report.searches) == (21, 6, 60)
+    assert (report.distractors, report.unreadable) == (130, 1)
+    rank1 = {rate.at: rate.value for rate in report.rank1}
+    assert list(rank1) == [10, 100, 130]
 
     files = sorted((tmp_path / "probes").rglob("*.png"))
     crowd = [p for p in (tmp_path / "distractors").rglob("*.png") if p.name != "broken.png"]
     backbone = bundle.load(net)
-    e, d = (embed(backbone, [p.read_bytes() for p in ps]).astype(float) for ps in (files, crowd))
+    e, d = (
+        Embedder(backbone).embed([p.read_bytes() for p in ps]).astype(float)
+        for ps in (files, crowd)
+    )
     hits = [
         max(e[i] @ other for other in d) < e[i] @ e[j]
         for i in range(21)
         for j in range(21)
         if i != j and files[i].parent == files[j].parent
     ]
-    assert report["rank1"]["130"] == pytest.approx(np.mean(hits))
-    assert 0.1 < report["rank1"]["130"] < report["rank1"]["10"]
-    assert evaluate(net, suites=["megaface"], root=tmp_path)["distractors"][0] == report
+    assert rank1[130] == pytest.approx(np.mean(hits))
+    assert 0.1 < rank1[130] < rank1[10]
+    assert evaluate(net, suites=["megaface"], root=tmp_path).distractors[0] == report
 
 
 def write_pairs(root: Path, seed: int) -> None:
@@ -314,29 +325,29 @@ def write_pairs(root: Path, seed: int) -> None:
     for name in ("CALFW", "CPLFW"):
         folder = root / name.lower() / "aligned images"
         folder.mkdir(parents=True)
-        matched, mismatched = [], []
+        genuine, impostor = [], []
         for k, (pair, people) in enumerate(zip(images, who, strict=True)):
             files = [f"P{a}_{2 * k + side:04d}.jpg" for side, a in enumerate(people)]
             for file, image in zip(files, pair, strict=True):
                 (folder / file).write_bytes(image)
-            # CALFW marks matched pairs with their fold and lists them first; CPLFW writes 1.
-            mark = (len(matched) + 1 if name == "CALFW" else 1) if same[k] else 0
+            # CALFW marks genuine pairs with their fold and lists them first; CPLFW writes 1.
+            mark = (len(genuine) + 1 if name == "CALFW" else 1) if same[k] else 0
             lines = [f"{file} {mark}\n" for file in files]
-            (matched if same[k] else mismatched).append("".join(lines))
-        (root / name.lower() / f"pairs_{name}.txt").write_text("".join(matched + mismatched))
+            (genuine if same[k] else impostor).append("".join(lines))
+        (root / name.lower() / f"pairs_{name}.txt").write_text("".join(genuine + impostor))
 
 
 def test_combined_is_the_union_of_four_sets(net: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
     report = evaluate(net, suites=["combined", "lfw", "calfw", "cplfw"], root=tmp_path)
-    combined, lfw, calfw, cplfw = report["sets"]
-    assert [s["name"] for s in report["sets"]] == ["combined", "lfw", "calfw", "cplfw"]
-    assert (combined["pairs"], combined["folds"], combined["people"]) == (80, 10, None)
-    assert (calfw["people"], cplfw["people"], lfw["people"]) == (8, 8, None)
+    combined, lfw, calfw, cplfw = report.sets
+    assert [s.name for s in report.sets] == ["combined", "lfw", "calfw", "cplfw"]
+    assert (combined.pairs, combined.folds, combined.people) == (80, 10, None)
+    assert (calfw.people, cplfw.people, lfw.people) == (8, 8, None)
     # The same pairs four times: what does not depend on folds is what one of them gives.
     for other in (combined, calfw, cplfw):
-        assert other["auc"] == pytest.approx(lfw["auc"])
-        assert other["tar"]["1e-1"] == lfw["tar"]["1e-1"]
+        assert other.auc.value == pytest.approx(lfw.auc.value)
+        assert other.tar[0].value == lfw.tar[0].value
     union = open_suite("combined", tmp_path)
     parts = [open_suite(name, tmp_path) for name in ("lfw", "agedb30", "calfw", "cplfw")]
     assert union.folds.tolist() == [f for part in parts for f in part.folds]
@@ -344,7 +355,7 @@ def test_combined_is_the_union_of_four_sets(net: Path, tmp_path: Path) -> None:
         part.images[i] for part in parts for i in part.pairs[:, 1]
     ]
     assert "aligned images" in union.image_name(len(union.images) - 1)
-    for part in parts[2:]:  # each fold has a matched and a mismatched pair
+    for part in parts[2:]:  # each fold has a genuine and an impostor pair
         assert part.folds.tolist() == [*range(10), *range(10)]
         assert part.same.tolist() == [True] * 10 + [False] * 10
 
@@ -409,11 +420,11 @@ def test_a_suite_that_is_not_there_tells_where_it_was_looked_for(name: str, tmp_
     with pytest.raises(UserError, match="no folder"):
         open_suite(name, tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs --root"):
-        evaluate("net", suites=[name])
+        evaluate(Path("net"), suites=[name])
     with pytest.raises(UserError, match="--detector-weights belongs to --suite ijbb"):
-        evaluate("net", suites=[name], root=tmp_path, detector_weights=True)
+        evaluate(Path("net"), suites=[name], root=tmp_path, detector_weights=True)
     with pytest.raises(UserError, match="--root belongs to --suite"):
-        evaluate("net", pairs=["a.bin"], root=tmp_path)
+        evaluate(Path("net"), pairs=[Path("a.bin")], root=tmp_path)
 
 
 def test_lists_of_two_lines_a_pair_that_are_wrong(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
-from sphereface2.evaluation.evaluate import evaluate
+from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition.calibrate import calibrate
-from sphereface2.recognition.calibration import Calibration
+from sphereface2.recognition.evaluate import evaluate
 
 PEOPLE, IMAGES = 20, 5
 
@@ -91,8 +91,8 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
         {
             "name": "faces",
             "pairs": 4950,
-            "matched": PEOPLE * IMAGES * (IMAGES - 1) // 2,
-            "mismatched": 4750,
+            "genuine": PEOPLE * IMAGES * (IMAGES - 1) // 2,
+            "impostor": 4750,
             "people": PEOPLE,
             "fingerprint": open_source(faces).fingerprint(),
             "unreadable": 0,
@@ -111,7 +111,7 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["decision"] == "different"
-    calibration = Calibration.load(net)
+    calibration = Calibration.load(net, fingerprint=stored["model"])
     assert report["threshold"] == calibration.threshold(1e-2) > report["similarity"]
     assert report["llr"] == pytest.approx(float(calibration.llr(report["similarity"])))
     assert report["probability"] == pytest.approx(1 / (1 + np.exp(-report["llr"])))
@@ -154,7 +154,7 @@ def test_a_table_tells_thresholds_and_the_shared_bias(place, net, call):
     done = call("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces",
                "--far", "0.2", "--method", "isotonic")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for told in ("FAR 2e-1", "-b/r = 0.100", "60 matched and 60 mismatched", "isotonic"):
+    for told in ("FAR 2e-1", "-b/r = 0.100", "60 genuine and 60 impostor", "isotonic"):
         assert told in done.stdout
     # The intervals fit into 80 columns.
     assert max(map(len, done.stdout.split("fit: ")[0].splitlines())) <= 80
@@ -164,7 +164,8 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
     place, net, call, tmp_path
 ):
     options = {"pairs": [place / "fit.txt"], "images": place / "faces", "fars": [0.2]}
-    assert "calibration" not in evaluate(net, **{k: options[k] for k in ("pairs", "images")})
+    found = evaluate(net, **{k: options[k] for k in ("pairs", "images")})
+    assert found.sets[0].calibration is None
     calibrate(net, **options)
     both = [place / "fit.txt", place / "test.txt"]
     done = call("evaluate", net, "--pairs", both[0], "--pairs", both[1],
@@ -174,13 +175,13 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
     assert done.stdout.count("fitted on these very pairs") == 1
     assert cv2.imread(str(tmp_path / "plots/test_reliability.png")).shape == (660, 960, 3)
     report = evaluate(net, pairs=both, images=place / "faces", as_json=True)
-    first, second = (one["calibration"] for one in report["sets"])
-    assert (first["fitted_here"], second["fitted_here"]) == (True, False)
-    assert first["far"]["2e-1"] <= 0.2
-    assert first["min_cllr"] <= first["cllr"] < 1
+    first, second = (one.calibration for one in report.sets)
+    assert (first.fitted_here, second.fitted_here) == (True, False)
+    assert first.far[0.2] <= 0.2
+    assert first.min_cllr <= first.cllr < 1
     # Without the mirror image the scores are others.
     report = evaluate(net, pairs=both, images=place / "faces", flip=False, as_json=True)
-    assert "calibration" not in report["sets"][0]
+    assert report.sets[0].calibration is None
 
 
 def test_the_training_set_gives_its_held_out_people_alone(place, net):
@@ -189,14 +190,24 @@ def test_the_training_set_gives_its_held_out_people_alone(place, net):
     loaded = bundle.load(net)
     bundle.save(loaded, net, extra={"data": data})
     report = calibrate(net, all_pairs=[place / "faces"], fars=[0.1], as_json=True)
-    (used,) = report["calibration"]["data"]
-    assert used["people"] == 8
-    assert used["pairs"] == 40 * 39 // 2
-    assert "held out" in used["name"]
-    assert report["shared_bias"] is None
+    (used,) = report.calibration.data
+    assert (used.people, used.pairs) == (8, 40 * 39 // 2)
+    assert "held out" in used.name
+    assert report.shared_bias is None and not report.replaced
     bundle.save(loaded, net, extra={"data": data | {"validation_people": 0}})
     with pytest.raises(UserError, match="trained on everybody"):
         calibrate(net, all_pairs=[place / "faces"], fars=[0.1])
+    for wrong in ({"validation_people": "many"}, {"split_seed": -1}, {"held_out_max_images": 0.5}):
+        bundle.save(loaded, net, extra={"data": data | wrong})
+        with pytest.raises(UserError, match=rf"{next(iter(wrong))} in the model's config.json"):
+            calibrate(net, all_pairs=[place / "faces"], fars=[0.1])
+
+
+def test_a_calibration_that_is_replaced_is_mentioned(place, net, call):
+    words = ("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces")
+    first, second = (call(*words, "--far", "0.2").stdout for _ in range(2))
+    assert "replacing" not in first
+    assert "calibration.json, replacing the calibration that was there" in second
 
 
 def test_without_a_calibration_there_is_a_similarity_and_advice(place, net, call):
@@ -217,7 +228,7 @@ def test_without_a_calibration_there_is_a_similarity_and_advice(place, net, call
         (("calibrate", "net", "--pairs", "absent.bin"), "no verification set absent.bin"),
         (
             ("calibrate", "net", "--all-pairs", "faces", "--far", "1e-3"),
-            "4,750 mismatched pairs are too few for a FAR of 1e-3: 10,000 are needed",
+            "4,750 impostor pairs are too few for a FAR of 1e-3: 10,000 are needed",
         ),
         (("calibrate", "net", "--all-pairs", "faces", "--far", "2"), "between 0 and 1"),
         (

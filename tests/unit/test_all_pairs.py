@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation import all_pairs
-from sphereface2.evaluation.all_pairs import _keys, _Tally, _value, all_pairs_tar
+from sphereface2.evaluation import all_pairs, selection
+from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.selection import Tally, keys_of, value_of
 from sphereface2.evaluation.verification import tar_at_far
 
 FARS = [1.0, 0.5, 0.1, 0.01, 1e-3, 1e-6]
@@ -37,16 +38,16 @@ def test_equal_to_brute_force(data_set, data):
     embeddings, labels = data_set
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(all_pairs, "_SAMPLE", data.draw(st.sampled_from([10, 300, 10**6])))
-        patch.setattr(all_pairs, "_DISTINCT", data.draw(st.sampled_from([2, 30, 10**6])))
-        patch.setattr(all_pairs, "_PENDING", data.draw(st.sampled_from([1, 50, 10**6])))
+        patch.setattr(selection, "_DISTINCT", data.draw(st.sampled_from([2, 30, 10**6])))
+        patch.setattr(selection, "_PENDING", data.draw(st.sampled_from([1, 50, 10**6])))
         found = all_pairs_tar(
             embeddings, labels, FARS, block=data.draw(st.sampled_from([9, 33, 200])), workers=2
         )
     expected = brute_force(embeddings, labels, FARS)
-    assert [t.tar for t in found.tars] == [t.tar for t in expected]
+    assert [t.value for t in found.tar] == [t.value for t in expected]
     i, j = np.triu_indices(len(labels), 1)
     assert found.genuine == (labels[i] == labels[j]).sum()
-    assert found.genuine + found.impostors == len(i)
+    assert found.genuine + found.impostor == len(i)
     scores = embeddings.astype(np.float64) @ embeddings.T
     mates = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
     best_same = np.where(mates, scores, -np.inf).max(1)
@@ -68,10 +69,10 @@ def test_one_pass_and_the_threshold_decides_alike(monkeypatch):
     assert found.passes == 1
     i, j = np.triu_indices(len(labels), 1)
     scores, same = (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
-    for tar, expected in zip(found.tars, tar_at_far(scores, same, FARS[1:5]), strict=True):
-        assert tar.tar == pytest.approx(expected.tar, abs=1e-6)
-        assert np.mean(scores[~same] >= tar.threshold) <= tar.far + 1e-5
-        assert np.mean(scores[same] >= tar.threshold) == pytest.approx(tar.tar, abs=1e-6)
+    for tar, expected in zip(found.tar, tar_at_far(scores, same, FARS[1:5]), strict=True):
+        assert tar.value == pytest.approx(expected.value, abs=1e-6)
+        assert np.mean(scores[~same] >= tar.threshold) <= tar.at + 1e-5
+        assert np.mean(scores[same] >= tar.threshold) == pytest.approx(tar.value, abs=1e-6)
 
 
 def test_neither_seed_nor_threads_nor_tiles_matter(monkeypatch):
@@ -81,7 +82,7 @@ def test_neither_seed_nor_threads_nor_tiles_matter(monkeypatch):
         all_pairs_tar(embeddings, labels, FARS, seed=seed, workers=workers, block=100)
         for seed, workers in [(0, 1), (1, 2), (2, 3)]
     ]
-    assert results[0].tars == results[1].tars == results[2].tars
+    assert results[0].tar == results[1].tar == results[2].tar
 
 
 def test_a_missed_bracket_costs_a_pass_and_no_exactness(monkeypatch):
@@ -90,39 +91,39 @@ def test_a_missed_bracket_costs_a_pass_and_no_exactness(monkeypatch):
 
     def misplaced(searches, *_):
         for k, search in enumerate(searches):
-            low = int(_keys(np.float32([0.9 if k % 2 else -0.9]))[0])
+            low = int(keys_of(np.float32([0.9 if k % 2 else -0.9]))[0])
             search.bracket = (low, low + 5)
 
     expected = all_pairs_tar(embeddings, labels, FARS, block=50)
     monkeypatch.setattr(all_pairs, "_bracket", misplaced)
     found = all_pairs_tar(embeddings, labels, FARS, block=50)
     assert found.passes > 1
-    assert found.tars == expected.tars
+    assert found.tar == expected.tar
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_keys_order_as_floats_do(values):
     scores = np.array(values, np.float32)
-    keys = _keys(scores)
+    keys = keys_of(scores)
     np.testing.assert_array_equal(np.sign(keys[:, None] - keys), np.sign(scores[:, None] - scores))
-    assert [_value(int(key)) for key in keys] == (scores + np.float32(0)).tolist()
+    assert [value_of(int(key)) for key in keys] == (scores + np.float32(0)).tolist()
     with np.errstate(over="ignore"):
-        following = int(_keys(np.nextafter(scores[:1], np.float32(np.inf)))[0])
+        following = int(keys_of(np.nextafter(scores[:1], np.float32(np.inf)))[0])
     assert following == keys[0] + 1
 
 
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=200), st.integers(2, 40))
 def test_a_tally_counts_in_bounded_memory(values, distinct):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(all_pairs, "_DISTINCT", distinct)
-        patch.setattr(all_pairs, "_PENDING", 7)
-        tally = _Tally()
+        patch.setattr(selection, "_DISTINCT", distinct)
+        patch.setattr(selection, "_PENDING", 7)
+        tally = Tally()
         scores = np.array(values, np.float32) / 64
         for part in np.array_split(scores, 5):
             tally.add(part)
         tally.flush()
     assert len(tally.entries) <= distinct
-    entries, counts = np.unique(_keys(scores) >> tally.shift, return_counts=True)
+    entries, counts = np.unique(keys_of(scores) >> tally.shift, return_counts=True)
     np.testing.assert_array_equal(tally.entries, entries)
     np.testing.assert_array_equal(tally.counts, counts)
 
@@ -130,11 +131,11 @@ def test_a_tally_counts_in_bounded_memory(values, distinct):
 def test_intervals_are_over_people():
     embeddings, labels = faces(people=30, noise=1.5)
     found = all_pairs_tar(embeddings, labels, [0.01], replicates=400)
-    low, high = found.tars[0].ci
-    assert low < found.tars[0].tar < high
+    low, high = found.tar[0].ci
+    assert low < found.tar[0].value < high
     # By hand: at the fixed threshold, the s.d. of a ratio of sums over people.
     i, j = np.triu_indices(len(labels), 1)
-    hit = ((embeddings @ embeddings.T)[i, j] >= found.tars[0].threshold)[labels[i] == labels[j]]
+    hit = ((embeddings @ embeddings.T)[i, j] >= found.tar[0].threshold)[labels[i] == labels[j]]
     who = labels[i][labels[i] == labels[j]]
     per_person = np.array([hit[who == p].mean() for p in range(30)])
     assert high - low == pytest.approx(2 * 1.96 * per_person.std() / np.sqrt(30), rel=0.2)
@@ -142,9 +143,9 @@ def test_intervals_are_over_people():
 
 def test_sets_that_cannot_be_scored():
     embeddings = np.eye(4, dtype=np.float32)
-    with pytest.raises(UserError, match="no matched pair"):
+    with pytest.raises(UserError, match="no genuine pair"):
         all_pairs_tar(embeddings, np.arange(4))
-    with pytest.raises(UserError, match="no mismatched pair"):
+    with pytest.raises(UserError, match="no impostor pair"):
         all_pairs_tar(embeddings, np.zeros(4, int))
     with pytest.raises(UserError, match="NaN"):
         all_pairs_tar(embeddings * np.nan, np.array([0, 0, 1, 1]))

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
+from sphereface2.backbones.bundle import fingerprint
 from sphereface2.errors import UserError
-from sphereface2.evaluation.calibration import cllr, min_cllr, quality, reliability
-from sphereface2.recognition.calibrate import all_pairs_of, shared_bias
-from sphereface2.recognition.calibration import Calibration, pairs_needed
-from sphereface2.recognition.fingerprint import fingerprint
+from sphereface2.evaluation.calibration import Calibration, CalibrationSet
+from sphereface2.evaluation.pairs import sample_pairs
+from sphereface2.evaluation.reliability import cllr, min_cllr, quality, reliability
+from sphereface2.evaluation.thresholds import pairs_needed
+from sphereface2.recognition.calibrate import shared_bias
 
 
-def gaussian(matched, mismatched, seed=0):
+def gaussian(genuine, impostor, seed=0):
     """Scores N(0.5, 0.1²) and N(0.1, 0.1²), whose true LLR is 40 (s - 0.3)."""
     rng = np.random.default_rng(seed)
-    same = np.arange(matched + mismatched) < matched
+    same = np.arange(genuine + impostor) < genuine
     return rng.normal(np.where(same, 0.5, 0.1), 0.1), same
 
 
@@ -37,12 +39,12 @@ def fit(scores, same, **options):
 
 
 @pytest.mark.parametrize("method", ["logistic", "isotonic"])
-@pytest.mark.parametrize("matched", [1000, 20_000])
-def test_the_true_llr_is_recovered_whatever_the_share_of_matched_pairs(method, matched):
-    calibration = fit(*gaussian(matched, 20_000), method=method)
+@pytest.mark.parametrize("genuine", [1000, 20_000])
+def test_the_true_llr_is_recovered_whatever_the_share_of_genuine_pairs(method, genuine):
+    calibration = fit(*gaussian(genuine, 20_000), method=method)
     x = np.linspace(0.2, 0.4, 21)
     error = calibration.llr(x) - true_llr(x)
-    limit = {"logistic": 0.3, "isotonic": 1.2}[method] * math.sqrt(20_000 / matched)
+    limit = {"logistic": 0.3, "isotonic": 1.2}[method] * math.sqrt(20_000 / genuine)
     assert np.abs(error).max() < limit
     assert (np.diff(calibration.llr(np.linspace(-1, 1, 999))) >= 0).all()
     # What it costs beyond the truth, on other draws.
@@ -78,7 +80,7 @@ def test_separable_scores_give_a_finite_curve():
         llr = calibration.llr([-1, 0.1, 0.9, 1])
         assert np.isfinite(llr).all()
         assert llr[1] < -2 and llr[2] > 2
-    # Fifty matched pairs above two thousand others speak for no more than that.
+    # Fifty genuine pairs above two thousand others speak for no more than that.
     assert calibration.llr(1.0) < math.log(51 * 2001)
 
 
@@ -101,7 +103,7 @@ def test_probability_is_bayes_rule():
 def test_cllr_of_gaussians_is_the_integral():
     z = np.linspace(-8, 8, 20_001)
     density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    llr = 40 * (0.5 + 0.1 * z - 0.3)  # of matched pairs; of mismatched ones it is the mirror image
+    llr = 40 * (0.5 + 0.1 * z - 0.3)  # of genuine pairs; of impostor pairs it is the mirror image
     expected = np.trapezoid(density * np.log1p(np.exp(-llr)), z) / math.log(2)
     scores, same = gaussian(200_000, 200_000)
     assert cllr(true_llr(scores), same) == pytest.approx(expected, rel=0.03)
@@ -137,7 +139,7 @@ def test_reliability_by_hand():
     p = np.array([0.05, 0.1, 0.9, 1.0, 0.95])
     same = np.array([False, True, True, True, False])
     found = reliability(p, same, bins=2)
-    # Weights: 1/6 a matched pair, 1/4 a mismatched one.
+    # Weights: 1/6 for a genuine pair, 1/4 for an impostor pair.
     low, high = 1 / 4 + 1 / 6, 2 / 6 + 1 / 4
     np.testing.assert_allclose(found.share, [low, high])
     np.testing.assert_allclose(found.observed, [(1 / 6) / low, (2 / 6) / high])
@@ -165,7 +167,7 @@ def test_true_probabilities_are_reliable_and_others_are_not():
 def test_a_far_needs_enough_pairs():
     assert [pairs_needed(far) for far in (0.1, 1e-2, 1e-3, 0.3)] == [100, 1000, 10_000, 34]
     scores, same = gaussian(100, 999)
-    with pytest.raises(UserError, match=r"999 mismatched pairs are too few .* 1e-2: 1,000 are"):
+    with pytest.raises(UserError, match=r"999 impostor pairs are too few .* 1e-2: 1,000 are"):
         fit(scores, same, fars=[0.1, 1e-2])
     fit(*gaussian(100, 1000), fars=[0.1, 1e-2])
     for far in (0, 1, -0.1, math.nan):
@@ -174,7 +176,7 @@ def test_a_far_needs_enough_pairs():
 
 
 def test_thresholds_hold_their_far_and_intervals_cover_the_true_one():
-    """The true threshold of FAR f is 0.1 + 0.1 z(1 - f); 40 sets of 2,000 mismatched pairs."""
+    """The true threshold of FAR f is 0.1 + 0.1 z(1 - f); 40 sets of 2,000 impostor pairs."""
     truth = {0.1: 0.1 + 0.1 * 1.281552, 0.01: 0.1 + 0.1 * 2.326348}
     covered, far_covered = [], []
     for seed in range(40):
@@ -194,7 +196,7 @@ def people_scores(seed, people=60, images=4):
     """All pairs of people of whom some are like everybody: their pairs depend on each other."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(people), images)
-    pairs, same = all_pairs_of(labels, rng)
+    pairs, same = sample_pairs(labels, rng, 10_000)
     likeness = rng.normal(0, 0.08, people)
     mean = np.where(same, 0.6, likeness[labels[pairs]].sum(1))
     return rng.normal(mean, 0.05), same, labels[pairs]
@@ -208,7 +210,7 @@ def test_intervals_over_people_see_that_pairs_share_people():
         scores, same, who = people_scores(seed)
         for over, people in (("people", who), ("pairs", None)):
             found = fit(scores, same, fars=[0.05], people=people)
-            assert found.intervals["over"] == over
+            assert found.intervals.over == over
             low, high = found.thresholds[0.05].ci
             covered[over].append(low <= truth <= high)
             widths[over].append(high - low)
@@ -251,7 +253,7 @@ def test_scores_that_tell_nothing_are_refused():
     scores, same = gaussian(300, 300)
     with pytest.raises(UserError, match="no higher"):
         fit(-scores, same, fars=[0.1])
-    with pytest.raises(UserError, match="logistic or isotonic"):
+    with pytest.raises(UserError, match="one of 'logistic', 'isotonic'"):
         fit(scores, same, fars=[0.1], method="magic")
 
 
@@ -271,18 +273,18 @@ def model(tmp_path_factory):
 def test_a_calibration_survives_its_file(model, method):
     folder, net = model
     assert fingerprint(bundle.load(folder)) == fingerprint(net)
-    data = [{"name": "made", "fingerprint": "abc"}]
+    data = [CalibrationSet("made", 2200, 200, 2000, None, "abc")]
     made = fit(*gaussian(200, 2000), fingerprint=fingerprint(net), method=method, data=data)
     path = made.save(folder)
     assert path.name == "calibration.json"
     assert [p.name for p in folder.iterdir() if p.name.endswith(".tmp")] == []
-    read = Calibration.load(folder)
+    read = Calibration.load(folder, fingerprint=fingerprint(net))
     x = np.linspace(-1, 1, 101)
     np.testing.assert_array_equal(read.llr(x), made.llr(x))
     assert read.to_dict() == made.to_dict()
     assert read.thresholds == made.thresholds
     path.unlink()
-    assert Calibration.load(folder) is None
+    assert Calibration.load(folder, fingerprint=fingerprint(net)) is None
 
 
 def test_an_exported_file_has_its_own_calibration_or_its_checkpoints(model):
@@ -301,15 +303,26 @@ def test_an_exported_file_has_its_own_calibration_or_its_checkpoints(model):
         Calibration.load(exported, fingerprint=fingerprint(net))
     for leftover in (path, exported, folder / "calibration.json"):
         leftover.unlink()
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         ours.save(folder / "absent")
+
+
+def test_the_words_of_older_calibrations_are_read(model):
+    folder, net = model
+    made = fit(*gaussian(200, 2000), fingerprint=fingerprint(net))
+    content = made.to_dict()
+    old = {"name": "a", "pairs": 9, "matched": 4, "mismatched": 5, "people": 3, "fingerprint": "b"}
+    (folder / "calibration.json").write_text(json.dumps(content | {"data": [old]}))
+    found = Calibration.load(folder, fingerprint=fingerprint(net))
+    assert found.data == (CalibrationSet("a", 9, 4, 5, 3, "b"),)
+    (folder / "calibration.json").unlink()
 
 
 def test_another_network_or_a_damaged_file_is_told(model):
     folder, net = model
     fit(*gaussian(200, 2000), fingerprint="0" * 64).save(folder)
     with pytest.raises(UserError, match="another network"):
-        Calibration.load(folder)
+        Calibration.load(folder, fingerprint=fingerprint(net))
     good = fit(*gaussian(200, 2000), fingerprint=fingerprint(net)).to_dict()
     path = folder / "calibration.json"
     for change in (
@@ -327,11 +340,11 @@ def test_another_network_or_a_damaged_file_is_told(model):
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match="calibration"):
-            Calibration.load(folder)
+            Calibration.load(folder, fingerprint=fingerprint(net))
     for text in ("", "{", "[]", "3", "[" * 100_000, json.dumps(good).replace('"f', '"')):
         path.write_text(text)
         with pytest.raises(UserError, match="is damaged"):
-            Calibration.load(folder)
+            Calibration.load(folder, fingerprint=fingerprint(net))
     path.unlink()
 
 
@@ -351,12 +364,12 @@ def test_a_weight_changes_the_fingerprint_and_metadata_does_not(model):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=25), st.integers(1, 40))
-def test_all_pairs_of_is_every_pair_once_or_a_sample_of_them(drawn, most):
+def test_sample_pairs_is_every_pair_once_or_a_sample_of_them(drawn, most):
     labels = np.array(drawn)
     i, j = np.triu_indices(len(labels), 1)
     every = {(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)}
     alike = {(a, b) for a, b in every if labels[a] == labels[b]}
-    pairs, same = all_pairs_of(labels, np.random.default_rng(0), most)
+    pairs, same = sample_pairs(labels, np.random.default_rng(0), most)
     found = [tuple(sorted(pair)) for pair in pairs.tolist()]
     assert len(set(found)) == len(found)
     assert {pair for pair, y in zip(found, same, strict=True) if y} <= alike
@@ -369,7 +382,7 @@ def test_all_pairs_of_is_every_pair_once_or_a_sample_of_them(drawn, most):
 
 def test_many_pairs_are_sampled_evenly():
     labels = np.arange(3000) // 2
-    pairs, same = all_pairs_of(labels, np.random.default_rng(0), 100_000)
+    pairs, same = sample_pairs(labels, np.random.default_rng(0), 100_000)
     assert (same.sum(), (~same).sum()) == (1500, 100_000)
     assert pairs.min() == 0 and pairs.max() == 2999
     # Each image is in as many: 2 · 100,000 / 3,000 a piece.
@@ -382,13 +395,13 @@ def test_the_shared_bias_as_a_threshold():
     scores, same = np.array([0.1, 0.4, 0.6, 0.9]), np.array([False, True, False, True])
     head = {"bias": -20.0, "r": 40.0, "t": 1.0}
     found = shared_bias({"head": head}, scores, same)
-    assert (found["g"], found["similarity"]) == (0.5, 0.5)
-    assert (found["far"], found["tar"]) == (0.5, 0.5)
+    assert (found.g, found.similarity) == (0.5, 0.5)
+    assert (found.far, found.tar) == (0.5, 0.5)
     # g(0.6) = 2 · 0.8³ - 1 = 0.024
     found = shared_bias({"head": {"bias": -0.96, "r": 40, "t": 3}}, scores, same)
-    assert found["similarity"] == pytest.approx(0.6)
-    assert shared_bias({"head": head | {"bias": -80.0}}, scores, same)["far"] == 0
-    assert shared_bias({"head": head | {"bias": 80.0}}, scores, same)["far"] == 1
+    assert found.similarity == pytest.approx(0.6)
+    assert shared_bias({"head": head | {"bias": -80.0}}, scores, same).far == 0
+    assert shared_bias({"head": head | {"bias": 80.0}}, scores, same).far == 1
     for metadata in ({}, {"head": None}, {"head": {"name": "arcface"}}, {"head": head | {"r": 0}}):
         assert shared_bias(metadata, scores, same) is None
 
@@ -397,7 +410,7 @@ def test_quality_counts_what_the_thresholds_accept():
     scores, same = gaussian(300, 3000)
     calibration = fit(scores, same, fars=[0.1, 0.01])
     found = quality(*gaussian(1000, 1000, seed=9), calibration)
-    assert set(found["far"]) == set(found["tar"]) == {"1e-1", "1e-2"}
-    assert found["far"]["1e-1"] == pytest.approx(0.1, abs=0.04)
-    assert found["min_cllr"] <= found["cllr"] < 1
-    assert found["ece"] < 0.05
+    assert set(found.far) == set(found.tar) == {0.1, 0.01}
+    assert found.far[0.1] == pytest.approx(0.1, abs=0.04)
+    assert found.min_cllr <= found.cllr < 1
+    assert found.ece < 0.05

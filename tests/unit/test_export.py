@@ -18,8 +18,8 @@ from sphereface2.align.template import TEMPLATE
 from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import METADATA_KEY, OnnxNetwork
 from sphereface2.data import synthetic
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.evaluation.embedding import embed
 from sphereface2.recognition import export as module
 from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -109,8 +109,8 @@ def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, dr
     if int8:
         quantised = export(folder, to="onnx", int8=True, calibration=drawn)
         assert quantised["bytes"] < 0.6 * path.stat().st_size
-        rows = embed(OnnxNetwork(quantised["path"]), faces(6, seed=2))
-        assert (rows * embed(net, faces(6, seed=2))).sum(1).min() > 0.95
+        rows = Embedder(OnnxNetwork(quantised["path"])).embed(faces(6, seed=2))
+        assert (rows * Embedder(net).embed(faces(6, seed=2))).sum(1).min() > 0.95
 
 
 def test_a_transformer_exports(tmp_path):
@@ -145,9 +145,11 @@ def test_it_stands_in_for_the_backbone(checkpoint, float32):
     assert exported.metadata == net.metadata
     assert fingerprint(exported) == fingerprint(net)
     images = [*faces(3), faces(1)[0][:90]]
-    np.testing.assert_allclose(embed(exported, images), embed(net, images), atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder(exported).embed(images), Embedder(net).embed(images), atol=1e-5
+    )
     rows = FaceEmbedder.from_pretrained(float32).embed(images[:3], aligned=True)
-    np.testing.assert_allclose(rows, embed(net, images[:3]), atol=1e-5)
+    np.testing.assert_allclose(rows, Embedder(net).embed(images[:3]), atol=1e-5)
     with pytest.raises(UserError, match="shape"):
         exported(np.zeros((1, 3, 112, 112), np.float32))
     with pytest.raises(TypeError):

@@ -23,8 +23,8 @@ from sphereface2.align import Face, NoFaceError
 from sphereface2.backbones import bundle
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition import face_embedder as module
-from sphereface2.recognition.calibration import Calibration
 from sphereface2.recognition.face_embedder import FaceEmbedder, _hub_id
 
 

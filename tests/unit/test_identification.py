@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.distractors import evaluate_distractors
 from sphereface2.evaluation.identification import (
-    distractor_rank1,
     rank_k,
     search,
     search_scores,
@@ -19,7 +19,7 @@ FPIRS = (1.0, 0.5, 0.3, 0.1, 0.01)
 
 
 def brute_force(scores, probe_people, columns):
-    """(person, mate's rank or None, {person: score}) of each probe, by dictionaries."""
+    """(person, own rank or None, {person: score}) of each probe, by dictionaries."""
     results = []
     for row, person in zip(scores.tolist(), probe_people, strict=True):
         best = {}
@@ -34,18 +34,18 @@ def brute_force(scores, probe_people, columns):
 
 def check(found, scores, probe_people, columns):
     expected = brute_force(scores, probe_people, columns)
-    mated = [(rank, best[person]) for person, rank, best in expected if rank is not None]
+    enrolled = [(rank, best[person]) for person, rank, best in expected if rank is not None]
     strangers = [max(best.values()) for _, rank, best in expected if rank is None]
-    assert found.mated.tolist() == [rank is not None for _, rank, _ in expected]
+    assert found.enrolled.tolist() == [rank is not None for _, rank, _ in expected]
     assert found.rank.tolist() == [rank or 0 for _, rank, _ in expected]
-    if not mated:
+    if not enrolled:
         for figure in (rank_k, tpir_at_fpir):
             with pytest.raises(UserError, match="nobody to identify"):
                 figure(found)
         return
     for rate in rank_k(found, RANKS):
-        assert rate.value == sum(rank <= rate.at for rank, _ in mated) / len(mated)
-    observed = sorted(strangers + [score for _, score in mated])
+        assert rate.value == sum(rank <= rate.at for rank, _ in enrolled) / len(enrolled)
+    observed = sorted(strangers + [score for _, score in enrolled])
     for rate in tpir_at_fpir(found, FPIRS):
         if not strangers or rate.at < 1 / len(strangers):
             assert (rate.value, rate.threshold) == (None, None)
@@ -55,8 +55,8 @@ def check(found, scores, probe_people, columns):
             if sum(s >= threshold for s in strangers) / len(strangers) <= rate.at:
                 break
         assert rate.threshold == (None if threshold == 2.0 else threshold)
-        accepted = sum(rank == 1 and score >= threshold for rank, score in mated)
-        assert rate.value == accepted / len(mated)
+        accepted = sum(rank == 1 and score >= threshold for rank, score in enrolled)
+        assert rate.value == accepted / len(enrolled)
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_embeddings_are_searched_in_blocks(block):
 
 def test_names_serve_as_people():
     found = search(np.eye(3), ["eve", "ann", "zoe"], np.eye(3)[:2] * 0.5, ["eve", "bob"])
-    assert found.mated.tolist() == [True, False, False]
+    assert found.enrolled.tolist() == [True, False, False]
     assert found.score.tolist() == [0.5, 0.5, 0.0]
     assert [rate.value for rate in tpir_at_fpir(found, [1.0, 0.5, 0.1])] == [1.0, 1.0, None]
 
@@ -130,13 +130,13 @@ def test_what_cannot_be_searched():
 def test_distractors_in_any_blocks(size):
     rng = np.random.default_rng(3)
     base = rng.choice([-1, 1], (6, 64)).astype(np.float32) / 8
-    people = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])  # person 2 has no mate
+    people = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])  # person 2 has one image
     probes = base[people] * np.where(rng.random((10, 64)) < 0.35, -1, 1)
     crowd = rng.choice([-1, 1], (40, 64)).astype(np.float32) / 8
-    found = distractor_rank1(
+    found = evaluate_distractors(
         probes, people, np.split(crowd, range(size, 40, size)), [1, 10, 33, 999], replicates=50
     )
-    assert found.sizes == [1, 10, 33, 40]
+    assert [rate.at for rate in found.rank1] == [1, 10, 33, 40]
     pairs = [(i, j) for i in range(10) for j in range(10) if i != j and people[i] == people[j]]
     assert found.searches == len(pairs) == 20
     for rate in found.rank1:
@@ -151,8 +151,8 @@ def test_distractors_in_any_blocks(size):
 
 def test_crowds_that_hide_nobody():
     with pytest.raises(UserError, match="no distractors"):
-        distractor_rank1(np.eye(2), np.zeros(2), [], [10])
+        evaluate_distractors(np.eye(2), np.zeros(2), [], [10])
     with pytest.raises(UserError, match="two images"):
-        distractor_rank1(np.eye(2), np.arange(2), [np.eye(2)], [1])
+        evaluate_distractors(np.eye(2), np.arange(2), [np.eye(2)], [1])
     with pytest.raises(UserError, match="NaN"):
-        distractor_rank1(np.eye(2), np.zeros(2), [np.eye(2) * np.nan], [1])
+        evaluate_distractors(np.eye(2), np.zeros(2), [np.eye(2) * np.nan], [1])

@@ -4,7 +4,7 @@ import pytest
 from sphereface2.data.verification import PairSet
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.verification import kfold_accuracy
-from sphereface2.study.measure import BINS, describe_pairs, measure_pairs, measure_people
+from sphereface2.study.measure import BINS, bits, describe_pairs, measure_pairs, measure_people
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +23,17 @@ def test_sums_by_person_are_those_of_all_pairs(people):
     same = labels[:, None] == labels
     upper = np.triu(np.ones_like(same), 1)
     impostors = np.sort(scores[upper & ~same])
-    assert found["tar"]["1e-5"] is None  # too few pairs
-    for far in ("1e-2", "1e-3"):
-        threshold = found["threshold"][far]
-        assert (impostors >= threshold).mean() <= float(far)
-        assert sum(found["hits"][far]) / sum(found["genuine"]) == pytest.approx(found["tar"][far])
+    assert found.tar[1e-5] is None  # too few pairs
+    for far in (1e-2, 1e-3):
+        threshold = found.threshold[far]
+        assert (impostors >= threshold).mean() <= far
+        assert sum(found.hits[far]) / sum(found.genuine) == pytest.approx(found.tar[far])
         for person, false, own in zip(
-            np.unique(labels), found["false_accepts"][far], found["own_threshold"][far], strict=True
+            np.unique(labels), found.false_accepts[far], found.own_threshold[far], strict=True
         ):
             others = scores[labels == person][:, labels != person]
             assert false == (others >= threshold).sum()
-            allowed = int(float(far) * others.size)
+            allowed = int(far * others.size)
             if own is None:
                 assert allowed == 0
             else:
@@ -41,13 +41,13 @@ def test_sums_by_person_are_those_of_all_pairs(people):
                 assert best[allowed] < own + 1e-4
                 assert own - 1e-4 < best[allowed - 1]
     expected = all_pairs_tar(embeddings, labels, [0.01])
-    assert found["rank1"] == pytest.approx(expected.rank1)
-    assert found["tar"]["1e-2"] == expected.tars[0].tar
+    assert found.rank1 == pytest.approx(expected.rank1)
+    assert found.tar[1e-2] == expected.tar[0].value
     genuine = scores[upper & same]
-    assert found["genuine_scores"]["mean"] == pytest.approx(genuine.mean(), abs=1e-5)
-    assert found["impostor_scores"]["std"] == pytest.approx(impostors.std(), abs=1e-5)
-    assert found["impostor_scores"]["histogram"] == np.histogram(impostors, BINS)[0].tolist()
-    assert found["genuine_scores"]["histogram"] == np.histogram(genuine, BINS)[0].tolist()
+    assert found.genuine_scores.mean == pytest.approx(genuine.mean(), abs=1e-5)
+    assert found.impostor_scores.std == pytest.approx(impostors.std(), abs=1e-5)
+    assert found.impostor_scores.histogram == np.histogram(impostors, BINS)[0].tolist()
+    assert found.genuine_scores.histogram == np.histogram(genuine, BINS)[0].tolist()
 
 
 def test_verdicts_by_pair_are_those_of_the_protocol():
@@ -56,12 +56,11 @@ def test_verdicts_by_pair_are_those_of_the_protocol():
     same = rng.random(60) < 0.5
     pair_set = PairSet("made", [b""] * 120, pairs, same, np.arange(60) % 10, np.arange(120) // 3)
     scores = same + 0.6 * rng.standard_normal(60)
-    found = measure_pairs(scores, pair_set)
-    right = np.unpackbits(np.frombuffer(bytes.fromhex(found["right"]), np.uint8))[:60]
+    found = measure_pairs(scores, pair_set, "f")
+    right = bits(found.right, 60)
     expected = kfold_accuracy(scores, same, pair_set.folds)
-    assert found["accuracy"] == expected.accuracy
-    assert [right[pair_set.folds == k].mean() for k in range(10)] == found["fold_accuracy"]
-    told = describe_pairs(pair_set)
-    assert np.array_equal(told["people"], pairs // 3)
-    matched = np.unpackbits(np.frombuffer(bytes.fromhex(told["same"]), np.uint8))[:60]
-    assert np.array_equal(matched, same)
+    assert found.accuracy == expected.accuracy
+    assert [right[pair_set.folds == k].mean() for k in range(10)] == found.fold_accuracy
+    facts = describe_pairs(pair_set)
+    assert np.array_equal(facts.people, pairs // 3)
+    assert np.array_equal(bits(facts.same, 60), same)

@@ -14,7 +14,8 @@ from scipy import stats
 
 from sphereface2.data.verification import PairSet
 from sphereface2.errors import UserError
-from sphereface2.study import design, plots, results, runner
+from sphereface2.evaluation.results import to_dict
+from sphereface2.study import design, plots, results, runner, stored
 from sphereface2.study.measure import describe_pairs, measure_pairs, measure_people
 from sphereface2.study.report import write_reports
 from sphereface2.training import config as configuration
@@ -75,10 +76,17 @@ def make(cell: design.Cell, quality: float) -> dict:
         "config": config,
         "data": {"kind": "made", "fingerprint": "a" * 64, "people": 30, "images": 300},
         "environment": [start],
-        "training": {"steps": 12},
+        "training": {
+            "steps": 12,
+            "images": 384,
+            "seconds": 2.0,
+            "images_per_second": 192.0,
+            "ranks": 1,
+            "unreadable": [],
+        },
         "validation": {"1e-1": 0.5, "1e-3": cell.changed.get("head.m", 0.1)},
-        "test": measure_people(rows, labels),
-        "pairs": [{"fingerprint": "b" * 64, **measure_pairs(scores, PAIRS)}],
+        "test": to_dict(measure_people(rows, labels)),
+        "pairs": [to_dict(measure_pairs(scores, PAIRS, "b" * 64))],
         "cpu_seconds": 900.0,
     }
 
@@ -90,9 +98,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "study.yaml").write_text(yaml.safe_dump(TREE, allow_unicode=True, sort_keys=False))
     study = design.load(folder / "study.yaml")
     cells = folder / "cells"
-    (cells / "sets").mkdir(parents=True)
-    described = json.dumps(describe_pairs(PAIRS))
-    (cells / "sets" / f"{'b' * 64}.json").write_text(described)
+    cells.mkdir()
+    stored.write_facts(cells / stored.SETS, "b" * 64, describe_pairs(PAIRS))
 
     def put(cell: design.Cell) -> None:
         (cells / cell.key).mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sphereface2.evaluation.bootstrap import draws, ratios
 from sphereface2.study import statistics
 from sphereface2.study.statistics import Figure, contrast, gini, half_width
 
@@ -33,12 +34,12 @@ def test_difference_over_people_is_that_of_a_loop_that_draws_people():
     people, seeds = 30, (0, 1)
     trials = rng.integers(0, 20, people)
     hits = {(arm, s): rng.binomial(trials, 0.6 + 0.1 * arm) for arm in (0, 1) for s in seeds}
-    counts = statistics.draw(people)
+    counts = next(draws(people, 2000))
     figures = [
         {
             s: Figure(
                 hits[arm, s].sum() / trials.sum(),
-                statistics.ratios(counts, hits[arm, s], trials),
+                ratios(counts, hits[arm, s], trials),
                 "test people",
             )
             for s in seeds
@@ -66,24 +67,11 @@ def test_people_drawn_differently_are_not_compared():
     assert contrast((1, {0: a}), (-1, {0: Figure(0.4, None, "these")})).people is None
 
 
-def test_pairs_count_as_often_as_their_people_are_drawn():
-    people = np.array([[0, 0], [0, 1], [1, 2], [2, 2]])
-    same = people[:, 0] == people[:, 1]
-    drawn = np.random.default_rng(0).integers(3, size=(5, 3))
-    expected = []
-    for chosen in drawn:
-        times = [list(chosen).count(p) for p in range(3)]
-        expected.append([times[a] if a == b else times[a] * times[b] for a, b in people.tolist()])
-    counts = statistics.draw(3, replicates=5)
-    np.testing.assert_array_equal(statistics.pair_weights(counts, same, people), expected)
-    np.testing.assert_array_equal(statistics.pair_weights(counts, same[:3], None), counts)
-
-
 def test_spreads_of_resamples_are_those_of_the_drawn_values():
     rng = np.random.default_rng(2)
     values = rng.exponential(size=12)
     values[3] = np.nan
-    counts = statistics.draw(12, replicates=40)
+    counts = next(draws(12, 40))
     full = np.nan_to_num(values)
     for row, spread, share in zip(
         counts.astype(int),

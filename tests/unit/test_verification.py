@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import (
     allowed_accepts,
     auc,
-    bootstrap,
+    curve_intervals,
     eer,
-    far_key,
     kfold_accuracy,
     pair_scores,
     roc,
@@ -104,15 +104,15 @@ def test_tar_at_far_is_brute_force(pairs, far):
     scores, same = pairs
     (found,) = tar_at_far(scores, same, [far])
     if far < 1 / (~same).sum():
-        assert found.tar is None
+        assert found.value is None
         return
     fitting = [t for t in np.unique(scores) if np.mean(scores[~same] >= t) <= far]
     if fitting:
         assert found.threshold == min(fitting)
-        assert found.tar == np.mean(scores[same] >= min(fitting))
+        assert found.value == np.mean(scores[same] >= min(fitting))
     else:
         assert found.threshold is None
-        assert found.tar == 0
+        assert found.value == 0
 
 
 @given(st.integers(1, 10**7), st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 0.29, 0.7]))
@@ -146,7 +146,7 @@ def test_pair_scores_are_cosines():
 def test_sets_that_cannot_be_scored():
     with pytest.raises(UserError, match="at least 10"):
         kfold_accuracy(np.zeros(9), np.ones(9, bool), np.zeros(9, int))
-    with pytest.raises(UserError, match="only one kind"):
+    with pytest.raises(UserError, match="only genuine pairs"):
         eer(np.zeros(9), np.ones(9, bool))
     with pytest.raises(ValueError, match="finite"):
         tar_at_far(np.array([np.nan, 1]), np.array([True, False]))
@@ -173,42 +173,41 @@ def clustered(people=50, images=4, seed=0):
 def test_bootstrap_weights_are_copies_of_people():
     """One replicate, done by hand: copy each person as often as drawn, score all pairs."""
     scores, same, who = clustered(people=12)
-    found = bootstrap(scores, same, [0.1], people=who, replicates=1, seed=3)
+    found = curve_intervals(scores, same, [0.1], people=who, replicates=1, seed=3)
     copies = np.random.default_rng(3).integers(12, size=12)
     table = {}
     for s, (a, b) in zip(scores, who, strict=True):
         table.setdefault((a, b), []).append(s)
-    matched = [s for a in copies for s in table[(a, a)]]
-    mismatched = [
+    genuine = [s for a in copies for s in table[(a, a)]]
+    impostor = [
         s
         for i, a in enumerate(copies)
         for b in copies[i + 1 :]
         if a != b
         for s in table[(min(a, b), max(a, b))]
     ]
-    all_scores = np.array(matched + mismatched)
-    kind = np.arange(len(all_scores)) < len(matched)
-    assert found.tar[0][0] == pytest.approx(tar_at_far(all_scores, kind, [0.1])[0].tar)
+    all_scores = np.array(genuine + impostor)
+    kind = np.arange(len(all_scores)) < len(genuine)
+    assert found.tar[0][0] == pytest.approx(tar_at_far(all_scores, kind, [0.1])[0].value)
     assert found.auc[0] == pytest.approx(auc(all_scores, kind))
     assert found.eer[0] == pytest.approx(eer(all_scores, kind))
 
 
 def test_people_give_wider_intervals_than_their_many_pairs():
     scores, same, who = clustered()
-    over_people = bootstrap(scores, same, [0.1], people=who, replicates=200)
-    over_pairs = bootstrap(scores, same, [0.1], replicates=200)
-    assert (over_people.over, over_pairs.over) == ("people", "pairs")
+    over_people = curve_intervals(scores, same, [0.1], people=who, replicates=200)
+    over_pairs = curve_intervals(scores, same, [0.1], replicates=200)
     for a, b in [(over_people.tar[0], over_pairs.tar[0]), (over_people.auc, over_pairs.auc)]:
         assert a[1] - a[0] > 1.3 * (b[1] - b[0])
 
 
 def test_over_pairs_the_interval_is_the_binomial_one():
-    """TAR at a FAR fixed by many mismatched pairs is a share of independent matched ones."""
+    """TAR at a FAR fixed by many impostor pairs is a share of independent genuine ones."""
     rng = np.random.default_rng(0)
     same = np.arange(5000) < 400
     scores = rng.standard_normal(5000) + 1.5 * same
-    tar = tar_at_far(scores, same, [0.1])[0].tar
-    low, high = bootstrap(scores, same, [0.1], replicates=500).tar[0]
+    tar = tar_at_far(scores, same, [0.1])[0].value
+    low, high = curve_intervals(scores, same, [0.1], replicates=500).tar[0]
     width = 2 * 1.96 * np.sqrt(tar * (1 - tar) / 400)
     assert low < tar < high
     assert high - low == pytest.approx(width, rel=0.25)
@@ -216,21 +215,21 @@ def test_over_pairs_the_interval_is_the_binomial_one():
 
 def test_bootstrap_is_seeded_and_gives_none_where_the_set_cannot_tell():
     scores, same, who = clustered(people=10, images=2)
-    first = bootstrap(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
-    assert first == bootstrap(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
-    assert first != bootstrap(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=2)
+    first = curve_intervals(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
+    assert first == curve_intervals(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
+    assert first != curve_intervals(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=2)
     assert first.tar[1] is None
 
 
 @pytest.mark.slow
 def test_coverage_of_the_intervals():
     """95 % intervals over people hold the truth about that often; over pairs far less often."""
-    truth = np.mean([tar_at_far(*clustered(400, 4, s)[:2], [0.1])[0].tar for s in range(20)])
+    truth = np.mean([tar_at_far(*clustered(400, 4, s)[:2], [0.1])[0].value for s in range(20)])
     hits = np.zeros(2)
     for seed in range(100, 200):
         scores, same, who = clustered(seed=seed)
         for k, people in enumerate([who, None]):
-            low, high = bootstrap(scores, same, [0.1], people=people, replicates=200).tar[0]
+            low, high = curve_intervals(scores, same, [0.1], people=people, replicates=200).tar[0]
             hits[k] += low <= truth <= high
     assert hits[0] >= 88
     assert hits[1] <= 85

@@ -4,10 +4,10 @@ N embeddings make N(N-1)/2 pairs: too many to store, and a FAR of 1e-6 asks for 
 exact rank among billions. The scores are computed tile by tile and selected as they pass:
 
 1. A sample of pairs brackets, for each FAR, the score at the wanted rank.
-2. One pass over all tiles counts the mismatched scores above each bracket and tallies those inside
+2. One pass over all tiles counts the impostor scores above each bracket and tallies those inside
    it by value. If a bracket missed, or held more distinct values than the tally keeps apart, it is
    replaced by the interval now known to hold the score and the pass repeated (rarely needed).
-3. The tiles that hold matched pairs are computed again and compared with the exact bounds.
+3. The tiles that hold genuine pairs are computed again and compared with the exact bounds.
 
 A tile's scores are the same float32 numbers whenever it is computed, so the passes agree.
 """
@@ -16,130 +16,72 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
-from threading import Event, Lock
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import FARS, Tar, allowed_accepts, ratio_intervals
+from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.results import OperatingPoint, Resampling, unmeasured
+from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
+from sphereface2.evaluation.tiles import Tiles, one_thread
+from sphereface2.evaluation.verification import FARS, allowed_accepts
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
-_DISTINCT = 1 << 20  # values that a tally keeps apart
-_PENDING = 1 << 21  # scores that it sorts at a time
-_LOWEST, _HIGHEST = -(2**31) + 2**23 + 1, 2**31 - 2**23  # the finite floats' keys, end excluded
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through the loaded libraries, once
-
-
-def _keys(scores: np.ndarray) -> np.ndarray:
-    """Finite float32 scores as int64 that order alike and are consecutive for neighbours."""
-    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # + 0 makes -0.0 one with 0.0
-    return np.where(bits >= 0, bits, -(2**31) - bits)
-
-
-def _value(key: int) -> np.float32:
-    """The float32 of a key; infinity for the end of the range."""
-    if key >= _HIGHEST:
-        return np.float32(np.inf)
-    return np.float32(np.int32(key if key >= 0 else -(2**31) - key).view(np.float32))
-
-
-class _Tally:
-    """Counts of scores by value in bounded memory.
-
-    When there are more distinct values than ``_DISTINCT``, neighbouring ones are counted together:
-    an entry e then stands for the keys from ``e << shift`` up to ``(e + 1) << shift``, exclusive.
-    """
-
-    def __init__(self) -> None:
-        self.shift = 0
-        self.entries = np.zeros(0, np.int64)
-        self.counts = np.zeros(0, np.int64)
-        self._pending: list[np.ndarray] = []
-        self._waiting = 0
-
-    def add(self, scores: np.ndarray) -> None:
-        self._pending.append(scores)
-        self._waiting += len(scores)
-        if self._waiting >= _PENDING:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._waiting:
-            return
-        keys, counts = np.unique(_keys(np.concatenate(self._pending)), return_counts=True)
-        self._pending, self._waiting = [], 0
-        self.entries = np.concatenate([self.entries, keys >> self.shift])
-        self.counts = np.concatenate([self.counts, counts])
-        self._merge()
-        while len(self.entries) > _DISTINCT:
-            self.shift += 1
-            self.entries >>= 1
-            self._merge()
-
-    def _merge(self) -> None:
-        order = np.argsort(self.entries, kind="stable")
-        entries = self.entries[order]
-        starts = np.flatnonzero(np.concatenate([[True], entries[1:] != entries[:-1]]))
-        self.entries, self.counts = entries[starts], np.add.reduceat(self.counts[order], starts)
-
-
-@dataclass
-class _Search:
-    """The search for the score at one rank: it is known to lie in keys [low, high)."""
-
-    rank: int  # the wanted score has exactly this many mismatched scores before it, from the top
-    low: int = _LOWEST
-    high: int = _HIGHEST
-    bracket: tuple[int, int] = (_LOWEST, _HIGHEST)
-    above: int = 0
-    tally: _Tally = field(default_factory=_Tally)
-    bound: np.float32 | None = None
-
-    def conclude(self) -> None:
-        """After a pass: settle the bound, or narrow the interval for the next pass."""
-        self.tally.flush()
-        before = self.above + np.cumsum(self.tally.counts[::-1])  # down to each entry, inclusive
-        if self.above > self.rank:
-            self.low = self.bracket[1]
-        elif len(before) == 0 or before[-1] <= self.rank:
-            self.high = self.bracket[0]
-        else:
-            entry = int(self.tally.entries[::-1][np.searchsorted(before, self.rank, side="right")])
-            if self.tally.shift == 0:
-                self.bound = _value(entry)
-            self.low = max(self.low, self.bracket[0], entry << self.tally.shift)
-            self.high = min(self.high, self.bracket[1], (entry + 1) << self.tally.shift)
-        self.bracket = (self.low, self.high)
-        self.above, self.tally = 0, _Tally()
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """All-pairs result.
+    """TAR at FAR over all pairs.
 
     Attributes:
-        tars: one `Tar` a FAR; ``threshold`` is the float32 next above the highest mismatched score
+        tar: one point a FAR; its threshold is the float32 next above the highest impostor score
             that must be rejected.
-        genuine: number of matched pairs.
-        impostors: number of mismatched pairs.
+        genuine, impostor: numbers of pairs.
         passes: how often all tiles were computed (1 unless a bracket had to be replaced).
         rank1: share of probes whose nearest other image shows the same person, each image of a
             person with several being a probe once (a tie with somebody else is a miss).
     """
 
-    tars: list[Tar]
+    tar: list[OperatingPoint]
     genuine: int
-    impostors: int
+    impostor: int
     passes: int
     rank1: float
+
+
+@dataclass(frozen=True)
+class AllPairsResult:
+    """The figures of all pairs of a labelled set.
+
+    Attributes:
+        name: of the set.
+        images, people: that were compared.
+        pairs: ``genuine`` and ``impostor`` ones.
+        tar: at each FAR.
+        rank1: share of images whose nearest other image shows the same person.
+        unreadable: images left out; ``unreadable_names`` has the first of them.
+        notes: what could not be measured, and what makes figures doubtful.
+        intervals: how those of ``tar`` were made, or None.
+        plots: files written.
+        path: where the set lies.
+    """
+
+    name: str
+    images: int
+    people: int
+    pairs: int
+    genuine: int
+    impostor: int
+    tar: tuple[OperatingPoint, ...]
+    rank1: float
+    unreadable: int
+    unreadable_names: tuple[str, ...]
+    notes: list[str]
+    intervals: Resampling | None = None
+    plots: tuple[str, ...] = ()
+    path: str | None = None
 
 
 def all_pairs_tar(
@@ -175,94 +117,94 @@ def all_pairs_tar(
         progress: called with the share of the work done since the last call.
 
     Raises:
-        UserError: no matched or no mismatched pair, or embeddings that are not finite.
+        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+
+    >>> found = all_pairs_tar(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
+    >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
+    (2, 8, 1.0, 1.0)
     """
+    rows, people = _sorted_rows(embeddings, labels)
+    per_person = np.bincount(people).astype(np.int64)
+    pairs_of = per_person * (per_person - 1) // 2
+    genuine = int(pairs_of.sum())
+    impostors = len(rows) * (len(rows) - 1) // 2 - genuine
+    if not genuine or not impostors:
+        kind = "genuine" if not genuine else "impostor"
+        raise UserError(
+            f"the {len(rows)} images of {len(per_person)} people make no {kind} pair: "
+            "all-pairs evaluation needs two people and a person with two images"
+        )
+    if block < 1 or not all(0 < far <= 1 for far in fars):
+        raise ValueError(f"block must be at least 1 and FARs in (0, 1], got {block}, {fars}.")
+    if workers is None:
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        workers = len(usable) or os.cpu_count() or 1
+    tiles = Tiles(rows, people, block, workers)
+    ranks = [allowed_accepts(far, impostors) for far in fars]
+    found, passes = _scores_at(ranks, tiles, impostors, seed, progress)
+    # The highest impostor score that must be rejected: none when all may be accepted.
+    bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
+    hits = tiles.genuine_hits(bounds, len(per_person))
+    cis = ratio_intervals(hits, pairs_of, replicates, seed)
+    points = []
+    for far, k, bound, hit, ci in zip(fars, ranks, bounds, hits, cis, strict=True):
+        if not k:
+            points.append(OperatingPoint(far, None))
+            continue
+        next_above = float(np.nextafter(bound, np.float32(np.inf))) if bound > -np.inf else -1.0
+        points.append(OperatingPoint(far, float(hit.sum() / genuine), ci, next_above))
+    probes = per_person[people] > 1
+    rank1 = float(np.mean(tiles.nearest_same[probes] > tiles.nearest_other[probes]))
+    return AllPairs(points, genuine, impostors, passes, rank1)
+
+
+def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings, float32, and people numbered from 0, sorted by person."""
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"embeddings (N, d) and labels (N,) are needed, not {embeddings.shape}, {labels.shape}."
         )
-    if block < 1:
-        raise ValueError(f"block must be at least 1, not {block}.")
     people = np.unique(labels, return_inverse=True)[1].astype(np.int32)
     order = np.argsort(people, kind="stable")
-    people, rows = people[order], embeddings[order].astype(np.float32, copy=False)
+    rows = embeddings[order].astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
         raise UserError("the embeddings hold NaN or infinite values")
-    per_person = np.bincount(people).astype(np.int64)
-    genuine = int((per_person * (per_person - 1) // 2).sum())
-    impostors = len(rows) * (len(rows) - 1) // 2 - genuine
-    if not genuine or not impostors:
-        kind = "matched" if not genuine else "mismatched"
-        raise UserError(
-            f"the {len(rows)} images of {len(per_person)} people make no {kind} pair: "
-            "all-pairs evaluation needs two people and a person with two images"
-        )
+    return rows, people[order]
 
-    ranks = []
-    for far in fars:
-        if not 0 < far <= 1:
-            raise ValueError(f"a FAR lies in (0, 1], not {far}.")
-        ranks.append(allowed_accepts(far, impostors))
-    searches = {k: _Search(k) for k in set(ranks) if 0 < k < impostors}
-    with _blas().limit(limits=1, user_api="blas"):  # many small products
-        _bracket(list(searches.values()), rows, people, impostors, np.random.default_rng(seed))
 
-    if workers is None:
-        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        workers = len(usable) or os.cpu_count() or 1
-    tiles = _Tiles(rows, people, block, workers)
+def _scores_at(
+    ranks: Sequence[int],
+    tiles: Tiles,
+    impostors: int,
+    seed: int,
+    progress: Callable[[float], None] | None,
+) -> tuple[dict[int, float], int]:
+    """The impostor score at each rank from the top, and how many passes over all tiles it took."""
+    searches = {k: Search(k) for k in set(ranks) if 0 < k < impostors}
+    with one_thread():  # many small products
+        _bracket(list(searches.values()), tiles, impostors, np.random.default_rng(seed))
     passes = 0
-    while (open_searches := [s for s in searches.values() if s.bound is None]) or not passes:
+    while (unsettled := [s for s in searches.values() if s.bound is None]) or not passes:
         passes += 1
-        tiles.count(open_searches, progress if passes == 1 else None)
-        for search in open_searches:
+        tiles.count(unsettled, progress if passes == 1 else None)
+        for search in unsettled:
             search.conclude()
-
-    # The highest mismatched score that must be rejected: none when all may be accepted.
-    found = {k: float(s.bound) for k, s in searches.items() if s.bound is not None}
-    bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
-    hits = tiles.genuine_hits(bounds, len(per_person))
-    pairs_of = per_person * (per_person - 1) // 2
-    intervals = (
-        ratio_intervals(hits, pairs_of, replicates, np.random.default_rng(seed))
-        if replicates
-        else None
-    )
-    tars = []
-    for i, far in enumerate(fars):
-        if ranks[i] == 0:
-            tars.append(Tar(far, None, None))
-            continue
-        tars.append(
-            Tar(
-                far,
-                float(hits[i].sum() / genuine),
-                float(np.nextafter(bounds[i], np.float32(np.inf))) if bounds[i] > -np.inf else -1.0,
-                None if intervals is None else intervals[i],
-            )
-        )
-    probes = per_person[people] > 1
-    rank1 = float(np.mean(tiles.nearest_same[probes] > tiles.nearest_other[probes]))
-    return AllPairs(tars, genuine, impostors, passes, rank1)
+    return {k: float(s.bound) for k, s in searches.items() if s.bound is not None}, passes
 
 
 def _bracket(
-    searches: list[_Search],
-    rows: np.ndarray,
-    people: np.ndarray,
-    impostors: int,
-    rng: np.random.Generator,
+    searches: list[Search], tiles: Tiles, impostors: int, rng: np.random.Generator
 ) -> None:
     """Place each bracket where a sample says the wanted score lies, wide enough to hold it."""
-    n = len(rows)
     if impostors <= _SAMPLE:
         return  # the tally alone holds about as much
     # Small random squares of the score matrix: a row serves few pairs, yet each is a product.
-    side = min(64, n // 2)
+    rows, people = tiles.rows, tiles.people
+    side = min(64, len(rows) // 2)
     sample = []
     for _ in range(-(-_SAMPLE // side**2)):
-        drawn = rng.choice(n, size=2 * side, replace=False, shuffle=False)
+        drawn = rng.choice(len(rows), size=2 * side, replace=False, shuffle=False)
         i, j = drawn[:side], drawn[side:]
         sample.append((rows[i] @ rows[j].T)[people[i, None] != people[j]])
     scores = np.sort(np.concatenate(sample))[::-1]
@@ -272,124 +214,76 @@ def _bracket(
         # are not independent. A miss costs a second pass, nothing else.
         margin = 6 * np.sqrt(at) + 0.03 * at + 12
         first, last = int(at - margin), int(at + margin)
-        keys = _keys(scores[[max(first, 0), min(last, len(scores) - 1)]])
+        keys = keys_of(scores[[max(first, 0), min(last, len(scores) - 1)]])
         search.bracket = (
-            int(keys[1]) if last < len(scores) else _LOWEST,
-            int(keys[0]) + 1 if first >= 0 else _HIGHEST,
+            int(keys[1]) if last < len(scores) else LOWEST,
+            int(keys[0]) + 1 if first >= 0 else HIGHEST,
         )
 
 
-class _Tiles:
-    """The upper triangle of the score matrix, block by block, shared out to threads.
+def evaluate_all_pairs(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    *,
+    name: str = "all pairs",
+    unreadable: Sequence[str] = (),
+    fars: Sequence[float] = FARS,
+    replicates: int = 0,
+    seed: int = 0,
+    plots: str | Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> AllPairsResult:
+    """Every figure of all pairs of a labelled set; `all_pairs_tar` says how and what it needs.
 
-    Rows are sorted by person, so matched pairs lie in the few tiles along the diagonal.
+    Args:
+        name: of the set.
+        unreadable: names of images that were left out.
+        plots: folder for ``NAME_all_pairs_roc.png``.
+
+    >>> rows = np.eye(3)[[0, 0, 1, 1, 2]]
+    >>> evaluate_all_pairs(rows, np.array([7, 7, 8, 8, 9]), fars=[0.5, 0.1]).notes
+    ['TAR at FAR 1e-1 and below cannot be measured with 8 impostor pairs']
     """
+    curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
+    found = all_pairs_tar(
+        embeddings,
+        labels,
+        [*fars, *curve],
+        seed=seed,
+        replicates=replicates,
+        progress=progress,
+    )
+    tar = tuple(found.tar[: len(fars)])
+    notes = unmeasured("TAR at FAR", tar, found.impostor, "impostor pairs")
+    if (embeddings == embeddings[0]).all():
+        notes.append(
+            "all images have the same embedding, as a network whose weights are all 0 gives them"
+        )
+    result = AllPairsResult(
+        name=name,
+        images=len(labels),
+        people=len(np.unique(labels)),
+        pairs=found.genuine + found.impostor,
+        genuine=found.genuine,
+        impostor=found.impostor,
+        tar=tar,
+        rank1=found.rank1,
+        unreadable=len(unreadable),
+        unreadable_names=tuple(unreadable[:20]),
+        notes=notes,
+        intervals=(
+            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
+        ),
+    )
+    if plots is None:
+        return result
+    from sphereface2.evaluation.plots import plot_roc  # matplotlib is slow to import
 
-    def __init__(self, rows: np.ndarray, people: np.ndarray, block: int, workers: int) -> None:
-        self.rows, self.people = rows, people
-        self.block, self.workers = min(block, len(rows)), workers
-        self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
-        starts = range(0, len(rows), self.block)
-        self.all = [(i, j) for i in starts for j in starts if j >= i]
-        self.mixed = [(i, j) for i, j in self.all if self._holds_matched(i, j)]
-        self.nearest_other = np.full(len(rows), -np.inf, np.float32)
-        self.nearest_same = np.full(len(rows), -np.inf, np.float32)
-
-    def _holds_matched(self, i: int, j: int) -> bool:
-        last_of_i = min(i + self.block, len(self.people)) - 1
-        return bool(self.people[last_of_i] >= self.people[j])
-
-    def _matched(self, i: int, j: int) -> np.ndarray:
-        return self.people[i : i + self.block, None] == self.people[None, j : j + self.block]
-
-    def _run(
-        self,
-        tiles: list[tuple[int, int]],
-        work: Callable[[int, int, np.ndarray], None],
-        progress: Callable[[float], None] | None = None,
-    ) -> None:
-        """Call ``work(i, j, scores)`` for every tile; it runs in several threads at once."""
-        queue, lock, stop = iter(tiles), Lock(), Event()
-
-        def worker() -> None:
-            buffer = np.empty(self.block * self.block, np.float32)
-            while not stop.is_set():
-                with lock:
-                    tile = next(queue, None)
-                if tile is None:
-                    return
-                i, j = tile
-                a, b = self.rows[i : i + self.block], self.rows[j : j + self.block]
-                scores = buffer[: len(a) * len(b)].reshape(len(a), len(b))
-                work(i, j, np.matmul(a, b.T, out=scores))
-                if progress is not None:
-                    with lock:
-                        progress(1 / len(tiles))
-
-        # One thread a tile, each with a sequential product: the counting then runs in parallel too.
-        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
-            try:
-                for future in [pool.submit(worker) for _ in range(self.workers)]:
-                    future.result()
-            finally:
-                stop.set()
-
-    @staticmethod
-    def _keep_best(best: np.ndarray, i: int, j: int, scores: np.ndarray) -> None:
-        for start, found in ((i, scores.max(axis=1)), (j, scores.max(axis=0))):
-            np.maximum(best[start : start + len(found)], found, best[start : start + len(found)])
-
-    def count(
-        self, searches: list[_Search], progress: Callable[[float], None] | None = None
-    ) -> None:
-        """Count mismatched scores above each search's bracket and tally those inside it.
-
-        On the way, each row's best mismatched score goes to ``nearest_other``.
-        """
-        lock = Lock()
-        searches = sorted(searches, key=lambda search: search.bracket[0])
-        edges = [tuple(_value(key) for key in search.bracket) for search in searches]
-        mixed = set(self.mixed)
-
-        def work(i: int, j: int, scores: np.ndarray) -> None:
-            if (i, j) in mixed:
-                scores[self._matched(i, j)] = -np.inf
-            if i == j:
-                scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
-            with lock:
-                self._keep_best(self.nearest_other, i, j, scores)
-            left = scores.ravel()
-            for search, (low, high) in zip(searches, edges, strict=True):
-                left = left[left >= low]
-                inside = left[left < high]
-                with lock:
-                    search.above += len(left) - len(inside)
-                    search.tally.add(inside)
-
-        self._run(self.all, work, progress)
-
-    def genuine_hits(self, bounds: np.ndarray, people: int) -> np.ndarray:
-        """Matched pairs that score above each bound, by person: int64 (bounds, people).
-
-        On the way, each row's best matched score goes to ``nearest_same``.
-        """
-        lock = Lock()
-        hits = np.zeros((len(bounds), people), np.int64)
-
-        def work(i: int, j: int, scores: np.ndarray) -> None:
-            matched = self._matched(i, j)
-            if i == j:
-                matched &= self.upper[: len(scores), : len(scores)]
-            values = scores[matched]
-            scores[~matched] = -np.inf
-            with lock:
-                self._keep_best(self.nearest_same, i, j, scores)
-            who = np.repeat(self.people[i : i + self.block], np.count_nonzero(matched, axis=1))
-            first = int(self.people[i])
-            for bound, total in zip(bounds, hits, strict=True):
-                found = np.bincount(who[values > bound] - first)
-                with lock:
-                    total[first : first + len(found)] += found
-
-        self._run(self.mixed, work)
-        return hits
+    measured = [point for point in found.tar[len(fars) :] if point.value is not None]
+    path = Path(plots) / f"{name}_all_pairs_roc.png"
+    plot_roc(
+        {name: (np.array([p.at for p in measured]), np.array([p.value for p in measured], float))},
+        path,
+        title=f"{name}: ROC of all {result.pairs:,} pairs",
+    )
+    return replace(result, plots=(str(path),))

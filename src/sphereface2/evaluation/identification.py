@@ -1,26 +1,29 @@
 """Identification metrics: who in a gallery is this, if anybody.
 
 A probe is searched in a gallery of people. A person's score is the highest inner product of the
-probe with one of their gallery embeddings. A probe is *mated* if its person is in the gallery; its
-*rank* is then one more than the number of other people who score at least as high as its mate, so
-that a tie counts as a miss. Closed-set figures look at mated probes only; open-set ones ask for a
-threshold too, which the probes of people outside the gallery must not reach.
+probe with one of their gallery embeddings. A probe is *enrolled* if its person is in the gallery;
+its *rank* is then one more than the number of other people who score at least as high as its own
+person, so that a tie counts as a miss. Closed-set figures look at enrolled probes only; open-set
+ones ask for a threshold too, which the probes of people outside the gallery must not reach.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import allowed_accepts, ratio_intervals
+from sphereface2.evaluation.bootstrap import Interval, ratio_intervals
+from sphereface2.evaluation.results import FLAT, OperatingPoint, Rate, Resampling, unmeasured
+from sphereface2.evaluation.verification import error_bounds
 
 RANKS = (1, 5, 10)
 FPIRS = (1e-1, 1e-2, 1e-3)
 _SCORES = 1 << 24  # that a block of probes makes with the gallery
+People = Sequence[str] | Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -28,40 +31,46 @@ class Searches:
     """What the searches of Q probes in one gallery gave.
 
     Attributes:
-        mated: bool (Q,), whether the probe's person is in the gallery.
-        score: float32 (Q,), the mate's score where mated, elsewhere the best score of anybody.
-        rank: int64 (Q,), the mate's rank, 1 is best; 0 where there is no mate.
+        enrolled: bool (Q,), whether the probe's person is in the gallery.
+        score: float32 (Q,), the own person's score where enrolled, elsewhere the best of anybody.
+        rank: int64 (Q,), the own person's rank, 1 is best; 0 where not enrolled.
     """
 
-    mated: np.ndarray
+    enrolled: np.ndarray
     score: np.ndarray
     rank: np.ndarray
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Share of mated probes identified, under one condition.
+class GalleryResult:
+    """Identification in one gallery.
 
     Attributes:
-        at: the rank k or the FPIR that the figure belongs to.
-        value: 0 to 1; None where the set cannot tell (an FPIR below one probe without a mate in all
-            of them).
-        threshold: of an FPIR: the smallest observed score at which the FPIR is at most ``at``; None
-            where no score qualifies.
-        ci: bounds of the 95 % bootstrap interval, or None.
+        name: of the gallery.
+        templates, people: in the gallery.
+        probes: searched in it; ``enrolled`` of them are of its people.
+        rank: share of the enrolled probes whose own person has at most rank k, a rate for each k.
+        tpir: at each FPIR.
+        notes: what could not be measured.
+        intervals: how those of ``rank`` and ``tpir`` were made, or None.
     """
 
-    at: float
-    value: float | None
-    threshold: float | None = None
-    ci: tuple[float, float] | None = None
+    name: str
+    templates: int
+    people: int
+    probes: int
+    enrolled: int
+    rank: tuple[Rate, ...] = field(metadata=FLAT)
+    tpir: tuple[OperatingPoint, ...]
+    notes: list[str]
+    intervals: Resampling | None = None
 
 
 def search(
     probes: np.ndarray,
-    probe_people: Sequence[str] | Sequence[int] | np.ndarray,
+    probe_people: People,
     gallery: np.ndarray,
-    gallery_people: Sequence[str] | Sequence[int] | np.ndarray,
+    gallery_people: People,
     *,
     block: int | None = None,
 ) -> Searches:
@@ -79,6 +88,10 @@ def search(
 
     Raises:
         UserError: the gallery is empty, or embeddings are not finite.
+
+    >>> found = search(np.eye(3), ["a", "b", "x"], np.eye(3)[:2], ["a", "b"])
+    >>> found.enrolled.tolist(), found.rank.tolist()
+    ([True, True, False], [1, 1, 0])
     """
     probes, gallery = (np.asarray(e).astype(np.float32, copy=False) for e in (probes, gallery))
     order = np.argsort(gallery_people, kind="stable")
@@ -90,12 +103,12 @@ def search(
     )
 
 
-def search_scores(
-    scores: np.ndarray,
-    probe_people: Sequence[str] | Sequence[int] | np.ndarray,
-    gallery_people: Sequence[str] | Sequence[int] | np.ndarray,
-) -> Searches:
-    """`search` for scores (Q, M) that are already there; a person may have several columns."""
+def search_scores(scores: np.ndarray, probe_people: People, gallery_people: People) -> Searches:
+    """`search` for scores (Q, M) that are already there; a person may have several columns.
+
+    >>> search_scores(np.array([[0.2, 0.9]]), ["a"], ["a", "b"]).rank
+    array([2])
+    """
     scores = np.asarray(scores)
     order = np.argsort(gallery_people, kind="stable")
     return _searches(
@@ -110,9 +123,9 @@ def _searches(
     if not len(columns):
         raise UserError("the gallery is empty: there is nobody to search for")
     people, starts = np.unique(columns, return_index=True)
-    mate = np.minimum(np.searchsorted(people, probe_people), len(people) - 1)
-    mated = people[mate] == probe_people
-    score, rank = np.empty(len(mated), np.float32), np.zeros(len(mated), np.int64)
+    own_column = np.minimum(np.searchsorted(people, probe_people), len(people) - 1)
+    enrolled = people[own_column] == probe_people
+    score, rank = np.empty(len(enrolled), np.float32), np.zeros(len(enrolled), np.int64)
     done = 0
     for scores in blocks:
         if not np.isfinite(scores).all():
@@ -120,13 +133,13 @@ def _searches(
         if len(people) < len(columns):
             scores = np.maximum.reduceat(scores, starts, axis=1)
         part = slice(done, done + len(scores))
-        own = np.take_along_axis(scores, mate[part, None], axis=1)
-        score[part] = np.where(mated[part], own[:, 0], scores.max(axis=1))
-        rank[part] = np.where(mated[part], np.count_nonzero(scores >= own, axis=1), 0)
+        own = np.take_along_axis(scores, own_column[part, None], axis=1)
+        score[part] = np.where(enrolled[part], own[:, 0], scores.max(axis=1))
+        rank[part] = np.where(enrolled[part], np.count_nonzero(scores >= own, axis=1), 0)
         done += len(scores)
-    if done != len(mated):
-        raise ValueError(f"{done} probes have scores and {len(mated)} have a person.")
-    return Searches(mated, score, rank)
+    if done != len(enrolled):
+        raise ValueError(f"{done} probes have scores and {len(enrolled)} have a person.")
+    return Searches(enrolled, score, rank)
 
 
 def rank_k(
@@ -137,9 +150,9 @@ def rank_k(
     replicates: int = 0,
     seed: int = 0,
 ) -> list[Rate]:
-    """Closed-set identification: the share of mated probes whose mate has at most rank k.
+    """Closed-set identification: the share of enrolled probes whose own person has at most rank k.
 
-    Probes without a mate are left out of account.
+    Probes of people outside the gallery are left out of account.
 
     Args:
         ranks: each 1 or more.
@@ -148,12 +161,16 @@ def rank_k(
         seed: of the bootstrap.
 
     Raises:
-        UserError: no probe has a mate.
+        UserError: no probe is enrolled.
+
+    >>> found = search(np.eye(3), [0, 1, 2], np.eye(3)[[0, 2, 1]], [0, 1, 2])
+    >>> [round(rate.value, 2) for rate in rank_k(found, [1, 3])]
+    [0.33, 1.0]
     """
-    ranked = _mates_ranks(found)
-    hits = [ranked <= k for k in ranks]
-    cis = _cis(found, hits, people, replicates, seed)
-    return [Rate(k, float(h.mean()), None, ci) for k, h, ci in zip(ranks, hits, cis, strict=True)]
+    own_ranks = _own_ranks(found)
+    hits = [own_ranks <= k for k in ranks]
+    cis = _intervals(found, hits, people, replicates, seed)
+    return [Rate(k, float(h.mean()), ci) for k, h, ci in zip(ranks, hits, cis, strict=True)]
 
 
 def tpir_at_fpir(
@@ -163,148 +180,86 @@ def tpir_at_fpir(
     people: np.ndarray | None = None,
     replicates: int = 0,
     seed: int = 0,
-) -> list[Rate]:
+) -> list[OperatingPoint]:
     """Open-set identification: TPIR at each FPIR, exact on the observed scores.
 
-    At a threshold t, FPIR is the share of probes without a mate whose best score is at least t, and
-    TPIR is the share of mated probes whose mate has rank 1 and scores at least t (IJB's
-    definition). The threshold for an FPIR f is the smallest observed score with FPIR <= f: with k
-    the largest number of probes without a mate that f allows, the searches accepted are those that
-    score strictly above the (k+1)-th highest best score of such probes. An FPIR below
-    1 / (number of such probes), k = 0, cannot be measured on this set and its value is None.
+    At a threshold t, FPIR is the share of probes of people outside the gallery whose best score is
+    at least t, and TPIR is the share of enrolled probes whose own person has rank 1 and scores at
+    least t (IJB's definition). The threshold for an FPIR f is the smallest observed score with
+    FPIR <= f. An FPIR below 1 / (number of probes of people outside) cannot be measured on the set
+    and its TPIR is None.
 
     Args:
         fpirs: each in (0, 1].
         people, replicates, seed: as in `rank_k`; thresholds are held fixed in the bootstrap.
 
     Raises:
-        UserError: no probe has a mate.
+        UserError: no probe is enrolled.
+
+    >>> scores = np.array([[0.9, 0.1], [0.2, 0.3], [0.5, 0.4]])
+    >>> found = search_scores(scores, [0, 1, 2], [0, 1])
+    >>> [(point.value, point.threshold) for point in tpir_at_fpir(found, [1.0, 0.5])]
+    [(1.0, 0.30000001192092896), (None, None)]
     """
-    strangers = np.sort(found.score[~found.mated])[::-1]
-    observed = np.sort(found.score)
-    first = _mates_ranks(found) == 1
-    rates, hits = [], []
-    for fpir in fpirs:
-        if not 0 < fpir <= 1:
-            raise ValueError(f"an FPIR lies in (0, 1], not {fpir}.")
-        k = allowed_accepts(fpir, len(strangers))
-        bound = strangers[k] if k < len(strangers) else -np.inf
-        hits.append(first & (found.score[found.mated] > bound))
-        if k == 0:
-            rates.append(Rate(fpir, None))
-            continue
-        above = np.searchsorted(observed, bound, side="right")
-        threshold = float(observed[above]) if above < len(observed) else None
-        rates.append(Rate(fpir, float(hits[-1].mean()), threshold))
-    cis = _cis(found, hits, people, replicates, seed)
+    first, own_scores = _own_ranks(found) == 1, found.score[found.enrolled]
+    bounds = error_bounds(fpirs, found.score[~found.enrolled], found.score)
+    hits = [first & (own_scores > bound) for _, bound, _ in bounds]
+    cis = _intervals(found, hits, people, replicates, seed)
     return [
-        rate if rate.value is None else Rate(rate.at, rate.value, rate.threshold, ci)
-        for rate, ci in zip(rates, cis, strict=True)
+        OperatingPoint(fpir, float(hit.mean()), ci, threshold) if k else OperatingPoint(fpir, None)
+        for fpir, (k, _, threshold), hit, ci in zip(fpirs, bounds, hits, cis, strict=True)
     ]
 
 
-def _mates_ranks(found: Searches) -> np.ndarray:
-    if not found.mated.any():
+def _own_ranks(found: Searches) -> np.ndarray:
+    if not found.enrolled.any():
         raise UserError("no probe shows a person of the gallery: there is nobody to identify")
-    return found.rank[found.mated]
+    return found.rank[found.enrolled]
 
 
-def _cis(
+def _intervals(
     found: Searches,
     hits: list[np.ndarray],
     people: np.ndarray | None,
     replicates: int,
     seed: int,
-) -> Sequence[tuple[float, float] | None]:
-    if not replicates:
-        return [None] * len(hits)
-    who = np.arange(len(found.mated)) if people is None else np.asarray(people)
-    who = np.unique(who[found.mated], return_inverse=True)[1]
+) -> list[Interval | None]:
+    who = np.arange(len(found.enrolled)) if people is None else np.asarray(people)
+    who = np.unique(who[found.enrolled], return_inverse=True)[1]
     counted = np.stack([np.bincount(who, weights=hit) for hit in hits])
-    return ratio_intervals(counted, np.bincount(who), replicates, np.random.default_rng(seed))
+    return ratio_intervals(counted, np.bincount(who), replicates, seed)
 
 
-@dataclass(frozen=True)
-class Distractors:
-    """Rank-1 identification against a growing crowd.
-
-    Attributes:
-        sizes: the numbers of distractors.
-        rank1: one rate a size; ``at`` is the size.
-        searches: how many pairs of a probe and a mate were tried at each size.
-    """
-
-    sizes: list[int]
-    rank1: list[Rate]
-    searches: int
-
-
-def distractor_rank1(
+def evaluate_gallery(
+    name: str,
     probes: np.ndarray,
-    people: np.ndarray,
-    distractors: Iterable[np.ndarray],
-    sizes: Sequence[int],
+    probe_people: np.ndarray,
+    gallery: np.ndarray,
+    gallery_people: np.ndarray,
     *,
     replicates: int = 0,
     seed: int = 0,
-) -> Distractors:
-    """MegaFace's identification: does a probe find its mate among N strangers?
+) -> GalleryResult:
+    """Every figure of the searches of probes in one gallery; arguments as in `search`, `rank_k`.
 
-    For each ordered pair of two images of a person, one is searched in a gallery of the other and
-    the first N distractors; it is found if the mate scores strictly above all of them. Distractors
-    are taken block by block and forgotten; for each probe only its best score is kept.
-
-    Args:
-        probes: float32 (Q, d), rows of length 1.
-        people: (Q,); who has one image only is left out.
-        distractors: blocks (n, d) of embeddings of other people.
-        sizes: the N wanted, each at least 1; those beyond the number of distractors are dropped,
-            and that number itself is always told.
-        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over the probes'
-            people, the distractors held fixed.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: nobody has two images, there are no distractors, or embeddings are not finite.
+    >>> found = evaluate_gallery("G", np.eye(3), np.arange(3), np.eye(3)[:2], np.arange(2))
+    >>> found.enrolled, found.rank[0].value, found.notes
+    (2, 1.0, ['TPIR at FPIR 1e-1 and below cannot be measured with 1 probes of people outside G'])
     """
-    people = np.unique(people, return_inverse=True)[1]
-    best = np.full(len(probes), -np.inf, np.float32)
-    ends = sorted(set(sizes))
-    reached: dict[int, np.ndarray] = {}
-    seen = 0
-    rows = max(1, _SCORES // max(1, len(probes)))
-    for whole in distractors:
-        # Cut where a size is reached, so that each snapshot is of exactly N distractors.
-        cuts = {n - seen for n in ends if seen < n < seen + len(whole)}
-        edges = sorted({*range(0, len(whole), rows), *cuts, len(whole)})
-        for start, stop in pairwise(edges):
-            top = (probes @ whole[start:stop].T).max(axis=1)
-            if not np.isfinite(top).all():
-                raise UserError("the embeddings hold NaN or infinite values")
-            np.maximum(best, top, out=best)
-            if seen + stop in ends:
-                reached[seen + stop] = best.copy()
-        seen += len(whole)
-    if not seen:
-        raise UserError("there are no distractors to hide a mate among")
-    reached[seen] = best
-    told = sorted(reached)
-    hits = np.zeros((len(told), int(people.max(initial=-1)) + 1), np.int64)
-    trials = np.zeros(hits.shape[1], np.int64)
-    for person in range(hits.shape[1]):
-        own = np.flatnonzero(people == person)
-        scores = probes[own] @ probes[own].T
-        others = ~np.eye(len(own), dtype=bool)
-        trials[person] = others.sum()
-        for row, size in zip(hits, told, strict=True):
-            row[person] = np.count_nonzero((scores > reached[size][own, None]) & others)
-    if not trials.sum():
-        raise UserError("no person among the probes has two images: there is no mate to find")
-    cis: Sequence[tuple[float, float] | None] = [None] * len(told)
-    if replicates:
-        cis = ratio_intervals(hits, trials, replicates, np.random.default_rng(seed))
-    rates = [
-        Rate(size, float(row.sum() / trials.sum()), None, ci)
-        for size, row, ci in zip(told, hits, cis, strict=True)
-    ]
-    return Distractors(told, rates, int(trials.sum()))
+    found = search(probes, probe_people, gallery, gallery_people)
+    options: dict[str, Any] = {"people": probe_people, "replicates": replicates, "seed": seed}
+    tpir = tuple(tpir_at_fpir(found, **options))
+    outside = int(np.count_nonzero(~found.enrolled))
+    return GalleryResult(
+        name=name,
+        templates=len(gallery),
+        people=len(np.unique(gallery_people)),
+        probes=len(probes),
+        enrolled=len(probes) - outside,
+        rank=tuple(rank_k(found, **options)),
+        tpir=tpir,
+        notes=unmeasured("TPIR at FPIR", tpir, outside, f"probes of people outside {name}"),
+        intervals=(
+            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: ROC curves and score histograms, as PNG.
+"""Plots of an evaluation: ROC curves and score histograms, as PNG.
 
 Other reports draw with the same colours and `panels`.
 """
@@ -15,12 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
-from sphereface2.evaluation.calibration import Reliability
+from sphereface2.evaluation.reliability import Reliability
 from sphereface2.evaluation.verification import roc
 from sphereface2.files import atomic_write
 
 COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#b8860b", "#444444")
-MATCHED, MISMATCHED, INK, GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
+GENUINE, IMPOSTOR, INK, GRID = "#2a6f97", "#c8553d", "#333333", "#dddddd"
 
 
 def panels(
@@ -31,7 +31,7 @@ def panels(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[FigureCanvasAgg, list[Axes]]:
-    """A picture of ``size`` inches with a panel a title, row by row."""
+    """A figure of ``size`` inches with a panel for each title, row by row."""
     # A Figure of its own, outside pyplot: no global state, no window, safe in threads.
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -48,7 +48,7 @@ def panels(
 
 
 def write(canvas: FigureCanvasAgg, path: Path) -> None:
-    """Write the picture as PNG; its folder is made."""
+    """Write the figure as PNG; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     canvas.print_png(content)
@@ -58,7 +58,7 @@ def write(canvas: FigureCanvasAgg, path: Path) -> None:
 def plot_roc(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, *, title: str = "ROC"
 ) -> None:
-    """TAR over FAR on a logarithmic FAR axis, one curve a name: ``{name: (far, tar)}``.
+    """TAR over FAR on a logarithmic FAR axis, one curve for each name: ``{name: (far, tar)}``.
 
     Points at FAR 0 are left out. The axis starts at the smallest FAR that a curve resolves.
     """
@@ -82,8 +82,8 @@ def plot_roc(
     axes.set_ylim(0, 1.01)
     axes.xaxis.set_major_locator(LogLocator(numticks=12))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("FAR: mismatched pairs accepted", color=INK)
-    axes.set_ylabel("TAR: matched pairs accepted", color=INK)
+    axes.set_xlabel("FAR: impostor pairs accepted", color=INK)
+    axes.set_ylabel("TAR: genuine pairs accepted", color=INK)
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     if len(curves) > 1:
@@ -99,13 +99,13 @@ def plot_scores(
     threshold: float | None = None,
     title: str = "Scores",
 ) -> None:
-    """Histograms of the matched and the mismatched scores, each summing to one."""
+    """Histograms of the genuine and the impostor scores, each summing to one."""
     canvas, (axes,) = panels([title])
     low, high = float(scores.min()), float(scores.max())
     bins = np.linspace(low, high if high > low else low + 1e-6, 61).tolist()
     for chosen, colour, name in (
-        (~same, MISMATCHED, "mismatched"),
-        (same, MATCHED, "matched"),
+        (~same, IMPOSTOR, "impostor"),
+        (same, GENUINE, "genuine"),
     ):
         count = int(chosen.sum())
         if count:
@@ -133,13 +133,13 @@ def plot_scores(
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("cosine similarity", color=INK)
-    axes.set_ylabel("share of pairs a bin", color=INK)
+    axes.set_ylabel("share of pairs in a bin", color=INK)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
     write(canvas, Path(path))
 
 
 def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reliability") -> None:
-    """Share of matched pairs over the probability told, with the share of pairs a bin below."""
+    """Share of genuine pairs over the predicted probability, with the share of pairs in bins."""
     canvas, (axes,) = panels([title])
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1.2, linestyle=(0, (4, 3)))
     axes.errorbar(
@@ -147,7 +147,7 @@ def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reli
         found.observed,
         # Wilson's interval may end a rounding error short of the share itself.
         yerr=np.maximum([found.observed - found.low, found.high - found.observed], 0),
-        color=MATCHED,
+        color=GENUINE,
         marker="o",
         markersize=4.5,
         linewidth=1.6,
@@ -167,8 +167,8 @@ def plot_reliability(found: Reliability, path: str | Path, *, title: str = "Reli
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("probability told (both kinds of pair equally frequent)", color=INK)
-    axes.set_ylabel("share of matched pairs", color=INK)
+    axes.set_xlabel("predicted probability (both kinds of pair equally frequent)", color=INK)
+    axes.set_ylabel("share of genuine pairs", color=INK)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     write(canvas, Path(path))
 

@@ -1,10 +1,85 @@
-"""Templates: one feature for several images of a person, and the scores of pairs of them."""
+"""Templates, one feature for several images of a person: IJB's 1:1 and 1:N figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from sphereface2.data.ijb import TemplateSet
+from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.identification import RANKS, GalleryResult, evaluate_gallery
+from sphereface2.evaluation.results import OperatingPoint, Resampling, far_key, to_dict, unmeasured
+from sphereface2.evaluation.verification import tar_at_far
+
+
+@dataclass(frozen=True)
+class TemplatePairsResult:
+    """1:1 verification of templates.
+
+    Attributes:
+        pairs: ``genuine`` and ``impostor`` ones.
+        tar: at each FAR.
+        notes: what could not be measured.
+        intervals: how those of ``tar`` were made, or None.
+    """
+
+    pairs: int
+    genuine: int
+    impostor: int
+    tar: tuple[OperatingPoint, ...]
+    notes: list[str]
+    intervals: Resampling | None = None
+
+
+@dataclass(frozen=True)
+class TemplatesResult:
+    """IJB-B's or IJB-C's figures.
+
+    Attributes:
+        name: of the set.
+        images, templates: counts.
+        detector_weights: whether images were weighted by the detector's scores.
+        verification: 1:1, or None where its file is absent.
+        galleries: 1:N, a result for each gallery; empty where its files are absent.
+        notes: what is left out, and why.
+        path: where the set lies.
+    """
+
+    name: str
+    images: int
+    templates: int
+    detector_weights: bool
+    verification: TemplatePairsResult | None
+    galleries: tuple[GalleryResult, ...]
+    notes: list[str]
+    path: str | None = None
+
+    def mean_rank(self, k: int) -> float:
+        """Rank-k identification, mean over the galleries."""
+        return float(np.mean([r.value for g in self.galleries for r in g.rank if r.at == k]))
+
+    def mean_tpir(self, fpir: float) -> float | None:
+        """TPIR at an FPIR, mean over the galleries; None where one cannot measure it."""
+        values = [point.value for g in self.galleries for point in g.tpir if point.at == fpir]
+        return None if None in values else float(np.mean(np.array(values, float)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: ``identification`` holds the means and ``galleries``, or is None."""
+        found = to_dict(self)
+        galleries = found.pop("galleries")
+        found["identification"] = None
+        if galleries:
+            found["identification"] = {
+                **{f"rank{k}": self.mean_rank(k) for k in RANKS},
+                "tpir": {
+                    far_key(point.at): self.mean_tpir(point.at) for point in self.galleries[0].tpir
+                },
+                "galleries": galleries,
+            }
+        return found
 
 
 class TemplateAverager:
@@ -18,6 +93,11 @@ class TemplateAverager:
         media: int (N,), the medium of each image.
         weights: (N,), factors on the images' embeddings (the detector's scores); by default 1. The
             mean stays that over the number of images, so that a doubtful medium counts for less.
+
+    >>> averager = TemplateAverager(np.array([0, 0, 1]), np.array([7, 8, 9]))
+    >>> averager.add(np.array([[1.0, 0], [0, 1], [1, 0]]))
+    >>> averager.features().round(2).tolist()
+    [[0.7099999785423279, 0.7099999785423279], [1.0, 0.0]]
     """
 
     def __init__(
@@ -72,6 +152,9 @@ def template_pair_scores(
         pairs: int (P, 2), rows of ``features``.
         block: templates on the left of a product.
         progress: called with the share of the work done since the last call.
+
+    >>> template_pair_scores(np.eye(2, dtype=np.float32), np.array([[0, 0], [0, 1]])).tolist()
+    [1.0, 0.0]
     """
     scores = np.empty(len(pairs), np.float32)
     left, right = pairs[:, 0], pairs[:, 1]
@@ -87,3 +170,91 @@ def template_pair_scores(
         if progress is not None:
             progress((last - first) / len(features))
     return scores
+
+
+def evaluate_templates(
+    features: np.ndarray,
+    templates: TemplateSet,
+    *,
+    detector_weights: bool = False,
+    replicates: int = 0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> TemplatesResult:
+    """IJB's figures from the features of its templates.
+
+    Args:
+        features: float32 (T, d) of `TemplateAverager`, rows of length 1.
+        templates: from `sphereface2.data.ijb.load`.
+        detector_weights: whether the features were weighted, for the result.
+        replicates: with R > 0 every figure gets a 95 % interval from R bootstraps over people (over
+            pairs, for 1:1, where the 1:N lists do not say who is who), thresholds held fixed.
+        seed: of the bootstrap.
+        progress: called with the share of the 1:1 scores done since the last call.
+    """
+    notes, verification, probes = list(templates.notes), None, templates.probes
+    if empty := int(np.count_nonzero(~features.any(axis=1))):
+        notes.append(
+            f"{empty:,} of {len(features):,} templates have a feature of zeros: the weights of "
+            "their images are all 0, or their embeddings cancel out"
+        )
+    if templates.pairs is not None and templates.same is not None:
+        person = np.full(len(features), -1, np.int64)
+        for who in [*templates.galleries, *([probes] if probes else [])]:
+            person[who.templates] = who.people
+        scores = template_pair_scores(features, templates.pairs, progress=progress)
+        genuine_people = person[templates.pairs[templates.same, 0]]
+        verification = _pairs_result(scores, templates.same, genuine_people, replicates, seed)
+    galleries: Sequence[GalleryResult] = []
+    if probes is not None:
+        galleries = [
+            evaluate_gallery(
+                gallery.name,
+                features[probes.templates],
+                probes.people,
+                features[gallery.templates],
+                gallery.people,
+                replicates=replicates,
+                seed=seed,
+            )
+            for gallery in templates.galleries
+        ]
+    return TemplatesResult(
+        name=templates.name,
+        images=len(templates),
+        templates=len(templates.template_ids),
+        detector_weights=detector_weights,
+        verification=verification,
+        galleries=tuple(galleries),
+        notes=notes,
+    )
+
+
+def _pairs_result(
+    scores: np.ndarray, same: np.ndarray, who: np.ndarray, replicates: int, seed: int
+) -> TemplatePairsResult:
+    """``who``: the person of each genuine pair, -1 where unknown."""
+    points = tar_at_far(scores, same)
+    impostors = int(np.count_nonzero(~same))
+    resampling = None
+    if replicates:
+        over = "pairs" if (who < 0).any() else "people"
+        unit = np.arange(len(who)) if over == "pairs" else np.unique(who, return_inverse=True)[1]
+        genuine = scores[same]
+        # Where no score qualifies none is accepted.
+        bounds = [np.inf if p.threshold is None else p.threshold for p in points]
+        hits = np.stack([np.bincount(unit, weights=genuine >= bound) for bound in bounds])
+        cis = ratio_intervals(hits, np.bincount(unit), replicates, seed)
+        points = [
+            p if p.value is None else OperatingPoint(p.at, p.value, ci, p.threshold)
+            for p, ci in zip(points, cis, strict=True)
+        ]
+        resampling = Resampling(over, replicates, seed, thresholds="fixed")
+    return TemplatePairsResult(
+        pairs=len(scores),
+        genuine=len(scores) - impostors,
+        impostor=impostors,
+        tar=tuple(points),
+        notes=unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
+        intervals=resampling,
+    )

@@ -1,8 +1,8 @@
 """Verification metrics on scored pairs.
 
 Throughout, a pair is accepted ("same person") when its score is at least the threshold; FAR is the
-share of mismatched pairs accepted, TAR the share of matched pairs accepted. Every metric depends
-on the scores only through their order, except the thresholds it reports.
+share of impostor pairs accepted, TAR the share of genuine pairs accepted. Every metric depends on
+the scores only through their order, except the thresholds it reports.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Interval, draws, interval, pair_weights
+from sphereface2.evaluation.results import OperatingPoint
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
-class FoldResult:
+class Folds:
     """K-fold accuracy.
 
     Attributes:
@@ -34,33 +36,12 @@ class FoldResult:
     per_fold: np.ndarray
 
 
-@dataclass(frozen=True)
-class Tar:
-    """TAR at one FAR.
-
-    Attributes:
-        far: the FAR asked for.
-        tar: share of matched pairs accepted; None where the set cannot tell (``far`` below one
-            mismatched pair in all of them).
-        threshold: the smallest observed score at which the FAR is at most ``far``; None where the
-            set cannot tell or no score qualifies.
-        ci: bounds of the 95 % bootstrap interval, or None.
-    """
-
-    far: float
-    tar: float | None
-    threshold: float | None
-    ci: tuple[float, float] | None = None
-
-
-def far_key(far: float) -> str:
-    """The spelling of a FAR in reports: 0.001 -> "1e-3"."""
-    mantissa, exponent = f"{far:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Cosine of each pair: embeddings (N, d) of length 1, pairs (P, 2) -> float64 (P,)."""
+    """Cosine of each pair: embeddings (N, d) of length 1, pairs (P, 2) -> float64 (P,).
+
+    >>> pair_scores(np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[0, 1], [1, 2]]))
+    array([0. , 0.8])
+    """
     scores = np.empty(len(pairs))
     for start in range(0, len(pairs), 16384):
         a, b = pairs[start : start + 16384].T
@@ -83,11 +64,12 @@ def check_both(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
     """Scores as float64 and verdicts as bool; UserError unless there are pairs of both kinds."""
     scores, same = _check(scores, same)
     if same.all() or not same.any():
-        raise UserError("the set needs matched and mismatched pairs, it has only one kind")
+        kind = "genuine" if same.any() else "impostor"
+        raise UserError(f"the set has only {kind} pairs: genuine and impostor pairs are needed")
     return scores, same
 
 
-def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> FoldResult:
+def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> Folds:
     """K-fold verification accuracy, LFW's protocol (View 2).
 
     For each fold the threshold is the one of highest accuracy on the other folds, and is then
@@ -97,8 +79,15 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
 
     Args:
         scores: (P,), higher = more alike.
-        same: bool (P,).
-        folds: int (P,), any K >= 2 distinct numbers; a single one is a UserError.
+        same: bool (P,), True for genuine pairs.
+        folds: int (P,), any K >= 2 distinct numbers.
+
+    Raises:
+        UserError: there is only one fold.
+
+    >>> same = np.array([True, False] * 4)
+    >>> kfold_accuracy(np.where(same, 0.7, 0.1), same, np.arange(8) // 4).accuracy
+    1.0
     """
     scores, same = _check(scores, same)
     folds = np.asarray(folds)
@@ -115,29 +104,35 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     thresholds, per_fold = np.empty(len(numbers)), np.empty(len(numbers))
     for k, number in enumerate(numbers):
         train = sorted_folds != number
-        s, y = sorted_scores[train], sorted_same[train]
-        # correct[i]: right verdicts when exactly the pairs from the i-th on are accepted.
-        rejected = np.concatenate([[0], np.cumsum(~y)])
-        accepted = y.sum() - np.concatenate([[0], np.cumsum(y)])
-        correct = rejected + accepted
-        # Equal scores stand or fall together: only the first of a run can be the threshold.
-        candidate = np.concatenate([[True], s[1:] != s[:-1], [True]])
-        best = int(np.argmax(np.where(candidate, correct, -1)))
-        thresholds[k] = s[best] if best < len(s) else np.nextafter(s[-1], np.inf)
+        thresholds[k] = _best_threshold(sorted_scores[train], sorted_same[train])
         test = folds == number
         per_fold[k] = np.mean((scores[test] >= thresholds[k]) == same[test])
-    return FoldResult(float(per_fold.mean()), float(per_fold.std()), thresholds, per_fold)
+    return Folds(float(per_fold.mean()), float(per_fold.std()), thresholds, per_fold)
+
+
+def _best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
+    """The lowest threshold of highest accuracy on pairs in ascending order of their score."""
+    # correct[i]: right verdicts when exactly the pairs from the i-th on are accepted.
+    rejected = np.concatenate([[0], np.cumsum(~same)])
+    accepted = same.sum() - np.concatenate([[0], np.cumsum(same)])
+    # Equal scores are accepted or rejected together: only the first of a run can be the threshold.
+    candidate = np.concatenate([[True], scores[1:] != scores[:-1], [True]])
+    best = int(np.argmax(np.where(candidate, rejected + accepted, -1)))
+    return float(scores[best] if best < len(scores) else np.nextafter(scores[-1], np.inf))
 
 
 def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The full ROC: (far, tar, thresholds), thresholds descending from infinity.
 
     One point for each distinct score, none dropped, starting at (0, 0).
+
+    >>> far, tar, thresholds = roc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
+    >>> far.tolist(), tar.tolist(), thresholds.tolist()
+    ([0.0, 0.0, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0], [inf, 0.9, 0.8, 0.3])
     """
     scores, same = check_both(scores, same)
-    order = np.argsort(-scores, kind="stable")
+    order, last = _descending(scores)
     s, y = scores[order], same[order]
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # the end of each run of equal scores
     tar = np.cumsum(y)[last] / y.sum()
     far = np.cumsum(~y)[last] / (~y).sum()
     return (
@@ -147,41 +142,61 @@ def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     )
 
 
+def _descending(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of falling scores, and where in it each run of equal scores ends."""
+    order = np.argsort(-scores, kind="stable")
+    s = scores[order]
+    return order, np.flatnonzero(np.append(s[1:] != s[:-1], True))
+
+
 def auc(scores: np.ndarray, same: np.ndarray) -> float:
-    """Area under the ROC: the chance that a matched pair outscores a mismatched one (ties half)."""
+    """Area under the ROC: how often a genuine pair outscores an impostor pair (ties count half).
+
+    >>> auc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
+    0.5
+    """
     far, tar, _ = roc(scores, same)
     return float(np.trapezoid(tar, far))
 
 
 def eer(scores: np.ndarray, same: np.ndarray) -> float:
-    """Equal error rate: where FAR = 1 - TAR on the ROC, linear between its points."""
+    """Equal error rate: where FAR = 1 - TAR on the ROC, linear between its points.
+
+    >>> eer(np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, False, True, False]))
+    0.5
+    """
     far, tar, _ = roc(scores, same)
-    return float(_eer(far[:, None], tar[:, None])[0])
+    return float(_eer(far[None], tar[None])[0])
 
 
-LEVEL = 0.95
+def _eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
+    """EER of each row of (replicates, points) curves that start at 0 and end at 1."""
+    gap = far - (1 - tar)  # from -1 up to 1, never falling
+    after = np.argmax(gap >= 0, axis=1)
+    row = np.arange(len(far))
+    g0, g1 = gap[row, after - 1], gap[row, after]
+    f0, f1 = far[row, after - 1], far[row, after]
+    return f0 + (f1 - f0) * (-g0 / (g1 - g0))
 
 
 @dataclass(frozen=True)
-class Intervals:
-    """Bootstrap percentile intervals at `LEVEL`, as (low, high).
+class CurveIntervals:
+    """Bootstrap intervals of the figures of one ROC.
 
     Attributes:
         tar: one a FAR; None where `tar_at_far` gives None.
         eer, auc: of those figures.
-        over: "people" or "pairs", what was resampled.
-        replicates: how many resamples counted; those without a matched or without a mismatched
+        replicates: how many resamples counted; those without a genuine or without an impostor
             pair do not.
     """
 
-    tar: list[tuple[float, float] | None]
-    eer: tuple[float, float]
-    auc: tuple[float, float]
-    over: str
+    tar: list[Interval | None]
+    eer: Interval | None
+    auc: Interval | None
     replicates: int
 
 
-def bootstrap(
+def curve_intervals(
     scores: np.ndarray,
     same: np.ndarray,
     fars: Sequence[float] = FARS,
@@ -189,110 +204,68 @@ def bootstrap(
     people: np.ndarray | None = None,
     replicates: int = 1000,
     seed: int = 0,
-) -> Intervals:
-    """Intervals of TAR at FAR, EER and AUC.
+) -> CurveIntervals:
+    """Bootstrap intervals of TAR at FAR, EER and AUC, over people where they are known.
 
-    Pairs that share a person are not independent: somebody who is hard to tell apart spoils many
-    pairs at once. So people are resampled where they are known: a replicate draws as many people as
-    the set has, with replacement, and where person a was drawn c_a times a matched pair of a counts
-    c_a times and a mismatched pair (a, b) counts c_a c_b times; two copies of one person make no
-    mismatched pair. The threshold of each FAR is found anew in each replicate, so the interval
-    holds its uncertainty too. For mismatched pairs that hardly share people the product of counts
-    makes the intervals wider than need be (Owen 2007, "The pigeonhole bootstrap"), not narrower.
+    The threshold of each FAR is found anew in each resample, so the interval holds its uncertainty
+    too. `sphereface2.evaluation.bootstrap` says how pairs count.
 
     Args:
         scores: (P,), higher = more alike.
-        same: bool (P,).
+        same: bool (P,), True for genuine pairs.
         people: int (P, 2), the two identities of each pair; None resamples pairs instead.
         replicates: number of resamples.
         seed: of the resampling.
 
     Raises:
         UserError: no resample had pairs of both kinds.
+
+    >>> same = np.arange(40) < 20
+    >>> found = curve_intervals(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
+    >>> found.tar, found.eer
+    ([(1.0, 1.0)], (0.0, 0.0))
     """
     scores, same = check_both(scores, same)
-    order = np.argsort(-scores, kind="stable")
-    s, y = scores[order], same[order]
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))
-    drawn = np.arange(len(s))[:, None] if people is None else np.asarray(people)[order]
+    order, last = _descending(scores)
+    y, units = same[order], len(scores)
+    who = None
     if people is not None:
-        drawn = np.unique(drawn, return_inverse=True)[1].reshape(-1, 2)
-    units = int(drawn.max()) + 1
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(s))
+        who = np.unique(np.asarray(people)[order], return_inverse=True)[1].reshape(-1, 2)
+        units = int(who.max()) + 1
     tars, eers, aucs = [], [], []
-    for start in range(0, replicates, chunk):
-        size = min(chunk, replicates - start)
-        # (units, size): how often each was drawn.
-        counts = np.stack(
-            [np.bincount(rng.integers(units, size=units), minlength=units) for _ in range(size)], 1
-        ).astype(np.float64)
-        weights = counts[drawn[:, 0]]
-        if people is not None:
-            weights[~y] *= counts[drawn[~y, 1]]
-        tar = np.cumsum(np.where(y[:, None], weights, 0), axis=0)[last]
-        far = np.cumsum(np.where(y[:, None], 0, weights), axis=0)[last]
-        valid = (tar[-1] > 0) & (far[-1] > 0)
-        zero = np.zeros((1, int(valid.sum())))
-        tar = np.concatenate([zero, tar[:, valid] / tar[-1, valid]])
-        far = np.concatenate([zero, far[:, valid] / far[-1, valid]])
+    for counts in draws(units, replicates, seed, numbers=len(scores)):
+        weights = pair_weights(counts, y, who)
+        tar = np.cumsum(np.where(y, weights, 0), axis=1)[:, last]
+        far = np.cumsum(np.where(y, 0, weights), axis=1)[:, last]
+        valid = (tar[:, -1] > 0) & (far[:, -1] > 0)
+        zero = np.zeros((int(valid.sum()), 1))
+        tar = np.concatenate([zero, tar[valid] / tar[valid, -1:]], axis=1)
+        far = np.concatenate([zero, far[valid] / far[valid, -1:]], axis=1)
         eers.append(_eer(far, tar))
-        aucs.append(np.trapezoid(tar, far, axis=0))
-        column = np.arange(far.shape[1])
-        tars.append(np.stack([tar[(far <= f).sum(axis=0) - 1, column] for f in fars]))
-    eer_r, auc_r, tar_r = np.concatenate(eers), np.concatenate(aucs), np.concatenate(tars, axis=1)
-    if not len(eer_r):
+        aucs.append(np.trapezoid(tar, far, axis=1))
+        row = np.arange(len(far))
+        tars.append(np.stack([tar[row, (far <= f).sum(axis=1) - 1] for f in fars]))
+    tar_r = np.concatenate(tars, axis=1)
+    if not tar_r.size:
         raise UserError("the set is too small for intervals: no resample has both kinds of pair")
-
     impostors = int((~same).sum())
-    return Intervals(
+    return CurveIntervals(
         tar=[
-            _interval(row) if allowed_accepts(far, impostors) else None
+            interval(row) if allowed_accepts(far, impostors) else None
             for far, row in zip(fars, tar_r, strict=True)
         ],
-        eer=_interval(eer_r),
-        auc=_interval(auc_r),
-        over="pairs" if people is None else "people",
-        replicates=len(eer_r),
+        eer=interval(np.concatenate(eers)),
+        auc=interval(np.concatenate(aucs)),
+        replicates=tar_r.shape[1],
     )
 
 
-def ratio_intervals(
-    hits: np.ndarray, trials: np.ndarray, replicates: int, rng: np.random.Generator
-) -> list[tuple[float, float]]:
-    """Bootstrap interval at `LEVEL` of each ratio of sums over people, drawn with replacement.
-
-    Args:
-        hits: (K, people), what each of K ratios counts for each person.
-        trials: (people,), out of how many; who has none is not drawn.
-        replicates: number of resamples.
-        rng: draws them.
-    """
-    has = np.flatnonzero(trials)
-    counted = np.concatenate([hits[:, has], trials[None, has]]).astype(np.float64)
-    totals = np.empty((replicates, len(counted)))
-    for r in range(replicates):
-        totals[r] = counted @ np.bincount(rng.integers(len(has), size=len(has)), minlength=len(has))
-    return [_interval(ratio) for ratio in (totals[:, :-1] / totals[:, -1:]).T]
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
-    """EER of each column of (points, replicates) curves that start at 0 and end at 1."""
-    gap = far - (1 - tar)  # from -1 up to 1, never falling
-    after = np.argmax(gap >= 0, axis=0)
-    column = np.arange(far.shape[1])
-    g0, g1 = gap[after - 1, column], gap[after, column]
-    f0, f1 = far[after - 1, column], far[after, column]
-    return f0 + (f1 - f0) * (-g0 / (g1 - g0))
-
-
 def allowed_accepts(far: float, impostors: int) -> int:
-    """The largest k with ``k / impostors <= far``, free of rounding in ``far * impostors``."""
+    """The largest k with ``k / impostors <= far``, free of rounding in ``far * impostors``.
+
+    >>> allowed_accepts(0.01, 3000), allowed_accepts(1e-4, 3000)
+    (30, 0)
+    """
     k = min(int(far * impostors), impostors)
     while k < impostors and (k + 1) / impostors <= far:
         k += 1
@@ -301,29 +274,54 @@ def allowed_accepts(far: float, impostors: int) -> int:
     return k
 
 
-def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[float] = FARS) -> list[Tar]:
+def error_bounds(
+    rates: Sequence[float], impostor_scores: np.ndarray, observed: np.ndarray
+) -> list[tuple[int, float, float | None]]:
+    """What keeps each error rate, FAR or FPIR, on observed scores.
+
+    With k the largest number of impostors that the rate allows, those accepted are the scores
+    strictly above the (k+1)-th highest impostor score.
+
+    Args:
+        rates: each in (0, 1].
+        impostor_scores: (I,).
+        observed: all scores that can be a threshold.
+
+    Returns:
+        For each rate k, the bound that an accepted score must exceed, and the threshold: the
+        smallest observed score above the bound, None where there is none or k = 0.
+    """
+    impostors, ordered = np.sort(impostor_scores)[::-1], np.sort(observed)
+    found: list[tuple[int, float, float | None]] = []
+    for rate in rates:
+        if not 0 < rate <= 1:
+            raise ValueError(f"a FAR or FPIR must lie in (0, 1], got {rate}.")
+        k = allowed_accepts(rate, len(impostors))
+        bound = float(impostors[k]) if k < len(impostors) else -np.inf
+        above = np.searchsorted(ordered, bound, side="right")
+        found.append((k, bound, float(ordered[above]) if k and above < len(ordered) else None))
+    return found
+
+
+def tar_at_far(
+    scores: np.ndarray, same: np.ndarray, fars: Sequence[float] = FARS
+) -> list[OperatingPoint]:
     """TAR at each FAR, exact on the observed scores, without interpolation.
 
-    The threshold is the smallest observed score t with FAR(score >= t) <= far. With k the largest
-    number of mismatched pairs that ``far`` allows, the pairs accepted are those that score strictly
-    above the (k+1)-th highest mismatched score. A FAR below 1 / (number of mismatched pairs),
-    k = 0, cannot be measured on this set and is reported as None.
+    The threshold is the smallest observed score t with FAR(score >= t) <= far. A FAR below
+    1 / (number of impostor pairs) cannot be measured on the set, and its TAR is None.
+
+    >>> scores, same = np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, True, False, False])
+    >>> [point.value for point in tar_at_far(scores, same, [0.5, 0.1])]
+    [1.0, None]
     """
     scores, same = check_both(scores, same)
-    impostors = np.sort(scores[~same])[::-1]
-    ordered = np.sort(scores)
     genuine = np.sort(scores[same])
-    results = []
-    for far in fars:
-        if not 0 < far <= 1:
-            raise ValueError(f"a FAR lies in (0, 1], not {far}.")
-        k = allowed_accepts(far, len(impostors))
-        if k == 0:
-            results.append(Tar(far, None, None))
-            continue
-        bound = impostors[k] if k < len(impostors) else -np.inf
+    points = []
+    for far, (k, bound, threshold) in zip(
+        fars, error_bounds(fars, scores[~same], scores), strict=True
+    ):
         accepted = len(genuine) - np.searchsorted(genuine, bound, side="right")
-        first = np.searchsorted(ordered, bound, side="right")
-        threshold = float(ordered[first]) if first < len(ordered) else None
-        results.append(Tar(far, float(accepted / len(genuine)), threshold))
-    return results
+        value = float(accepted / len(genuine)) if k else None
+        points.append(OperatingPoint(far, value, threshold=threshold))
+    return points

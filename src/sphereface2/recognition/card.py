@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from sphereface2.backbones.base import Backbone
-    from sphereface2.recognition.calibration import Calibration
+    from sphereface2.evaluation.calibration import Calibration
 
 FILE = "README.md"
 #: In a generated card; without it a card was written by hand and is kept.
@@ -197,7 +197,7 @@ def _calibration(calibration: Calibration | None) -> str:
     return "\n".join(
         [
             "## Threshold\n",
-            "| FAR | threshold | 95 % interval | TAR | mismatched pairs |",
+            "| FAR | threshold | 95 % interval | TAR | impostor pairs |",
             "|---|---|---|---|---|",
             *rows,
         ]

@@ -18,9 +18,9 @@ from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.evaluation import calibration as calibrations
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import MAX_PIXELS, ImageLike, read_image
-from sphereface2.recognition import calibration as calibrations
 from sphereface2.recognition import card
 
 if TYPE_CHECKING:

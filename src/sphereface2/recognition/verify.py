@@ -8,7 +8,7 @@ from typing import Any
 
 from sphereface2 import console
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import far_key
+from sphereface2.evaluation.results import far_key
 from sphereface2.files import atomic_write, printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder, Verification

@@ -2,129 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from sphereface2.data.verification import PairSet
 from sphereface2.evaluation.all_pairs import all_pairs_tar
-from sphereface2.evaluation.verification import allowed_accepts, far_key, kfold_accuracy
+from sphereface2.evaluation.results import OperatingPoint
+from sphereface2.evaluation.verification import allowed_accepts, kfold_accuracy
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 OWN_FARS = (1e-2, 1e-3)
 BINS = np.linspace(-1, 1, 101)
 
 
-def measure_people(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """All pairs of test people, told by person; JSON-able.
+@dataclass(frozen=True)
+class ScoreDistribution:
+    """Cosines of many pairs: ``histogram`` counts them over 100 bins of [-1, 1]."""
 
-    Args:
-        embeddings: float32 (N, d), rows of length 1.
-        labels: int (N,).
+    mean: float
+    std: float
+    histogram: list[int]
 
-    Returns:
-        ``tar`` and ``threshold`` by FAR, exact over all pairs (None where there are too few);
-        by person, in ascending order of label: ``genuine`` pairs, ``hits`` by FAR (genuine pairs
-        that score at least the threshold), ``impostors`` (pairs with anybody else),
-        ``false_accepts`` by FAR (of them, at the threshold common to all), ``own_threshold`` by
-        FAR (the lowest that keeps the person's own FAR), ``probes`` and ``found`` (images with
-        another of the person, and those whose nearest other image shows the person);
-        ``rank1``; ``genuine_scores`` and ``impostor_scores``: ``mean``, ``std`` and ``histogram``
-        over 100 bins of [-1, 1].
+
+@dataclass(frozen=True)
+class PeopleMeasures:
+    """All pairs of a cell's test people.
+
+    Lists have an entry for each person, in ascending order of label.
+
+    Attributes:
+        people, images: their numbers.
+        tar, threshold: by FAR, exact over all pairs; None where there are too few.
+        genuine: genuine pairs.
+        hits: by FAR, the genuine pairs that score at least the threshold.
+        impostors: pairs with anybody else.
+        false_accepts: by FAR, those of them that score at least the threshold common to all.
+        own_threshold: by FAR, the lowest that keeps the person's own FAR; None where the person
+            has too few pairs.
+        probes: images with another of the person.
+        found: those of them whose nearest other image shows the person.
+        rank1: sum of ``found`` over sum of ``probes``.
+        genuine_scores, impostor_scores: their distributions.
     """
-    tars = all_pairs_tar(embeddings, labels, FARS).tars
-    told = [t for t in tars if t.tar is not None and t.threshold is not None]
-    keys = [far_key(t.far) for t in told]
-    bounds = np.array([t.threshold for t in told], np.float32)
+
+    people: int
+    images: int
+    tar: dict[float, float | None]
+    threshold: dict[float, float | None]
+    genuine: list[int]
+    hits: dict[float, list[int]]
+    impostors: list[int]
+    false_accepts: dict[float, list[int]]
+    own_threshold: dict[float, list[float | None]]
+    probes: list[int]
+    found: list[int]
+    rank1: float
+    genuine_scores: ScoreDistribution
+    impostor_scores: ScoreDistribution
+
+    @property
+    def gap(self) -> float:
+        """Distance of the genuine mean from the impostor mean, nan where it is 0."""
+        return self.genuine_scores.mean - self.impostor_scores.mean or float("nan")
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """A verification set.
+
+    Attributes:
+        fingerprint: of the set; ``sets/FINGERPRINT.json`` beside the cells describes it.
+        name: of the set.
+        accuracy: k-fold.
+        fold_accuracy: on each fold.
+        right: bits, in hexadecimal: whether the verdict on each pair was right.
+    """
+
+    fingerprint: str
+    name: str
+    accuracy: float
+    fold_accuracy: list[float]
+    right: str
+
+
+@dataclass(frozen=True)
+class PairSetFacts:
+    """What all cells that were judged on a verification set share.
+
+    Attributes:
+        name: of the set.
+        pairs: their number P.
+        same: bits, in hexadecimal: whether each pair is genuine.
+        people: (P, 2), numbered from 0, or None where unknown.
+    """
+
+    name: str
+    pairs: int
+    same: str
+    people: list[list[int]] | None
+
+
+def measure_people(embeddings: np.ndarray, labels: np.ndarray) -> PeopleMeasures:
+    """Measure all pairs of test people: embeddings float32 (N, d) of length 1, labels int (N,)."""
+    points = all_pairs_tar(embeddings, labels, FARS).tar
+    measured = [p for p in points if p.value is not None and p.threshold is not None]
     people, of = np.unique(labels, return_inverse=True)
     order = np.argsort(of, kind="stable")
-    rows, of = embeddings[order].astype(np.float32, copy=False), of[order]
-    starts = np.searchsorted(of, np.arange(len(people) + 1))
-
-    count = len(people)
-    genuine, impostors, probes, found = (np.zeros(count, np.int64) for _ in range(4))
-    hits, false = (np.zeros((len(told), count), np.int64) for _ in range(2))
-    own = np.full((len(OWN_FARS), count), np.nan)
-    sums = np.zeros((2, 3))  # genuine, impostor: count, sum, sum of squares
-    histograms = np.zeros((2, len(BINS) - 1), np.int64)
+    rows = embeddings[order].astype(np.float32, copy=False)
+    starts = np.searchsorted(of[order], np.arange(len(people) + 1))
+    sums = _Sums(len(people), measured)
     for person, (first, last) in enumerate(pairwise(starts)):
-        scores = rows[first:last] @ rows.T
+        sums.add(person, rows[first:last] @ rows.T, first, last)
+    fars = [point.at for point in measured]
+    return PeopleMeasures(
+        people=len(people),
+        images=len(rows),
+        tar={point.at: point.value for point in points},
+        threshold={point.at: point.threshold for point in points},
+        genuine=sums.genuine.tolist(),
+        hits=dict(zip(fars, sums.hits.tolist(), strict=True)),
+        impostors=sums.impostors.tolist(),
+        false_accepts=dict(zip(fars, sums.false_accepts.tolist(), strict=True)),
+        own_threshold={
+            far: [None if np.isnan(value) else round(float(value), 4) for value in values]
+            for far, values in zip(OWN_FARS, sums.own_threshold, strict=True)
+        },
+        probes=sums.probes.tolist(),
+        found=sums.found.tolist(),
+        rank1=float(sums.found.sum() / sums.probes.sum()),
+        genuine_scores=_distribution(sums.moments[0], sums.histograms[0]),
+        # Each impostor pair was met twice, once from either side.
+        impostor_scores=_distribution(sums.moments[1], sums.histograms[1] // 2),
+    )
+
+
+class _Sums:
+    """What is counted for each of K people, at each of the FARs measured."""
+
+    def __init__(self, people: int, measured: list[OperatingPoint]) -> None:
+        self.bounds = np.array([point.threshold for point in measured], np.float32)
+        self.genuine, self.impostors, self.probes, self.found = np.zeros((4, people), np.int64)
+        self.hits, self.false_accepts = np.zeros((2, len(measured), people), np.int64)
+        self.own_threshold = np.full((len(OWN_FARS), people), np.nan)
+        self.moments = np.zeros((2, 3))  # genuine, impostor: count, sum, sum of squares
+        self.histograms = np.zeros((2, len(BINS) - 1), np.int64)
+
+    def add(self, person: int, scores: np.ndarray, first: int, last: int) -> None:
+        """Count a person's images, rows ``first`` to ``last``, by their scores with all images."""
         same = scores[:, first:last]
-        matched = same[np.triu_indices(last - first, 1)]
+        genuine = same[np.triu_indices(last - first, 1)]
         others = np.delete(scores, np.s_[first:last], axis=1)
-        genuine[person], impostors[person] = len(matched), others.size
-        hits[:, person] = (matched[None] >= bounds[:, None]).sum(axis=1)
-        false[:, person] = [(others >= bound).sum() for bound in bounds]
-        flat = others.ravel()
+        impostors = others.ravel()
+        self.genuine[person], self.impostors[person] = len(genuine), len(impostors)
+        self.hits[:, person] = (genuine[None] >= self.bounds[:, None]).sum(axis=1)
+        self.false_accepts[:, person] = [(impostors >= bound).sum() for bound in self.bounds]
         for k, far in enumerate(OWN_FARS):
-            allowed = allowed_accepts(far, flat.size)
-            if 0 < allowed < flat.size:
-                rejected = np.partition(flat, flat.size - allowed - 1)[flat.size - allowed - 1]
-                own[k, person] = np.nextafter(rejected, np.float32(np.inf))
+            allowed = allowed_accepts(far, len(impostors))
+            if 0 < allowed < len(impostors):
+                place = len(impostors) - allowed - 1
+                rejected = np.partition(impostors, place)[place]
+                self.own_threshold[k, person] = np.nextafter(rejected, np.float32(np.inf))
         if last - first > 1:
             np.fill_diagonal(same, -np.inf)
-            probes[person] = last - first
-            found[person] = (same.max(axis=1) > others.max(axis=1)).sum()
-        for row, values in enumerate((matched, flat)):
+            self.probes[person] = last - first
+            self.found[person] = (same.max(axis=1) > others.max(axis=1)).sum()
+        for row, values in enumerate((genuine, impostors)):
             wide = values.astype(np.float64)
-            sums[row] += len(wide), wide.sum(), (wide**2).sum()
-            histograms[row] += np.histogram(np.clip(values, -1, 1), BINS)[0]
-    return {
-        "people": count,
-        "images": len(rows),
-        "tar": {far_key(t.far): t.tar for t in tars},
-        "threshold": {far_key(t.far): t.threshold for t in tars},
-        "genuine": genuine.tolist(),
-        "hits": dict(zip(keys, hits.tolist(), strict=True)),
-        "impostors": impostors.tolist(),
-        "false_accepts": dict(zip(keys, false.tolist(), strict=True)),
-        "own_threshold": {
-            far_key(far): [None if np.isnan(v) else round(float(v), 4) for v in values]
-            for far, values in zip(OWN_FARS, own, strict=True)
-        },
-        "probes": probes.tolist(),
-        "found": found.tolist(),
-        "rank1": float(found.sum() / probes.sum()),
-        "genuine_scores": _distribution(sums[0], histograms[0]),
-        # Each impostor pair was met twice, once from either side.
-        "impostor_scores": _distribution(sums[1], histograms[1] // 2),
-    }
+            self.moments[row] += len(wide), wide.sum(), (wide**2).sum()
+            self.histograms[row] += np.histogram(np.clip(values, -1, 1), BINS)[0]
 
 
-def measure_pairs(scores: np.ndarray, pair_set: PairSet) -> dict[str, Any]:
-    """A verification set: k-fold ``accuracy`` and, by pair, whether the verdict was ``right``."""
+def measure_pairs(scores: np.ndarray, pair_set: PairSet, fingerprint: str) -> PairMeasures:
+    """Measure a verification set from the scores (P,) of its pairs."""
     folds = kfold_accuracy(scores, pair_set.same, pair_set.folds)
     numbers = np.unique(pair_set.folds)
     threshold = folds.thresholds[np.searchsorted(numbers, pair_set.folds)]
     right = (scores >= threshold) == pair_set.same
-    return {
-        "name": pair_set.name,
-        "accuracy": folds.accuracy,
-        "fold_accuracy": folds.per_fold.tolist(),
-        "right": np.packbits(right).tobytes().hex(),
-    }
+    return PairMeasures(
+        fingerprint=fingerprint,
+        name=pair_set.name,
+        accuracy=folds.accuracy,
+        fold_accuracy=folds.per_fold.tolist(),
+        right=np.packbits(right).tobytes().hex(),
+    )
 
 
-def describe_pairs(pair_set: PairSet) -> dict[str, Any]:
-    """What is common to all cells scored on a set: who is in each pair, and which match."""
-    people: Sequence[Any] | None = None
+def describe_pairs(pair_set: PairSet) -> PairSetFacts:
+    """What is common to all cells scored on a set: who is in each pair, and which are genuine."""
+    people = None
     if pair_set.people is not None:
         people = np.unique(pair_set.people, return_inverse=True)[1][pair_set.pairs].tolist()
-    return {
-        "name": pair_set.name,
-        "pairs": len(pair_set),
-        "same": np.packbits(pair_set.same).tobytes().hex(),
-        "people": people,
-    }
+    same = np.packbits(pair_set.same).tobytes().hex()
+    return PairSetFacts(pair_set.name, len(pair_set), same, people)
 
 
-def _distribution(sums: np.ndarray, histogram: np.ndarray) -> dict[str, Any]:
-    count, total, squares = sums
+def bits(packed: str, count: int) -> np.ndarray:
+    """The first ``count`` bits of a hexadecimal text, bool (count,).
+
+    >>> bits("a0", 4).tolist()
+    [True, False, True, False]
+    """
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)
+
+
+def _distribution(moments: np.ndarray, histogram: np.ndarray) -> ScoreDistribution:
+    count, total, squares = moments
     mean = total / count
-    return {
-        "mean": float(mean),
-        "std": float(np.sqrt(max(squares / count - mean**2, 0))),
-        "histogram": histogram.tolist(),
-    }
+    std = float(np.sqrt(max(squares / count - mean**2, 0)))
+    return ScoreDistribution(float(mean), std, histogram.tolist())

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sphereface2.evaluation.plots import COLOURS, GRID, INK, MATCHED, MISMATCHED, panels, write
+from sphereface2.evaluation.plots import COLOURS, GENUINE, GRID, IMPOSTOR, INK, panels, write
 from sphereface2.study import tables
 from sphereface2.study.results import is_number
 from sphereface2.study.statistics import Contrast, Series, half_width
@@ -123,7 +123,7 @@ def plot_scores(
     for k, (place, (name, both)) in enumerate(zip(axes, drawn.items(), strict=True)):
         place.set_title(name, loc="left", color=INK, fontsize=9.5)
         for histogram, colour, what in zip(
-            both, (MATCHED, MISMATCHED), ("genuine pairs", "impostor pairs"), strict=True
+            both, (GENUINE, IMPOSTOR), ("genuine pairs", "impostor pairs"), strict=True
         ):
             place.stairs(
                 histogram / max(histogram.sum(), 1),

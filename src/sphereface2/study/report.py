@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import far_key
+from sphereface2.evaluation.results import far_key
 from sphereface2.study import page, plots, results, tables
 from sphereface2.study.design import Cell
-from sphereface2.study.measure import BINS, FARS, OWN_FARS
+from sphereface2.study.measure import BINS, FARS, OWN_FARS, PeopleMeasures
 from sphereface2.study.results import DPRIME, MAIN_FAR, OWN_GINI, PERCENTILES, RANK1, Results
 from sphereface2.study.runner import CELLS, validation_tar
 from sphereface2.study.statistics import REPLICATES, Contrast, contrast
+from sphereface2.study.stored import CellResult
 
 PAGE = "report"
 INDEX = "index"
@@ -182,7 +183,7 @@ class _Report:
     def _run(self) -> None:
         found, study = self.found, self.found.study
         first = next(iter(found.found.values()))
-        config, test = first["config"], first["test"]
+        config, test = first.config, first.test
         backbone = dict(config["backbone"])
         training, data = config["training"], config["data"]
         network = f"{backbone.pop('name')}, {tables.settings(backbone)}"
@@ -190,13 +191,13 @@ class _Report:
         asked = len(found.cells) + found.pending
         most = data.get("held_out_max_images")  # not in cells of before that setting
         left_out = "" if most is None else f", without those with more than {most:,} images"
-        hours = sum(result["cpu_seconds"] for result in found.found.values()) / 3600
+        hours = sum(result.cpu_seconds for result in found.found.values()) / 3600
         facts = {
             "Network": network,
             "Schedule": f"{training['epochs']:g} epochs, batches of {training['batch_size']}",
-            "Data": f"{first['data']['kind']}, fingerprint {first['data']['fingerprint'][:12]}",
+            "Data": f"{first.data.kind}, fingerprint {first.data.fingerprint[:12]}",
             "People to choose trials": f"{data['validation_people']:,}{left_out}",
-            "People to test": f"{test['people']:,}, with {test['images']:,} images",
+            "People to test": f"{test.people:,}, with {test.images:,} images",
             "Seeds": tables.value(study.seeds),
             "Cells": f"{len(found.found):,} of {asked:,} done; {_count(trials, 'trial')}",
             "CPU time": f"{hours:,.2f} hours, of the processes that finished the cells",
@@ -212,9 +213,9 @@ class _Report:
     def _warn_of_versions(self) -> None:
         for package in ("sphereface2", "torch"):
             versions = {
-                start["packages"].get(package)
+                start.get(package)
                 for result in self.found.found.values()
-                for start in result["environment"]
+                for start in result.versions
             }
             if len(versions) > 1:
                 told = ", ".join(sorted(map(str, versions)))
@@ -230,8 +231,8 @@ class _Report:
             sizes = [tables.NONE] * 3
             if arms:
                 result = found.found[found.cells_of(arms[0], name)[0].key]
-                data, training = result["data"], result["training"]
-                sizes = [f"{n:,}" for n in (data["people"], data["images"], training["steps"])]
+                data, training = result.data, result.training
+                sizes = [f"{n:,}" for n in (data.people, data.images, training.steps)]
             rows.append([tables.escape(name), tables.escape(tables.settings(changed)), *sizes])
         header = ["Condition", "Settings", "People trained on", "Images", "Steps"]
         self._add(tables.table(header, rows, left=2))
@@ -486,14 +487,16 @@ class _Report:
             "mean over seeds. d' is the distance of the two means in units of the root mean "
             "square of the two standard deviations.\n"
         )
-        tests = {arm: found.found[found.cells_of(arm, condition)[0].key]["test"] for arm in arms}
-        sides = ("genuine_scores", "impostor_scores")
+        tests = {arm: found.found[found.cells_of(arm, condition)[0].key].test for arm in arms}
         plots.plot_scores(
             {
-                arm: (np.array(test[sides[0]]["histogram"]), np.array(test[sides[1]]["histogram"]))
+                arm: (
+                    np.array(test.genuine_scores.histogram),
+                    np.array(test.impostor_scores.histogram),
+                )
                 for arm, test in tests.items()
             },
-            {arm: test["threshold"].get(far_key(MAIN_FAR)) for arm, test in tests.items()},
+            {arm: test.threshold.get(MAIN_FAR) for arm, test in tests.items()},
             BINS,
             self.folder / "scores.png",
         )
@@ -523,7 +526,7 @@ class _Report:
         rows = [[tables.escape(arm), *row] for arm, *row in zip(arms, *columns, strict=True)]
         self._add(tables.table(["Arm", *(title for _, title, *_ in shown)], rows))
 
-    def _thresholds(self, arms: Sequence[str], tests: dict[str, dict[str, Any]]) -> None:
+    def _thresholds(self, arms: Sequence[str], tests: dict[str, PeopleMeasures]) -> None:
         found, baseline = self.found, self.found.study.baseline
         self._add("## One threshold for everybody\n")
         self._add(
@@ -569,16 +572,15 @@ class _Report:
         scales = {name: (1.0, 4) for name, *_ in own} | {OWN_GINI: (1.0, 3)}
         self._difference_table(differences, columns, scales)
 
-    def _threshold_plot(self, tests: dict[str, dict[str, Any]]) -> None:
+    def _threshold_plot(self, tests: dict[str, PeopleMeasures]) -> None:
         cosine, scaled = {}, {}
         for arm, test in tests.items():
-            own = np.array(test["own_threshold"][far_key(MAIN_FAR)], np.float64)
+            own = np.array(test.own_threshold[MAIN_FAR], np.float64)
             own = own[np.isfinite(own)]
             if len(own) < 2 or own.std() == 0:
                 continue
             cosine[arm] = own
-            gap = test["genuine_scores"]["mean"] - test["impostor_scores"]["mean"]
-            scaled[arm] = own / gap
+            scaled[arm] = own / test.gap
         if cosine:
             plots.plot_thresholds(
                 [(f"FAR {far_key(MAIN_FAR)}, cosine", cosine), ("divided by the distance", scaled)],
@@ -601,7 +603,5 @@ def _change(before: Any, after: Any) -> str:
     return f"{told} ({tables.number(found.value / start, scale=100, digits=1, sign=True)} %)"
 
 
-def _versions(result: dict[str, Any]) -> str:
-    start = result["environment"][-1]
-    told = [f"Python {start['python']}"]
-    return ", ".join(told + [f"{name} {version}" for name, version in start["packages"].items()])
+def _versions(result: CellResult) -> str:
+    return ", ".join(f"{name} {version}" for name, version in result.versions[-1].items())

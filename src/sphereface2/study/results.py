@@ -1,8 +1,7 @@
-"""What is there of a study: its finished cells, and the figures of each with their resamples."""
+"""The finished cells of a study, and the figures of each with their resamples."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import far_key
-from sphereface2.study import design, runner, statistics
-from sphereface2.study.cell import SETS
+from sphereface2.evaluation.bootstrap import draws, pair_weights, ratios
+from sphereface2.evaluation.results import far_key
+from sphereface2.study import design, runner, statistics, stored
 from sphereface2.study.design import Cell, Study
-from sphereface2.study.measure import FARS, OWN_FARS
-from sphereface2.study.statistics import Figure, Series
+from sphereface2.study.measure import FARS, OWN_FARS, PairMeasures, PairSetFacts, bits
+from sphereface2.study.statistics import REPLICATES, SEED, Figure, Series
+from sphereface2.study.stored import CellResult
 
 MAIN_FAR = 1e-3
 """Of the TAR that plots and summaries show, and of people's own FAR at the common threshold."""
@@ -62,7 +62,7 @@ class Results:
     trials: list[Cell]
     grid: list[Cell]
     pending: int
-    found: dict[str, dict[str, Any]]
+    found: dict[str, CellResult]
     failures: dict[str, str]
     figures: dict[str, dict[str, Figure]] = field(repr=False)
 
@@ -78,7 +78,7 @@ class Results:
     @property
     def pair_sets(self) -> list[str]:
         """Names of the verification sets, LFW first."""
-        names = {one["name"] for result in self.found.values() for one in result["pairs"]}
+        names = {one.name for result in self.found.values() for one in result.pairs}
         return sorted(names, key=lambda name: (name != "lfw", name))
 
     @property
@@ -173,7 +173,7 @@ def load(path: Path, cells: Path) -> Results:
     closer = {
         cell.key for cell in grid if cell.role == "grid" and cell.condition == study.first_condition
     }
-    figures = _figures({key: found[key] for key in used}, closer, cells / SETS)
+    figures = _figures({key: found[key] for key in used}, closer, cells / stored.SETS)
     return Results(study, chosen, trials, grid, pending, found, failures, figures)
 
 
@@ -203,12 +203,12 @@ def accuracy_title(name: str) -> str:
     return f"{name.upper() if name == 'lfw' else name} accuracy"
 
 
-def _check_data(found: dict[str, dict[str, Any]], cells: Path) -> None:
+def _check_data(found: dict[str, CellResult], cells: Path) -> None:
     first: dict[str, tuple[str, str]] = {}
     for key, result in found.items():
-        told = {"training data": result["data"]["fingerprint"]}
-        told |= {f"version of {one['name']}": one["fingerprint"] for one in result["pairs"]}
-        for what, fingerprint in told.items():
+        fingerprints = {"training data": result.data.fingerprint}
+        fingerprints |= {f"version of {one.name}": one.fingerprint for one in result.pairs}
+        for what, fingerprint in fingerprints.items():
             other, before = first.setdefault(what, (key, fingerprint))
             if before != fingerprint:
                 raise UserError(
@@ -218,70 +218,62 @@ def _check_data(found: dict[str, dict[str, Any]], cells: Path) -> None:
 
 
 def _figures(
-    found: dict[str, dict[str, Any]], closer: set[str], sets: Path
+    found: dict[str, CellResult], closer: set[str], sets: Path
 ) -> dict[str, dict[str, Figure]]:
     """The figures of each cell, also of its scores for those in ``closer``.
 
     Every cell is resampled with the same people.
     """
     figures: dict[str, dict[str, Figure]] = {key: {} for key in found}
-    draws: dict[int, np.ndarray] = {}
+    resamples: dict[int, np.ndarray] = {}
     for key, result in found.items():
-        count = result["test"]["people"]
-        if count not in draws:
-            draws[count] = statistics.draw(count)
-        figures[key] |= _people_figures(result, draws[count])
+        count = result.test.people
+        if count not in resamples:
+            resamples[count] = np.concatenate([*draws(count, REPLICATES, SEED)])
+        figures[key] |= _people_figures(result, resamples[count])
         if key in closer:
-            figures[key] |= _score_figures(result, draws[count])
-    del draws
-    fingerprints = {one["fingerprint"] for result in found.values() for one in result["pairs"]}
-    for fingerprint in sorted(fingerprints):
-        judged = {
-            key: one
-            for key, result in found.items()
-            for one in result["pairs"]
-            if one["fingerprint"] == fingerprint
-        }
-        path = sets / f"{fingerprint}.json"
-        described = json.loads(path.read_text()) if path.exists() else None
-        replicates = _pair_replicates(judged, described)
-        for key, one in judged.items():
-            figures[key][one["name"]] = Figure(one["accuracy"], replicates.get(key), fingerprint)
+            figures[key] |= _score_figures(result, resamples[count])
+    del resamples
+    judged: dict[str, dict[str, PairMeasures]] = {}
+    for key, result in found.items():
+        for one in result.pairs:
+            judged.setdefault(one.fingerprint, {})[key] = one
+    for fingerprint, measures in sorted(judged.items()):
+        replicates = _pair_replicates(measures, stored.read_facts(sets, fingerprint))
+        for key, one in measures.items():
+            figures[key][one.name] = Figure(one.accuracy, replicates.get(key), fingerprint)
     return figures
 
 
-def _people_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figure]:
-    test, units = result["test"], _units(result)
-    told = test["hits"]
-    hits = np.reshape([*told.values()], (len(told), test["people"])).T
-    again = statistics.ratios(counts, hits, test["genuine"])
-    replicates = dict(zip(told, again.T, strict=True))
-    figures = {}
-    for far in FARS:
-        value = test["tar"].get(far_key(far))
-        if value is not None:
-            figures[tar_name(far)] = Figure(value, replicates.get(far_key(far)), units)
-    again = statistics.ratios(counts, test["found"], test["probes"])
-    return figures | {RANK1: Figure(test["rank1"], again, units)}
+def _people_figures(result: CellResult, counts: np.ndarray) -> dict[str, Figure]:
+    test, units = result.test, _units(result)
+    hits = np.reshape([*test.hits.values()], (len(test.hits), test.people)).T
+    again = ratios(counts, hits, np.array(test.genuine))
+    replicates = dict(zip(test.hits, again.T, strict=True))
+    figures = {
+        tar_name(far): Figure(value, replicates.get(far), units)
+        for far in FARS
+        if (value := test.tar.get(far)) is not None
+    }
+    again = ratios(counts, np.array(test.found), np.array(test.probes))
+    return figures | {RANK1: Figure(test.rank1, again, units)}
 
 
-def _score_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figure]:
-    test, units = result["test"], _units(result)
-    genuine, impostor = test["genuine_scores"], test["impostor_scores"]
-    gap = genuine["mean"] - impostor["mean"] or float("nan")
+def _score_figures(result: CellResult, counts: np.ndarray) -> dict[str, Figure]:
+    test, units = result.test, _units(result)
     figures: dict[str, Figure] = {}
-    for side, scores in (("genuine", genuine), ("impostor", impostor)):
-        figures |= {f"{side} {what}": Figure(scores[what]) for what in ("mean", "std")}
-    noise = np.sqrt((genuine["std"] ** 2 + impostor["std"] ** 2) / 2)
-    figures[DPRIME] = Figure(float(gap / noise) if noise else float("nan"))
+    for side, scores in (("genuine", test.genuine_scores), ("impostor", test.impostor_scores)):
+        figures[f"{side} mean"], figures[f"{side} std"] = Figure(scores.mean), Figure(scores.std)
+    noise = np.sqrt((test.genuine_scores.std**2 + test.impostor_scores.std**2) / 2)
+    figures[DPRIME] = Figure(float(test.gap / noise) if noise else float("nan"))
     for far in OWN_FARS:
-        own = np.array(test["own_threshold"][far_key(far)], np.float64)  # None becomes nan
+        own = np.array(test.own_threshold[far], np.float64)  # None becomes nan
         value, again = statistics.spread(own), statistics.spreads(counts, own)
         figures[own_name(far, scaled=False)] = Figure(value, again, units)
-        figures[own_name(far, scaled=True)] = Figure(value / gap, again / gap, units)
-    accepts = test["false_accepts"].get(far_key(MAIN_FAR))
+        figures[own_name(far, scaled=True)] = Figure(value / test.gap, again / test.gap, units)
+    accepts = test.false_accepts.get(MAIN_FAR)
     if accepts is not None:
-        rates = np.array(accepts) / np.array(test["impostors"])
+        rates = np.array(accepts) / np.array(test.impostors)
         for percentile in PERCENTILES:
             value = float(np.percentile(rates, percentile))
             figures[percentile_name(percentile)] = Figure(value)
@@ -289,32 +281,26 @@ def _score_figures(result: dict[str, Any], counts: np.ndarray) -> dict[str, Figu
     return figures
 
 
-def _units(result: dict[str, Any]) -> str:
+def _units(result: CellResult) -> str:
     """Equal for cells with the same test people: they are set aside by these settings alone."""
-    data = result["config"]["data"]
+    data = result.config["data"]
     settings = ("split_seed", "validation_people", "test_people", "held_out_max_images")
     aside = [data.get(name) for name in settings]
-    return f"{aside} {result['test']['people']}"
+    return f"{aside} {result.test.people}"
 
 
 def _pair_replicates(
-    judged: dict[str, dict[str, Any]], described: dict[str, Any] | None
+    judged: dict[str, PairMeasures], facts: PairSetFacts | None
 ) -> dict[str, np.ndarray]:
     """Accuracy in each resample of a set's people; of its pairs where it names no people."""
-    if described is None:
+    if facts is None:
         return {}
-    pairs = described["pairs"]
-    right = np.stack([_bits(one["right"], pairs) for one in judged.values()], axis=1)
-    same = _bits(described["same"], pairs)
-    people = None if described["people"] is None else np.array(described["people"])
-    counts = statistics.draw(pairs if people is None else int(people.max()) + 1)
-    chunk = max(1, 4_000_000 // pairs)
+    right = np.stack([bits(one.right, facts.pairs) for one in judged.values()], axis=1)
+    same = bits(facts.same, facts.pairs)
+    people = None if facts.people is None else np.array(facts.people)
+    units = facts.pairs if people is None else int(people.max()) + 1
     parts = []
-    for start in range(0, len(counts), chunk):
-        weights = statistics.pair_weights(counts[start : start + chunk], same, people)
+    for counts in draws(units, REPLICATES, SEED, numbers=facts.pairs):
+        weights = pair_weights(counts, same, people)
         parts.append((weights @ right.astype(np.float64)).T / weights.sum(axis=1))
     return dict(zip(judged, np.concatenate(parts, axis=1), strict=True))
-
-
-def _bits(packed: str, count: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)

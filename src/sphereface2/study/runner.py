@@ -28,11 +28,10 @@ from rich.progress import (
 from sphereface2.data.locate import locate
 from sphereface2.data.sources import open_source
 from sphereface2.errors import UserError
-from sphereface2.evaluation.verification import far_key
 from sphereface2.files import atomic_write, lock
 from sphereface2.study import design
-from sphereface2.study.cell import judged_on, read_result
 from sphereface2.study.design import Cell, Study
+from sphereface2.study.stored import CellResult, read_result
 from sphereface2.training import config as configuration
 
 FAILURE = "failed.txt"
@@ -110,16 +109,15 @@ def best_trials(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def validation_tar(study: Study, result: dict[str, Any]) -> float:
+def validation_tar(study: Study, result: CellResult) -> float:
     """The figure in [0, 1] that trials are compared by; 0 where there are too few pairs for it."""
-    told: float | None = result["validation"][far_key(study.selection.far)]
-    return told or 0.0
+    return result.validation[study.selection.far] or 0.0
 
 
-def read(cells: Path, cell: Cell, pairs: Iterable[str] = ()) -> dict[str, Any] | None:
+def read(cells: Path, cell: Cell, pairs: Iterable[str] = ()) -> CellResult | None:
     """The result of a cell; None if it is not done, or not judged on all of the sets ``pairs``."""
     result = read_result(cells / cell.key)
-    return result if result is not None and set(pairs) <= judged_on(result) else None
+    return result if result is not None and set(pairs) <= result.judged_on else None
 
 
 class _Runner:
@@ -173,7 +171,7 @@ class _Runner:
         """Refuse finished cells of other data: their keys tell their settings only."""
         for cell in cells:
             result = read(self.cells, cell)
-            if result is not None and result["data"]["fingerprint"] != self._fingerprint:
+            if result is not None and result.data.fingerprint != self._fingerprint:
                 raise UserError(
                     f"{self.cells / cell.key} was trained on other data than {self.study.name} is "
                     f"to be (data.train {self._train}); give it --cells of its own"
@@ -217,7 +215,7 @@ class _Runner:
             told = "\n".join([f"exit status {status}", *end])
             atomic_write(folder / FAILURE, f"{told}\n".encode())
             return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
-        return f"{_told(read(self.cells, cell) or {})}, {time.monotonic() - start:.0f} s"
+        return f"{_summary(read(self.cells, cell))}, {time.monotonic() - start:.0f} s"
 
     def _stop(self) -> None:
         """End the cells' processes: each goes on from its last checkpoint next time."""
@@ -227,9 +225,11 @@ class _Runner:
                 child.terminate()
 
 
-def _told(result: dict[str, Any]) -> str:
-    figures = [f"{one['name']} {100 * one['accuracy']:.2f} %" for one in result["pairs"]]
-    tar = result["test"]["tar"].get("1e-3")
+def _summary(result: CellResult | None) -> str:
+    if result is None:
+        return "no result"
+    figures = [f"{one.name} {100 * one.accuracy:.2f} %" for one in result.pairs]
+    tar = result.test.tar.get(1e-3)
     if tar is not None:
         figures.append(f"test TAR@1e-3 {100 * tar:.2f} %")
     return ", ".join(figures)

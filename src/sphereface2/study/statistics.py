@@ -1,4 +1,7 @@
-"""Intervals of a study's figures: over seeds by Student's t, over people by the bootstrap."""
+"""Intervals of a study's figures: over seeds by Student's t, over people by the bootstrap.
+
+The resamples themselves are drawn by `sphereface2.evaluation.bootstrap`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from sphereface2.evaluation.verification import LEVEL
+from sphereface2.evaluation.bootstrap import LEVEL, Interval, interval
 
 REPLICATES = 2000
 SEED = 0
@@ -45,8 +48,8 @@ class Contrast:
     """
 
     value: float
-    people: tuple[float, float] | None
-    seeds: tuple[float, float] | None
+    people: Interval | None
+    seeds: Interval | None
     count: int
 
     @property
@@ -83,72 +86,17 @@ def contrast(*terms: tuple[float, Series]) -> Contrast | None:
     return Contrast(mean, people, None if half is None else (mean - half, mean + half), len(seeds))
 
 
-def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % percentile interval of those replicates that exist; None where none does."""
-    told = replicates[np.isfinite(replicates)]
-    if not len(told):
-        return None
-    low, high = np.quantile(told, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def draw(units: int, *, replicates: int = REPLICATES, seed: int = SEED) -> np.ndarray:
-    """How often each of ``units`` is drawn in each resample: float64 (replicates, units)."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(units, size=(replicates, units))
-    drawn += np.arange(replicates)[:, None] * units
-    counts = np.bincount(drawn.ravel(), minlength=replicates * units)
-    return counts.reshape(replicates, units).astype(np.float64)
-
-
-def ratios(counts: np.ndarray, hits: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Sum of ``hits`` over sum of ``trials`` in each resample.
-
-    Args:
-        counts: (R, people) of `draw`.
-        hits: (people,) or (people, K).
-        trials: (people,).
-
-    Returns:
-        (R,) or (R, K); nan in a resample without a trial.
-    """
-    below = counts @ np.asarray(trials, np.float64)
-    below[below == 0] = np.nan
-    return ((counts @ np.asarray(hits, np.float64)).T / below).T
-
-
-def pair_weights(counts: np.ndarray, same: np.ndarray, people: np.ndarray | None) -> np.ndarray:
-    """How often each pair counts in each resample, as in `evaluation.verification.bootstrap`.
-
-    Where person a was drawn c_a times, a matched pair of a counts c_a times and a mismatched pair
-    (a, b) counts c_a c_b times. Without people the pairs themselves are what was drawn.
-
-    Args:
-        counts: (R, units) of `draw`.
-        same: bool (P,).
-        people: int (P, 2) in [0, units), or None.
-
-    Returns:
-        (R, P).
-    """
-    if people is None:
-        return counts
-    weights = counts[:, people[:, 0]]
-    weights[:, ~same] *= counts[:, people[~same, 1]]
-    return weights
-
-
 def spread(values: np.ndarray) -> float:
     """Standard deviation (``ddof=1``) of those values that exist; nan for fewer than two."""
-    told = values[np.isfinite(values)]
-    return float(np.std(told, ddof=1)) if len(told) > 1 else float("nan")
+    finite = values[np.isfinite(values)]
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else float("nan")
 
 
 def spreads(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     """`spread` in each resample: counts (R, people), values (people,) -> (R,)."""
-    told = np.isfinite(values)
-    counts = counts[:, told]
-    centred = values[told] - values[told].mean() if told.any() else values[told]
+    finite = np.isfinite(values)
+    counts, values = counts[:, finite], values[finite]
+    centred = values - values.mean() if len(values) else values
     n = counts.sum(axis=1)
     n[n < 2] = np.nan
     mean, square = counts @ centred / n, counts @ centred**2 / n

@@ -3,21 +3,76 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from sphereface2 import console
 from sphereface2.backbones import bundle
 from sphereface2.data.locate import TrainingData
 from sphereface2.data.sources import Source
 from sphereface2.data.verification import PairSet
-from sphereface2.evaluation.evaluate import evaluate_pairs, evaluate_people
+from sphereface2.embedder import Embedder
+from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
+from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
+from sphereface2.evaluation.results import OperatingPoint, far_key, to_dict
+from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_write
 from sphereface2.training.config import RunConfig
 from sphereface2.training.trainer import Progress
+
+FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run was trained on: the kind of data, a note for people, whether it is drawn."""
+
+    kind: str
+    note: str
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """How long a run was.
+
+    Attributes:
+        steps, images: done.
+        seconds: of training.
+        images_per_second: over the whole run.
+        ranks: processes.
+        unreadable: names of images that were replaced by others.
+    """
+
+    steps: int
+    images: int
+    seconds: float
+    images_per_second: float
+    ranks: int
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What ``results.json`` holds.
+
+    Attributes:
+        data, training: of the run.
+        checkpoint: name of the one that was evaluated.
+        sets: a result for each verification set.
+        held_out: of all pairs of the held-out people, or None.
+    """
+
+    data: DataFacts
+    checkpoint: str
+    training: TrainingFacts
+    sets: tuple[PairsResult, ...]
+    held_out: AllPairsResult | None = None
 
 
 def report(
@@ -26,78 +81,105 @@ def report(
     located: TrainingData,
     source: Source,
     held_out: np.ndarray,
-    pairs: list[PairSet],
+    pairs: Sequence[PairSet],
     progress: Progress,
-) -> dict[str, Any]:
+) -> RunReport:
     """Evaluate the run's best checkpoint, write ``results.json`` and plots, print the table."""
-    network = bundle.load(run)
     options: dict[str, Any] = {
-        "flip": settings.validation.flip,
+        "replicates": REPLICATES,
         "seed": settings.seed,
         "plots": run / "plots",
     }
-    results: dict[str, Any] = {
-        "data": {"kind": located.kind, "note": located.note, "synthetic": located.is_synthetic},
-        "checkpoint": bundle.resolve(run).resolve().name,
-        "training": {
-            "steps": progress.step,
-            "images": progress.images,
-            "seconds": progress.seconds,
-            "images_per_second": progress.images / progress.seconds,
-            "ranks": progress.world_size,
-            "unreadable": progress.unreadable,
-        },
-        "sets": [evaluate_pairs(network, pair_set, **options) for pair_set in pairs],
-    }
-    if len(held_out):
-        results["held_out"] = evaluate_people(
-            network, source, held_out, name="held-out", fars=settings.validation.fars, **options
-        )
-    atomic_write(run / "results.json", json.dumps(results, indent=1).encode())
-    Console().print(_table(run, settings, results))
-    return results
+    with Embedder.load(run, flip=settings.validation.flip) as embedder:
+        sets = [
+            evaluate_pairs(
+                pair_scores(embedder.embed_pairs(pair_set), pair_set.pairs), pair_set, **options
+            )
+            for pair_set in pairs
+        ]
+        people = None
+        if len(held_out):
+            people = _held_out(embedder, source, held_out, settings.validation.fars, options)
+    found = RunReport(
+        data=DataFacts(located.kind, located.note, located.is_synthetic),
+        checkpoint=bundle.resolve(run).resolve().name,
+        training=TrainingFacts(
+            steps=progress.step,
+            images=progress.images,
+            seconds=progress.seconds,
+            images_per_second=progress.images / progress.seconds,
+            ranks=progress.world_size,
+            unreadable=list(progress.unreadable),
+        ),
+        sets=tuple(sets),
+        held_out=people,
+    )
+    atomic_write(run / FILE, json.dumps(to_dict(found), indent=1).encode())
+    console.show(_table(run, settings, found))
+    return found
 
 
-def _table(run: Path, settings: RunConfig, results: dict[str, Any]) -> Table:
-    training = results["training"]
+def _held_out(
+    embedder: Embedder,
+    source: Source,
+    held_out: np.ndarray,
+    fars: Sequence[float],
+    options: Mapping[str, Any],
+) -> AllPairsResult:
+    lost: list[int] = []
+    embeddings = embedder.embed_source(source, held_out, unreadable=lost)
+    return evaluate_all_pairs(
+        embeddings,
+        np.delete(np.asarray(source.labels)[held_out], lost),
+        name="held-out",
+        unreadable=[source.name(int(held_out[index])) for index in lost],
+        fars=fars,
+        **options,
+    )
+
+
+def _table(run: Path, settings: RunConfig, found: RunReport) -> Table:
+    training = found.training
     table = Table(title=f"{settings.name}", show_header=False)
-    table.add_row("data", results["data"]["note"])
-    head = {k: v for k, v in settings.head.items() if k != "name"}
-    table.add_row("loss", f"{settings.head['name']} {_told(head)}")
-    backbone = {k: v for k, v in settings.backbone.items() if k != "name"}
-    table.add_row("backbone", f"{settings.backbone['name']} {_told(backbone)}")
+    table.add_row("data", found.data.note)
+    table.add_row("loss", _component(settings.head))
+    table.add_row("backbone", _component(settings.backbone))
     table.add_row(
         "training",
-        f"{settings.training.epochs:g} epochs, {training['steps']:,} steps of "
-        f"{settings.training.batch_size} images in {training['seconds'] / 60:.1f} min: "
-        f"{training['images_per_second']:,.0f} images/s on {training['ranks']} rank(s)",
+        f"{settings.training.epochs:g} epochs, {training.steps:,} steps of "
+        f"{settings.training.batch_size} images in {training.seconds / 60:.1f} min: "
+        f"{training.images_per_second:,.0f} images/s on {training.ranks} rank(s)",
     )
-    if training["unreadable"]:
-        names = training["unreadable"]
-        told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        table.add_row("unreadable", f"{len(names)} images replaced by others: {told}")
-    for result in results["sets"]:
-        synthetic = " (synthetic)" if results["data"]["synthetic"] else ""
+    if names := training.unreadable:
+        listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        table.add_row("unreadable", f"{len(names)} images replaced by others: {listed}")
+    synthetic = " (synthetic)" if found.data.synthetic else ""
+    for one in found.sets:
         table.add_row(
-            f"{result['name']}{synthetic}",
-            f"{result['folds']}-fold accuracy [bold]{100 * result['accuracy']:.2f} ± "
-            f"{100 * result['accuracy_std']:.2f} %[/bold]; {_tars(result['tar'])}",
+            f"{one.name}{synthetic}",
+            f"{one.folds}-fold accuracy [bold]{100 * one.accuracy:.2f} ± "
+            f"{100 * one.accuracy_std:.2f} %[/bold]; {_tars(one.tar)}",
         )
-    if held := results.get("held_out"):
+    if (held := found.held_out) is not None:
         table.add_row(
-            f"{held['people']:,} held-out people",
-            f"all {held['pairs']:,} pairs: {_tars(held['tar'])}",
+            f"{held.people:,} held-out people", f"all {held.pairs:,} pairs: {_tars(held.tar)}"
         )
     table.add_row("checkpoint", str(run / "checkpoints" / "best"))
-    table.add_row("metrics", f"{run / 'metrics.jsonl'}, {run / 'results.json'}")
+    table.add_row("metrics", f"{run / 'metrics.jsonl'}, {run / FILE}")
     table.add_row("plots", str(run / "plots"))
     return table
 
 
-def _told(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in options.items())
+def _component(settings: Mapping[str, Any]) -> str:
+    """A head or a backbone: its name and its options."""
+    options = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
+    return f"{settings['name']} {options}"
 
 
-def _tars(tar: dict[str, float | None]) -> str:
-    told = [f"{100 * value:.1f} % @{far}" for far, value in tar.items() if value is not None]
-    return "TAR " + ", ".join(told)
+def _tars(points: Sequence[OperatingPoint]) -> str:
+    measured = [
+        f"{100 * point.value:.1f} % @{far_key(point.at)}"
+        for point in points
+        if point.value is not None
+    ]
+    return "TAR " + ", ".join(measured)

@@ -12,8 +12,7 @@ from sphereface2.data.verification import PairSet
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import all_pairs_tar
-from sphereface2.evaluation.evaluate import score_pairs
-from sphereface2.evaluation.verification import pair_scores
+from sphereface2.evaluation.verification import kfold_accuracy, pair_scores
 from sphereface2.images import read_image
 from sphereface2.training.config import ValidationConfig
 from sphereface2.training.distributed import World
@@ -68,8 +67,8 @@ class Validation:
                     )
                     lost = np.flatnonzero(~read)
                     unreadable = [self.source.name(int(self.held_out[i])) for i in lost]
-                    tars = all_pairs_tar(embeddings[read], labels[read], self.config.fars).tars
-                    resolved = {t.far: t.tar for t in tars if t.tar is not None}
+                    found = all_pairs_tar(embeddings[read], labels[read], self.config.fars)
+                    resolved = {p.at: p.value for p in found.tar if p.value is not None}
                     for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
                         figures[f"held-out TAR@{far:g}"] = resolved[far]
                 for pair_set in self.pairs:
@@ -81,7 +80,8 @@ class Validation:
                         stopping,
                     )
                     scores = pair_scores(embeddings, pair_set.pairs)
-                    figures[f"{pair_set.name} accuracy"] = score_pairs(scores, pair_set)["accuracy"]
+                    folds = kfold_accuracy(scores, pair_set.same, pair_set.folds)
+                    figures[f"{pair_set.name} accuracy"] = folds.accuracy
         except _StopError:
             return None
         return figures, unreadable

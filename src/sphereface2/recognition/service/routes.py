@@ -16,7 +16,7 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from sphereface2.align import Face
 from sphereface2.errors import UserError
-from sphereface2.recognition.calibration import Calibration
+from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition.gallery import Gallery, Match, Person, UnknownPersonError
 from sphereface2.recognition.gallery.quality import Gate, measure
 from sphereface2.recognition.service import bodies, schemas

@@ -1,0 +1,139 @@
+"""Identification among distractors, MegaFace's protocol: is an image found among N strangers?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.results import Rate, Resampling
+
+SIZES = tuple(10**k for k in range(1, 10))
+_SCORES = 1 << 24  # that a block of distractors makes with the probes
+
+
+@dataclass(frozen=True)
+class DistractorResult:
+    """Rank-1 identification among a growing number of distractors.
+
+    Attributes:
+        name: of the set.
+        images, people: probes and whom they show.
+        distractors: number of images of other people.
+        searches: how many ordered pairs of two images of a person were tried at each size.
+        rank1: share found, a rate for each number of distractors.
+        unreadable: images left out.
+        notes: what could not be measured.
+        seed: of the distractors' order.
+        intervals: how those of ``rank1`` were made, or None.
+        path: where the set lies.
+    """
+
+    name: str
+    images: int
+    people: int
+    distractors: int
+    searches: int
+    rank1: tuple[Rate, ...]
+    unreadable: int
+    notes: list[str]
+    seed: int
+    intervals: Resampling | None = None
+    path: str | None = None
+
+
+def evaluate_distractors(
+    probes: np.ndarray,
+    people: np.ndarray,
+    distractors: Iterable[np.ndarray],
+    sizes: Sequence[int] = SIZES,
+    *,
+    name: str = "distractors",
+    replicates: int = 0,
+    seed: int = 0,
+) -> DistractorResult:
+    """Rank-1 identification of probes among the first N distractors, for each N.
+
+    For each ordered pair of two images of a person, one is searched in a gallery of the other and
+    N distractors; it is found if the other image scores strictly above all distractors. Distractors
+    are taken block by block and forgotten; for each probe only its best score is kept.
+
+    Args:
+        probes: float32 (Q, d), rows of length 1.
+        people: (Q,), the person of each; who has one image only is left out of the searches.
+        distractors: blocks (n, d) of embeddings of other people.
+        sizes: the N wanted, each at least 1; those beyond the number of distractors are dropped,
+            and that number itself is always reported.
+        name: of the set.
+        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over the probes'
+            people, the distractors held fixed.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: nobody has two images, there are no distractors, or embeddings are not finite.
+
+    >>> probes, people = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]], np.array([5, 5, 6, 6])
+    >>> found = evaluate_distractors(probes, people, [np.eye(4, dtype=np.float32)[1:]], [1])
+    >>> [(rate.at, rate.value) for rate in found.rank1]
+    [(1, 0.5), (3, 0.5)]
+    """
+    who = np.unique(people, return_inverse=True)[1]
+    best = _best_scores(probes, distractors, sizes)
+    hits = np.zeros((len(best), int(who.max(initial=-1)) + 1), np.int64)
+    trials = np.zeros(hits.shape[1], np.int64)
+    for person in range(hits.shape[1]):
+        own = np.flatnonzero(who == person)
+        scores = probes[own] @ probes[own].T
+        others = ~np.eye(len(own), dtype=bool)
+        trials[person] = others.sum()
+        for row, rival in zip(hits, best.values(), strict=True):
+            row[person] = np.count_nonzero((scores > rival[own, None]) & others)
+    if not trials.sum():
+        raise UserError("no person among the probes has two images: there is nothing to search for")
+    cis = ratio_intervals(hits, trials, replicates, seed)
+    return DistractorResult(
+        name=name,
+        images=len(probes),
+        people=len(np.unique(people)),
+        distractors=max(best),
+        searches=int(trials.sum()),
+        rank1=tuple(
+            Rate(size, float(row.sum() / trials.sum()), ci)
+            for size, row, ci in zip(best, hits, cis, strict=True)
+        ),
+        unreadable=0,
+        notes=[],
+        seed=seed,
+        intervals=(
+            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
+        ),
+    )
+
+
+def _best_scores(
+    probes: np.ndarray, distractors: Iterable[np.ndarray], sizes: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Each probe's best score among the first N distractors, by N, in ascending order."""
+    best = np.full(len(probes), -np.inf, np.float32)
+    wanted, seen = sorted(set(sizes)), 0
+    reached: dict[int, np.ndarray] = {}
+    rows = max(1, _SCORES // max(1, len(probes)))
+    for whole in distractors:
+        # Cut where a size is reached, so that each snapshot is of exactly N distractors.
+        cuts = {n - seen for n in wanted if seen < n < seen + len(whole)}
+        edges = sorted({*range(0, len(whole), rows), *cuts, len(whole)})
+        for start, stop in pairwise(edges):
+            top = (probes @ whole[start:stop].T).max(axis=1)
+            if not np.isfinite(top).all():
+                raise UserError("the embeddings hold NaN or infinite values")
+            np.maximum(best, top, out=best)
+            if seen + stop in wanted:
+                reached[seen + stop] = best.copy()
+        seen += len(whole)
+    if not seen:
+        raise UserError("there are no distractors")
+    return reached | {seen: best}

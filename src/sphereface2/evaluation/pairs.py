@@ -1,0 +1,233 @@
+"""Verification of pairs: every figure of a set of pairs, and pairs out of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sphereface2.data.verification import PairSet
+from sphereface2.evaluation import verification as metrics
+from sphereface2.evaluation.calibration import Calibration
+from sphereface2.evaluation.reliability import CalibrationQuality, quality, reliability
+from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling, unmeasured
+
+REPLICATES = 1000
+
+
+@dataclass(frozen=True)
+class PairsResult:
+    """The figures of a verification set.
+
+    Attributes:
+        name: of the set.
+        images, people: in it; ``people`` is None where they are unknown.
+        pairs: ``genuine`` and ``impostor`` ones.
+        folds: number of folds.
+        accuracy, accuracy_std: mean and population standard deviation over the folds.
+        fold_accuracy: on each fold.
+        threshold: mean over the folds.
+        eer, auc: with their intervals.
+        tar: at each FAR.
+        notes: what could not be measured, and what makes figures doubtful.
+        intervals: how they were made, or None.
+        calibration: how good the network's calibration is on the set, or None.
+        plots: files written.
+        path: where the set lies.
+    """
+
+    name: str
+    images: int
+    people: int | None
+    pairs: int
+    genuine: int
+    impostor: int
+    folds: int
+    accuracy: float
+    accuracy_std: float
+    fold_accuracy: tuple[float, ...]
+    threshold: float
+    eer: Estimate
+    auc: Estimate
+    tar: tuple[OperatingPoint, ...]
+    notes: list[str]
+    intervals: Resampling | None = None
+    calibration: CalibrationQuality | None = None
+    plots: tuple[str, ...] = ()
+    path: str | None = None
+
+
+def evaluate_pairs(
+    scores: np.ndarray,
+    pair_set: PairSet,
+    *,
+    fars: Sequence[float] = metrics.FARS,
+    replicates: int = 0,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    plots: str | Path | None = None,
+) -> PairsResult:
+    """Every figure of a verification set.
+
+    Args:
+        scores: (P,), the score of each pair.
+        pair_set: the pairs.
+        fars: where TAR is wanted.
+        replicates: of the bootstrap over people (over pairs where the set does not know them);
+            0 leaves the intervals out.
+        seed: of the bootstrap.
+        calibration: of the network that gave the scores, to be judged on the set.
+        plots: folder for ``NAME_roc.png``, ``NAME_scores.png`` and, with a calibration,
+            ``NAME_reliability.png``.
+
+    >>> pairs, same = np.arange(40).reshape(20, 2), np.arange(20) % 2 == 0
+    >>> pair_set = PairSet("lfw", [b""] * 40, pairs, same, np.arange(20) // 2)
+    >>> found = evaluate_pairs(np.where(same, 0.7, 0.1), pair_set, fars=[0.1])
+    >>> found.accuracy, found.eer.value, found.tar[0].value, found.tar[0].threshold
+    (1.0, 0.0, 1.0, 0.7)
+    """
+    same = pair_set.same
+    folds = metrics.kfold_accuracy(scores, same, pair_set.folds)
+    points = metrics.tar_at_far(scores, same, fars)
+    eer, auc = (Estimate(figure(scores, same)) for figure in (metrics.eer, metrics.auc))
+    resampling = None
+    if replicates:
+        people = None if pair_set.people is None else pair_set.people[pair_set.pairs]
+        found = metrics.curve_intervals(
+            scores, same, fars, people=people, replicates=replicates, seed=seed
+        )
+        points = [replace(point, ci=ci) for point, ci in zip(points, found.tar, strict=True)]
+        eer, auc = replace(eer, ci=found.eer), replace(auc, ci=found.auc)
+        over = "pairs" if people is None else "people"
+        resampling = Resampling(over, found.replicates, seed)
+    impostors = int(np.count_nonzero(~same))
+    result = PairsResult(
+        name=pair_set.name,
+        images=len(pair_set.images),
+        people=None if pair_set.people is None else len(np.unique(pair_set.people)),
+        pairs=len(pair_set),
+        genuine=len(pair_set) - impostors,
+        impostor=impostors,
+        folds=len(folds.per_fold),
+        accuracy=folds.accuracy,
+        accuracy_std=folds.std,
+        fold_accuracy=tuple(folds.per_fold.tolist()),
+        threshold=float(folds.thresholds.mean()),
+        eer=eer,
+        auc=auc,
+        tar=tuple(points),
+        notes=[
+            *unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
+            *_doubts(scores, pair_set),
+        ],
+        intervals=resampling,
+    )
+    if calibration is not None:
+        result = _with_quality(result, scores, pair_set, calibration)
+    if plots is not None:
+        written = _plot(scores, pair_set, folds, calibration, Path(plots))
+        result = replace(result, plots=tuple(map(str, written)))
+    return result
+
+
+def _doubts(scores: np.ndarray, pair_set: PairSet) -> list[str]:
+    """What makes a set's figures say little."""
+    notes = []
+    if scores.min() == scores.max():
+        notes.append(
+            "all pairs have the same score: the network gives every image the same embedding, as "
+            "one whose weights are all 0 does"
+        )
+    one_kind = [
+        int(fold)
+        for fold in np.unique(pair_set.folds)
+        if len(np.unique(pair_set.same[pair_set.folds == fold])) == 1
+    ]
+    if one_kind:
+        notes.append(
+            f"{len(one_kind)} of {len(np.unique(pair_set.folds))} folds hold pairs of one kind "
+            f"only, the first is fold {one_kind[0]}: the accuracy depends on how the set is ordered"
+        )
+    return notes
+
+
+def _with_quality(
+    result: PairsResult, scores: np.ndarray, pair_set: PairSet, calibration: Calibration
+) -> PairsResult:
+    fitted_here = pair_set.fingerprint() in calibration.fitted_on
+    judged = quality(scores, pair_set.same, calibration, fitted_here=fitted_here)
+    notes = list(result.notes)
+    if fitted_here:
+        notes.append(
+            "the calibration was fitted on these very pairs: its figures are too good here"
+        )
+    return replace(result, calibration=judged, notes=notes)
+
+
+def _plot(
+    scores: np.ndarray,
+    pair_set: PairSet,
+    folds: metrics.Folds,
+    calibration: Calibration | None,
+    folder: Path,
+) -> list[Path]:
+    from sphereface2.evaluation import plots  # matplotlib is slow to import
+
+    name, same = pair_set.name, pair_set.same
+    written = plots.plot_pairs(name, scores, same, float(folds.thresholds.mean()), folder)
+    if calibration is not None:
+        path = folder / f"{name}_reliability.png"
+        found = reliability(calibration.probability(scores), same)
+        plots.plot_reliability(found, path, title=f"{name}: reliability")
+        written.append(path)
+    return written
+
+
+def sample_pairs(
+    labels: np.ndarray, rng: np.random.Generator, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of N labelled images, or a sample.
+
+    Args:
+        labels: int (N,), the person of each image.
+        rng: draws the sample.
+        most: genuine and impostor pairs at most, ``most`` of either kind, drawn without
+            replacement.
+
+    Returns:
+        int64 (P, 2), indices of images, and bool (P,), True for genuine pairs.
+
+    >>> pairs, same = sample_pairs(np.array([4, 4, 9]), np.random.default_rng(0), most=10)
+    >>> pairs.tolist(), same.tolist()
+    ([[0, 1], [0, 2], [1, 2]], [True, False, False])
+    """
+    labels = np.asarray(labels)
+    count = len(labels)
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    of_person = [
+        group[np.stack(np.triu_indices(len(group), 1), 1)]
+        for group in np.split(order, starts[1:])
+        if len(group) > 1
+    ]
+    genuine = np.concatenate(of_person) if of_person else np.zeros((0, 2), np.int64)
+    everything = count * (count - 1) // 2
+    impostors = everything - len(genuine)
+    if len(genuine) > most:
+        genuine = genuine[rng.choice(len(genuine), most, replace=False)]
+    if impostors <= most:
+        number = np.arange(everything)
+    else:
+        # A few more than are wanted, since some of them are genuine.
+        number = rng.choice(
+            everything, min(everything, int(1.1 * most * everything / impostors)), replace=False
+        )
+    # Pair number n in the order (0, 1), (0, 2), (1, 2), (0, 3), …: n = j(j-1)/2 + i, i < j.
+    j = ((1 + np.sqrt(1 + 8 * number.astype(np.float64))) / 2).astype(np.int64)
+    j -= j * (j - 1) // 2 > number
+    j += j * (j + 1) // 2 <= number
+    mixed = np.stack([number - j * (j - 1) // 2, j], 1)
+    mixed = mixed[labels[mixed[:, 0]] != labels[mixed[:, 1]]][:most]
+    return np.concatenate([genuine, mixed]), np.arange(len(genuine) + len(mixed)) < len(genuine)

@@ -1,0 +1,141 @@
+"""Results as tables and lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.table import Table
+
+from sphereface2.console import percent, table
+from sphereface2.evaluation.all_pairs import AllPairsResult
+from sphereface2.evaluation.bootstrap import LEVEL, Interval
+from sphereface2.evaluation.distractors import DistractorResult
+from sphereface2.evaluation.identification import RANKS
+from sphereface2.evaluation.pairs import PairsResult
+from sphereface2.evaluation.results import OperatingPoint, Resampling, far_key
+from sphereface2.evaluation.templates import TemplatePairsResult, TemplatesResult
+
+Result = PairsResult | AllPairsResult | TemplatesResult | DistractorResult
+
+
+def render(result: Result) -> Iterator[Table | str]:
+    """What to print of a result: tables and lines."""
+    if isinstance(result, PairsResult):
+        yield from _pairs(result)
+    elif isinstance(result, AllPairsResult):
+        yield from _all_pairs(result)
+    elif isinstance(result, TemplatesResult):
+        yield from _templates(result)
+    else:
+        yield from _distractors(result)
+
+
+def interval(ci: Interval | None, spell: Callable[[float], str] = percent) -> str:
+    """An interval in a cell; nothing where there is none.
+
+    >>> interval((0.1, 0.25)), interval(None)
+    ('10.00 % – 25.00 %', '')
+    """
+    return "" if ci is None else f"{spell(ci[0])} – {spell(ci[1])}"
+
+
+def _figures(title: str, resampling: Resampling | None) -> Table:
+    header = f"{LEVEL:.0%} interval over {resampling.over}" if resampling else ""
+    return table(title, ["", "value", header], dim=[2])
+
+
+def _add_rates(place: Table, name: str, rates: Sequence[OperatingPoint]) -> None:
+    for rate in rates:
+        place.add_row(f"{name} {far_key(rate.at)}", percent(rate.value), interval(rate.ci))
+
+
+def _counts(result: PairsResult | AllPairsResult | TemplatePairsResult) -> str:
+    return f"{result.genuine:,} genuine and {result.impostor:,} impostor pairs"
+
+
+def _pairs(result: PairsResult) -> Iterator[Table | str]:
+    place = _figures(f"{result.name}: {result.images:,} images", result.intervals)
+    accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f} %"
+    place.add_row(f"{result.folds}-fold accuracy", f"[bold]{accuracy}[/bold]")
+    place.add_row("EER", percent(result.eer.value), interval(result.eer.ci))
+    place.add_row("AUC", f"{result.auc.value:.4f}", interval(result.auc.ci, "{:.4f}".format))
+    place.add_section()
+    _add_rates(place, "TAR at FAR", result.tar)
+    if (judged := result.calibration) is not None:
+        place.add_section()
+        place.add_row("Cllr", f"{judged.cllr:.4f}")
+        place.add_row("min-Cllr", f"{judged.min_cllr:.4f}")
+        place.add_row("ECE", percent(judged.ece))
+        for far, found in judged.far.items():
+            place.add_row(f"FAR at the threshold for {far_key(far)}", f"{100 * found:.3g} %")
+            place.add_row("  and its TAR", percent(judged.tar[far]))
+    yield place
+    yield _counts(result)
+    yield from result.notes
+    yield from _written(result.plots)
+
+
+def _all_pairs(result: AllPairsResult) -> Iterator[Table | str]:
+    place = _figures(f"{result.name}: {result.images:,} images", result.intervals)
+    _add_rates(place, "TAR at FAR", result.tar)
+    place.add_section()
+    place.add_row("rank-1 identification", percent(result.rank1))
+    yield place
+    yield _counts(result)
+    yield from result.notes
+    if result.unreadable:
+        first = result.unreadable_names[0]
+        yield f"{result.unreadable:,} unreadable images left out, the first is {first}"
+    yield from _written(result.plots)
+
+
+def _written(plots: Sequence[str]) -> Iterator[str]:
+    if plots:
+        yield "plots: " + ", ".join(plots)
+
+
+def _templates(result: TemplatesResult) -> Iterator[Table | str]:
+    weighted = ", weighted by the detector's scores" if result.detector_weights else ""
+    counts = f"{result.templates:,} templates of {result.images:,} images"
+    yield f"{result.name}: {counts}{weighted}"
+    if (pairs := result.verification) is not None:
+        place = _figures("1:1 verification", pairs.intervals)
+        _add_rates(place, "TAR at FAR", pairs.tar)
+        yield place
+        yield _counts(pairs)
+        yield from pairs.notes
+    if result.galleries:
+        names = [gallery.name for gallery in result.galleries]
+        place = table("1:N identification", ["", "mean", *names])
+        for row, k in enumerate(RANKS):
+            each = [gallery.rank[row].value for gallery in result.galleries]
+            place.add_row(f"rank-{k}", *map(percent, [result.mean_rank(k), *each]))
+        place.add_section()
+        for row, point in enumerate(result.galleries[0].tpir):
+            each = [gallery.tpir[row].value for gallery in result.galleries]
+            name = f"TPIR at FPIR {far_key(point.at)}"
+            place.add_row(name, *map(percent, [result.mean_tpir(point.at), *each]))
+        yield place
+        for one in result.galleries:
+            yield (
+                f"{one.name}: {one.people:,} people, {one.probes:,} probes, "
+                f"{one.enrolled:,} of them of people in it"
+            )
+            yield from one.notes
+    yield from result.notes
+
+
+def _distractors(result: DistractorResult) -> Iterator[Table | str]:
+    header = f"{LEVEL:.0%} interval over people" if result.intervals else ""
+    title = f"{result.name}: rank-1 by number of distractors"
+    place = table(title, ["distractors", "rank-1", header], dim=[2])
+    for rate in result.rank1:
+        place.add_row(f"{rate.at:,}", percent(rate.value), interval(rate.ci))
+    yield place
+    yield (
+        f"{result.searches:,} searches of {result.images:,} probes of {result.people:,} people; "
+        "the other image must score above every distractor"
+    )
+    if result.unreadable:
+        yield f"{result.unreadable:,} unreadable images left out"
+    yield from result.notes

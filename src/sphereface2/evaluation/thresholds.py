@@ -1,0 +1,158 @@
+"""Where to accept for a wanted FAR, and how far chance may have moved that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Interval, draws, interval, pair_weights
+from sphereface2.evaluation.results import far_key
+from sphereface2.evaluation.verification import allowed_accepts, tar_at_far
+
+#: How many false accepts a threshold must rest on: it then allows the FAR within about a third.
+FALSE_ACCEPTS = 10
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where to accept for one FAR.
+
+    Attributes:
+        far: the FAR wanted.
+        threshold: accept a similarity of at least this; the smallest score of the pairs at which
+            their FAR is at most ``far``.
+        ci: bootstrap interval of ``threshold``, 95 %, in similarity.
+        far_ci: interval of the FAR at ``threshold``.
+        tar: share of the genuine pairs accepted there.
+        impostors: number of impostor pairs that it was found on.
+    """
+
+    far: float
+    threshold: float
+    ci: Interval
+    far_ci: Interval
+    tar: float
+    impostors: int
+
+
+def pairs_needed(far: float) -> int:
+    """Impostor pairs that a threshold for ``far`` needs: enough for `FALSE_ACCEPTS`.
+
+    >>> pairs_needed(1e-3)
+    10000
+    """
+    needed = math.ceil(FALSE_ACCEPTS / far)
+    while allowed_accepts(far, needed) < FALSE_ACCEPTS:
+        needed += 1
+    while allowed_accepts(far, needed - 1) >= FALSE_ACCEPTS:
+        needed -= 1
+    return needed
+
+
+def check_fars(fars: Sequence[float], impostors: int) -> None:
+    """UserError unless so many impostor pairs suffice for a threshold at each FAR."""
+    if not fars:
+        raise UserError("a calibration needs a FAR: give --far, for example --far 1e-2")
+    for far in fars:
+        if not 0 < far < 1:
+            raise UserError(f"a FAR must lie between 0 and 1, got {far:g}")
+        if allowed_accepts(far, impostors) < FALSE_ACCEPTS:
+            raise UserError(
+                f"{impostors:,} impostor pairs are too few for a FAR of {far_key(far)}: "
+                f"{pairs_needed(far):,} are needed, so that at least {FALSE_ACCEPTS} are accepted "
+                "by mistake; give more pairs (--all-pairs makes the most of a set) or a larger "
+                "--far"
+            )
+
+
+def find_thresholds(
+    scores: np.ndarray,
+    same: np.ndarray,
+    fars: Sequence[float],
+    *,
+    people: np.ndarray | None = None,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> dict[float, Threshold]:
+    """The threshold of each FAR with its intervals.
+
+    Args:
+        scores: (P,) similarities.
+        same: bool (P,), True for genuine pairs.
+        fars: each in (0, 1), with enough impostor pairs for it (`check_fars`).
+        people: int (P, 2), the two identities of each pair, over which intervals are bootstrapped;
+            None resamples pairs, which makes them too narrow where pairs share people.
+        replicates: number of resamples.
+        seed: of the resampling.
+
+    >>> rng = np.random.default_rng(0)
+    >>> same = np.arange(3000) < 1000
+    >>> found = find_thresholds(rng.normal(np.where(same, 0.6, 0.1), 0.1), same, [0.01])[0.01]
+    >>> bool(0.3 < found.threshold < 0.35), found.impostors
+    (True, 2000)
+    """
+    points = tar_at_far(scores, same, fars)
+    limits = [np.inf if point.threshold is None else point.threshold for point in points]
+    limit_replicates, far_replicates = _resample(
+        scores, same, np.array(fars), np.array(limits), people, replicates, seed
+    )
+    found = {}
+    for k, point in enumerate(points):
+        ci, far_ci = interval(limit_replicates[:, k]), interval(far_replicates[:, k])
+        assert ci is not None and far_ci is not None  # every replicate is finite
+        impostors = int(np.count_nonzero(~same))
+        tar = float(point.value or 0)
+        found[point.at] = Threshold(point.at, float(limits[k]), ci, far_ci, tar, impostors)
+    return found
+
+
+def _resample(
+    scores: np.ndarray,
+    same: np.ndarray,
+    fars: np.ndarray,
+    limits: np.ndarray,
+    people: np.ndarray | None,
+    replicates: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """In each resample, the threshold for each FAR and the FAR at each of ``limits``: (R, F) each.
+
+    Only the highest impostor scores can become a threshold, so the others are counted, not sorted.
+    """
+    from scipy.sparse import coo_matrix
+
+    impostors = scores[~same]
+    count = units = len(impostors)
+    order = np.argsort(-impostors, kind="stable")
+    # Far more than a resample accepts at the largest FAR; the whole where the set is small.
+    tail = order[: 4 * allowed_accepts(float(fars.max()), count) + 1000]
+    who = together = None
+    if people is not None:
+        who = np.unique(people[~same], return_inverse=True)[1].reshape(-1, 2)
+        units = int(who.max()) + 1
+        together = coo_matrix((np.ones(count), (who[:, 0], who[:, 1])), (units, units)).tocsr()
+    top = impostors[tail]
+    last = np.flatnonzero(np.append(top[1:] != top[:-1], True))
+    # The next score above each impostor score, which is the threshold that rejects it.
+    ordered = np.sort(scores)
+    following = np.searchsorted(ordered, np.append(top[last], top[-1]), side="right")
+    above = ordered[np.minimum(following, len(ordered) - 1)]
+    within = (top[:, None] >= limits).sum(axis=0)
+    found_limits, found_fars = [], []
+    for counts in draws(units, replicates, seed, numbers=len(tail)):
+        if who is None or together is None:
+            weights, total = counts[:, tail], counts.sum(axis=1)
+        else:
+            weights = pair_weights(counts, np.zeros(len(tail), bool), who[tail])
+            total = (counts * (counts @ together)).sum(axis=1)
+        accepted = np.cumsum(np.pad(weights, ((0, 0), (1, 0))), axis=1)
+        rates = accepted / np.maximum(total, 1)[:, None]
+        # Column 0 accepts nothing, the others all scores down to the end of a run of equal ones.
+        runs = rates[:, np.append(0, last + 1)]
+        found_limits.append(np.stack([above[(runs <= far).sum(axis=1) - 1] for far in fars], 1))
+        found_fars.append(rates[:, within])
+    return np.concatenate(found_limits), np.concatenate(found_fars)

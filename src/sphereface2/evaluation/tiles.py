@@ -1,0 +1,140 @@
+"""All scores of a labelled set, tile by tile in several threads; none is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import cache
+from threading import Event, Lock
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from sphereface2.evaluation.selection import Search, value_of
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through the loaded libraries, once
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """While it lasts, matrix products take one thread each."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
+class Tiles:
+    """The upper triangle of the score matrix, block by block, shared out to threads.
+
+    Rows are sorted by person, so genuine pairs lie in the few tiles along the diagonal.
+    """
+
+    def __init__(self, rows: np.ndarray, people: np.ndarray, block: int, workers: int) -> None:
+        self.rows, self.people = rows, people
+        self.block, self.workers = min(block, len(rows)), workers
+        self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
+        starts = range(0, len(rows), self.block)
+        self.all = [(i, j) for i in starts for j in starts if j >= i]
+        self.mixed = [(i, j) for i, j in self.all if self._holds_genuine(i, j)]
+        self.nearest_other = np.full(len(rows), -np.inf, np.float32)
+        self.nearest_same = np.full(len(rows), -np.inf, np.float32)
+
+    def _holds_genuine(self, i: int, j: int) -> bool:
+        last_of_i = min(i + self.block, len(self.people)) - 1
+        return bool(self.people[last_of_i] >= self.people[j])
+
+    def _genuine(self, i: int, j: int) -> np.ndarray:
+        return self.people[i : i + self.block, None] == self.people[None, j : j + self.block]
+
+    def _run(
+        self,
+        tiles: list[tuple[int, int]],
+        work: Callable[[int, int, np.ndarray], None],
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Call ``work(i, j, scores)`` for every tile; it runs in several threads at once."""
+        queue, lock, stop = iter(tiles), Lock(), Event()
+
+        def worker() -> None:
+            buffer = np.empty(self.block * self.block, np.float32)
+            while not stop.is_set():
+                with lock:
+                    tile = next(queue, None)
+                if tile is None:
+                    return
+                i, j = tile
+                a, b = self.rows[i : i + self.block], self.rows[j : j + self.block]
+                scores = buffer[: len(a) * len(b)].reshape(len(a), len(b))
+                work(i, j, np.matmul(a, b.T, out=scores))
+                if progress is not None:
+                    with lock:
+                        progress(1 / len(tiles))
+
+        # One thread a tile, each with a sequential product: the counting then runs in parallel too.
+        with one_thread(), ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for future in [pool.submit(worker) for _ in range(self.workers)]:
+                    future.result()
+            finally:
+                stop.set()
+
+    @staticmethod
+    def _keep_best(best: np.ndarray, i: int, j: int, scores: np.ndarray) -> None:
+        for start, found in ((i, scores.max(axis=1)), (j, scores.max(axis=0))):
+            np.maximum(best[start : start + len(found)], found, best[start : start + len(found)])
+
+    def count(
+        self, searches: list[Search], progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Count impostor scores above each search's bracket and tally those inside it.
+
+        On the way, each row's best impostor score goes to ``nearest_other``.
+        """
+        lock = Lock()
+        searches = sorted(searches, key=lambda search: search.bracket[0])
+        edges = [tuple(value_of(key) for key in search.bracket) for search in searches]
+        mixed = set(self.mixed)
+
+        def work(i: int, j: int, scores: np.ndarray) -> None:
+            if (i, j) in mixed:
+                scores[self._genuine(i, j)] = -np.inf
+            if i == j:
+                scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+            with lock:
+                self._keep_best(self.nearest_other, i, j, scores)
+            left = scores.ravel()
+            for search, (low, high) in zip(searches, edges, strict=True):
+                left = left[left >= low]
+                inside = left[left < high]
+                with lock:
+                    search.above += len(left) - len(inside)
+                    search.tally.add(inside)
+
+        self._run(self.all, work, progress)
+
+    def genuine_hits(self, bounds: np.ndarray, people: int) -> np.ndarray:
+        """Genuine pairs that score above each bound, by person: int64 (bounds, people).
+
+        On the way, each row's best genuine score goes to ``nearest_same``.
+        """
+        lock = Lock()
+        hits = np.zeros((len(bounds), people), np.int64)
+
+        def work(i: int, j: int, scores: np.ndarray) -> None:
+            genuine = self._genuine(i, j)
+            if i == j:
+                genuine &= self.upper[: len(scores), : len(scores)]
+            values = scores[genuine]
+            scores[~genuine] = -np.inf
+            with lock:
+                self._keep_best(self.nearest_same, i, j, scores)
+            who = np.repeat(self.people[i : i + self.block], np.count_nonzero(genuine, axis=1))
+            first = int(self.people[i])
+            for bound, total in zip(bounds, hits, strict=True):
+                found = np.bincount(who[values > bound] - first)
+                with lock:
+                    total[first : first + len(found)] += found
+
+        self._run(self.mixed, work)
+        return hits

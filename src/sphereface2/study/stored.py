@@ -1,0 +1,104 @@
+"""The results of cells as they are stored: typed, and JSON on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sphereface2.evaluation.results import to_dict
+from sphereface2.files import atomic_write
+from sphereface2.study.measure import PairMeasures, PairSetFacts, PeopleMeasures
+
+RESULT = "cell.json"
+SETS = "sets"
+
+
+@dataclass(frozen=True)
+class CellData:
+    """What a cell was trained on.
+
+    Without the path: results are passed on, and the fingerprint says what the data was.
+    """
+
+    kind: str
+    fingerprint: str
+    images: int
+    people: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long a cell's training was; fields as of `sphereface2.training.report.TrainingFacts`."""
+
+    steps: int
+    images: int
+    seconds: float
+    images_per_second: float
+    ranks: int
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a study keeps of a finished run.
+
+    Attributes:
+        config: the run's settings.
+        data, training: as in the run's own files.
+        environment: an entry for each start.
+        validation: TAR by FAR on the validation people.
+        test: on the test people.
+        pairs: for each verification set.
+        cpu_seconds: of the process that finished the cell.
+    """
+
+    config: dict[str, Any]
+    data: CellData
+    environment: list[dict[str, Any]]
+    training: Training
+    validation: dict[float, float | None]
+    test: PeopleMeasures
+    pairs: list[PairMeasures]
+    cpu_seconds: float
+
+    @property
+    def judged_on(self) -> set[str]:
+        """The verification sets that the cell was judged on, as they were asked for."""
+        return set(self.config["validation"]["pairs"])
+
+    @property
+    def versions(self) -> list[dict[str, str | None]]:
+        """Versions of Python and of packages at each start of the training, by name."""
+        return [{"Python": start["python"], **start["packages"]} for start in self.environment]
+
+
+_RESULT, _FACTS = TypeAdapter(CellResult), TypeAdapter(PairSetFacts)
+
+
+def read_result(folder: Path) -> CellResult | None:
+    """The result of the cell in ``folder``; None if the cell is not done."""
+    path = folder / RESULT
+    return _RESULT.validate_json(path.read_bytes()) if path.exists() else None
+
+
+def write_result(folder: Path, result: CellResult) -> None:
+    """Write a cell's result where `read_result` finds it."""
+    atomic_write(folder / RESULT, json.dumps(to_dict(result)).encode())
+
+
+def read_facts(sets: Path, fingerprint: str) -> PairSetFacts | None:
+    """The description of a verification set in the folder ``sets``; None where there is none."""
+    path = sets / f"{fingerprint}.json"
+    return _FACTS.validate_json(path.read_bytes()) if path.exists() else None
+
+
+def write_facts(sets: Path, fingerprint: str, facts: PairSetFacts) -> None:
+    """Write a verification set's description where `read_facts` finds it, unless it is there."""
+    path = sets / f"{fingerprint}.json"
+    if not path.exists():
+        sets.mkdir(exist_ok=True)
+        atomic_write(path, json.dumps(to_dict(facts)).encode())

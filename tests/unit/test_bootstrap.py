@@ -1,0 +1,50 @@
+"""Resamples against drawing people one by one."""
+
+import numpy as np
+import pytest
+
+from sphereface2.evaluation import bootstrap
+from sphereface2.evaluation.bootstrap import draws, interval, pair_weights, ratio_intervals, ratios
+
+
+def test_pairs_count_as_often_as_their_people_are_drawn():
+    people = np.array([[0, 0], [0, 1], [1, 2], [2, 2]])
+    same = people[:, 0] == people[:, 1]
+    drawn = np.random.default_rng(0).integers(3, size=(5, 3))
+    expected = []
+    for chosen in drawn:
+        times = [list(chosen).count(p) for p in range(3)]
+        expected.append([times[a] if a == b else times[a] * times[b] for a, b in people.tolist()])
+    counts = next(draws(3, 5))
+    np.testing.assert_array_equal(pair_weights(counts, same, people), expected)
+    np.testing.assert_array_equal(pair_weights(counts, same[:3], None), counts)
+
+
+def test_chunks_do_not_change_the_draws(monkeypatch):
+    whole = np.concatenate([*draws(7, 40, seed=3)])
+    monkeypatch.setattr(bootstrap, "_NUMBERS", 50)
+    chunks = [*draws(7, 40, seed=3, numbers=10)]
+    assert len(chunks) == 8
+    np.testing.assert_array_equal(np.concatenate(chunks), whole)
+    rng = np.random.default_rng(3)
+    for row in whole:
+        assert row.tolist() == np.bincount(rng.integers(7, size=7), minlength=7).tolist()
+
+
+def test_ratios_are_those_of_copied_people():
+    hits, trials = np.array([[1, 0, 4, 2], [0, 0, 1, 0]]), np.array([2, 0, 5, 3])
+    rng = np.random.default_rng(1)
+    again = []
+    for _ in range(200):  # the person without a trial is not drawn
+        people = np.array([0, 2, 3])[rng.integers(3, size=3)]
+        again.append(hits[:, people].sum(axis=1) / trials[people].sum())
+    expected = np.quantile(again, [0.025, 0.975], axis=0).T
+    np.testing.assert_allclose(ratio_intervals(hits, trials, 200, seed=1), expected)
+    assert ratio_intervals(hits, trials, 0) == [None, None]
+
+
+def test_what_no_resample_has_is_none():
+    found = ratios(np.array([[0.0, 2], [1, 1]]), np.array([3, 0]), np.array([4, 0]))
+    assert np.isnan(found[0]) and found[1] == pytest.approx(0.75)
+    assert interval(found) == (0.75, 0.75)
+    assert interval(np.array([np.nan])) is None

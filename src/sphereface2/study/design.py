@@ -208,7 +208,7 @@ def swept_value(study: Study, sweep: Sweep, chosen: dict[str, dict[str, Any]]) -
     """The value of the swept setting in the arm itself."""
     cell = _cell(study, sweep.arm, study.first_condition, 0, "grid", chosen[sweep.arm])
     value: Any = configuration.to_dict(cell.config)
-    value["head"] = heads.parameters(cell.config.head["name"]) | value["head"]
+    value["head"] = heads.defaults(cell.config.head["name"]) | value["head"]
     for part in sweep.key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value

@@ -90,6 +90,23 @@ def test_embed(place: Path, tmp_path: Path) -> None:
     assert Embedder.load(place / "model.onnx").fingerprint == embedder.fingerprint
 
 
+def test_gallery(place: Path, tmp_path: Path) -> None:
+    model, photos = place / "model.onnx", place / "photos"
+    run("gallery", "add", tmp_path / "g.db", "Eve", photos / "a/a.jpg", "--model", model)
+    found = run("gallery", "search", tmp_path / "g.db", photos / "b/b.jpg", "--model", model)
+    assert "Eve" in found
+    program = (
+        "import json; import sphereface2 as s; m, g, photo = sys.argv[1:]\n"
+        "embedder = s.FaceEmbedder.from_pretrained(m)\n"
+        "with s.Gallery.open(g, embedder=embedder) as gallery:\n"
+        "    (found,) = gallery.search(embedder.embed([photo]), k=1)\n"
+        "    print(found[0].person, found[0].score)\n"
+    )
+    words = run(model, tmp_path / "g.db", photos / "b/b.jpg", program=FORBID + program).split()
+    same = FaceEmbedder.from_pretrained(model).verify(photos / "a/a.jpg", photos / "b/b.jpg")
+    assert words[0] == "Eve" and float(words[1]) == pytest.approx(same.similarity, abs=1e-5)
+
+
 def traced(log: Path, home: Path, words: list[str]) -> str:
     """The system calls of a command that create files below ``home`` or connect to a host."""
     home.mkdir()

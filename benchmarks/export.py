@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -45,11 +46,17 @@ def exported(net: Backbone, folder: Path) -> tuple[Path, Path]:
     with contextlib.redirect_stdout(io.StringIO()):
         plain = export(folder / "net", to="onnx")
         int8 = export(folder / "net", to="onnx", int8=True, calibration=folder / "faces")
-    return plain["path"], int8["path"]
+    return plain.path, int8.path
+
+
+def on_runtime(file: Path, threads: int) -> Callable[[torch.Tensor], np.ndarray]:
+    """The exported network, as a function of what the backbone takes."""
+    network = OnnxNetwork(file, threads=threads)
+    return lambda images: network(images.numpy())
 
 
 def rates(
-    variants: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    variants: dict[str, Callable[[torch.Tensor], Any]],
     images: torch.Tensor,
     seconds: float,
 ) -> dict[str, float]:
@@ -75,11 +82,11 @@ def measure(label: str, net: Backbone, seconds: float) -> None:
         for threads in THREADS:
             torch.set_num_threads(threads)
             torch.compiler.reset()
-            variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            variants: dict[str, Callable[[torch.Tensor], Any]] = {
                 "eager": net,
                 "torch.compile": torch.compile(net, dynamic=False),
-                "ONNX Runtime": OnnxNetwork(plain),
-                "ONNX Runtime int8": OnnxNetwork(int8),
+                "ONNX Runtime": on_runtime(plain, threads),
+                "ONNX Runtime int8": on_runtime(int8, threads),
             }
             for batch in BATCHES:
                 images = torch.rand(batch, 3, *net.input_size) * 2 - 1

@@ -33,7 +33,7 @@ def net():
 def exported(net, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     bundle.save(net, folder)
-    return export(folder, to="onnx")["path"]
+    return export(folder, to="onnx").path
 
 
 def png(image):

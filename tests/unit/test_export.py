@@ -23,7 +23,6 @@ from sphereface2.errors import UserError
 from sphereface2.recognition import export as module
 from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +70,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def float32(checkpoint):
-    return export(checkpoint, to="onnx")["path"]
+    return export(checkpoint, to="onnx").path
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def drawn(tmp_path_factory):
 def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, drawn):
     net = network(name, input_size=32, **options)
     folder = saved(net, tmp_path / "net")
-    path = export(folder, to="onnx")["path"]
+    path = export(folder, to="onnx").path
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 32, 32)
@@ -108,14 +107,14 @@ def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, dr
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
     if int8:
         quantised = export(folder, to="onnx", int8=True, calibration=drawn)
-        assert quantised["bytes"] < 0.6 * path.stat().st_size
-        rows = Embedder(OnnxNetwork(quantised["path"])).embed(faces(6, seed=2))
+        assert quantised.bytes < 0.6 * path.stat().st_size
+        rows = Embedder(OnnxNetwork(quantised.path)).embed(faces(6, seed=2))
         assert (rows * Embedder(net).embed(faces(6, seed=2))).sum(1).min() > 0.95
 
 
 def test_a_transformer_exports(tmp_path):
     net = backbones.build("timm/vit_tiny_patch16_224", embedding_dim=8, input_size=32, depth=1)
-    assert export(saved(net, tmp_path / "net"), to="onnx")["cosine_min"] >= module.PARITY
+    assert export(saved(net, tmp_path / "net"), to="onnx").cosine_min >= module.PARITY
 
 
 def test_what_the_file_says_about_itself(checkpoint, float32):
@@ -127,7 +126,7 @@ def test_what_the_file_says_about_itself(checkpoint, float32):
         "colour_order": "BGR",
     }  # fmt: skip
     assert (said["embedding_dim"], said["precision"]) == (32, "float32")
-    assert said["fingerprint"] == said["checkpoint_fingerprint"] == fingerprint(net)
+    assert said["fingerprint"] == said["checkpoint_fingerprint"] == bundle.fingerprint(net)
     assert np.array_equal(said["aligner"]["template"], TEMPLATE)
     assert said["metadata"] == {"note": "trained on drawings"}
     assert said["backbone"]["name"] == "sfnet4"
@@ -140,10 +139,10 @@ def test_what_the_file_says_about_itself(checkpoint, float32):
 
 
 def test_it_stands_in_for_the_backbone(checkpoint, float32):
-    net, exported = bundle.load(checkpoint), bundle.load(float32)
+    net, exported = bundle.load(checkpoint), OnnxNetwork(float32)
     assert exported.preprocessing == net.preprocessing
     assert exported.metadata == net.metadata
-    assert fingerprint(exported) == fingerprint(net)
+    assert exported.fingerprint == bundle.fingerprint(net)
     images = [*faces(3), faces(1)[0][:90]]
     np.testing.assert_allclose(
         Embedder(exported).embed(images), Embedder(net).embed(images), atol=1e-5
@@ -157,7 +156,7 @@ def test_it_stands_in_for_the_backbone(checkpoint, float32):
 
 
 def test_it_pickles(float32):
-    exported = bundle.load(float32)
+    exported = OnnxNetwork(float32)
     again = pickle.loads(pickle.dumps(exported))
     images = np.random.default_rng(0).normal(size=(3, 3, *exported.input_size)).astype(np.float32)
     np.testing.assert_array_equal(again(images), exported(images))
@@ -167,8 +166,8 @@ def test_it_pickles(float32):
 def test_torch_export_archive(checkpoint):
     report = export(checkpoint, to="torch_export")
     said = {module.EXTRA_FILE: ""}
-    program = torch.export.load(report["path"], extra_files=said)
-    assert json.loads(said[module.EXTRA_FILE]) == report["description"]
+    program = torch.export.load(report.path, extra_files=said)
+    assert json.loads(said[module.EXTRA_FILE]) == report.description
     images = torch.randn(3, 3, 32, 48)
     torch.testing.assert_close(program.module()(images), bundle.load(checkpoint)(images))
 
@@ -179,10 +178,10 @@ def test_int8_keeps_embeddings_float_and_tells_its_own_fingerprint(checkpoint, d
         for name in ("a.onnx", "b.onnx")
     )
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-    original = fingerprint(bundle.load(checkpoint))
-    assert again["description"]["fingerprint"] != original
-    assert first["description"]["checkpoint_fingerprint"] == original
-    assert first["description"]["calibration"]["images"] == 9
+    original = bundle.fingerprint(bundle.load(checkpoint))
+    assert again.description["fingerprint"] != original
+    assert first.description["checkpoint_fingerprint"] == original
+    assert first.description["calibration"]["images"] == 9
     graph = onnx.load(tmp_path / "a.onnx").graph
     weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     assert {w.dtype for w in weights.values() if w.ndim > 1} == {np.dtype(np.int8)}
@@ -245,13 +244,13 @@ def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monke
         ("absent", "does not exist"),
     ]:
         with pytest.raises(UserError, match=message):
-            bundle.load(tmp_path / f"{name}.onnx")
+            OnnxNetwork(tmp_path / f"{name}.onnx")
     with pytest.raises(UserError, match="exported already"):
         export(float32, to="onnx")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(UserError, match=r"sphereface2\[export\]"):
-            bundle.load(float32)
+            OnnxNetwork(float32)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"needs onnxscript.*sphereface2\[export\]"):
         export(checkpoint, to="onnx")

@@ -7,6 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sphereface2 import onnx_runtime
+from sphereface2 import console, onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
@@ -26,7 +27,6 @@ from sphereface2.data.sources import Source, open_source
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
-from sphereface2.recognition.fingerprint import fingerprint
 from sphereface2.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -44,6 +44,25 @@ _BATCHES = (1, 2, 7)
 _LIMIT = 2**31 - 2**24  # a protocol buffer holds 2 GiB, the graph itself included
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file that `export` wrote.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        cosine: of an embedding by the file and by PyTorch, mean over the checked images.
+        cosine_min: the least of them.
+        description: what the file says about itself, JSON-able.
+    """
+
+    path: Path
+    bytes: int
+    cosine: float
+    cosine_min: float
+    description: dict[str, Any]
+
+
 def export(
     checkpoint: Path,
     /,
@@ -54,7 +73,7 @@ def export(
     images: int = 512,
     seed: int = 0,
     out: Path | None = None,
-) -> dict[str, Any]:
+) -> Exported:
     """Write a model as one ONNX file or torch.export archive, and check it against PyTorch.
 
     The file takes normalised float32 images (batch, 3, h, w), batch ≥ 1, and gives embeddings
@@ -72,10 +91,6 @@ def export(
         seed: Seed of that draw.
         out: File to write; default: `model.onnx`, `model.int8.onnx` or `model.pt2` beside the
             checkpoint. An existing file is replaced once the new one has been checked.
-
-    Returns:
-        ``path``, ``bytes``, ``cosine`` (mean over the checked images), ``cosine_min`` and
-        ``description`` (the JSON object).
 
     Raises:
         UserError: a wrong option, a missing package, a file that cannot be written, or a result
@@ -96,23 +111,24 @@ def export(
     checkpoint = Path(checkpoint)
     if checkpoint.suffix in SUFFIXES.values():
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
-    net = bundle.load(checkpoint)
     path = _target(checkpoint, out, SUFFIXES[to], int8)
+    source = open_source(calibration) if calibration is not None else None
     if to == "onnx":
         _require_onnx()
-        if (size := _bytes(net)) > _LIMIT:
-            raise UserError(
-                f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less "
-                "than 2: give --to torch_export"
-            )
-    source = open_source(calibration) if calibration is not None else None
+    net = bundle.load(checkpoint)
+    if to == "onnx" and (size := _bytes(net)) > _LIMIT:
+        raise UserError(
+            f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less than "
+            "2: give --to torch_export"
+        )
+    fingerprint = bundle.fingerprint(net)
     with Console(stderr=True).status(f"exporting to {to}"):
         description: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
-            "fingerprint": fingerprint(net),
-            "checkpoint_fingerprint": fingerprint(net),
+            "fingerprint": fingerprint,
+            "checkpoint_fingerprint": fingerprint,
             "precision": "int8" if int8 else "float32",
             "backbone": net.config,
             "embedding_dim": net.embedding_dim,
@@ -145,14 +161,9 @@ def export(
         )
     with writing(path):
         atomic_write(path, content)
-    _print(path, content, description, mean, least)
-    return {
-        "path": path,
-        "bytes": len(content),
-        "cosine": mean,
-        "cosine_min": least,
-        "description": description,
-    }
+    result = Exported(path, len(content), mean, least, description)
+    _print(result)
+    return result
 
 
 def trace(net: Backbone) -> torch.export.ExportedProgram:
@@ -227,7 +238,7 @@ def _readable(net: Backbone, source: Source, order: np.ndarray) -> Iterator[Tens
 
 def _input(net: Backbone, image: np.ndarray) -> Tensor:
     """uint8 RGB (H, W, 3) to the network's input (1, 3, h, w)."""
-    return net.preprocessing(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous())
+    return net.preprocessing(torch.tensor(image).permute(2, 0, 1)[None].contiguous())
 
 
 # --- the formats ----------------------------------------------------------------------------------
@@ -392,16 +403,13 @@ def _cosines(
     return torch.cat(found).numpy()
 
 
-def _print(
-    path: Path, content: bytes, description: dict[str, Any], mean: float, least: float
-) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    height, width = description["preprocessing"]["size"]
+def _print(result: Exported) -> None:
+    height, width = result.description["preprocessing"]["size"]
     sizes = f"{', '.join(map(str, _BATCHES[:-1]))} and {_BATCHES[-1]}"
-    console.print(f"{path}: {len(content) / 1e6:.2f} MB, {description['precision']}")
-    console.print(f"  images      (batch, 3, {height}, {width}) float32, normalised")
-    console.print(f"  embeddings  (batch, {description['embedding_dim']}) float32")
-    console.print(
-        f"  agreement   cosine with PyTorch {mean:.7f} on average, {least:.7f} at least, "
-        f"in batches of {sizes}"
+    console.show(
+        f"{result.path}: {result.bytes / 1e6:.2f} MB, {result.description['precision']}",
+        f"  images      (batch, 3, {height}, {width}) float32, normalised",
+        f"  embeddings  (batch, {result.description['embedding_dim']}) float32",
+        f"  agreement   cosine with PyTorch {result.cosine:.7f} on average, "
+        f"{result.cosine_min:.7f} at least, in batches of {sizes}",
     )

@@ -1,12 +1,14 @@
-"""Gallery on Milvus Lite: insertion, search latency, what the approximate indexes lose.
+"""Gallery: enrolment, opening, search latency, and what approximate search loses.
 
-    python benchmarks/gallery.py                                  # 10,000 pictures
-    python benchmarks/gallery.py --sizes 100000 --plot curve.png  # some ten minutes
-    python benchmarks/gallery.py --kills 20                       # only kill -9 while inserting
+    OMP_NUM_THREADS=1 python benchmarks/gallery.py             # 10,000 and 100,000 images, SQLite
+    python benchmarks/gallery.py --sizes 1000000 --probes 200  # some twenty minutes
+    python benchmarks/gallery.py --postgresql --sizes 100000   # a server of its own, with pgvector
+    python benchmarks/gallery.py --peers --sizes 100000        # FAISS, LanceDB, hnswlib
 
-The bound is what a search cannot do without: one product of all embeddings with the probe, by
-numpy, in the same process. The embeddings are drawn: groups of people who look alike, people in
-them, five noisy pictures of each.
+The bound is what an exact search cannot do without: one product of all embeddings with the probe,
+by numpy, in the same process and in turns with what is compared, because a machine's speed changes
+meanwhile. The embeddings are drawn: groups of people who look alike, people in them, five noisy
+images of each.
 """
 
 from __future__ import annotations
@@ -16,20 +18,19 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from sphereface2.evaluation.identification import Searches, tpir_at_fpir
 from sphereface2.recognition.gallery import Enrolment, Gallery
 
-EFFORTS = {"ivf": (1, 2, 4, 8, 16, 32, 64), "hnsw": (8, 16, 32, 64, 128, 256)}
-PICTURES = 5
+IMAGES = 5
 FPIR = 0.01
+MODEL = "0" * 64
+EFFORTS = (64, 128, 256, 512)
+ONE_THREAD = os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -41,160 +42,263 @@ def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def draw(
-    rng: np.random.Generator, pictures: int, probes: int, dim: int
+    rng: np.random.Generator, images: int, probes: int, dim: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gallery (n, d), probes of enrolled people and of strangers; picture i is of person i // 5.
+    """Gallery (n, d), probes of enrolled people and of strangers; image i is of person i // 5.
 
-    Two pictures of a person have a cosine of about 0.24, of two people of a group 0.12.
+    Two images of a person have a cosine of about 0.24, of two people of a group 0.12.
     """
-    people = pictures // PICTURES
+    people = images // IMAGES
     groups = noise(rng, 100, dim)
     centres = unit(
         groups[rng.integers(100, size=people + probes)] + noise(rng, people + probes, dim)
     )
-    gallery = np.empty((people * PICTURES, dim), np.float32)
-    for i in range(PICTURES):
-        gallery[i::PICTURES] = unit(centres[:people] + 1.8 * noise(rng, people, dim))
+    gallery = np.empty((people * IMAGES, dim), np.float32)
+    for i in range(IMAGES):
+        gallery[i::IMAGES] = unit(centres[:people] + 1.8 * noise(rng, people, dim))
     known = unit(centres[:probes] + 1.8 * noise(rng, probes, dim))
     strangers = unit(centres[people:] + 1.8 * noise(rng, probes, dim))
     return gallery, known, strangers
 
 
-def percentiles(times: list[float]) -> str:
-    p50, p99 = np.percentile(times, [50, 99])
-    return f"p50 {1e3 * p50:8.1f} ms  p99 {1e3 * p99:8.1f} ms"
+class Data:
+    """Drawn embeddings and what numpy finds in them."""
+
+    def __init__(self, size: int, options: argparse.Namespace) -> None:
+        self.probes = min(options.probes, size // IMAGES)
+        rng = np.random.default_rng(options.seed)
+        self.gallery, self.known, strangers = draw(rng, size, self.probes, options.dim)
+        self.everyone = np.concatenate([self.known, strangers])
+        self.some = self.everyone[:: max(1, len(self.everyone) // options.latencies)]
+        step = max(1, 2**26 // size)
+        parts = np.split(self.everyone, range(step, len(self.everyone), step))
+        products = [part @ self.gallery.T for part in parts]
+        self.truth = np.concatenate([product.argmax(1) for product in products]) // IMAGES
+        self.exact = self.tpir(self.truth, np.concatenate([p.max(1) for p in products]))
+
+    def people(self) -> Iterator[Enrolment]:
+        for i in range(len(self.gallery) // IMAGES):
+            yield Enrolment(f"person {i}", self.gallery[IMAGES * i : IMAGES * (i + 1)])
+
+    def product(self, probe: np.ndarray) -> int:
+        return int(np.argmax(self.gallery @ probe))
+
+    def tpir(self, best: np.ndarray, scores: np.ndarray) -> float:
+        """TPIR at FPIR 1 % if these people come first with these scores."""
+        enrolled = np.arange(len(self.everyone)) < self.probes
+        right = enrolled & (best == np.arange(len(self.everyone)))
+        ranks = np.where(enrolled, np.where(right, 1, 2), 0)
+        found = Searches(enrolled, scores.astype(np.float32), ranks)
+        return float(tpir_at_fpir(found, [FPIR])[0].value or 0)
+
+    def report(self, name: str, search: Callable[[np.ndarray], tuple[int, float]]) -> None:
+        """Time a search of one probe in turns with the product, and say what it finds.
+
+        The ratio is of medians of this thread's CPU time where numpy has one thread, so that other
+        work on the machine does not count; else of the time that passed.
+        """
+        clock = time.thread_time if ONE_THREAD else time.perf_counter
+        search(self.some[0])
+        took, bound, cpu = [], [], ([], [])
+        for probe in self.some:
+            for function, times, mine in ((search, took, cpu[0]), (self.product, bound, cpu[1])):
+                start, begun = time.perf_counter(), clock()
+                function(probe)
+                mine.append(clock() - begun)
+                times.append(time.perf_counter() - start)
+        ratio = np.median(cpu[0]) / np.median(cpu[1])
+        found = [search(probe) for probe in self.everyone]
+        best = np.array([person for person, _ in found])
+        tpir = self.tpir(best, np.array([score for _, score in found]))
+        p50, p99 = 1e3 * np.percentile(took, [50, 99])
+        product = 1e3 * np.median(bound)
+        print(
+            f"  {name:28} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  product {product:7.2f} ms  "
+            f"ratio {ratio:6.3f}  recall@1 {np.mean(best == self.truth):.4f}  "
+            f"TPIR@FPIR {FPIR:.0%} {tpir:.4f} ({100 * (tpir - self.exact):+.2f} points)",
+            flush=True,
+        )
 
 
-def timed(function, queries: np.ndarray) -> list[float]:
-    times = []
-    for query in queries:
+def first(gallery: Gallery, **options: object) -> Callable[[np.ndarray], tuple[int, float]]:
+    def search(probe: np.ndarray) -> tuple[int, float]:
+        (match,) = gallery.search(probe, k=1, **options)[0]
+        return int(match.person.split()[1]), match.score
+
+    return search
+
+
+def measure(address: str, data: Data, options: argparse.Namespace) -> None:
+    """A gallery at an address: filled, opened again, searched, grown."""
+    size, dim = data.gallery.shape
+    start = time.perf_counter()
+    with Gallery.open(address, fingerprint=MODEL, dim=dim, storage=options.storage) as gallery:
+        if not gallery.is_file:  # PostgreSQL builds an index faster than it grows one
+            gallery.set_index(None)
+        for _ in gallery.add_many(data.people()):
+            pass
+        inserted = time.perf_counter() - start
+        print(f"  enrolled {size / inserted:,.0f} images/s", flush=True)
+        if not gallery.is_file:
+            start = time.perf_counter()
+            gallery.set_index(0)
+            print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
+            gallery.compact()
+    if Path(address).exists():
+        print(f"  {Path(address).stat().st_size / size:,.0f} bytes an image in the file")
+    start = time.perf_counter()
+    with Gallery.open(address, create=False) as gallery:
+        gallery.warm_up()
+        print(f"  opened and read in {time.perf_counter() - start:.2f} s", flush=True)
+        data.report("exact", first(gallery, exact=True))
+        many = data.everyone[:100]
+        took, bound = [], []
+        for _ in range(3):
+            start = time.perf_counter()
+            gallery.search(many, k=1, exact=True)
+            took.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            (many @ data.gallery.T).argmax(1)
+            bound.append(time.perf_counter() - start)
+        each = 1e3 * min(took) / len(many)
+        print(f"  100 probes in a call: {each:.2f} ms each, {min(took) / min(bound):.2f} x product")
+        if gallery.is_file:
+            start = time.perf_counter()
+            gallery.set_index(0)
+            print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
+        data.report("HNSW", first(gallery))
+        rng, times = np.random.default_rng(1), []
+        for i in range(40):
+            rows = noise(rng, IMAGES, dim)
+            start = time.perf_counter()
+            gallery.add(f"new {i}", rows)
+            times.append(time.perf_counter() - start)
+        p50, p99 = 1e3 * np.percentile(times, [50, 99])
+        print(f"  one person of five images enrolled: p50 {p50:.1f} ms  p99 {p99:.1f} ms")
         start = time.perf_counter()
-        function(query)
-        times.append(time.perf_counter() - start)
-    return times
+        gallery.search(data.some[0])
+        print(f"  the search after: {1e3 * (time.perf_counter() - start):.1f} ms", flush=True)
 
 
-def searches(gallery: Gallery, probes: np.ndarray, known: int, **options) -> tuple[list, Searches]:
-    """Who comes first for each probe, the first `known` of which show the people 0, 1, ..."""
-    best = [m[0] for m in gallery.search(probes, k=1, **options)]
-    right = np.array([i < known and m.person == f"person {i}" for i, m in enumerate(best)])
-    enrolled = np.arange(len(probes)) < known
-    scores = np.array([m.score for m in best], np.float32)
-    found = Searches(enrolled, scores, np.where(enrolled, np.where(right, 1, 2), 0))
-    return [m.person for m in best], found
+def peers(data: Data) -> None:
+    """Others' exact and approximate searches of the same embeddings."""
+    size, dim = data.gallery.shape
 
+    def usual(search: Callable[[np.ndarray], tuple[int, float]]) -> Callable:
+        def named(probe: np.ndarray) -> tuple[int, float]:
+            row, score = search(probe)
+            return row // IMAGES, score
 
-def measure(size: int, indexes: list[str], options: argparse.Namespace) -> dict[str, list]:
-    rng = np.random.default_rng(options.seed)
-    probes = min(options.probes, size // PICTURES)
-    data, known, strangers = draw(rng, size, probes, options.dim)
-    everyone = np.concatenate([known, strangers])
-    print(f"\n{size:,} pictures of {size // PICTURES:,} people, {options.dim} numbers", flush=True)
-    some = known[: options.latencies]
-    bound = timed(lambda q: int(np.argmax(data @ q)), some)
-    print(f"bound  numpy product        {percentiles(bound)}")
-    truth = [f"person {int(np.argmax(data @ q)) // PICTURES}" for q in everyone]
-    curves: dict[str, list] = {}
-    for index in indexes:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "gallery"
-            keep = {"fingerprint": "0" * 64, "dim": options.dim}
-            start = time.perf_counter()
-            with Gallery.open(place, index=index, **keep) as gallery:
-                people = (
-                    Enrolment(f"person {i}", data[PICTURES * i : PICTURES * (i + 1)])
-                    for i in range(size // PICTURES)
-                )
-                for _ in gallery.add_many(people):
-                    pass
-                inserted = time.perf_counter() - start
-            built = time.perf_counter() - start - inserted
-            start = time.perf_counter()
-            with Gallery.open(place, **keep) as gallery:
-                opened = time.perf_counter() - start
-                print(
-                    f"{index:5}  inserted {size / inserted:,.0f} pictures/s, then {built:.1f} s "
-                    f"for files and index; opens in {opened:.1f} s"
-                )
-                gallery.search(some[:1])
-                took = timed(lambda q, g=gallery: g.search(q, k=1), some)
-                print(
-                    f"       one probe            {percentiles(took)}  "
-                    f"{np.median(took) / np.median(bound):.1f} x bound"
-                )
-                start = time.perf_counter()
-                first, found = searches(gallery, everyone, probes, exact=True)
-                each = (time.perf_counter() - start) / len(everyone)
-                start = time.perf_counter()
-                np.argmax(everyone @ data.T, axis=1)
-                all_at_once = (time.perf_counter() - start) / len(everyone)
-                recall = np.mean([a == b for a, b in zip(first, truth, strict=True)])
-                exact = tpir_at_fpir(found, [FPIR])[0].value
-                print(
-                    f"       exact, {len(everyone)} at once   {1e3 * each:.2f} ms each, "
-                    f"{each / all_at_once:.1f} x bound; recall@1 {recall:.4f}; "
-                    f"TPIR@FPIR {FPIR:.0%} {exact:.4f}"
-                )
-                for effort in EFFORTS.get(index, ()):
-                    took = timed(
-                        lambda q, g=gallery, e=effort: g.search(q, k=1, effort=e), some[:30]
-                    )
-                    first, found = searches(gallery, everyone, probes, effort=effort)
-                    recall = np.mean([a == b for a, b in zip(first, truth, strict=True)])
-                    tpir = tpir_at_fpir(found, [FPIR])[0].value
-                    curves.setdefault(index, []).append((effort, recall, tpir / exact))
-                    print(
-                        f"       effort {effort:4}  recall@1 {recall:.4f}  TPIR@FPIR {FPIR:.0%} "
-                        f"{tpir:.4f} ({tpir / exact:.4f} of exact)  "
-                        f"p50 {1e3 * np.median(took):.1f} ms",
-                        flush=True,
-                    )
-    return curves
+        return named
 
+    def timed(name: str, build: Callable[[], object]) -> object:
+        start = time.perf_counter()
+        built = build()
+        print(f"  {name}: built in {time.perf_counter() - start:.1f} s", flush=True)
+        return built
 
-def plot(curves: dict[str, list], size: int, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, (index, points) in zip(axes, curves.items(), strict=False):
-        effort, recall, tpir = zip(*points, strict=True)
-        axis.plot(effort, recall, "o-", label="recall@1 of exact search")
-        axis.plot(effort, tpir, "s--", label=f"TPIR at FPIR {FPIR:.0%} / exact")
-        axis.set(xscale="log", title=f"{index}, {size:,} pictures")
-        axis.set_xlabel({"ivf": "cells looked into, of 256", "hnsw": "candidates"}[index])
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    import faiss
+    import hnswlib
+    import lancedb
 
+    flat = faiss.IndexFlatIP(dim)
+    flat.add(data.gallery)
+    graph = faiss.IndexHNSWFlat(dim, 16, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction, graph.hnsw.efSearch = 128, 256
+    timed("FAISS HNSW", lambda: graph.add(data.gallery))
+    for name, index in (("FAISS flat", flat), ("FAISS HNSW", graph)):
 
-def kills(count: int, seed: int) -> None:
-    """Kill a process that enrols people `count` times; see what the next one finds."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
-    from gallery_worker import kill_and_check
+        def search(probe: np.ndarray, index=index) -> tuple[int, float]:
+            scores, rows = index.search(probe[None], 1)
+            return int(rows[0, 0]), float(scores[0, 0])
 
+        data.report(name, usual(search))
+    other = hnswlib.Index("ip", dim)
+    other.init_index(size, M=16, ef_construction=128)
+    timed("hnswlib", lambda: other.add_items(data.gallery))
+    other.set_ef(256)
+
+    def by_hnswlib(probe: np.ndarray) -> tuple[int, float]:
+        rows, distances = other.knn_query(probe, 1, num_threads=1)
+        return int(rows[0, 0]), 1 - float(distances[0, 0])
+
+    data.report("hnswlib", usual(by_hnswlib))
     with tempfile.TemporaryDirectory() as folder:
-        for outcome in kill_and_check(Path(folder) / "gallery", count, seed):
-            print(outcome, flush=True)
+        rows = [{"id": i, "vector": row} for i, row in enumerate(data.gallery)]
+        table = lancedb.connect(folder).create_table("images", rows)
+
+        def by_lance(probe: np.ndarray, **how: int) -> tuple[int, float]:
+            query = table.search(probe).metric("dot").limit(1)
+            for option, value in how.items():
+                query = getattr(query, option)(value)
+            (row,) = query.to_list()
+            return row["id"], 1 - row["_distance"]
+
+        data.report("LanceDB exact", usual(by_lance))
+        timed(
+            "LanceDB HNSW",
+            lambda: table.create_index("dot", index_type="IVF_HNSW_SQ", num_partitions=1),
+        )
+        data.report("LanceDB HNSW", usual(lambda q: by_lance(q, ef=256, refine_factor=16)))
+
+
+def tune(data: Data) -> None:
+    """How usearch's settings trade time for recall."""
+    from usearch.index import Index
+
+    ids = np.arange(len(data.gallery))
+    for dtype in ("i8", "f16"):
+        start = time.perf_counter()
+        index = Index(
+            ndim=data.gallery.shape[1], metric="ip", dtype=dtype, connectivity=16, expansion_add=128
+        )
+        index.add(ids, data.gallery)
+        took = time.perf_counter() - start
+        print(f"  usearch {dtype}: built in {took:.1f} s, {index.memory_usage / 1e6:.0f} MB")
+        for effort in EFFORTS:
+            index.expansion_search = effort
+
+            def search(probe: np.ndarray, index=index) -> tuple[int, float]:
+                rows = index.search(probe, 16).keys.astype(np.int64)
+                scores = data.gallery[rows] @ probe
+                return int(rows[scores.argmax()]) // IMAGES, float(scores.max())
+
+            data.report(f"usearch {dtype} effort {effort}", search)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000])
-    parser.add_argument("--indexes", nargs="+", default=["flat", "ivf", "hnsw"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--probes", type=int, default=1000, help="of people enrolled, and others")
+    parser.add_argument("--probes", type=int, default=500, help="of people enrolled, and others")
     parser.add_argument("--latencies", type=int, default=100, help="searches timed one by one")
+    parser.add_argument("--storage", default=None, help="float32 or float16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="PNG of recall and TPIR of the largest size")
-    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--postgresql", action="store_true", help="a server instead of SQLite")
+    parser.add_argument("--peers", action="store_true", help="FAISS, hnswlib and LanceDB instead")
+    parser.add_argument("--tune", action="store_true", help="the index's settings instead")
     options = parser.parse_args()
-    if options.kills:
-        kills(options.kills, options.seed)
-        return
     print(f"numpy on {os.cpu_count()} cores")
     for size in options.sizes:
-        curves = measure(size, options.indexes, options)
-    if options.plot and curves:
-        plot(curves, options.sizes[-1], options.plot)
+        data = Data(size, options)
+        print(
+            f"{size:,} images of {size // IMAGES:,} people, {options.dim} numbers; exact "
+            f"TPIR@FPIR {FPIR:.0%} {data.exact:.4f}",
+            flush=True,
+        )
+        if options.peers:
+            peers(data)
+        elif options.tune:
+            tune(data)
+        elif options.postgresql:
+            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+            from postgres import postgres
+
+            with postgres() as server:
+                measure(server.database(), data, options)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(str(Path(folder) / "gallery.db"), data, options)
 
 
 if __name__ == "__main__":

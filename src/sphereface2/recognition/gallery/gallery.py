@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,10 @@ BATCH_IMAGES = 1_500
 #: From so many images on, a long-lived process keeps an approximate index beside SQLite.
 HNSW_FROM = 200_000
 _KEYS = 500  # in one IN (…)
+_STATE = (
+    "SELECT (SELECT fingerprint FROM stamp), "
+    "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
+)
 
 #: Somebody with their images: what `Gallery.reembed` hands out.
 Stored = tuple[Person, list[Image]]
@@ -92,6 +97,7 @@ class Gallery:
             .label("has_crop"),
         )
         self._described = sa.select(*described)
+        self._describing = str(self._described.compile(database.engine))
         keys: Any = sa.bindparam("keys", expanding=True)
         self._by_key = self._described.where(self._people.c.id.in_(keys))
         residents = (("images", "person", "id", "embedding"), ("people", "id", "id", "template"))
@@ -164,7 +170,7 @@ class Gallery:
             if (hnsw := self._residents[0].hnsw) is not None:
                 hnsw.stop()
                 hnsw.save()
-            self._db.engine.dispose()
+            self._db.close()
 
     def __enter__(self) -> Gallery:
         return self
@@ -227,11 +233,12 @@ class Gallery:
     # -- transactions ----------------------------------------------------------------------------
 
     @contextmanager
-    def _read(self) -> Iterator[tuple[Connection, int]]:
-        """One state of the database, and on SQLite the number of its last change."""
+    def _read(self) -> Iterator[Connection]:
+        """One state of the database."""
         self._check_open()
         with self._db.read() as connection:
-            yield connection, self._state(connection)
+            self._check_model(connection.scalar(sa.select(stamp.c.fingerprint)))
+            yield connection
 
     @contextmanager
     def _change(self) -> Iterator[Connection]:
@@ -241,17 +248,6 @@ class Gallery:
             lock = sa.select(stamp.c.fingerprint).with_for_update(read=True)
             self._check_model(connection.execute(lock).scalar())
             yield connection
-
-    def _state(self, connection: Connection) -> int:
-        if self._db.is_file:
-            found = connection.exec_driver_sql(
-                "SELECT (SELECT fingerprint FROM stamp), "
-                "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
-            ).one()
-        else:
-            found = connection.exec_driver_sql("SELECT fingerprint, 0 FROM stamp").one()
-        self._check_model(found[0])
-        return int(found[1] or 0)
 
     def _check_model(self, fingerprint: str | None) -> None:
         if fingerprint != self.fingerprint:
@@ -366,6 +362,7 @@ class Gallery:
         connection.execute(touch, rows)
         there = self._describe(connection, [item.key for item in items])
         ids: dict[int, list[int]] = {}
+        new_ids = iter(image_ids(sum(len(item.vectors) for item in items)))
         added, changed = [], []
         for item in items:
             before = there[item.key]
@@ -384,7 +381,7 @@ class Gallery:
                     raise
                 refused(item.enrolment, error)
                 continue
-            ids[item.key] = image_ids(len(item.vectors))
+            ids[item.key] = [next(new_ids) for _ in item.vectors]
             for row in zip(ids[item.key], item.vectors, item.sources, item.crops, strict=True):
                 added.append(dict(zip(images.c.keys(), (item.key, *row), strict=True)))
             vectors, metadata = item.vectors, item.metadata
@@ -545,40 +542,46 @@ class Gallery:
             raise UserError(f"k must be from 1 to {MOST_K}, not {k}")
         _check_fusion(fusion)
         probes = unit(embeddings, self.dim)
-        while True:
-            with self._read() as (connection, seq):
-                ranked = self._rank(connection, seq, probes, k, fusion == "mean", exact)
-                if ranked is None:
-                    continue
-                keys = {key for candidates in ranked for key, _ in candidates}
-                people = self._describe(connection, keys)
-                return [[_match(people[key], score) for key, score in one] for one in ranked]
-
-    def _rank(
-        self,
-        connection: Connection,
-        seq: int,
-        probes: np.ndarray,
-        k: int,
-        mean: bool,
-        exact: bool,
-    ) -> list[searching.Ranked] | None:
-        """Keys and scores; None if another thread's transaction is newer than this one."""
         if not self._db.is_file:
-            every = exact or self._stamp.hnsw_from is None
-            return [
-                searching.pgvector(connection, probe, k, mean=mean, every=every) for probe in probes
-            ]
-        view = self._residents[mean].view(connection, seq)
-        if view is None:
-            return None
-        hnsw = None if mean or exact else self._index(view)
-        if hnsw is None:
-            return searching.exact(view, probes, k)
-        return [
-            hnsw.search(view, probe, k) or searching.exact(view, probe[None], k)[0]
-            for probe in probes
-        ]
+            every, mean = exact or self._stamp.hnsw_from is None, fusion == "mean"
+            with self._read() as connection:
+                ranked = [
+                    searching.pgvector(connection, probe, k, mean=mean, every=every)
+                    for probe in probes
+                ]
+                people = self._describe(connection, {key for one in ranked for key, _ in one})
+            return [[_match(people[key], score) for key, score in one] for one in ranked]
+        with self._view(fusion == "mean") as (view, snapshot):
+            hnsw = None if exact or fusion == "mean" else self._index(view)
+            if hnsw is None:
+                ranked = searching.exact(view, probes, k)
+            else:
+                ranked = [
+                    hnsw.search(view, probe, k) or searching.exact(view, probe[None], k)[0]
+                    for probe in probes
+                ]
+            keys = {key for one in ranked for key, _ in one}
+            found = {
+                row[0]: Person(row[1], row[3], json.loads(row[2]), bool(row[4]))
+                for some in _parts(list(keys))
+                for row in snapshot.execute(
+                    f"{self._describing} WHERE people.id IN ({','.join('?' * len(some))})", some
+                )
+            }
+        return [[_match(found[key], score) for key, score in one] for one in ranked]
+
+    @contextmanager
+    def _view(self, mean: bool) -> Iterator[tuple[searching.View, sqlite3.Connection]]:
+        """The matrix of one state of SQLite's database, and the transaction that sees it."""
+        self._check_open()
+        while True:
+            with self._db.snapshot() as snapshot:
+                fingerprint, seq = snapshot.execute(_STATE).fetchone()
+                self._check_model(fingerprint)
+                view = self._residents[mean].view(snapshot, seq or 0)
+                if view is not None:  # else another thread's transaction is newer
+                    yield view, snapshot
+                    return
 
     def verify(self, person: str, embeddings: np.ndarray, *, fusion: str = "max") -> list[float]:
         """How like one person probes are: the cosine of each (q, d), as `search` scores them.
@@ -592,7 +595,7 @@ class Gallery:
         table, owner, vector = self._images, self._images.c.person, self._images.c.embedding
         if fusion == "mean":
             table, owner, vector = self._people, self._people.c.id, self._people.c.template
-        with self._read() as (connection, _):
+        with self._read() as connection:
             rows = list(
                 connection.scalars(
                     sa.select(vector).select_from(table).where(owner == person_key(name))
@@ -609,13 +612,9 @@ class Gallery:
         this process to use from when it is there.
         """
         self._warm = True
-        while True:
-            with self._read() as (connection, seq):
-                if not self._db.is_file:
-                    return
-                if (view := self._residents[0].view(connection, seq)) is not None:
-                    self._index(view)
-                    return
+        if self._db.is_file:
+            with self._view(False) as (view, _):
+                self._index(view)
 
     def _index(self, view: searching.View) -> searching.Hnsw | None:
         """The approximate index to ask, begun if it is time."""
@@ -633,7 +632,7 @@ class Gallery:
         """Move an index's file into place, unless the gallery has changed since it was written."""
         if not self._db.read_only:
             with self._db.write() as connection:
-                if self._state(connection) == seq:
+                if connection.exec_driver_sql(_STATE).one()[1] == seq:
                     os.replace(temporary, temporary.with_name(temporary.name.rsplit(".", 2)[0]))
 
     def _index_files(self) -> list[Path]:
@@ -669,7 +668,7 @@ class Gallery:
     def get(self, person: str) -> Person | None:
         """The person of this name, or None."""
         key = person_key(person_name(person))
-        with self._read() as (connection, _):
+        with self._read() as connection:
             return self._describe(connection, [key]).get(key)
 
     def crop(self, person: str, image: int | None = None) -> bytes | None:
@@ -679,18 +678,18 @@ class Gallery:
         query = sa.select(images.c.crop).where(mine, images.c.crop.is_not(None))
         if image is not None:
             query = query.where(images.c.id == image)
-        with self._read() as (connection, _):
+        with self._read() as connection:
             return connection.scalar(query.order_by(images.c.id).limit(1))
 
     def people(self, offset: int = 0, limit: int | None = None) -> list[Person]:
         """Everybody by name, or a page: ``limit`` people after the first ``offset``."""
         query = self._described.order_by(self._people.c.name).limit(limit).offset(offset)
-        with self._read() as (connection, _):
+        with self._read() as connection:
             return [_person(row) for row in connection.execute(query)]
 
     def count(self) -> int:
         """How many people there are."""
-        with self._read() as (connection, _):
+        with self._read() as connection:
             return int(connection.scalar(sa.select(sa.func.count()).select_from(self._people)) or 0)
 
     def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
@@ -701,7 +700,7 @@ class Gallery:
             for name in names:
                 with suppress(UserError):  # a name that nobody can have
                     keys.append(person_key(person_name(name)))
-        with self._read() as (connection, _):
+        with self._read() as connection:
             found = self._stored(connection, keys)
         return sorted(found.values(), key=lambda one: one[0].name)
 
@@ -723,7 +722,7 @@ class Gallery:
     def stats(self) -> dict[str, Any]:
         """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
         ``hnsw_from``, ``uri``, ``package_version``, ``unerased``."""
-        with self._read() as (connection, _):
+        with self._read() as connection:
             people, images = (
                 connection.scalar(sa.select(sa.func.count()).select_from(table))
                 for table in (self._people, self._images)

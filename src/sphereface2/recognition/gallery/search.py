@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Resident:
         self._view: View | None = None
         self.hnsw: Hnsw | None = None
 
-    def view(self, connection: Connection, seq: int) -> View | None:
+    def view(self, connection: sqlite3.Connection, seq: int) -> View | None:
         """The rows as ``connection``'s transaction sees them; None if they are newer already.
 
         Args:
@@ -94,8 +95,8 @@ class Resident:
                 self._catch_up(connection, seq)
             return self._view
 
-    def _load(self, connection: Connection, seq: int) -> None:
-        count = connection.exec_driver_sql(self._count).scalar_one()
+    def _load(self, connection: sqlite3.Connection, seq: int) -> None:
+        (count,) = connection.execute(self._count).fetchone()
         self._allocate(count + count // 16 + 64)
         none = np.zeros(0, np.int64)
         assert self._buffers is not None
@@ -106,15 +107,15 @@ class Resident:
         if self.hnsw is not None:
             self.hnsw.restart(self._view)
 
-    def _catch_up(self, connection: Connection, seq: int) -> None:
+    def _catch_up(self, connection: sqlite3.Connection, seq: int) -> None:
         """Drop the rows of the people who changed, and read theirs again."""
         assert self._view is not None
         since = self._view.seq
-        oldest = connection.exec_driver_sql("SELECT min(seq) FROM changes").scalar_one()
+        (oldest,) = connection.execute("SELECT min(seq) FROM changes").fetchone()
         if oldest > since + 1:  # the record of changes goes back no further
             return self._load(connection, seq)
         changed = np.array(
-            connection.exec_driver_sql(
+            connection.execute(
                 "SELECT DISTINCT person FROM changes WHERE seq > ?", (since,)
             ).fetchall(),
             np.int64,
@@ -126,7 +127,7 @@ class Resident:
         now: set[tuple[int, int]] = set()
         for some in _parts(changed.tolist()):
             query = f"{self._keys} WHERE {self._owner} IN ({_marks('?', some)})"
-            now |= {tuple(row) for row in connection.exec_driver_sql(query, tuple(some))}
+            now |= set(connection.execute(query, some))
         # An image never changes; a template does.
         kept = set() if self._changes else now & there.keys()
         gone = np.array([row for pair, row in there.items() if pair not in kept], np.int64)
@@ -151,9 +152,9 @@ class Resident:
             np.empty(capacity, np.int64),
         )
 
-    def _append(self, connection: Connection, query: str, values: tuple[int, ...]) -> None:
+    def _append(self, connection: sqlite3.Connection, query: str, values: Sequence[int]) -> None:
         assert self._view is not None and self._buffers is not None
-        cursor = connection.exec_driver_sql(query, values)
+        cursor = connection.execute(query, values)
         while found := cursor.fetchmany(_ROWS):
             owners, ids, vectors = zip(*found, strict=True)
             start, end = len(self._view.rows), len(self._view.rows) + len(found)

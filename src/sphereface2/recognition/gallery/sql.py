@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,7 +155,10 @@ class Database:
     path: Path | None = None
     read_only: bool = False
     _new: bool = False
+    _connect: Callable[[], Any] = lambda: None
     _writing: threading.Lock = field(default_factory=threading.Lock)
+    _mine: threading.local = field(default_factory=threading.local)  # a connection a thread
+    _snapshots: list[sqlite3.Connection] = field(default_factory=list)
 
     @classmethod
     def connect(cls, uri: str | Path, *, create: bool) -> Database:
@@ -242,7 +245,7 @@ class Database:
             writes = connection.get_execution_options().get("writes", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-        return cls(engine, str(path), path, mode != "rw", new)
+        return cls(engine, str(path), path, mode != "rw", new, connect)
 
     @property
     def is_file(self) -> bool:
@@ -261,6 +264,22 @@ class Database:
             connection.execution_options(**options).begin(),
         ):
             yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """As `read`, on SQLite and past SQLAlchemy: a search costs little more than its product."""
+        try:
+            connection = getattr(self._mine, "connection", None)
+            if connection is None:
+                connection = self._mine.connection = self._connect()
+                self._snapshots.append(connection)
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise self._sentence("read", error) from error
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -301,6 +320,12 @@ class Database:
             with suppress(UserError):
                 if self.stamped() is None:
                     self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        for connection in self._snapshots:
+            connection.close()
         self.engine.dispose()
 
     def stamped(self) -> Any:

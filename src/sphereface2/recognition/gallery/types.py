@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import time
 import unicodedata
@@ -169,7 +170,7 @@ def person_key(name: str) -> int:
 
 
 def image_ids(count: int) -> list[int]:
-    """New image ids, rising with time: 41 bits of milliseconds, 22 bits that start at random.
+    """New image ids, rising with time: 41 bits of milliseconds, 22 bits that begin at random.
 
     No sequence hands them out, so any number of servers may.
     """
@@ -207,17 +208,19 @@ def metadata_json(name: str, metadata: dict[str, Any]) -> str:
 
 def unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
     """Embeddings (n, d) or (d,) brought to length 1: float32 (n, d); UserError if they cannot."""
-    vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
+    vectors = np.asarray(embeddings, np.float64)
+    if vectors.ndim == 1:
+        vectors = vectors[None]
     if vectors.ndim != 2 or (vectors.size and vectors.shape[1] != dim):
         raise UserError(
             f"the embeddings have the shape {np.shape(embeddings)}; the gallery takes (n, {dim})"
         )
     if not vectors.size:
         return np.zeros((0, dim), np.float32)
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
-    if not np.isfinite(lengths).all() or not lengths.all():
+    squares = np.einsum("nd,nd->n", vectors, vectors)
+    if not all(0 < square < math.inf for square in squares.tolist()):
         raise UserError("an embedding is zero, infinite or not a number; its image is unusable")
-    return np.asarray(vectors / lengths, np.float32)
+    return (vectors / np.sqrt(squares)[:, None]).astype(np.float32)
 
 
 def template(vectors: np.ndarray) -> np.ndarray:

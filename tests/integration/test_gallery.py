@@ -165,7 +165,7 @@ def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
         first = gallery.add("Zoé", a, metadata={"since": 2024}, crops=[None, b"jpeg"])
         gallery.add(" Zoe\u0301 ", b, known=True)  # the same name, written otherwise
         assert gallery.get("Zoé") == Person("Zoé", 3, {"since": 2024}, True)
-        assert gallery.crop("Zoé") == b"jpeg" == gallery.image_crop("Zoé", first[1])
+        assert gallery.crop("Zoé") == b"jpeg" == gallery.crop("Zoé", first[1])
         template = unit(unit(np.concatenate([a, b])).sum(0))
         assert gallery.search(template, fusion="mean")[0][0].score == pytest.approx(1, abs=1e-6)
         second = gallery.add("Zoé", b, replace=True, metadata={})

@@ -301,12 +301,14 @@ class Gallery:
         self,
         people: Iterable[Enrolment],
         *,
+        replace: bool = False,
         refused: Callable[[Enrolment, UserError], None] | None = None,
     ) -> Iterator[list[Person]]:
         """Add many people, many in one transaction: yields those stored since last time.
 
         Args:
             people: whom to add; one person may come several times.
+            replace: see `add`.
             refused: is told whom `add` refuses, and why; the others are added.
 
         Raises:
@@ -323,20 +325,23 @@ class Gallery:
                 continue
             size = sum(len(other.vectors) for other in waiting.values()) + len(one.vectors)
             if waiting and (size > BATCH_IMAGES or one.key in waiting):
-                yield self._add_batch(waiting, refused)
+                yield self._add_batch(waiting, replace, refused)
                 waiting = {}
             waiting[one.key] = one
         if waiting:
-            yield self._add_batch(waiting, refused)
+            yield self._add_batch(waiting, replace, refused)
 
     def _add_batch(
         self,
         batch: dict[int, Checked],
+        replace: bool,
         refused: Callable[[Enrolment, UserError], None] | None,
     ) -> list[Person]:
         with self._change() as connection:
-            stored = self._store(connection, list(batch.values()), False, refused)
+            stored = self._store(connection, list(batch.values()), replace, refused)
             described = self._describe(connection, stored)
+        if replace:
+            self._erase()
         return [described[key] for key in stored]
 
     def _store(

@@ -17,6 +17,7 @@ from sphereface2.heads.sampling import HardNegatives
 from sphereface2.heads.sampling import uniform as sampled_uniformly
 from sphereface2.heads.sharding import local
 from sphereface2.heads.streaming import Work, streamed_one_vs_all
+from sphereface2.heads.terms import block_terms_
 from sphereface2.margins import BinaryMargin, Detach, MarginType, Own
 
 Bias = Literal["learned", "fixed", "zero", "per_class"]
@@ -199,18 +200,9 @@ class OneVersusAll(torch.autograd.Function):
         margin: BinaryMargin,
     ) -> Tensor:
         cos = x @ w.T
-        own = Own(labels)
-        own_bias = bias if bias.ndim == 0 else bias[labels]
-        positive = margin.positive(own.take(cos), own_bias)
-        negative = margin.negatives_(cos, bias, own)
-        dcos, dbias = negative.dcos, negative.dbias
-        own.put_(dcos, positive.dcos)
-        if bias.ndim == 0:
-            dbias += positive.dbias
-        else:
-            own.put_(dbias, positive.dbias)
+        loss, dcos, dbias = block_terms_(margin, cos, bias, Own(labels))
         ctx.save_for_backward(x, w, dcos, dbias)
-        return positive.loss + negative.loss
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, RowUpdate
 from sphereface2.heads.sharding import Shard
+from sphereface2.heads.terms import block_terms_
 from sphereface2.margins import BinaryMargin
 
 ONCE = "the loss can be differentiated once only (no create_graph, no second backward)"
@@ -100,20 +101,9 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         for block in work.plan(x, own_class):
             unit = unit_block(weight, block, x.dtype)
             cos = torch.mm(x, unit.T, out=buffers.take("cos", len(x), len(block)))
-            own, own_bias, block_bias = block.own, bias, bias
-            if bias.ndim:
-                block_bias = bias[block.rows]
-                own_bias = block_bias[own.columns]
-            positive = margin.positive(own.take(cos), own_bias)
-            negative = margin.negatives_(cos, block_bias, own, block.weight)
-            losses += own.mask(positive.loss)
-            losses += negative.loss
-            dcos, dbias = negative.dcos, negative.dbias
-            own.put_(dcos, positive.dcos)
-            if bias.ndim:
-                own.put_(dbias, positive.dbias)
-            else:
-                dbias += own.mask(positive.dbias)
+            block_bias = bias[block.rows] if bias.ndim else bias
+            loss, dcos, dbias = block_terms_(margin, cos, block_bias, block.own, block.weight)
+            losses += loss
             if need_bias:
                 if bias.ndim:
                     grad_bias[block.rows] = dbias.sum(0) * mean

@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/small.yaml
 GALLERY ?= gallery
+# What is trained, benchmarked and studied on: a folder with a training set and .bin files.
+SPHEREFACE2_DATA ?= $(realpath ../shared/data)
+export SPHEREFACE2_DATA
+FETCHED := runs/data
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-slow check bench gpu serve report docs clean
@@ -20,7 +24,13 @@ $(VENV)/.installed: pyproject.toml
 install: $(VENV)/.installed  ## create .venv and install the package with its tools
 
 train: install  ## train SphereFace2 and report its accuracy (CONFIG=configs/small.yaml)
+ifeq ($(SPHEREFACE2_DATA),)
+	@test -d $(FETCHED)/faces || $(BIN)/sphereface2 data fetch lfw $(FETCHED)/faces || \
+	    $(BIN)/sphereface2 data fetch drawn $(FETCHED)/faces
+	SPHEREFACE2_DATA=$(FETCHED)/faces $(BIN)/sphereface2 fit --config $(CONFIG) --ranks auto
+else
 	$(BIN)/sphereface2 fit --config $(CONFIG) --ranks auto
+endif
 
 test: install  ## run the tests
 	$(BIN)/pytest -n auto --dist loadfile

@@ -27,7 +27,8 @@ import torch
 from sphereface2 import onnx_runtime
 from sphereface2.align import TEMPLATE, Aligner, Face, similarity, warp
 from sphereface2.align.detector import Mtcnn
-from sphereface2.data.verification import PairSet, load_pairs
+from sphereface2.data.opening import load_pairs
+from sphereface2.data.pairs import PairSet
 from sphereface2.images import decode, read_image
 
 Detect = Callable[[np.ndarray], list[Face]]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphereface2.data import open_source, split_people
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.opening import load_pairs
 from sphereface2.embedder import Embedder
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.pairs import sample_pairs

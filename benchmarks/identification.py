@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.opening import load_pairs
 from sphereface2.evaluation.identification import Searches, rank_k, search, tpir_at_fpir
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Enrolment, Gallery

@@ -56,10 +56,11 @@ GROUPS = {
         },
     ),
     "data": (
-        "Inspect and convert data sets.",
+        "Inspect, convert and fetch data sets.",
         {
             "info": "sphereface2.data.info:info",
             "convert": "sphereface2.data.convert:convert",
+            "fetch": "sphereface2.data.fetch:fetch",
         },
     ),
     "study": (

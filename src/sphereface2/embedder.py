@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from sphereface2.backbones.base import Backbone
-    from sphereface2.data.sources import Source
-    from sphereface2.data.verification import PairSet
+    from sphereface2.data.pairs import PairSet
+    from sphereface2.data.source import Source
 
 Progress = Callable[[int], None]
 """Takes the number of images done since the last call."""

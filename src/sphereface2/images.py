@@ -74,7 +74,7 @@ def decode(
         max_pixels: an image with more is refused from its header, before it is decoded.
 
     Returns:
-        uint8 (H, W, 3) RGB, contiguous.
+        uint8 (H, W, 3) RGB, contiguous and writable.
 
     Raises:
         UserError: empty, truncated, not an image, or too many pixels.
@@ -194,7 +194,7 @@ def _formats_for(content: bytes | bytearray | memoryview, name: str) -> tuple[st
 def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     try:
         image.load()
-        return np.ascontiguousarray(_to_rgb(_upright(image), name))
+        return np.require(_to_rgb(_upright(image), name), requirements=["C", "W"])
     except UserError:
         raise
     except Exception as error:  # as above, of damaged pixels

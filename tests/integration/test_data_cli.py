@@ -31,9 +31,9 @@ def folder(tmp_path):
 def test_convert_then_info(folder, tmp_path):
     done = sphereface2("data", "convert", folder, tmp_path / "rec", "--to", "recordio")
     assert done.returncode == 0
-    assert done.stdout == ""
-    assert "6 images of 2 people" in done.stderr
-    assert "anna/3.png" in done.stderr
+    assert "6 images of 2 people" in done.stdout
+    assert done.stderr == ""
+    assert "anna/3.png" in done.stdout
     found = sphereface2("data", "info", tmp_path / "rec", "--json")
     assert found.returncode == 0
     report = json.loads(found.stdout)

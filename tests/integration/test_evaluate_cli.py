@@ -14,7 +14,7 @@ import torch
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.opening import load_pairs
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far

@@ -19,8 +19,8 @@ from sphereface2 import backbones
 from sphereface2.align import TEMPLATE, warp
 from sphereface2.backbones import bundle
 from sphereface2.data import ijb
+from sphereface2.data.opening import load_pairs
 from sphereface2.data.suites import SUITES, open_suite
-from sphereface2.data.verification import load_pairs
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.recognition.evaluate import evaluate

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sphereface2.data.sources import open_source
+from sphereface2.data.opening import open_source
 
 ARCHIVE = Path(__file__).parents[1] / "assets" / "0.1.0.tar.xz"
 

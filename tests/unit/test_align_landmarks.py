@@ -51,7 +51,7 @@ def test_bad_lines_are_named_and_the_rest_is_kept(write):
         "../up.jpg": "leads out",
         "/etc/passwd": "leads out",
         ".": "line 8: there is no path",
-        "good.jpg": "line 9: the picture was named before",
+        "good.jpg": "line 9: the image was named before",
     }
     assert found.bad.keys() == told.keys()
     for name, text in told.items():
@@ -66,5 +66,5 @@ def test_a_file_without_a_usable_line_is_an_error(write, tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_landmarks(tmp_path / "none.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match="UTF-16 text"):
         read_landmarks(tmp_path / "binary")

@@ -11,7 +11,7 @@ import webdataset
 
 from sphereface2.data import open_source
 from sphereface2.data.convert import Encoding, convert, extension_of
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.opening import load_pairs
 from sphereface2.errors import UserError
 from sphereface2.images import decode
 
@@ -97,7 +97,7 @@ def test_unreadable_and_missing_images_are_left_out_and_named(folder, tmp_path, 
     done = convert(folder / "train.txt", tmp_path / "out", to="recordio")
     assert done.unreadable == ["anna/01.jpg", "bela bach/00.jpg", "zoë/99.jpg"]
     assert done.images == len(lines) - 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().out
     assert "3 unreadable" in error
     assert "zoë/99.jpg" in error
 

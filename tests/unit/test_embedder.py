@@ -14,7 +14,7 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.recognition.export import export

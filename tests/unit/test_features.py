@@ -22,7 +22,7 @@ from sphereface2 import backbones
 from sphereface2.align import Face, NoFaceError
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
-from sphereface2.data.sources import open_source
+from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition import feature_parts, ray_engine

@@ -1,30 +1,27 @@
-"""Which data set is found first, and that it is said."""
+"""What is trained on where nothing is named, and what can be fetched."""
 
 import cv2
 import numpy as np
 import pytest
 
-from sphereface2.data import locate as module
-from sphereface2.data import open_source
-from sphereface2.data.locate import TrainingData, locate, pack_lfw
+from sphereface2.data import fetch as module
+from sphereface2.data import load_pairs, open_source
+from sphereface2.data.fetch import fetch, pack_lfw
+from sphereface2.data.locate import ENVIRONMENT, find, locate
+from sphereface2.data.opening import names_beside
 from sphereface2.data.recordio import RecordIOWriter
-from sphereface2.data.verification import load_pairs
 from sphereface2.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """A repository with nothing beside it, no variable set and no network."""
-    repository = tmp_path / "home" / "repository"
-    (repository / ".git").mkdir(parents=True)
-    (repository / "deep").mkdir()
-    monkeypatch.chdir(repository / "deep")
-    monkeypatch.delenv(module.ENVIRONMENT, raising=False)
+    """No variable set, no network, few faces drawn."""
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr(module, "_FETCH", "raise SystemExit('no route to host')")
-    monkeypatch.setattr(module, "_SYNTHETIC_PEOPLE", 2)
-    monkeypatch.setattr(module, "_SYNTHETIC_IMAGES", 1)
-    monkeypatch.setattr(module, "_SYNTHETIC_PAIRS", 3)
-    return repository
+    monkeypatch.setattr(module, "_PEOPLE", 2)
+    monkeypatch.setattr(module, "_IMAGES", 1)
+    monkeypatch.setattr(module, "_PAIRS", 3)
+    return tmp_path
 
 
 def records(folder, *, bins=()):
@@ -36,39 +33,49 @@ def records(folder, *, bins=()):
     return folder
 
 
-def test_shared_data_beside_the_repository(place):
-    shared = place.parent / "shared" / "data"
+def test_without_a_variable_the_remedies_are_named(place, monkeypatch):
+    (place / "repository").mkdir()
+    records(place / "shared" / "data" / "faces")  # nobody named it
+    monkeypatch.chdir(place / "repository")
+    assert find() is None
+    with pytest.raises(UserError, match=r"--data\.train PATH.*SPHEREFACE2_DATA.*fetch lfw"):
+        locate()
+
+
+def test_the_variable_names_a_folder_of_sets(place, monkeypatch):
+    shared = place / "data"
     records(shared / "faces")
     (shared / "raw" / "somebody").mkdir(parents=True)
     (shared / "raw" / "somebody" / "1.jpg").write_bytes(b"x")
     for name in ("agedb.bin", "lfw.bin", "lfw_pairs.txt"):
         (shared / name).write_bytes(b"")
+    monkeypatch.setenv(ENVIRONMENT, str(shared))
     found = locate()
-    assert found.kind == "shared"
-    assert found.train == shared / "faces"
+    assert found == find()
+    assert (found.kind, found.train) == ("environment", shared / "faces")
     assert found.pairs == [shared / "lfw.bin", shared / "agedb.bin"]
     assert found.names == shared / "lfw_pairs.txt"
-    assert TrainingData.names_for(shared / "agedb.bin") is None
+    assert names_beside(shared / "agedb.bin") is None
     assert not found.is_synthetic
+    assert locate(str(shared / "faces")).kind == "given"  # what is named in the settings wins
 
 
-def test_the_variable_wins_and_must_hold_something(place, tmp_path, monkeypatch):
-    records(place.parent / "shared" / "data" / "faces")
+def test_the_variable_must_hold_something(tmp_path, monkeypatch):
     mine = records(tmp_path / "mine", bins=["cfp.bin"])
-    monkeypatch.setenv(module.ENVIRONMENT, str(mine))
+    monkeypatch.setenv(ENVIRONMENT, str(mine))
     found = locate()
     assert (found.kind, found.train, found.pairs) == ("environment", mine, [mine / "cfp.bin"])
-    monkeypatch.setenv(module.ENVIRONMENT, str(tmp_path / "absent"))
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "absent"))
     with pytest.raises(UserError, match="does not exist"):
         locate()
     (tmp_path / "empty").mkdir()
-    monkeypatch.setenv(module.ENVIRONMENT, str(tmp_path / "empty"))
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "empty"))
     with pytest.raises(UserError, match="holds no training set"):
         locate()
     both = tmp_path / "both"
     records(both / "one")
     records(both / "two")
-    monkeypatch.setenv(module.ENVIRONMENT, str(both))
+    monkeypatch.setenv(ENVIRONMENT, str(both))
     with pytest.raises(UserError, match=r"one, two"):
         locate()
 
@@ -88,29 +95,33 @@ def test_layouts_of_a_given_folder(tmp_path, monkeypatch, files, expected):
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
-    monkeypatch.setenv(module.ENVIRONMENT, str(root))
+    monkeypatch.setenv(ENVIRONMENT, str(root))
     assert locate().train == root / expected
 
 
-def test_synthetic_when_nothing_else_and_loudly(place, capfd):
+def test_drawn_faces_say_what_they_are(place, monkeypatch, capfd):
+    drawn = fetch("drawn", place / "drawn")
+    assert "SYNTHETIC" in capfd.readouterr().out
+    monkeypatch.setenv(ENVIRONMENT, str(drawn))
+    for found in (locate(), locate(str(drawn))):
+        assert found.is_synthetic and found.train == drawn
+        assert "SYNTHETIC" in found.note and "nothing about real faces" in found.note
+    assert len(open_source(drawn)) == 2
     found = locate()
-    assert found.kind == "synthetic"
-    assert found.is_synthetic
-    assert found.train.is_relative_to(place / "runs" / "data")
-    assert "no route to host" in found.note
-    assert "SYNTHETIC" in found.note
-    assert "nothing about real faces" in found.note
-    assert "SYNTHETIC" in capfd.readouterr().err
-    assert len(open_source(found.train)) == 2
     assert len(load_pairs(found.pairs[0], names=found.names)) == 60
-    before = found.pairs[0].stat().st_mtime_ns
-    assert locate(network=False).pairs[0].stat().st_mtime_ns == before  # kept, not drawn again
+    with pytest.raises(UserError, match="exists already"):
+        fetch("drawn", drawn)
 
 
-def test_a_resolver_that_does_not_answer_is_given_up(place, monkeypatch):
+def test_what_cannot_be_fetched_is_said(place, monkeypatch):
+    with pytest.raises(UserError, match="LFW could not be fetched: no route to host"):
+        fetch("lfw", place / "lfw")
+    assert not (place / "lfw").exists()
+    with pytest.raises(UserError, match="choose lfw or drawn"):
+        fetch("webface", place / "lfw")
     monkeypatch.setattr(module, "_FETCH", "import time; time.sleep(60)")
-    with pytest.raises(module._UnavailableError, match="no answer"):
-        module._fetch_lfw(place / "cache", patience=0.5)
+    with pytest.raises(UserError, match="no answer"):
+        module._download_lfw(place / "cache", patience=0.5)
 
 
 FETCH = """
@@ -121,7 +132,7 @@ shutil.copytree({source!r}, pathlib.Path(sys.argv[1]) / "lfw_home")
 
 def test_lfw_trains_on_nobody_it_tests(place, monkeypatch):
     """A small LFW in scikit-learn's layout: 14 people in View 1's test pairs and 6 others."""
-    source = place.parent / "lfw_source"
+    source = place / "lfw_source"
     people = [f"Person_{letter}" for letter in "ABCDEFGHIJKLMNOPQRST"]
     for number, person in enumerate(people):
         folder = source / "lfw_funneled" / person
@@ -135,9 +146,9 @@ def test_lfw_trains_on_nobody_it_tests(place, monkeypatch):
     (source / "pairsDevTest.txt").write_text("\n".join(["20", *matched, *mismatched]))
     (source / "pairsDevTrain.txt").write_text("")
     monkeypatch.setattr(module, "_FETCH", FETCH.format(source=str(source)))
+    monkeypatch.setenv(ENVIRONMENT, str(fetch("lfw", place / "lfw")))
     found = locate()
-    assert found.kind == "lfw"
-    assert "not the usual 6,000" in found.note
+    assert "not the usual 6,000" in found.note and not found.is_synthetic
     train = open_source(found.train)
     assert len(train) == 3 * len(others)
     assert train.num_classes == len(others)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sphereface2.data import open_source, split_people
-from sphereface2.data.folder import FolderSource, pictures_below
+from sphereface2.data.folder import FolderSource, images_below
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource, RecordIOWriter
-from sphereface2.data.sources import Source
+from sphereface2.data.source import Source
 from sphereface2.data.webdataset import WebDatasetSource
 from sphereface2.errors import UserError
 from sphereface2.files import digest
@@ -75,7 +75,7 @@ def test_pictures_behind_links_count_once_and_hidden_ones_never(tmp_path):
     expected = ["anna/1.gif", "anna/deep/5.jpg", "bob/4.avif"]
     source = FolderSource(root)
     assert [source.name(i) for i in range(len(source))] == expected
-    assert pictures_below(root) == expected
+    assert images_below(root).images == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
@@ -108,10 +108,11 @@ def test_list_takes_tabs_commas_and_blanks_in_names(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("e.jpg one\n", "line 1"),
+        ("e.jpg 3\ne.jpg one\ne.jpg 2\n", "line 2"),
+        ("e.jpg anna\ne.jpg 1\ne.jpg bob\n", "line 2"),
         ("e.jpg 0\nlonely\n", "line 2"),
         ("e.jpg -1\n", "label -1"),
-        ("e.jpg 1.5\n", "line 1"),
+        ("e.jpg 1.5\n", "label 1.5"),
         ("", "no images"),
         ("absent.jpg 0\n", "none of the first 1 files"),
     ],

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.verification import kfold_accuracy
 from sphereface2.study.measure import BINS, bits, describe_pairs, measure_pairs, measure_people

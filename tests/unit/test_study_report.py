@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import to_dict
 from sphereface2.study import design, plots, results, runner, stored

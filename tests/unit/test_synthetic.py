@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sphereface2.data import open_source, synthetic
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.opening import load_pairs
 from sphereface2.errors import UserError
 from sphereface2.images import decode
 

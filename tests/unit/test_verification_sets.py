@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphereface2.data.verification import consecutive_folds, load_pairs
+from sphereface2.data.opening import load_pairs
+from sphereface2.data.pairs import consecutive_folds
 from sphereface2.errors import UserError
 
 PAIRS = [True, False] * 10
@@ -300,7 +301,7 @@ def test_list_problems_are_named(tmp_path):
     with pytest.raises(UserError, match="2 of the 2 images"):
         load_pairs(tmp_path / "list.txt")
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="UTF-16"):
         load_pairs(tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(UserError, match="no pairs"):

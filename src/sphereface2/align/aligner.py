@@ -13,22 +13,22 @@ from sphereface2.align.template import SIZE, check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.images import MAX_PIXELS, ImageLike, read_image
 
-#: The sides in pixels that a picture's longer side is brought to for detection, one after the
+#: The sides in pixels that an image's longer side is brought to for detection, one after the
 #: other until a face is found, and the smallest face looked for in it.
 _COARSE, _FINE, _SMALLEST = 512, 1536, 20.0
-#: A face smaller than this in the picture searched is looked at again, enlarged to it.
+#: A face smaller than this in the image searched is looked at again, enlarged to it.
 _LOOK = 160
 
 
 class NoFaceError(UserError):
-    """No face was found in a picture."""
+    """No face was found in an image."""
 
 
 class Aligner:
     """Finds faces and crops them by the five-point template.
 
-    Detection works on the picture brought to 512 pixels (its longer side), so that faces of a
-    25th of that side and more are found whatever the picture's size. If there is none, or when
+    Detection works on the image brought to 512 pixels (its longer side), so that faces of a
+    25th of that side and more are found whatever the image's size. If there is none, or when
     `align_all` wants every face, it is done at up to 1,536 pixels. Landmarks of small faces are
     located again in the original pixels.
 
@@ -57,14 +57,14 @@ class Aligner:
         return self._detector.name
 
     def detect(self, image: ImageLike, *, thorough: bool = False) -> list[Face]:
-        """The faces of a picture, the largest and most central first; ``[]`` if there is none.
+        """The faces of an image, the largest and most central first; ``[]`` if there is none.
 
         Args:
             image: anything `read_image` takes.
             thorough: look for small faces though a larger one was found.
 
         Raises:
-            UserError: the picture cannot be read.
+            UserError: the image cannot be read.
         """
         return self._detect(read_image(image), thorough)
 
@@ -73,12 +73,12 @@ class Aligner:
 
         Raises:
             NoFaceError: there is no face.
-            UserError: the picture cannot be read, or has more than ``max_pixels``.
+            UserError: the image cannot be read, or has more than ``max_pixels``.
         """
         pixels = read_image(image, max_pixels=max_pixels)
         faces = self._detect(pixels, False)
         if not faces:
-            raise NoFaceError(f"no face found in {_name(image)}; give a picture that shows one")
+            raise NoFaceError(f"no face found in {_name(image)}; give an image that shows one")
         return warp(pixels, faces[0].landmarks, self.size), faces[0]
 
     def align_all(self, image: ImageLike) -> list[tuple[np.ndarray, Face]]:
@@ -126,7 +126,7 @@ class Aligner:
         ]
 
     def _look_again(self, pixels: np.ndarray, face: Face) -> Face:
-        """The same face with landmarks from the enlarged part of the picture around it."""
+        """The same face with landmarks from the enlarged part of the image around it."""
         side = _side(face)
         centre = (face.box[:2] + face.box[2:]) / 2
         height, width = pixels.shape[:2]
@@ -150,7 +150,7 @@ def _side(face: Face) -> float:
 
 
 def _prominence(face: Face, width: int, height: int) -> float:
-    """A face's area less twice its squared distance from the picture's middle."""
+    """A face's area less twice its squared distance from the image's middle."""
     area = float((face.box[2] - face.box[0]) * (face.box[3] - face.box[1]))
     offset = (face.box[:2] + face.box[2:]) / 2 - np.array([width, height]) / 2
     return area - 2 * float(offset @ offset)
@@ -164,4 +164,4 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _name(image: ImageLike) -> str:
-    return str(image) if isinstance(image, str | Path) else "the picture"
+    return str(image) if isinstance(image, str | Path) else "the image"

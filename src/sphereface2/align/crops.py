@@ -1,4 +1,4 @@
-"""One picture of a batch job: read, find, crop, write. What worker processes run."""
+"""One image of a batch job: read, find, crop, write. What worker processes run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, where its crops go (a path without its end) and its landmarks, if known."""
+    """An image, where its crops go (a path without its end) and its landmarks, if known."""
 
     name: str
     source: Path
@@ -47,15 +47,15 @@ class Job:
 
     def input(self) -> dict[str, Any]:
         """What the crops are made from, JSON-able: another one means other crops."""
-        told: dict[str, Any] = {"size": None, "mtime_ns": None}
+        state: dict[str, Any] = {"size": None, "mtime_ns": None}
         try:
             about = self.source.stat()
-            told = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
+            state = {"size": about.st_size, "mtime_ns": about.st_mtime_ns}
         except (OSError, ValueError):  # ValueError: a null byte in the name
             pass
         if self.landmarks is not None:
-            told["landmarks"] = self.landmarks.tolist()
-        return told
+            state["landmarks"] = self.landmarks.tolist()
+        return state
 
 
 class Cropper:
@@ -71,13 +71,13 @@ class Cropper:
         )
 
     def run(self, job: Job) -> dict[str, Any]:
-        """``picture``, ``input`` (of `Job.input`), ``status`` (aligned, no face, unreadable, bad
+        """``image``, ``input`` (of `Job.input`), ``status`` (aligned, no face, unreadable, bad
         landmarks, not written), and ``faces`` or ``reason``.
 
         OSError if no crop at all can be written there.
         """
-        # Before the picture is read, so that one that changes meanwhile counts as changed.
-        return {"picture": job.name, "input": job.input(), **self._done(job)}
+        # Before the image is read, so that one that changes meanwhile counts as changed.
+        return {"image": job.name, "input": job.input(), **self._done(job)}
 
     def _done(self, job: Job) -> dict[str, Any]:
         try:
@@ -105,20 +105,20 @@ class Cropper:
     ) -> list[dict[str, Any]]:
         faces = []
         # The longest name first: if it fits, all do, and otherwise none is left behind.
-        for number, (crop, told) in reversed(list(enumerate(found, 1))):
+        for number, (crop, face) in reversed(list(enumerate(found, 1))):
             end = f"_face{number}" if self.settings.all_faces else ""
             target = job.target.with_name(f"{job.target.name}{end}{self.settings.suffix}")
             options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
             encoded = cv2.imencode(self.settings.suffix, crop[..., ::-1], options)[1].tobytes()
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, encoded)
-            faces.append({"crop": target.name, **told})
+            faces.append({"crop": target.name, **face})
         return faces[::-1]
 
     def _crops(self, pixels: np.ndarray, job: Job) -> list[tuple[np.ndarray, dict[str, Any]]]:
         if job.landmarks is not None:
-            told: dict[str, Any] = {"landmarks": job.landmarks.tolist()}
-            return [(warp(pixels, job.landmarks, self.settings.size), told)]
+            face: dict[str, Any] = {"landmarks": job.landmarks.tolist()}
+            return [(warp(pixels, job.landmarks, self.settings.size), face)]
         assert self.aligner is not None
         faces = self.aligner.detect(pixels, thorough=self.settings.all_faces)
         return [

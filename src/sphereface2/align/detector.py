@@ -20,13 +20,13 @@ DEFAULT = "mtcnn"
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """A face in a picture, in pixels of it.
+    """A face in an image, in pixels of it.
 
     Attributes:
         box: (4,) float32: left, top, right, bottom.
         score: the detector's confidence in [0, 1].
         landmarks: (5, 2) float32 x, y: left eye, right eye, nose, left and right mouth corner as
-            seen in the picture.
+            seen in the image.
     """
 
     box: np.ndarray
@@ -78,7 +78,7 @@ class Mtcnn:
         try:
             found = network.detect_faces(image)
         except (ValueError, IndexError):
-            # The cascade trips over candidates that lie outside the picture and no face is left.
+            # The cascade trips over candidates that lie outside the image and no face is left.
             return []
         faces = []
         for face in found:

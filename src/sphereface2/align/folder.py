@@ -1,4 +1,4 @@
-"""``sphereface2 align``: a tree of pictures in, the same tree of aligned crops out."""
+"""``sphereface2 align``: a tree of images in, the same tree of aligned crops out."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from rich.console import Console
-
+from sphereface2 import console
 from sphereface2.align import detector as detectors
 from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start_worker
 from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
-from sphereface2.data.convert import progress_bar
-from sphereface2.data.folder import pictures_below
+from sphereface2.data.folder import images_below
 from sphereface2.errors import UserError
-from sphereface2.files import TEMPORARY, atomic_write, lock
+from sphereface2.files import TEMPORARY, atomic_write, lock, printable
 from sphereface2.images import SUFFIXES
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
-_CHUNK = 8  # pictures that go to a worker at a time
+_CHUNK = 8  # images that go to a worker at a time
 _NAMED_IN_REPORT = 20
 
 
@@ -49,10 +47,10 @@ def align(
 ) -> dict[str, Any]:
     """Find faces in photographs and crop them for training and embedding.
 
-    ``person/name.png`` becomes ``person/name.jpg`` (quality 95), with the picture's own suffix
-    kept in the name (``name.png.jpg``) where two pictures would share one. A picture without a
+    ``person/name.png`` becomes ``person/name.jpg`` (quality 95), with the image's own suffix
+    kept in the name (``name.png.jpg``) where two images would share one. An image without a
     face or one that cannot be read is reported and does not stop the rest. ``target/faces.jsonl``
-    says for each picture what became of it, with boxes and landmarks; pictures that it holds are
+    says for each image what became of it, with boxes and landmarks; images that it holds are
     skipped when the job is run again, so that one which was cut goes on where it stopped. Those
     that were changed since, got other landmarks or could not be read are done anew.
 
@@ -71,13 +69,14 @@ def align(
         detector: Name of the detector, as for `Aligner`.
 
     Returns:
-        The report, also in ``target/report.json``: ``pictures``, ``aligned``, ``crops``,
+        The report, also in ``target/report.json``: ``images``, ``aligned``, ``crops``,
         ``no_face``, ``unreadable``, ``bad_landmarks`` and ``not_written`` (for the length of the
-        crop's name) count all pictures of the folder, ``skipped`` those of them that were done
-        before; ``pictures_without_face`` and ``reasons`` name the pictures that gave no crop.
+        crop's name) count all images of the folder, ``skipped`` those of them that were done
+        before; ``images_without_face`` and ``reasons`` name the images that gave no crop;
+        ``passed_over`` says what is no image or was not entered.
 
     Raises:
-        UserError: ``source`` is no folder of pictures, ``target`` lies inside it, holds other
+        UserError: ``source`` is no folder of images, ``target`` lies inside it, holds other
             files or crops of another folder or other settings, or has another process at work in
             it, the landmark file is unusable, or a file cannot be written.
     """
@@ -95,8 +94,7 @@ def align(
     if workers is not None and workers < 1:
         raise UserError(f"workers must be 1 or more, not {workers}")
     Cropper(settings)  # a wrong setting or a missing package shows here, once
-    names = _pictures(source, target, known)
-    console = Console(stderr=True)
+    names, passed_over = _names(source, target, known)
     try:
         with _open(target, source, settings) as journal:
             jobs = [job for job in _jobs(source, target, names, known) if not journal.holds(job)]
@@ -106,37 +104,41 @@ def align(
             for name, reason in (known.bad if known else {}).items():
                 if known and name not in known.points:  # it may be there twice
                     journal.remove_crops(name)
-                journal.done[name] = {"picture": name, "status": "bad landmarks", "reason": reason}
-            with progress_bar(console) as bar:
+                journal.done[name] = {"image": name, "status": "bad landmarks", "reason": reason}
+            with console.bars(counted=True) as bar:
                 task = bar.add_task("aligning", total=len(names), completed=skipped)
                 for record in _run(jobs, settings, workers or _cores()):
                     journal.add(record)
                     bar.advance(task)
             report = _report(journal.done, [*names, *(known.bad if known else [])], skipped)
+            report["passed_over"] = passed_over
             atomic_write(target / REPORT, _json(report, indent=2))
     except OSError as error:
         raise UserError(
             f"cannot write below {target}: {error}; make room or name another folder and run again"
         ) from error
-    _print(report, target, console)
+    _print(report, target)
     return report
 
 
-def _pictures(source: Path, target: Path, known: Landmarks | None) -> list[str]:
-    """The pictures' paths relative to ``source``, sorted."""
+def _names(source: Path, target: Path, known: Landmarks | None) -> tuple[list[str], list[str]]:
+    """The images' paths relative to ``source``, sorted, and sentences on what is not read."""
     if not source.is_dir():
         raise UserError(
             f"{source} {'is a file' if source.is_file() else 'does not exist'}; give a folder of "
-            "pictures (a packed set becomes one by sphereface2 data convert SET FOLDER --to folder)"
+            "images (a packed set becomes one by sphereface2 data convert SET FOLDER --to folder)"
         )
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside {source}; name a folder outside it for the crops")
     if known is not None:
-        return sorted(known.points)
-    names = pictures_below(source)
-    if not names:
-        raise UserError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-    return names
+        return sorted(known.points), []
+    found = images_below(source)
+    if not found.images:
+        raise UserError(
+            f"{source} holds no images ({' '.join(sorted(SUFFIXES))})"
+            + "".join(f"; {note}" for note in found.notes())
+        )
+    return found.images, found.notes()
 
 
 def _jobs(source: Path, target: Path, names: list[str], known: Landmarks | None) -> Iterator[Job]:
@@ -193,7 +195,7 @@ def _open(target: Path, source: Path, settings: Settings) -> Iterator[_Journal]:
     target.mkdir(parents=True, exist_ok=True)
     path = target / JOURNAL
     if not path.exists() and any(target.iterdir()):
-        # Crops have the names of their pictures: among others' pictures they would replace them.
+        # Crops have the names of their images: among others' images they would replace them.
         raise UserError(
             f"{target} holds files and no {JOURNAL} of an earlier run; name a new or empty folder"
         )
@@ -203,7 +205,7 @@ def _open(target: Path, source: Path, settings: Settings) -> Iterator[_Journal]:
 
 
 class _Journal:
-    """What became of each picture: a line of JSON each, what all have in common in the first."""
+    """What became of each image: a line of JSON each, what all have in common in the first."""
 
     def __init__(self, file: IO[bytes], target: Path, source: Path, settings: Settings) -> None:
         self.target = target
@@ -227,7 +229,7 @@ class _Journal:
                     f"{target} holds crops of {first['source']}, not of {source}; name a new "
                     "folder or remove it"
                 )
-            self.done = {record["picture"]: record for record in records}
+            self.done = {record["image"]: record for record in records}
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -241,9 +243,9 @@ class _Journal:
             stale.unlink(missing_ok=True)
 
     def holds(self, job: Job) -> bool:
-        """Whether the job was done, with the same picture and landmarks, and its crops are there.
+        """Whether the job was done, with the same image and landmarks, and its crops are there.
 
-        A picture that could not be read is tried again: its permissions may be others now.
+        An image that could not be read is tried again: its permissions may be others now.
         """
         record = self.done.get(job.name)
         return (
@@ -254,7 +256,7 @@ class _Journal:
         )
 
     def remove_crops(self, name: str) -> None:
-        """Remove the crops that a picture had, since it may get fewer now."""
+        """Remove the crops that an image had, since it may get fewer now."""
         for crop in self._crops(name):
             crop.unlink(missing_ok=True)
 
@@ -263,7 +265,7 @@ class _Journal:
         return [(self.target / name).with_name(face["crop"]) for face in faces]
 
     def add(self, record: dict[str, Any]) -> None:
-        self.done[record["picture"]] = record
+        self.done[record["image"]] = record
         self._append(record)
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -280,31 +282,28 @@ def _report(done: dict[str, dict[str, Any]], names: list[str], skipped: int) -> 
     records = [done[name] for name in dict.fromkeys(names)]
     counts = Counter(record["status"] for record in records)
     return {
-        "pictures": len(records),
+        "images": len(records),
         "crops": sum(len(record.get("faces", ())) for record in records),
         **{status.replace(" ", "_"): counts[status] for status in _STATUSES},
         "skipped": skipped,
-        "pictures_without_face": [r["picture"] for r in records if r["status"] == "no face"],
-        "reasons": {r["picture"]: r["reason"] for r in records if "reason" in r},
+        "images_without_face": [r["image"] for r in records if r["status"] == "no face"],
+        "reasons": {r["image"]: r["reason"] for r in records if "reason" in r},
     }
 
 
-def _print(report: dict[str, Any], target: Path, console: Console) -> None:
+def _print(report: dict[str, Any], target: Path) -> None:
     before = f" ({report['skipped']:,} done before)" if report["skipped"] else ""
-    console.print(
-        f"{report['pictures']:,} pictures{before}: {report['aligned']:,} aligned, "
+    lines = [
+        f"{report['images']:,} images{before}: {report['aligned']:,} aligned, "
         f"{report['crops']:,} crops in {target}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+        *report["passed_over"],
+    ]
     for what, names in (
-        ("with no face found", report["pictures_without_face"]),
+        ("with no face found", report["images_without_face"]),
         ("unreadable, with bad landmarks or not written", list(report["reasons"].values())),
     ):
         if names:
-            console.print(f"[yellow]{len(names):,} {what}:[/yellow]")
-            for name in names[:_NAMED_IN_REPORT]:
-                console.print(f"  {name}", markup=False, highlight=False, soft_wrap=True)
-            if len(names) > _NAMED_IN_REPORT:
-                console.print(f"  … and {len(names) - _NAMED_IN_REPORT:,} more in {REPORT}")
+            lines += [f"{len(names):,} {what}:", *(f"  {n}" for n in names[:_NAMED_IN_REPORT])]
+        if len(names) > _NAMED_IN_REPORT:
+            lines.append(f"  … and {len(names) - _NAMED_IN_REPORT:,} more in {REPORT}")
+    console.show(*map(printable, lines))

@@ -1,4 +1,4 @@
-"""Landmark files: one line a picture, ``path x1 y1 … x5 y5``, perhaps with a score behind."""
+"""Landmark files: one line an image, ``path x1 y1 … x5 y5``, perhaps with a score behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sphereface2.errors import UserError
+from sphereface2.files import read_lines
 
 _NUMBERS = 10
 
@@ -16,8 +17,8 @@ _NUMBERS = 10
 class Landmarks:
     """What a landmark file holds.
 
-    ``points`` gives each usable picture's landmarks, (5, 2) float64 in the template's order;
-    ``bad`` says, by picture, what is wrong with the line of each other one.
+    ``points`` gives each usable image's landmarks, (5, 2) float64 in the template's order;
+    ``bad`` says, by image, what is wrong with the line of each other one.
     """
 
     points: dict[str, np.ndarray] = field(default_factory=dict)
@@ -29,23 +30,14 @@ def read_landmarks(path: str | Path) -> Landmarks:
 
     Fields are separated by tabs, commas or blanks; a path with blanks needs tabs or commas. Empty
     lines and lines that begin with # are skipped. A line with a coordinate that is missing or not
-    a finite number, with a path seen before, none, or one that leads out of the picture folder is
+    a finite number, with a path seen before, none, or one that leads out of the image folder is
     kept in ``bad``.
 
     Raises:
         UserError: the file cannot be read, is no text, or has no usable line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file of 'path x1 y1 … x5 y5' lines") from None
     found = Landmarks()
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    for number, line in read_lines(path):
         separator = next((s for s in ("\t", ",") if s in line), None)
         name, *values = [part.strip() for part in line.split(separator)]
         name = str(PurePosixPath(name))
@@ -53,9 +45,9 @@ def read_landmarks(path: str | Path) -> Landmarks:
             if name == ".":
                 raise ValueError("there is no path")
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError("the path leads out of the picture folder")
+                raise ValueError("the path leads out of the image folder")
             if name in found.points:
-                raise ValueError("the picture was named before")
+                raise ValueError("the image was named before")
             found.points[name] = _points(values)
         except ValueError as error:
             found.bad.setdefault(name, f"{path} line {number}: {error}")

@@ -12,7 +12,7 @@ SIZE = 112
 
 _SMALLEST, _LARGEST = 16, 4096
 
-#: (5, 2) float64: left eye, right eye, nose, left and right mouth corner as seen in the picture,
+#: (5, 2) float64: left eye, right eye, nose, left and right mouth corner as seen in the image,
 #: x right and y down, in pixels of a 112×112 crop.
 TEMPLATE = np.array(
     [
@@ -56,7 +56,7 @@ def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, landmarks: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """Crop a face by its landmarks: uint8 (size, size, 3); what lies outside the picture is black.
+    """Crop a face by its landmarks: uint8 (size, size, 3); what lies outside the image is black.
 
     Args:
         image: uint8 (H, W, 3).
@@ -90,11 +90,11 @@ def _reduce(
     x0, y0 = np.clip(np.floor(corners.min(axis=0) - margin), 0, (width, height)).astype(int)
     x1, y1 = np.clip(np.ceil(corners.max(axis=0) + margin), 0, (width, height)).astype(int)
     part = image[y0:y1, x0:x1]
-    if not part.size:  # the crop lies outside the picture
+    if not part.size:  # the crop lies outside the image
         return image[:1, :1] * 0, matrix
     target = np.maximum(np.round(np.array([x1 - x0, y1 - y0]) * scale), 1).astype(int)
     small = cv2.resize(part, tuple(target.tolist()), interpolation=cv2.INTER_AREA)
-    # A pixel centre x of the picture is (x - x0 + 1/2)·f - 1/2 of the small one.
+    # A pixel centre x of the image is (x - x0 + 1/2)·f - 1/2 of the small one.
     f = target / (x1 - x0, y1 - y0)
     linear = matrix[:, :2] / f
     shift = matrix[:, 2] + matrix[:, :2] @ (np.array([x0, y0]) - 0.5 + 0.5 / f)

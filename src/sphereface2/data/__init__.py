@@ -1,4 +1,7 @@
-"""Data sets on disk, and the way from their bytes to a batch."""
+"""Data sets on disk, and the way from their bytes to a batch.
+
+What this package offers is imported when it is first used: without batches nothing imports torch.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sphereface2.data.dataset import Batch, FaceDataset
+    from sphereface2.data.opening import load_pairs, open_source
+    from sphereface2.data.pairs import PairSet
     from sphereface2.data.sampler import BatchKey, BatchSampler
-    from sphereface2.data.sources import Source, open_source, split_people
+    from sphereface2.data.source import Source
+    from sphereface2.data.split import split_people
     from sphereface2.data.transforms import Augmentation
 
-# Imported when asked for: sets are opened and read without torch, batches need it.
-_HOMES = {
-    "Augmentation": "transforms",
-    "Batch": "dataset",
-    "BatchKey": "sampler",
-    "BatchSampler": "sampler",
-    "FaceDataset": "dataset",
-    "Source": "sources",
-    "open_source": "sources",
-    "split_people": "sources",
-}
 __all__ = [
     "Augmentation",
     "Batch",
     "BatchKey",
     "BatchSampler",
     "FaceDataset",
+    "PairSet",
     "Source",
+    "load_pairs",
     "open_source",
     "split_people",
 ]
 
+_PLACES = {
+    "dataset": ("Batch", "FaceDataset"),
+    "opening": ("load_pairs", "open_source"),
+    "pairs": ("PairSet",),
+    "sampler": ("BatchKey", "BatchSampler"),
+    "source": ("Source",),
+    "split": ("split_people",),
+    "transforms": ("Augmentation",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"sphereface2.data.{place}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

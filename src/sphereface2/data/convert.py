@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +13,14 @@ from typing import Protocol
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
+from sphereface2 import console
+from sphereface2.data import pairbin
+from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.recordio import RecordIOWriter
-from sphereface2.data.sources import Source, open_source
-from sphereface2.data.verification import load_pairs
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import atomic_folder, atomic_write
+from sphereface2.files import atomic_folder, printable
 from sphereface2.images import decode
 
 _SHARD_IMAGES = 10_000
@@ -138,27 +131,26 @@ def convert(
         raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, 'bin'])}")
     if target.exists():
         raise UserError(f"{target} exists already; name a new folder")
-    console = Console(stderr=True)
     if to == "bin":
-        return _convert_pairs(source, target, encoding, console)
+        return _convert_pairs(source, target, encoding)
     opened = open_source(source)
     done = Conversion(target)
     with atomic_folder(target) as temporary:
         shape = _first_size(opened, encoding)
         with _WRITERS[to](temporary, _folder_names(opened), shape) as add:
-            _copy(opened, add, done, to, encoding, console)
+            _copy(opened, add, done, to, encoding)
         if done.images == 0:
             raise UserError(f"none of the {len(opened)} images of {source} can be read")
         if opened.class_names is not None and to != "folder":
             names = temporary / "names.txt"
             names.write_text("\n".join(opened.class_names) + "\n", encoding="utf-8")
-    console.print(f"{done.images:,} images of {done.people:,} people in {target}")
-    if done.unreadable:
-        console.print(f"[yellow]{len(done.unreadable):,} unreadable images left out:[/yellow]")
-        for name in done.unreadable[:_NAMED_IN_REPORT]:
-            console.print(f"  {name}", markup=False, highlight=False)
-        if len(done.unreadable) > _NAMED_IN_REPORT:
-            console.print(f"  … and {len(done.unreadable) - _NAMED_IN_REPORT:,} more")
+    lines = [f"{done.images:,} images of {done.people:,} people in {target}"]
+    if lost := done.unreadable:
+        lines.append(f"{len(lost):,} unreadable images left out:")
+        lines += [f"  {printable(name)}" for name in lost[:_NAMED_IN_REPORT]]
+        if len(lost) > _NAMED_IN_REPORT:
+            lines.append(f"  … and {len(lost) - _NAMED_IN_REPORT:,} more")
+    console.show(*lines)
     return done
 
 
@@ -168,7 +160,6 @@ def _copy(
     done: Conversion,
     to: str,
     encoding: Encoding | None,
-    console: Console,
 ) -> None:
     def read(index: int) -> bytes:
         try:
@@ -185,7 +176,7 @@ def _copy(
 
     last, position = -1, 0
     order = np.argsort(source.labels, kind="stable")
-    with progress_bar(console) as bar, ThreadPoolExecutor() as pool:
+    with console.bars(counted=True) as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task(f"converting to {to}", total=len(source))
         for start in range(0, len(order), _CHUNK):
             indices = order[start : start + _CHUNK].tolist()
@@ -205,9 +196,7 @@ def _copy(
                 done.images += 1
 
 
-def _convert_pairs(
-    source: str | Path, target: Path, encoding: Encoding | None, console: Console
-) -> Conversion:
+def _convert_pairs(source: str | Path, target: Path, encoding: Encoding | None) -> Conversion:
     """The verification set at ``source`` as InsightFace's ``.bin``."""
     pairs = load_pairs(source)
 
@@ -220,7 +209,7 @@ def _convert_pairs(
         except UserError as error:
             raise UserError(f"{pairs.image_name(index)} cannot be read: {error}") from error
 
-    with progress_bar(console) as bar, ThreadPoolExecutor() as pool:
+    with console.bars(counted=True) as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task("converting to bin", total=len(pairs.images))
         images = []
         for image in pool.map(read, range(len(pairs.images))):
@@ -229,23 +218,10 @@ def _convert_pairs(
     # An image that serves several pairs is one object here, which a pickle holds once.
     bins = [images[index] for index in pairs.pairs.ravel().tolist()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, pickle.dumps((bins, pairs.same.tolist()), protocol=4))
+    pairbin.write(target, bins, pairs.same.tolist())
     people = 0 if pairs.people is None else len(np.unique(pairs.people))
-    console.print(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
+    console.show(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
     return Conversion(target, len(images), people)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with count and time left; nothing where the output is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _first_size(source: Source, encoding: Encoding | None) -> tuple[int, int]:

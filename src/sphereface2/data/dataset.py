@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from sphereface2.data.sampler import BatchKey
-from sphereface2.data.sources import Source
+from sphereface2.data.source import Source
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.images import decode
@@ -32,21 +32,14 @@ class Batch(NamedTuple):
 class FaceDataset(Dataset[Batch]):
     """Whole batches by ``BatchKey``; for ``DataLoader(dataset, sampler, batch_size=None)``.
 
-    Parameters
-    ----------
-    source:
-        Where the images are.
-    indices:
-        int64 (n,) indices into the source that belong to the set; default all. A BatchKey's
-        indices are positions in this array.
-    labels:
-        int64 (n,), the class of each image of the set; default the source's labels.
-    augmentation:
-        The random transformation and the size S of its result.
-    seed:
-        With a key's epoch, step and place in the global batch it determines the augmentation.
-    max_unreadable:
-        The share of ``indices`` that may be unreadable before it is an error.
+    Args:
+        source: where the images are.
+        indices: int64 (n,) indices into the source that belong to the set; default all. A
+            BatchKey's indices are positions in this array.
+        labels: int64 (n,), the class of each image of the set; default the source's labels.
+        augmentation: the random transformation and the size S of its result.
+        seed: with a key's epoch, step and place in the global batch it determines the augmentation.
+        max_unreadable: the share of ``indices`` that may be unreadable before it is an error.
 
     An unreadable image's place is taken by the next readable one of its batch (labels follow), so
     that batches keep their size; ``Batch.unreadable`` names it. Each process counts the distinct

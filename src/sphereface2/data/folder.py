@@ -1,8 +1,11 @@
-"""Folders of pictures: of people, or of pictures alone."""
+"""Folders of images: a folder a person, or images alone."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,93 +14,182 @@ from sphereface2.errors import UserError
 from sphereface2.files import digest
 from sphereface2.images import SUFFIXES
 
+_NAMED = 5
+
+
+@dataclass
+class Found:
+    """What a walk below a folder found.
+
+    Attributes:
+        images: sorted paths relative to the folder, with slashes.
+        unread: how many files were passed over, by suffix.
+        loops: folders that link to one above them, which were not entered.
+    """
+
+    images: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    loops: list[str] = field(default_factory=list)
+
+    def add(self, other: Found, prefix: str) -> None:
+        self.images += [f"{prefix}/{name}" for name in other.images]
+        self.unread += other.unread
+        self.loops += [f"{prefix}/{name}" for name in other.loops]
+
+    def notes(self) -> list[str]:
+        """A sentence for each kind of thing that was passed over."""
+        notes = []
+        if self.unread:
+            kinds = [f"{count:,} {kind}" for kind, count in self.unread.most_common(_NAMED)]
+            more = "" if len(self.unread) <= _NAMED else ", …"
+            heic = self.unread.keys() & {".heic", ".heif", ".hif"}
+            remedy = "; pip install 'sphereface2[heif]' to read HEIC" if heic else ""
+            total = sum(self.unread.values())
+            notes.append(
+                f"{total:,} file{'s were' if total > 1 else ' was'} not read: "
+                f"{', '.join(kinds)}{more}{remedy}"
+            )
+        if self.loops:
+            notes.append(
+                "not entered, as they link to a folder above them: " + ", ".join(self.loops[:5])
+            )
+        return notes
+
+    def warn(self, root: Path) -> None:
+        """Say what was passed over, as warnings."""
+        for note in self.notes():
+            warnings.warn(f"{root}: {note}", stacklevel=4)
+
 
 class _Files:
-    """Pictures that are files below ``root``."""
+    """Images that are files below ``root``."""
 
     root: Path
-    _files: list[str]
+    found: Found
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.found.images)
 
     def read(self, index: int) -> bytes:
-        return (self.root / self._files[index]).read_bytes()
+        return (self.root / self.found.images[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        return self._files[index]
+        return self.found.images[index]
 
-    def _sizes(self) -> np.ndarray:
-        return np.array([(self.root / name).stat().st_size for name in self._files], np.int64)
+    def _identity(self, kind: str, *more: np.ndarray) -> str:
+        names = self.found.images
+        sizes = np.array([(self.root / name).stat().st_size for name in names], np.int64)
+        return digest(kind, "\0".join(names), sizes, *more)
 
 
 class FolderSource(_Files):
     """``root/person/image``: people sorted by name, images sorted by path within a person.
 
-    A person's images may lie in further folders below; see `pictures_below` for what counts.
+    A person's images may lie in further folders below; see `images_below` for what counts. Files
+    that are not read, images that lie beside the folders of people, and folders that link to the
+    set itself are warned of.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.class_names: list[str] | None = []
-        self._files: list[str] = []
+        self.found = Found()
         labels: list[int] = []
-        for person in sorted(entry for entry in self.root.iterdir() if entry.is_dir()):
-            if person.name.startswith("."):
+        above = _folders_above(self.root)
+        for entry in _entries(self.root):
+            if entry.name.startswith("."):
                 continue
-            files = [f"{person.name}/{name}" for name in pictures_below(person)]
-            if files:
-                labels += [len(self.class_names)] * len(files)
-                self._files += files
-                self.class_names.append(person.name)
-        if not self._files:
+            if not entry.is_dir():
+                if entry.suffix.lower() in SUFFIXES:
+                    self.found.unread[f"{entry.suffix} outside a person's folder"] += 1
+                continue
+            if _identity(entry) in above:
+                self.found.loops.append(entry.name)
+                continue
+            person = images_below(entry)
+            if person.images:
+                labels += [len(self.class_names)] * len(person.images)
+                self.class_names.append(entry.name)
+            self.found.add(person, entry.name)
+        self.found.warn(self.root)
+        if not self.found.images:
             raise UserError(f"{self.root} holds no person/image.(jpg|png|…) files")
         self.labels = np.array(labels, dtype=np.int64)
         self.num_classes = len(self.class_names)
 
     def fingerprint(self) -> str:
-        return digest("folder", "\0".join(self._files), self._sizes(), self.labels)
+        return self._identity("folder", self.labels)
 
 
-class PictureSource(_Files):
-    """All pictures of a folder and below it, sorted by path. It knows no people."""
+class ImageSource(_Files):
+    """All images of a folder and below it, sorted by path. It knows no people."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._files = pictures_below(root)
+        self.found = images_below(root)
+        self.found.warn(root)
         self.labels = np.zeros(0, np.int64)
         self.num_classes = 0
         self.class_names: list[str] | None = None
 
     def fingerprint(self) -> str:
-        return digest("pictures", "\0".join(self._files), self._sizes())
+        return self._identity("pictures")
 
 
-def pictures_below(root: Path) -> list[str]:
-    """The pictures in ``root`` and below it: sorted paths relative to it, with slashes.
+def images_below(root: Path) -> Found:
+    """The images in ``root`` and below it.
 
     Folders are followed through symbolic links too, except a link that leads back to a folder
-    above it or above ``root``. Hidden folders and what `is_picture` refuses are passed over.
+    above it or above ``root``. Hidden files and folders are passed over.
+
+    Raises:
+        UserError: a folder cannot be entered.
     """
-    found: list[str] = []
-    real = root.resolve()
-    above = {str(root): frozenset(map(_identity, (real, *real.parents)))}
-    for folder, below, files in os.walk(root, followlinks=True):
+    found = Found()
+    above = {str(root): _folders_above(root)}
+    for folder, below, files in os.walk(root, followlinks=True, onerror=_refuse):
         place = Path(folder)
         relative = place.relative_to(root)
-        found += [(relative / name).as_posix() for name in files if is_picture(place / name)]
+        for name in files:
+            if is_image(place / name):
+                found.images.append((relative / name).as_posix())
+            elif not name.startswith("."):
+                kind = "broken link" if not (place / name).exists() else Path(name).suffix.lower()
+                found.unread[kind or "without a suffix"] += 1
         passed = above.pop(folder)
         inner = {name: _identity(place / name) for name in below if not name.startswith(".")}
+        found.loops += [(relative / n).as_posix() for n, who in inner.items() if who in passed]
         below[:] = [name for name, identity in inner.items() if identity not in passed]
         above |= {os.path.join(folder, name): passed | {inner[name]} for name in below}
-    return sorted(found)
+    found.images.sort()
+    return found
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"the folder {error.filename} cannot be entered: {error.strerror}; mend it or take it out "
+        "of the set"
+    ) from error
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        _refuse(error)
+        raise
+
+
+def _folders_above(root: Path) -> frozenset[tuple[int, int]]:
+    real = root.resolve()
+    return frozenset(map(_identity, (real, *real.parents)))
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    told = folder.stat()
-    return told.st_dev, told.st_ino
+    about = folder.stat()
+    return about.st_dev, about.st_ino
 
 
-def is_picture(entry: Path) -> bool:
+def is_image(entry: Path) -> bool:
     """Whether ``entry`` is a file with an image's suffix, and not a hidden one."""
     return entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and entry.is_file()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.images import decode
+from sphereface2.images import read_image
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,9 @@ class TemplateSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def crop(self, index: int) -> np.ndarray:
-        """Image ``index`` warped to the five-point template: uint8 RGB (112, 112, 3)."""
-        from sphereface2.align import warp
-
-        path = self.folder / self.names[index]
-        try:
-            return warp(decode(path.read_bytes()), self.landmarks[index])
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except UserError as error:
-            raise UserError(f"{path} cannot be used: {error}") from error
+    def image(self, index: int) -> np.ndarray:
+        """Image ``index`` as it is: uint8 RGB (H, W, 3)."""
+        return read_image(self.folder / self.names[index])
 
 
 def load(name: str, root: str | Path) -> TemplateSet:

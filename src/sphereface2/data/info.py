@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from sphereface2.data.convert import progress_bar
-from sphereface2.data.sources import open_source
-from sphereface2.data.verification import load_pairs
+from sphereface2 import console
+from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.errors import UserError
 from sphereface2.files import printable
 from sphereface2.images import decode
@@ -67,16 +64,15 @@ def info(path: Path, /, *, as_json: bool = False) -> Info:
         UserError: there is no data set.
     """
     path = Path(path)
-    console = Console(stderr=True)
-    found = _pairs_info(path, console) if path.suffix == ".bin" else _source_info(path, console)
+    found = _pairs_info(path) if path.suffix.lower() == ".bin" else _source_info(path)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        console.print_json(found.to_dict())
     else:
-        _show(found, Console())
+        _show(found)
     return found
 
 
-def _source_info(path: Path, console: Console) -> Info:
+def _source_info(path: Path) -> Info:
     source = open_source(path)
     kind = type(source).__name__.removesuffix("Source").lower()
     found = Info(str(path), kind, images=len(source))
@@ -92,11 +88,11 @@ def _source_info(path: Path, console: Console) -> Info:
                 data = None
             yield printable(source.name(index)), data
 
-    _examine(found, images(), console)
+    _examine(found, images())
     return found
 
 
-def _pairs_info(path: Path, console: Console) -> Info:
+def _pairs_info(path: Path) -> Info:
     pair_set = load_pairs(path)
     found = Info(str(path), "bin", images=2 * len(pair_set), pairs=len(pair_set))
     found.genuine = int(pair_set.same.sum())
@@ -108,7 +104,7 @@ def _pairs_info(path: Path, console: Console) -> Info:
                 data = image if isinstance(image, bytes) else _raw(image)
                 yield f"image {side} of pair {pair}", data
 
-    _examine(found, images(), console)
+    _examine(found, images())
     return found
 
 
@@ -118,11 +114,11 @@ def _raw(image: np.ndarray) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + image.tobytes()
 
 
-def _examine(found: Info, images: Iterator[tuple[str, bytes | None]], console: Console) -> None:
+def _examine(found: Info, images: Iterator[tuple[str, bytes | None]]) -> None:
     """Decode and hash each image once."""
     sizes: Counter[str] = Counter()
     size_of: dict[bytes, str | None] = {}
-    with progress_bar(console) as bar:
+    with console.bars(counted=True) as bar:
         task = bar.add_task("reading", total=found.images)
         for name, data in images:
             bar.advance(task)
@@ -154,7 +150,7 @@ def _size(data: bytes) -> str | None:
     return f"{width}x{height}"
 
 
-def _show(found: Info, console: Console) -> None:
+def _show(found: Info) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_row("path", found.path)
@@ -171,20 +167,20 @@ def _show(found: Info, console: Console) -> None:
         ("duplicates", found.duplicates, found.duplicate_names),
     ):
         more = f", … {count - _NAMED:,} more" if count > _NAMED else ""
-        told = f": {', '.join(names[:_NAMED])}{more}" if names else ""
+        text = f": {', '.join(names[:_NAMED])}{more}" if names else ""
         colour = "yellow" if count else "green"
-        table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + told.replace("[", r"\["))
-    console.print(table)
+        table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + text.replace("[", r"\["))
+    console.show(table)
     if found.person_sizes:
-        console.print("\n[bold]images a person[/bold]")
+        console.show("\nimages a person")
         for title, people in _histogram(found.person_sizes):
             bar = "█" * max(round(_BAR * people / max(1, found.people or 1)), 1 if people else 0)
-            console.print(f"{title:>9}  {bar} {people:,}", highlight=False)
+            console.show(f"{title:>9}  {bar} {people:,}")
 
 
 def _listed(sizes: dict[str, int]) -> str:
-    told = [f"{size} ({count:,})" for size, count in list(sizes.items())[:5]]
-    return ", ".join(told) + (f", {len(sizes) - 5} more" if len(sizes) > 5 else "")
+    text = [f"{size} ({count:,})" for size, count in list(sizes.items())[:5]]
+    return ", ".join(text) + (f", {len(sizes) - 5} more" if len(sizes) > 5 else "")
 
 
 def _histogram(person_sizes: dict[int, int]) -> list[tuple[str, int]]:

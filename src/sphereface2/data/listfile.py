@@ -1,63 +1,71 @@
-"""A list file: one line an image, ``path label``."""
+"""A list file: one line an image, its path and its label."""
 
 from __future__ import annotations
 
+import csv
+import re
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Final, TypeAlias
 
-from sphereface2.data.sources import check_labels, read_names
+import numpy as np
+
+from sphereface2.data.source import check_labels, read_names
 from sphereface2.errors import UserError
-from sphereface2.files import digest
+from sphereface2.files import digest, read_lines
 
+#: Suffixes of list files.
+LIST_SUFFIXES: Final = frozenset({".txt", ".lst", ".csv", ".tsv"})
 _LOOKED_FOR = 100
+_PATH_COLUMN: Final = re.compile(r"(image|img|file)?_?(path|name|file|image|img)", re.IGNORECASE)
+_LABEL_COLUMN: Final = re.compile(r"(label|class|identity|person|subject|target|id)(_?id)?", re.I)
+
+#: A line's fields and what separated them.
+_Fields: TypeAlias = tuple[list[str], str]
+#: From a line's fields to a path and a label, or None if they are too few.
+_Layout: TypeAlias = Callable[[list[str], str], tuple[str, str] | None]
 
 
 class ListSource:
-    """``path label`` lines, separated by a tab, a comma or blanks; paths relative to the list.
+    """Lines of a path and a label; paths relative to the list.
 
-    The label is the last field, so that paths may hold blanks; it is a whole number. Empty lines
-    and lines that begin with # are skipped.
+    The layouts of the field are told apart by which of them finds its files: ``path label``,
+    ``path label …``, ``label path``, ``index label … path``, ``flag path label …``, and a CSV whose
+    first line names its columns. Fields are separated by tabs, commas (with CSV's quotes) or
+    blanks. Labels are whole numbers (``3.0`` too), or names, which are numbered in their order.
+    Empty lines and lines that begin with # are skipped.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files: list[str] = []
-        labels: list[float] = []
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.path} is not a text file of 'path label' lines") from None
-        for number, line in enumerate(text.splitlines(), 1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            name, label = _split(line)
-            try:
-                labels.append(int(label))
-            except ValueError:
-                raise UserError(
-                    f"{self.path} line {number}: expected 'path label' with a whole number as "
-                    f"label, found {line[:60]!r}"
-                ) from None
-            if not name:
-                raise UserError(f"{self.path} line {number}: expected 'path label', found {line!r}")
-            self._files.append(name)
-        if not self._files:
+        self._folder = self.path.parent
+        lines = read_lines(self.path)
+        if not lines:
             raise UserError(f"{self.path} lists no images")
-        first = self._files[:_LOOKED_FOR]
-        if not any((self.path.parent / name).exists() for name in first):
-            raise UserError(
-                f"{self.path}: none of the first {len(first)} files it lists exists ({first[0]}, "
-                "…); paths are relative to the list's folder"
-            )
-        self.labels = check_labels(labels, self.path)
+        header = _header(_split(lines[0][1])[0])
+        lines = lines[1:] if header else lines
+        split, layout, slash = self._understand([line for _, line in lines[:_LOOKED_FOR]], header)
+        self._files: list[str] = []
+        labels: list[str] = []
+        for number, line in lines:
+            found = layout(*split(line))
+            if found is None or not all(found):
+                raise UserError(
+                    f"{self.path} line {number}: expected a path and a label, found {line[:60]!r}"
+                )
+            self._files.append(found[0].replace("\\", slash))
+            labels.append(found[1])
+        values, names = self._values(labels, [number for number, _ in lines])
+        self.labels = check_labels(values, self.path)
         self.num_classes = int(self.labels.max()) + 1
-        self.class_names = read_names(self.path.parent, self.num_classes)
+        self.class_names = names or read_names(self._folder, self.num_classes)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, index: int) -> bytes:
-        return (self.path.parent / self._files[index]).read_bytes()
+        return (self._folder / self._files[index]).read_bytes()
 
     def name(self, index: int) -> str:
         return self._files[index]
@@ -65,11 +73,99 @@ class ListSource:
     def fingerprint(self) -> str:
         return digest("list", "\0".join(self._files), self.labels)
 
+    def _understand(
+        self, sample: list[str], header: _Layout | None
+    ) -> tuple[Callable[[str], _Fields], _Layout, str]:
+        """How to split lines, their layout and what "\\" becomes: the first that finds a file."""
+        layouts = [header] if header else _LAYOUTS
+        for split, layout, slash in product((_split, _by_blanks), layouts, ("\\", "/")):
+            found = [pair[0] for line in sample if (pair := layout(*split(line)))]
+            if any((self._folder / name.replace("\\", slash)).is_file() for name in found):
+                return split, layout, slash
+        found = [pair[0] for line in sample if (pair := layouts[0](*_split(line)))]
+        if len(found) < len(sample):
+            return _split, layouts[0], "\\"  # whose caller names the line
+        raise UserError(
+            f"{self.path}: none of the first {len(found)} files it lists exists ({found[0]}, "
+            "…); paths are relative to the list's folder"
+        )
 
-def _split(line: str) -> tuple[str, str]:
-    for separator in ("\t", ","):
-        if separator in line:
-            name, _, label = line.rpartition(separator)
-            return name.strip(), label.strip()
-    name, _, label = line.rpartition(" ")
-    return name.strip(), label
+    def _values(self, labels: list[str], numbers: list[int]) -> tuple[np.ndarray, list[str] | None]:
+        """Labels as numbers, and the people's names if the labels are names."""
+        numeric = np.array([_is_number(label) for label in labels])
+        if numeric.all():
+            return np.array(labels, np.float64), None
+        if numeric.any():
+            odd = int(np.argmin(numeric) if numeric.mean() >= 0.5 else np.argmax(numeric))
+            raise UserError(
+                f"{self.path} line {numbers[odd]}: the label {labels[odd]!r} stands among labels "
+                "of another kind; give whole numbers alone or names alone"
+            )
+        names, values = np.unique(labels, return_inverse=True)
+        return values, names.tolist()
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return label.lower() not in ("nan", "inf", "infinity")  # some people are called Nan
+
+
+def _split(line: str) -> _Fields:
+    if "\t" in line:
+        return [field.strip() for field in line.split("\t")], "\t"
+    if "," in line:
+        return [f.strip() for f in next(csv.reader([line], skipinitialspace=True))], ","
+    return _by_blanks(line)
+
+
+def _by_blanks(line: str) -> _Fields:
+    return line.split(" "), " "
+
+
+def _header(columns: list[str]) -> _Layout | None:
+    """The layout that a CSV's first line names, if it names one."""
+    path = next((i for i, name in enumerate(columns) if _PATH_COLUMN.fullmatch(name)), None)
+    label = next(
+        (i for i, name in enumerate(columns) if i != path and _LABEL_COLUMN.fullmatch(name)), None
+    )
+    if path is None or label is None:
+        return None
+    last = max(path, label)
+    return lambda fields, _: (fields[path], fields[label]) if len(fields) > last else None
+
+
+def _path_label(fields: list[str], separator: str) -> tuple[str, str] | None:
+    """The label is last, so that paths may hold what separates."""
+    path = separator.join(fields[:-1]).strip()
+    return (path, fields[-1]) if len(fields) > 1 else None
+
+
+def _label_path(fields: list[str], separator: str) -> tuple[str, str] | None:
+    path = separator.join(fields[1:]).strip()
+    return (path, fields[0]) if len(fields) > 1 else None
+
+
+def _index_label_path(fields: list[str], separator: str) -> tuple[str, str] | None:
+    """MXNet's: the last field is the path, the first label the person."""
+    return (fields[-1], fields[1]) if len(fields) > 2 else None
+
+
+def _flag_path_label(fields: list[str], separator: str) -> tuple[str, str] | None:
+    """InsightFace's: whether the image is aligned, its path, the person, a box and landmarks."""
+    return (fields[1], fields[2]) if len(fields) > 2 else None
+
+
+def _path_label_more(fields: list[str], separator: str) -> tuple[str, str] | None:
+    return (fields[0], fields[1]) if len(fields) > 2 else None
+
+
+_LAYOUTS: Final[list[_Layout]] = [
+    _path_label,
+    _index_label_path,
+    _flag_path_label,
+    _path_label_more,
+    _label_path,
+]

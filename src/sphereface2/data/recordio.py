@@ -17,31 +17,31 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from sphereface2.data.sources import check_labels, read_names
+from sphereface2.data.source import MAX_PEOPLE, OpenFile, check_labels, read_names
 from sphereface2.errors import UserError
-from sphereface2.files import digest
+from sphereface2.files import digest, read_text
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _LENGTH_MASK = (1 << 29) - 1
 _HEADER = struct.Struct("<IfQQ")
 _FRAME = struct.Struct("<II")
-_WHOLE = struct.Struct("<III")  # the frame and the header's flag
-_START = _FRAME.size + _HEADER.size
 #: float32 counts whole numbers up to here: labels and the header record's keys end here too.
 _MAX_EXACT_FLOAT = 1 << 24
 
 
 class RecordIOSource:
-    """The images of a ``.rec`` file, read through a memory map.
+    """The images of a ``.rec`` file.
 
-    ``path`` is the ``.rec`` or a folder that holds ``train.rec``. With a header record (key 0,
-    flag > 0, no image bytes: labels N+1, N+1+C) the images are keys 1...N; without one every key
-    is an image. A missing or damaged ``.idx`` is rebuilt in memory by scanning, with a warning.
+    ``path`` is the ``.rec`` or a folder that holds ``train.rec``. Records with labels (flag > 0)
+    and nothing behind them are the header (labels N+1, N+1+C) and the people's, not images. A
+    missing, damaged or foreign ``.idx`` is rebuilt in memory by scanning, with a warning; images
+    are then those records that hold one, in the order of the file, wherever the packer put the
+    header.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,157 +49,61 @@ class RecordIOSource:
         self.path = path / "train.rec" if path.is_dir() else path
         if not self.path.is_file():
             raise UserError(f"{self.path} does not exist; give a .rec file or the folder of one")
-        self._map: mmap.mmap | None = None
         if self.path.stat().st_size == 0:
             raise UserError(f"{self.path} is empty")
-        keys, offsets = self._load_index()
-        self._keys, self._offsets = self._images(keys, offsets)
-        if len(self._keys) == 0:
+        with self.path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        keys, offsets, problem = _load_index(self.path, data)
+        if problem:
+            warnings.warn(
+                f"{problem}; index rebuilt by scanning {self.path.name}: {len(offsets)} records",
+                stacklevel=3,
+            )
+        records = _Records(self.path, data, keys, offsets)
+        images = records.images(rebuilt=bool(problem))
+        if not images.any():
             raise UserError(f"{self.path} holds no images")
-        self.labels = check_labels(self._read_labels(self._offsets), self.path)
+        self._keys, self._offsets = keys[images], offsets[images]
+        self._starts, self._sizes = records.starts[images], records.sizes[images]
+        self.labels = check_labels(records.labels[images], self.path)
         self.num_classes = max(int(self.labels.max()) + 1, self._property_classes())
         self.class_names = read_names(self.path.parent, self.num_classes)
+        self._length = len(data)
+        self._file = OpenFile(self.path)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}
-
-    @property
-    def _data(self) -> mmap.mmap:
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
     def read(self, index: int) -> bytes:
         """The encoded image ``index``, byte for byte as it was packed."""
-        data, offset = self._data, self._offsets.item(index)
-        # Nearly every record is whole, and this is the loader's inner loop.
-        magic, word, flag = _WHOLE.unpack_from(data, offset)
-        start, end = offset + _START + 4 * flag, offset + _FRAME.size + word
-        if magic == MAGIC and word <= _LENGTH_MASK and start <= end <= len(data):
-            return data[start:end]
-        payload = read_payload(data, offset, self.path)
+        size = self._sizes.item(index)
+        if size >= 0:
+            return self._file.read(self._starts.item(index), size)
+        record = self._file.read(self._offsets.item(index), -size)
+        payload = read_payload(record, 0, self.path)
         return payload[_image_start(payload, self.path) :]
 
     def name(self, index: int) -> str:
         return f"{self.path.name} key {self._keys[index]}"
 
     def fingerprint(self) -> str:
-        return digest(
-            "recordio", str(self.path.stat().st_size), self._keys, self._offsets, self.labels
-        )
-
-    # -- the index ---------------------------------------------------------------------------
-
-    def _load_index(self) -> tuple[np.ndarray, np.ndarray]:
-        index_path = self.path.with_suffix(".idx")
-        if not index_path.exists():
-            problem = f"{index_path} is missing"
-        else:
-            keys, offsets = _parse_index(index_path)
-            problem = self._index_problem(keys, offsets)
-            if not problem:
-                return keys, offsets
-            problem = f"{index_path} is damaged ({problem})"
-        offsets = scan(self._data, self.path)
-        warnings.warn(
-            f"{problem}; index rebuilt by scanning {self.path.name}: {len(offsets)} records",
-            stacklevel=3,
-        )
-        return np.arange(len(offsets), dtype=np.int64), offsets
-
-    def _index_problem(self, keys: np.ndarray, offsets: np.ndarray) -> str:
-        """What contradicts the file, or an empty string."""
-        if len(keys) == 0:
-            return "no whole line"
-        size = len(self._data)
-        if offsets.min() < 0 or (offsets % 4).any() or int(offsets.max()) + 8 > size:
-            return "an offset lies outside the file or between records"
-        words = np.frombuffer(self._data, dtype="<u4", count=size // 4)
-        bad = np.flatnonzero(words[offsets // 4] != MAGIC)
-        if len(bad):
-            return f"no record starts at the offset of key {keys[bad[0]]}"
-        if record_end(self._data, int(offsets.max()), self.path) < size:
-            return "records follow the last one it lists"
-        if len(np.unique(keys)) != len(keys) or len(np.unique(offsets)) != len(offsets):
-            return "a key or an offset occurs twice"
-        return ""
-
-    def _images(self, keys: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and offsets of the image records, by ascending key."""
-        order = np.argsort(keys, kind="stable")
-        keys, offsets = keys[order], offsets[order]
-        if keys[0] == 0:
-            payload = read_payload(self._data, int(offsets[0]), self.path)
-            flag = _HEADER.unpack_from(payload)[0] if len(payload) >= _HEADER.size else 0
-            if flag > 0 and len(payload) == _HEADER.size + 4 * flag:
-                end = float(np.frombuffer(payload, dtype="<f4", count=1, offset=_HEADER.size)[0])
-                if end >= _MAX_EXACT_FLOAT:
-                    # The header's float32 can no longer say N; person records hold no image.
-                    images = self._image_bytes(offsets) > 0
-                else:
-                    images = (keys >= 1) & (keys < end)
-                    if int(images.sum()) != int(end) - 1:
-                        raise UserError(
-                            f"{self.path}: the header record promises {int(end) - 1} images but "
-                            f"the index lists {int(images.sum())}; copy the set again"
-                        )
-                return keys[images], offsets[images]
-        return keys, offsets
-
-    def _image_bytes(self, offsets: np.ndarray) -> np.ndarray:
-        """Bytes that follow the labels of each record (the first part's, if it is split)."""
-        words = np.frombuffer(self._data, dtype="<u4", count=len(self._data) // 4)
-        length = (words[offsets // 4 + 1] & _LENGTH_MASK).astype(np.int64)
-        return length - _HEADER.size - 4 * words[offsets // 4 + 2].astype(np.int64)
-
-    def _read_labels(self, offsets: np.ndarray) -> np.ndarray:
-        """float32 (N,) labels straight from the headers, gathered in one sweep of the map."""
-        size = len(self._data)
-        words = np.frombuffer(self._data, dtype="<u4", count=size // 4)
-        floats = words.view("<f4")
-        at = offsets // 4
-        frame = words[at + 1]
-        # A split record may be split inside its header; those few are joined one by one below.
-        whole = (frame >> 29) == 0
-        short = np.flatnonzero(whole & ((frame & _LENGTH_MASK) < _HEADER.size))
-        if len(short):
-            raise UserError(
-                f"{self.path}: the record at byte {offsets[short[0]]} is too short for a header"
-            )
-        safe = np.where(whole, at, 0)
-        flags = np.where(whole, words[np.minimum(safe + 2, len(words) - 1)], 0)
-        labels = floats[np.minimum(safe + 3, len(words) - 1)].copy()
-        many = np.flatnonzero(flags > 0)
-        length = (frame[many] & _LENGTH_MASK).astype(np.int64)
-        short = many[_HEADER.size + 4 * flags[many].astype(np.int64) > length]
-        if len(short):
-            raise UserError(
-                f"{self.path}: key {self._keys[short[0]]} promises {flags[short[0]]} labels but "
-                "holds fewer; copy the set again"
-            )
-        first = at[many] + 2 + _HEADER.size // 4
-        labels[many] = floats[np.minimum(first, len(words) - 1)]
-        for i in np.flatnonzero(~whole):
-            payload = read_payload(self._data, int(offsets[i]), self.path)
-            start = _image_start(payload, self.path)
-            where = 4 if start == _HEADER.size else _HEADER.size
-            labels[i] = struct.unpack_from("<f", payload, where)[0]
-        return labels
+        return digest("recordio", str(self._length), self._keys, self._offsets, self.labels)
 
     def _property_classes(self) -> int:
         path = self.path.parent / "property"
         if not path.exists():
             return 0
         try:
-            classes = int(path.read_text().split(",")[0])
-        except ValueError:
+            classes = int(read_text(path).split(",")[0])
+        except ValueError as error:
             raise UserError(
                 f"{path} should read 'classes,height,width'; correct it or delete it"
-            ) from None
+            ) from error
+        if not 0 <= classes <= MAX_PEOPLE:
+            raise UserError(
+                f"{path} says {classes} classes, expected at most {MAX_PEOPLE:,}; correct it or "
+                "delete it"
+            )
         if classes <= int(self.labels.max()):
             warnings.warn(
                 f"{path} says {classes} classes but label {int(self.labels.max())} occurs; "
@@ -209,16 +113,121 @@ class RecordIOSource:
         return classes
 
 
+def _load_index(path: Path, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, str]:
+    """Keys and offsets by ascending key, and why they were rebuilt, or nothing."""
+    index_path = path.with_suffix(".idx")
+    problem = f"{index_path} is missing"
+    if index_path.exists():
+        keys, offsets = _parse_index(index_path)
+        contradiction = _contradiction(path, data, keys, offsets)
+        if not contradiction:
+            order = np.argsort(keys, kind="stable")
+            return keys[order], offsets[order], ""
+        problem = f"{index_path} is damaged or another file's ({contradiction})"
+    offsets = scan(data, path)
+    return np.arange(len(offsets), dtype=np.int64), offsets, problem
+
+
 def _parse_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys and offsets; (empty, empty) if any line is not two whole numbers."""
     none = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     try:
-        values = np.array(path.read_bytes().split(), dtype=np.int64)
+        values = np.array(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(), dtype=np.int64)
     except (ValueError, OverflowError):
         return none
     if len(values) == 0 or len(values) % 2:
         return none
     return values[0::2].copy(), values[1::2].copy()
+
+
+def _contradiction(path: Path, data: mmap.mmap, keys: np.ndarray, offsets: np.ndarray) -> str:
+    """What in the index contradicts the file, or an empty string."""
+    if len(keys) == 0:
+        return "no whole line"
+    if offsets.min() < 0 or (offsets % 4).any() or int(offsets.max()) + _FRAME.size > len(data):
+        return "an offset lies outside the file or between records"
+    words = np.frombuffer(data, dtype="<u4", count=len(data) // 4)
+    bad = np.flatnonzero(words[offsets // 4] != MAGIC)
+    if len(bad):
+        return f"no record starts at the offset of key {keys[bad[0]]}"
+    if len(np.unique(keys)) != len(keys) or len(np.unique(offsets)) != len(offsets):
+        return "a key or an offset occurs twice"
+    starts = np.sort(offsets)
+    frames = words[starts // 4 + 1]
+    ends = starts + _FRAME.size + _padded((frames & _LENGTH_MASK).astype(np.int64))
+    for i in np.flatnonzero((frames >> 29 != 0) | (ends > len(data))).tolist():
+        ends[i] = record_end(data, int(starts[i]), path)
+    if starts[0] != 0 or (ends[:-1] != starts[1:]).any() or ends[-1] < len(data):
+        return "it leaves out records of the file"
+    return ""
+
+
+class _Records:
+    """What the headers of all records say, gathered in one sweep of the map.
+
+    Attributes:
+        starts: int64 (N,), where the bytes behind a record's labels start.
+        sizes: int64 (N,), how many they are; less than 0: the record is split and takes that many
+            bytes with its frames.
+        labels: float32 (N,), the first label.
+        bare: bool (N,), whether the record has labels and nothing behind them.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap, keys: np.ndarray, offsets: np.ndarray) -> None:
+        self.path, self._keys = path, keys
+        words = np.frombuffer(data, dtype="<u4", count=len(data) // 4)
+        at = offsets // 4
+        frames = words[at + 1]
+        whole = frames >> 29 == 0
+        length = (frames & _LENGTH_MASK).astype(np.int64)
+        short = np.flatnonzero(whole & (length < _HEADER.size))
+        if len(short):
+            raise UserError(
+                f"{path}: the record at byte {offsets[short[0]]} is too short for a header"
+            )
+        # A split record may be split inside its header; those few are joined one by one below.
+        flags = np.where(whole, words[np.minimum(at + 2, len(words) - 1)], 0).astype(np.int64)
+        self.starts = offsets + _FRAME.size + _HEADER.size + 4 * flags
+        self.sizes = length - _HEADER.size - 4 * flags
+        liars = np.flatnonzero(whole & (self.sizes < 0))
+        if len(liars):
+            raise UserError(
+                f"{path}: key {keys[liars[0]]} promises {flags[liars[0]]} labels but holds fewer; "
+                "copy the set again"
+            )
+        first = at + np.where(flags > 0, 2 + _HEADER.size // 4, 3)
+        floats = words.view("<f4")
+        self.labels = floats[np.minimum(first, len(words) - 1)]
+        self.bare = (flags > 0) & (self.sizes == 0)
+        #: The header's labels, if the first record is one.
+        self._header = floats[first[0]] if self.bare[0] else None
+        for i in np.flatnonzero(~whole).tolist():
+            payload = read_payload(data, int(offsets[i]), path)
+            start = _image_start(payload, path)
+            where = 4 if start == _HEADER.size else _HEADER.size
+            self.labels[i] = struct.unpack_from("<f", payload, where)[0]
+            self.sizes[i] = int(offsets[i]) - record_end(data, int(offsets[i]), path)
+
+    def images(self, *, rebuilt: bool) -> np.ndarray:
+        """bool (N,): which records are images.
+
+        Raises:
+            UserError: there are not as many as the header promises.
+        """
+        images = ~self.bare
+        # From 2^24 on the header's float32 cannot say N.
+        if self._header is None or self._header >= _MAX_EXACT_FLOAT:
+            return images
+        promised = int(self._header) - 1
+        by_key = (self._keys >= 1) & (self._keys <= promised)
+        if not rebuilt and int(by_key.sum()) == promised:
+            return by_key
+        if int(images.sum()) != promised:
+            raise UserError(
+                f"{self.path}: the header record promises {promised} images but there are "
+                f"{int(images.sum())}; copy the set again"
+            )
+        return images
 
 
 def _image_start(payload: bytes, path: Path) -> int:
@@ -244,7 +253,10 @@ def _frame(data: mmap.mmap | bytes, offset: int, path: Path) -> tuple[int, int, 
     return word >> 29, offset + _FRAME.size, length
 
 
-def _padded(length: int) -> int:
+_Length = TypeVar("_Length", int, np.ndarray)
+
+
+def _padded(length: _Length) -> _Length:
     return (length + 3) & ~3
 
 

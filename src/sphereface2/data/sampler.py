@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,27 +29,25 @@ class BatchKey(NamedTuple):
 class BatchSampler(Sampler[BatchKey]):
     """Yields the epoch's BatchKeys of one rank; for ``DataLoader(sampler=…, batch_size=None)``.
 
-    Parameters
-    ----------
-    labels:
-        int64 (N,) class of each image of the data set.
-    batch_size:
-        Images in the global batch, over all ranks; a multiple of ``world_size``.
-    shuffle:
-        A permutation drawn from (seed, epoch), the same on every rank; else the given order.
-    drop_last:
-        Drop the incomplete batch at the end of an epoch; else fill it up from the epoch's
-        beginning to a multiple of ``world_size``, so that every rank has the same share.
-    people_per_batch, images_per_person:
-        P and K, with P·K = ``batch_size``: each batch holds K images of each of P different
-        people. A person's images are dealt out K at a time, and one with fewer than K repeats.
-        Each epoch leaves out what does not fill a batch: fewer than P hands of K images, unless
-        a few people own so much of the set that they cannot be spread over enough batches.
+    Args:
+        labels: int64 (N,) class of each image of the data set.
+        batch_size: images in the global batch, over all ranks; a multiple of ``world_size``.
+        rank: this process, 0 to ``world_size`` - 1.
+        world_size: how many processes share a batch.
+        seed: of the order.
+        shuffle: a permutation drawn from (seed, epoch), the same on every rank; else the given
+            order.
+        drop_last: drop the incomplete batch at the end of an epoch; else fill it up from the
+            epoch's beginning to a multiple of ``world_size``, so that every rank has the same
+            share.
+        people_per_batch: P: with K = ``images_per_person`` and P·K = ``batch_size`` each batch
+            holds K images of each of P different people. A person's images are dealt out K at a
+            time, and one with fewer than K repeats. Each epoch leaves out what does not fill a
+            batch: fewer than P hands of K images, unless a few people own so much of the set that
+            they cannot be spread over enough batches.
+        images_per_person: K.
 
-    Every ``iter()`` starts the next epoch, except the first after ``load_state_dict``, which
-    yields what remained. ``state_dict`` counts the keys handed out; under torchdata's
-    StatefulDataLoader, which keeps the state that belongs to the last batch delivered, prefetched
-    batches are not counted.
+    Every iteration is the next epoch, counted once its first key is taken; `start` says otherwise.
     """
 
     def __init__(
@@ -92,51 +90,27 @@ class BatchSampler(Sampler[BatchKey]):
                 f"a batch of {batch_size} images needs more than the {len(self._labels)} there are"
             )
         self._steps = self._count_steps()
-        self._epoch, self._position, self._resumed = 0, 0, False
+        self._next = 0, 0
         self._order_of: tuple[int, np.ndarray] | None = None
 
-    @property
-    def epoch(self) -> int:
-        return self._epoch
-
-    @property
-    def position(self) -> int:
-        """Steps of this epoch already handed out."""
-        return self._position
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next ``iter()`` start at the beginning of ``epoch``."""
-        self.load_state_dict({"epoch": epoch, "position": 0})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "position": self._position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._resumed = True
+    def start(self, epoch: int, step: int = 0) -> None:
+        """Let the next iteration begin at ``step`` of ``epoch``; the one after it is the next."""
+        self._next = epoch, step
 
     def __len__(self) -> int:
         """Steps in an epoch; the same every epoch."""
         return self._steps
 
     def __iter__(self) -> Iterator[BatchKey]:
-        # A DataLoader may call iter() more than once before it takes a key, so an epoch counts
-        # as begun only once a key was taken; StatefulDataLoader restores a finished epoch by
-        # load_state_dict, iter(), and a second iter() that means the next epoch.
-        at_end = self._position >= len(self)
-        if not self._resumed and self._position > 0:
-            self._epoch, self._position = self._epoch + 1, 0
-        if at_end:
-            self._resumed = False
-        return self._keys(self._epoch, self._position)
-
-    def _keys(self, epoch: int, position: int) -> Iterator[BatchKey]:
+        # A generator: what follows runs when a key is taken. A DataLoader makes iterators that it
+        # takes none of.
+        epoch, first = self._next
+        self._next = epoch + 1, 0
         order = self._order(epoch)
-        for step in range(position, self._steps):
+        for step in range(first, self._steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = len(batch) // self.world_size
             offset = self.rank * share
-            self._epoch, self._position, self._resumed = epoch, step + 1, False
             yield BatchKey(epoch, step, batch[offset : offset + share], offset)
 
     def _order(self, epoch: int) -> np.ndarray:

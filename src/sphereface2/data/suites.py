@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sphereface2.data import ijb
+from sphereface2.data.folder import ImageSource
 from sphereface2.data.ijb import TemplateSet
-from sphereface2.data.locate import TrainingData
-from sphereface2.data.sources import open_source
-from sphereface2.data.verification import PairSet, load_cfp, load_pairs, union
+from sphereface2.data.opening import load_pairs, names_beside, open_source
+from sphereface2.data.pairlist import read_cfp
+from sphereface2.data.pairs import PairSet, union
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.images import SUFFIXES
 
 _BINS = {
     "lfw": ("lfw.bin",),
@@ -42,10 +43,15 @@ SUITES = (*_BINS, "combined", "ijbb", "ijbc", "megaface")
 
 @dataclass(frozen=True)
 class MegaFace:
-    """Probes, a labelled set, and images of other people: a folder at any depth, or a set."""
+    """MegaFace's challenge.
 
-    probes: Path
-    distractors: Path
+    Attributes:
+        probes: a labelled set.
+        distractors: images of other people: a folder of any depth, or a packed set.
+    """
+
+    probes: Source
+    distractors: Source
 
 
 def open_suite(name: str, root: str | Path) -> PairSet | TemplateSet | MegaFace:
@@ -71,7 +77,7 @@ def open_suite(name: str, root: str | Path) -> PairSet | TemplateSet | MegaFace:
         places = [(root / probes, root / distractors) for probes, distractors in _MEGAFACE]
         for probes, distractors in places:
             if probes.exists() and distractors.exists():
-                return MegaFace(probes, distractors)
+                return MegaFace(open_source(probes), _open_images(distractors))
         raise UserError(_missing(name, root, [list(both) for both in places]))
     if name == "combined":
         absent = [
@@ -87,7 +93,7 @@ def _forms(name: str, root: Path) -> list[tuple[list[Path], Callable[[], PairSet
     """Each form that a set of pairs may have: the files it needs, and what reads them."""
 
     def packed(path: Path) -> tuple[list[Path], Callable[[], PairSet]]:
-        return [path], lambda: load_pairs(path, names=TrainingData.names_for(path))
+        return [path], lambda: load_pairs(path, names=names_beside(path))
 
     def listed(path: Path, images: Path) -> tuple[list[Path], Callable[[], PairSet]]:
         return [path, images], lambda: load_pairs(path, images=images)
@@ -97,7 +103,7 @@ def _forms(name: str, root: Path) -> list[tuple[list[Path], Callable[[], PairSet
         needed = [folder / "Protocol" / "Pair_list_F.txt", folder / "Protocol" / "Split" / protocol]
         if protocol == "FP":
             needed.append(folder / "Protocol" / "Pair_list_P.txt")
-        return needed, lambda: load_cfp(folder, protocol)
+        return needed, lambda: read_cfp(folder, protocol)
 
     forms = [packed(root / file) for file in _BINS[name]]
     forms += [listed(root / path, root / images) for path, images in _LISTS.get(name, ())]
@@ -126,14 +132,10 @@ def _missing(name: str, root: Path, forms: list[list[Path]]) -> str:
     return f"suite {name} is not under {root}: looked for {', or '.join(looked_for)}"
 
 
-def open_images(path: Path) -> tuple[int, Callable[[int], bytes]]:
-    """Number of images at ``path`` and what reads one: a folder of any depth, or a packed set."""
+def _open_images(path: Path) -> Source:
+    """The images at ``path``, whomever they show: a folder of any depth, or a packed set."""
     packed = path.is_file() or any(path.glob("*.rec")) or any(path.glob("*.tar"))
-    if packed:
-        source = open_source(path)
-        return len(source), source.read
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    return len(files), lambda i: files[i].read_bytes()
+    return open_source(path) if packed else ImageSource(path)
 
 
 def open_pair_sets(
@@ -155,7 +157,7 @@ def open_pair_sets(
     if images is not None and len(packed) == len(paths):
         raise UserError("--images belongs to a text list of pairs, and --pairs gives none")
     return [
-        load_pairs(path, names=names or TrainingData.names_for(path))
+        load_pairs(path, names=names or names_beside(path))
         if path in packed
         else load_pairs(path, images=images)
         for path in paths

@@ -10,7 +10,6 @@ real faces.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,15 @@ import cv2
 import numpy as np
 from rich.progress import track
 
+from sphereface2.data import pairbin
+from sphereface2.data.locate import ABOUT, DRAWN
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder
 
 SIZE = 112
 _FOLDS = 10
-_MATCHED_A_PERSON = 5  # of the 15 pairs that 6 images make
+_GENUINE_A_PERSON = 5  # of the 15 pairs that 6 images make
 _IMAGES_PER_TEST_PERSON = 6
 #: Faces are drawn at twice the size and averaged down, which smooths every edge.
 _ZOOM = 2
@@ -99,7 +100,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> np.
 
 
 def render(identity: Identity, rng: np.random.Generator) -> np.ndarray:
-    """One picture of a person: uint8 (112, 112, 3) RGB, pose and light drawn from ``rng``."""
+    """One image of a person: uint8 (112, 112, 3) RGB, pose and light drawn from ``rng``."""
     p = identity.shape
     yaw, pitch = rng.normal(0, 0.28), rng.normal(0, 0.14)
     roll, zoom = rng.normal(0, 0.05), 1 + rng.normal(0, 0.04)
@@ -371,7 +372,7 @@ def write(
 
     ``directory`` gets ``train.rec``, ``train.idx`` and ``property`` (``people`` × ``images_per_
     person`` JPEGs of 112×112), and, like LFW's ten folds, ``synthetic.bin`` with
-    ``synthetic_pairs.txt``: ten folds of ``pairs_per_fold`` matched and as many mismatched pairs,
+    ``synthetic_pairs.txt``: ten folds of ``pairs_per_fold`` genuine and as many impostor pairs,
     of a fifth as many people with 6 images each, no person in two folds. Returns ``directory``.
     The same arguments give the same bytes. Raises UserError if ``directory`` exists or a count is
     out of range.
@@ -389,12 +390,17 @@ def write(
                 for image in person(seed, number, images_per_person):
                     writer.add(number, image)
         _write_pairs(temporary, people, seed, pairs_per_fold)
+        (temporary / ABOUT).write_text(
+            f"{DRAWN} faces, drawn: figures show that the pipeline works, and nothing about real "
+            "faces\n",
+            encoding="utf-8",
+        )
     return directory
 
 
 def _write_pairs(directory: Path, first_person: int, seed: int, per_fold: int) -> None:
     rng = np.random.default_rng((seed, 2**32))
-    members = max(2, math.ceil(per_fold / _MATCHED_A_PERSON))
+    members = max(2, math.ceil(per_fold / _GENUINE_A_PERSON))
     combinations = np.array(
         [
             (who, a, b)
@@ -418,5 +424,5 @@ def _write_pairs(directory: Path, first_person: int, seed: int, per_fold: int) -
             images += [faces[one][a], faces[other][b]]
             lines.append(f"person_{first + one}\t{a + 1}\tperson_{first + other}\t{b + 1}")
         same += [True] * per_fold + [False] * per_fold
-    (directory / "synthetic.bin").write_bytes(pickle.dumps((images, same), protocol=4))
-    (directory / "synthetic_pairs.txt").write_text("\n".join(lines) + "\n")
+    pairbin.write(directory / "synthetic.bin", images, same)
+    (directory / "synthetic_pairs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.data.sources import check_labels, read_names
+from sphereface2.data.source import OpenFile, check_labels, read_names
 from sphereface2.errors import UserError
 from sphereface2.files import digest
 from sphereface2.images import SUFFIXES
@@ -29,7 +29,7 @@ class WebDatasetSource:
         shards = sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
         if not shards:
             raise UserError(f"{self.path} holds no .tar shards")
-        self._shards = shards
+        self._shards = [OpenFile(shard) for shard in shards]
         self._keys: list[str] = []
         where: list[tuple[int, int, int]] = []
         labels: list[float] = []
@@ -51,13 +51,11 @@ class WebDatasetSource:
         return len(self._keys)
 
     def read(self, index: int) -> bytes:
-        shard, offset, size = (int(value) for value in self._where[index])
-        with self._shards[shard].open("rb") as file:  # of this call: threads read at once
-            file.seek(offset)
-            return file.read(size)
+        shard, offset, size = self._where[index].tolist()
+        return self._shards[shard].read(offset, size)
 
     def name(self, index: int) -> str:
-        return f"{self._shards[int(self._where[index, 0])].name}:{self._keys[index]}"
+        return f"{self._shards[int(self._where[index, 0])].path.name}:{self._keys[index]}"
 
     def fingerprint(self) -> str:
         return digest("webdataset", "\0".join(self._keys), self._where, self.labels)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.reliability import CalibrationQuality, quality, reliability

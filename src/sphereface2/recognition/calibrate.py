@@ -13,9 +13,11 @@ from rich.progress import Progress
 
 from sphereface2 import console
 from sphereface2.backbones import bundle
-from sphereface2.data.sources import Source, open_source, split_people
+from sphereface2.data.opening import open_source
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source
+from sphereface2.data.split import split_people
 from sphereface2.data.suites import open_pair_sets
-from sphereface2.data.verification import PairSet
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL

@@ -11,16 +11,16 @@ from rich.progress import Progress
 
 from sphereface2 import console
 from sphereface2.backbones import bundle
-from sphereface2.data.sources import Source, open_source
+from sphereface2.data.opening import open_source
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source
 from sphereface2.data.suites import (
     SUITES,
     MegaFace,
     TemplateSet,
-    open_images,
     open_pair_sets,
     open_suite,
 )
-from sphereface2.data.verification import PairSet
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables
@@ -209,7 +209,13 @@ class _Judge:
         advance = console.advance(self.bars, f"{templates.name}: images", len(templates))
         for start in range(0, len(templates), _CHUNK):
             part = range(start, min(start + _CHUNK, len(templates)))
-            averager.add(self.embedder.embed(part, read=templates.crop, progress=advance))
+            averager.add(
+                self.embedder.embed(
+                    part,
+                    read=lambda i: warp(templates.image(i), templates.landmarks[i]),
+                    progress=advance,
+                )
+            )
         result = evaluate_templates(
             averager.features(),
             templates,
@@ -222,7 +228,7 @@ class _Judge:
 
     def distractors(self, suite: MegaFace) -> DistractorResult:
         """Distractors are shuffled by the seed, so that the first N are a random sample of them."""
-        source, lost = open_source(suite.probes), list[int]()
+        source, lost = suite.probes, list[int]()
         advance = console.advance(self.bars, "megaface: probes", len(source))
         probes = self.embedder.embed_source(source, unreadable=lost, progress=advance)
         people = np.delete(np.asarray(source.labels), lost)
@@ -236,11 +242,10 @@ class _Judge:
         )
         return replace(result, unreadable=len(lost), path=str(self.root))
 
-    def _blocks(self, path: Path, lost: list[int]) -> Iterator[np.ndarray]:
-        count, read = open_images(path)
-        order = np.random.default_rng(self.seed).permutation(count)
-        advance = console.advance(self.bars, "megaface: distractors", count)
-        for start in range(0, count, _CHUNK):
+    def _blocks(self, source: Source, lost: list[int]) -> Iterator[np.ndarray]:
+        order = np.random.default_rng(self.seed).permutation(len(source))
+        advance = console.advance(self.bars, "megaface: distractors", len(source))
+        for start in range(0, len(source), _CHUNK):
             part = order[start : start + _CHUNK]
             yield self.embedder.embed(
                 part,

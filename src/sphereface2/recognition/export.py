@@ -23,7 +23,8 @@ from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
 from sphereface2.data import synthetic
-from sphereface2.data.sources import Source, open_source
+from sphereface2.data.opening import open_source
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode

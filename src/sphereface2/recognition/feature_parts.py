@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sphereface2.align import Face
-from sphereface2.data.folder import PictureSource, is_picture
-from sphereface2.data.sources import Source, open_source
+from sphereface2.data.folder import ImageSource, is_image
+from sphereface2.data.opening import open_source
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
@@ -47,8 +48,8 @@ def open_images(path: str | Path) -> Source:
     A folder that itself holds images is a folder of images: all those in it and below it.
     """
     path = Path(path)
-    if path.is_dir() and any(is_picture(entry) for entry in path.iterdir()):
-        return PictureSource(path)
+    if path.is_dir() and any(is_image(entry) for entry in path.iterdir()):
+        return ImageSource(path)
     return open_source(path)
 
 

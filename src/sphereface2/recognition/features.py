@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sphereface2 import console
-from sphereface2.data.sources import Source
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.recognition import ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2.data.sources import Source
+from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation.all_pairs import all_pairs_tar
 from sphereface2.evaluation.results import OperatingPoint
 from sphereface2.evaluation.verification import allowed_accepts, kfold_accuracy

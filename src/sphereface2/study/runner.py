@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from sphereface2.data.locate import locate
-from sphereface2.data.sources import open_source
+from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock
 from sphereface2.study import design
@@ -185,8 +185,7 @@ class _Runner:
     @cached_property
     def _fingerprint(self) -> str:
         """Of the study's data, which is opened only where finished cells are to be compared."""
-        train = locate().train if self._train == "auto" else Path(self._train)
-        return open_source(train).fingerprint()
+        return open_source(locate(self._train).train).fingerprint()
 
     def _one(self, cell: Cell) -> str:
         """Run a cell's process to its end; what to tell of it."""

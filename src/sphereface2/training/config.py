@@ -61,7 +61,7 @@ class DataConfig:
     """What to train on and how batches are drawn."""
 
     train: PathText = "auto"
-    """Folder, list, RecordIO or WebDataset; ``auto`` finds one (see ``data.locate``)."""
+    """Folder, list, RecordIO or WebDataset; ``auto``: what ``$SPHEREFACE2_DATA`` names."""
     validation_people: Size = 400
     """People split off by label, never trained on; the best checkpoint is chosen on them."""
     test_people: Size = 0

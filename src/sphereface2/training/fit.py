@@ -17,9 +17,11 @@ import torch
 from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.locate import TrainingData, locate
+from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.pairs import PairSet
 from sphereface2.data.sampler import BatchSampler
-from sphereface2.data.sources import Source, open_source, split_people
-from sphereface2.data.verification import PairSet, load_pairs
+from sphereface2.data.source import Source
+from sphereface2.data.split import split_people
 from sphereface2.errors import UserError
 from sphereface2.files import owned
 from sphereface2.signals import Stopper
@@ -209,14 +211,7 @@ def _run_folder(settings: RunConfig, given: Path | None, place: World) -> Path:
 def open_inputs(settings: RunConfig, place: World) -> Inputs:
     """Find and open the data, and set the validation people aside; every rank calls it."""
     data = settings.data
-    if data.train == "auto":
-        # Rank 0 alone may download or generate; the others then find what it left.
-        located = place.broadcast(locate() if place.is_main else None)
-    else:
-        path = Path(data.train)
-        located = TrainingData(
-            kind="given", train=path, pairs=[], names=None, note=str(path), is_synthetic=False
-        )
+    located = locate(data.train)
     source = open_source(located.train)
     split = split_people(
         source,

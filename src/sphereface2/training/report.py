@@ -14,8 +14,8 @@ from rich.table import Table
 from sphereface2 import console
 from sphereface2.backbones import bundle
 from sphereface2.data.locate import TrainingData
-from sphereface2.data.sources import Source
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs

@@ -362,7 +362,7 @@ class Trainer:
         per_epoch = self.epoch_steps * self.config.training.accumulate
         epoch, position = divmod(consumed, per_epoch)
         while True:
-            self.sampler.load_state_dict({"epoch": epoch, "position": position})
+            self.sampler.start(epoch, position)
             for index, batch in enumerate(self._loaded(), start=position):
                 if index >= per_epoch:
                     break

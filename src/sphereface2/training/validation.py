@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sphereface2.backbones.base import Backbone
-from sphereface2.data.sources import Source
-from sphereface2.data.verification import PairSet
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import all_pairs_tar

@@ -823,9 +823,9 @@ def _files(probe: Path) -> list[Path]:
     """An image, or all those in a folder and below it."""
     if not probe.is_dir():
         return [probe]
-    from sphereface2.data.folder import pictures_below
+    from sphereface2.data.folder import images_below
 
-    if not (found := [probe / name for name in pictures_below(probe)]):
+    if not (found := [probe / name for name in images_below(probe).images]):
         raise UserError(f"{probe} holds no images")
     return found
 

@@ -1,0 +1,94 @@
+"""What a training set is to the rest of the package, and what its formats have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from sphereface2.errors import UserError
+from sphereface2.files import read_text
+
+#: Labels and numbers of people end here: tables by person stay affordable.
+MAX_PEOPLE = 1 << 26
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A labelled set of encoded images with random access.
+
+    A source pickles (workers reopen its files) and its order is stable: image ``i`` is the same
+    image in every process and every run, as long as the files are. Threads may share it.
+    """
+
+    #: int64 (N,): the person of each image, in ``[0, num_classes)``.
+    labels: np.ndarray
+    #: One more than the largest label a head must know.
+    num_classes: int
+    #: The name of each person, where the format has one.
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image ``index``; OSError or UserError if they cannot be had."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over what identifies the set (names, labels, sizes), cheap to compute."""
+        ...
+
+
+def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:
+    """Labels as int64 (N,); UserError naming the first that is no whole number in range."""
+    values = np.asarray(labels, dtype=np.float64)
+    bad = np.flatnonzero(~((values >= 0) & (values < MAX_PEOPLE) & (values == np.floor(values))))
+    if len(bad):
+        raise UserError(
+            f"{where}: label {values[bad[0]]:.15g} of image {int(bad[0])} is not a whole number in "
+            f"[0, {MAX_PEOPLE:,}); number the people from 0"
+        )
+    return values.astype(np.int64)
+
+
+def read_names(folder: Path, num_classes: int) -> list[str] | None:
+    """The people's names from ``names.txt``, one a line, if it lies in ``folder`` and fits."""
+    path = folder / "names.txt"
+    if not path.is_file():
+        return None
+    names = read_text(path).splitlines()
+    return names if len(names) == num_classes else None
+
+
+class OpenFile:
+    """A file read at any place, by threads and by processes that share it; pickles as its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``; UserError if the file ends before."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) != size:
+            raise UserError(
+                f"{self.path} ends before byte {offset + size:,}: it was cut since it was opened; "
+                "copy the set again"
+            )
+        return data

@@ -78,7 +78,7 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
         time.sleep(0.05)
     assert all(read_image(p).shape == (112, 112, 3) for p in cut.rglob("*.jpg"))
     with journal.open("a") as file:
-        file.write('{"picture": "person3/3.png", "sta')  # as a crash might leave it
+        file.write('{"image": "person3/3.png", "sta')  # as a crash might leave it
     again = align(photos, cut, "--workers", 2)
     assert again.returncode == 0, again.stderr
     report = json.loads((cut / "report.json").read_text())
@@ -86,10 +86,10 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
     assert crops(cut) == crops(tmp_path / "whole")
     assert not list(cut.rglob("*.tmp"))
 
-    assert [report[k] for k in ("pictures", "aligned", "crops", "no_face", "unreadable")] == [
+    assert [report[k] for k in ("images", "aligned", "crops", "no_face", "unreadable")] == [
         52, 49, 49, 1, 2,
     ]  # fmt: skip
-    assert report["pictures_without_face"] == ["person2/wall.png"]
+    assert report["images_without_face"] == ["person2/wall.png"]
     assert "is empty" in report["reasons"]["person1/empty.jpg"]
     assert "not an image" in report["reasons"]["person1/text.jpg"]
     assert {"person0/0.png.jpg", "person0/0.jpg.jpg"} <= crops(cut).keys()
@@ -116,7 +116,7 @@ def test_by_a_landmark_file(photos, tmp_path):
     done = align(photos, out, "--landmarks", tmp_path / "points.txt", "--png")
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
-    counts = [report[k] for k in ("pictures", "aligned", "unreadable", "bad_landmarks")]
+    counts = [report[k] for k in ("images", "aligned", "unreadable", "bad_landmarks")]
     assert counts == [5, 2, 1, 2]
     assert "x3 is 'nan'" in report["reasons"]["person1/1.png"]
     assert "coincide" in report["reasons"]["person2/2.png"]
@@ -217,7 +217,7 @@ def test_odd_names_stop_nothing(few, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert (report["aligned"], report["unreadable"], report["not_written"]) == (2, 2, 2)
-    assert r"bad\udce9.png is not an image" in done.stderr and "name is too long" in done.stderr
+    assert r"bad\udce9.png is not an image" in done.stdout and "name is too long" in done.stdout
     assert Path(os.fsdecode(os.fsencode(out) + b"/caf\xe9_face1.jpg")).exists()
     assert skipped(few, out, all_faces=True) == 4
     # Without a longer end to their names they fit.
@@ -227,8 +227,8 @@ def test_odd_names_stop_nothing(few, tmp_path):
 def test_mistakes_are_one_sentence(photos, tmp_path):
     (tmp_path / "bare").mkdir()
     for source, target, told in [
-        (tmp_path / "none", tmp_path / "out", "none does not exist; give a folder of pictures"),
-        (tmp_path / "bare", tmp_path / "out", "holds no pictures"),
+        (tmp_path / "none", tmp_path / "out", "none does not exist; give a folder of images"),
+        (tmp_path / "bare", tmp_path / "out", "holds no images"),
         (photos, photos / "out", "lies inside"),
         (photos, tmp_path / "bare" / "file" / "out", "cannot write"),
     ]:

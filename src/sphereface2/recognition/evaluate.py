@@ -10,6 +10,7 @@ import numpy as np
 from rich.progress import Progress
 
 from sphereface2 import console
+from sphereface2.align import warp
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.pairs import PairSet
@@ -31,7 +32,6 @@ from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import to_dict
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
-from sphereface2.images import decode
 
 _CHUNK = 4096  # images embedded before they are folded into what is kept
 
@@ -203,19 +203,20 @@ class _Judge:
 
     def templates(self, templates: TemplateSet, detector_weights: bool) -> TemplatesResult:
         """Images are cropped, embedded and averaged into their templates a few thousand at once."""
+
+        def crop(index: int) -> np.ndarray:
+            try:
+                return warp(templates.image(index), templates.landmarks[index])
+            except UserError as error:
+                raise UserError(f"{templates.names[index]} cannot be used: {error}") from error
+
         averager = TemplateAverager(
             templates.template, templates.media, templates.scores if detector_weights else None
         )
         advance = console.advance(self.bars, f"{templates.name}: images", len(templates))
         for start in range(0, len(templates), _CHUNK):
             part = range(start, min(start + _CHUNK, len(templates)))
-            averager.add(
-                self.embedder.embed(
-                    part,
-                    read=lambda i: warp(templates.image(i), templates.landmarks[i]),
-                    progress=advance,
-                )
-            )
+            averager.add(self.embedder.embed(part, read=crop, progress=advance))
         result = evaluate_templates(
             averager.features(),
             templates,
@@ -247,9 +248,4 @@ class _Judge:
         advance = console.advance(self.bars, "megaface: distractors", len(source))
         for start in range(0, len(source), _CHUNK):
             part = order[start : start + _CHUNK]
-            yield self.embedder.embed(
-                part,
-                read=lambda index: decode(read(int(index))),
-                unreadable=lost,
-                progress=advance,
-            )
+            yield self.embedder.embed_source(source, part, unreadable=lost, progress=advance)

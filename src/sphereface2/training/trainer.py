@@ -253,6 +253,7 @@ class Trainer:
         since = time.perf_counter()
         self.forward.train()
         self.loss.train()
+        self._settle()
         try:
             with log, self.stopper.deferred():
                 if progress.pending:
@@ -299,6 +300,39 @@ class Trainer:
         finally:
             self.checkpointer.close()
         return progress
+
+    def _settle(self) -> None:
+        """Let DistributedDataParallel put its gradients in their final order before the first step.
+
+        It does so after its first backward pass. The sum over three ranks or more depends on the
+        order in its last bits, and so would a resumed run.
+        """
+        replicated = [
+            m for m in (self.forward, self.loss) if isinstance(m, DistributedDataParallel)
+        ]
+        if self.world.size < 3 or not replicated:
+            return
+        tensors = [
+            tensor for module in replicated for tensor in [*module.parameters(), *module.buffers()]
+        ]
+        before = [tensor.detach().clone() for tensor in tensors]
+        device = self.world.device
+        count = self.sampler.batch_size // self.world.size
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            shape = (count, 3, *self.network.preprocessing.size)
+            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+            pixels = self.network.preprocessing(images).contiguous(memory_format=self.memory_format)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
+                embeddings = self.forward(pixels)
+                if self.loss in replicated:
+                    embeddings = self.loss(
+                        embeddings, torch.zeros(count, dtype=torch.int64).to(device)
+                    )
+            embeddings.sum().backward()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+                tensor.grad = None
 
     def _conclude(self, log: RunLog, stopping: bool) -> None:
         """What is due after a step: validation, a checkpoint, the end."""

@@ -25,7 +25,8 @@ from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition import face_embedder as module
-from sphereface2.recognition.face_embedder import FaceEmbedder, _hub_id
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.hub import hub_id
 
 
 def network(seed: int = 0, **options: object) -> backbones.Backbone:
@@ -298,7 +299,7 @@ def test_a_local_path_is_never_taken_for_a_hub_id(
 @settings(max_examples=300, deadline=None)
 @example("aé/a")
 def test_only_owner_slash_name_is_a_hub_id(text: str) -> None:
-    found = _hub_id(text)
+    found = hub_id(text)
     if found is not None:
         owner, _, name = found.partition("/")
         assert owner and name and "/" not in name

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, digest, pointed
@@ -81,8 +80,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     Raises:
         UserError: nothing there, a foreign or damaged file, weights that do not fit.
     """
-    if Path(path).suffix == ".onnx":
-        return OnnxNetwork(path)  # type: ignore[return-value]
     import safetensors.torch
     import torch
     from safetensors import SafetensorError

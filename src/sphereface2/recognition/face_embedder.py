@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,71 +17,18 @@ from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation import calibration as calibrations
+from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import MAX_PIXELS, ImageLike, read_image
-from sphereface2.recognition import card
+from sphereface2.recognition import card, hub
+from sphereface2.recognition.verification import Verification, choose_threshold
 
 if TYPE_CHECKING:
     import torch
 
     from sphereface2.backbones.base import Backbone
 
-#: All that is ever fetched from a hub: weights without code, JSON and a text.
-FILES = (bundle.WEIGHTS, bundle.CONFIG, calibrations.FILE, card.FILE)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_HUB_SCHEME = "hf://"
 _NAMED_IN_WARNING = 3
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How alike two faces are and, with a calibration, what that means.
-
-    Attributes:
-        similarity: cosine of the two embeddings, in [-1, 1].
-        threshold: at and above it the decision is "same"; None without a calibration.
-        far: the FAR that the threshold was chosen for; None for a threshold of the caller's.
-        same: the decision; None without a threshold.
-        llr: natural logarithm of the likelihood ratio; None without a calibration.
-        probability: that the pair is genuine, at ``prior``; None without a calibration.
-        prior: the share of genuine pairs that was assumed.
-        faces: the face found in each image, None where the image is an aligned crop.
-    """
-
-    similarity: float
-    threshold: float | None
-    far: float | None
-    same: bool | None
-    llr: float | None
-    probability: float | None
-    prior: float
-    faces: tuple[Face | None, Face | None]
-
-    @property
-    def verdict(self) -> str:
-        """The decision in words."""
-        return {True: "same person", False: "different people", None: "no decision"}[self.same]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
-        return {
-            "similarity": self.similarity,
-            "llr": self.llr,
-            "probability": self.probability,
-            "prior": self.prior,
-            "far": self.far,
-            "threshold": self.threshold,
-            "decision": {True: "same", False: "different", None: None}[self.same],
-            "faces": [
-                face
-                and {
-                    "box": face.box.tolist(),
-                    "landmarks": face.landmarks.tolist(),
-                    "score": float(face.score),
-                }
-                for face in self.faces
-            ],
-        }
 
 
 class FaceEmbedder:
@@ -240,50 +185,20 @@ class FaceEmbedder:
             NoFaceError: a photograph shows no face.
             UserError: an image cannot be read, or there is no threshold for ``far``.
         """
-        limit = self.threshold(far, threshold)
+        limit, far = choose_threshold(self.calibration, far, threshold)
         faces: tuple[Face | None, Face | None] = (None, None)
         crops: list[Any] = [first, second]
         if not aligned:
             found = [self.crop(image) for image in crops]
             crops, faces = [crop for crop, _ in found], (found[0][1], found[1][1])
-        a, b = self.embed(crops, aligned=True).astype(np.float64)
-        similarity = float(np.clip(a @ b, -1, 1))
-        calibration = self.calibration
-        if calibration is not None and threshold is None and far is None:
-            far = calibration.far_default
-        return Verification(
-            similarity=similarity,
-            threshold=limit,
-            far=far,
-            same=None if limit is None else similarity >= limit,
-            llr=None if calibration is None else float(calibration.llr(similarity)),
-            probability=(
-                None if calibration is None else float(calibration.probability(similarity, prior))
-            ),
-            prior=prior,
-            faces=faces,
+        similarity = float(
+            pair_scores(self.embed(crops, aligned=True), np.array([[0, 1]])).clip(-1, 1)[0]
         )
-
-    def threshold(self, far: float | None = None, threshold: float | None = None) -> float | None:
-        """The similarity to decide at, from the arguments of `verify`; None if nothing tells it.
-
-        Raises:
-            UserError: both are given, ``threshold`` is no cosine, or the calibration is missing or
-                has no such FAR.
-        """
-        if threshold is not None:
-            if far is not None:
-                raise UserError("give a threshold or a FAR, not both")
-            if not -1 <= threshold <= 1:
-                raise UserError(f"a threshold is a cosine in [-1, 1], not {threshold:g}")
-            return threshold
+        llr = probability = None
         if self.calibration is not None:
-            return self.calibration.threshold(far)
-        if far is not None:
-            raise UserError(
-                "a FAR needs a calibration: run sphereface2 calibrate on the model first"
-            )
-        return None
+            llr = float(self.calibration.llr(similarity))
+            probability = float(self.calibration.probability(similarity, prior))
+        return Verification(similarity, limit, far, llr, probability, prior, faces)
 
     # -- loading and saving --------------------------------------------------------------------
 
@@ -297,9 +212,7 @@ class FaceEmbedder:
         batch_size: int = 64,
         threads: int | None = None,
         revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
+        **hub_options: Any,
     ) -> FaceEmbedder:
         """Load a model. Nothing in it is executed: weights are safetensors, the rest is JSON.
 
@@ -313,28 +226,13 @@ class FaceEmbedder:
             batch_size: images in one forward pass.
             threads: that read images and find faces; by default one a core, at most 8.
             revision: branch, tag or commit on the hub.
-            token: for private models on the hub; by default the one logged in with.
-            cache_dir: where models of the hub are kept.
-            local_files_only: take the hub's model from the cache and ask no network.
+            hub_options: of ``huggingface_hub.snapshot_download``: ``token``, ``cache_dir``,
+                ``local_files_only`` and so on.
 
         Raises:
             UserError: there is no such path or model, or a file is damaged or foreign.
         """
-        hub_id = _hub_id(path_or_hub_id)
-        if hub_id is None:
-            if revision is not None:
-                raise UserError(
-                    f"{path_or_hub_id} is a local path, which has no revision: leave it out"
-                )
-            folder = bundle.resolve(path_or_hub_id).resolve()
-        else:
-            folder = _download(
-                hub_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
+        folder = hub.model_folder(path_or_hub_id, revision=revision, **hub_options)
         embedder = Embedder.load(
             folder, device=device, flip=flip, batch_size=batch_size, threads=threads
         )
@@ -364,12 +262,8 @@ class FaceEmbedder:
         network = self._torch_network()
         folder = Path(save_directory)
         if folder.exists():
-            seen = (
-                [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-                if folder.is_dir()
-                else [folder.name]
-            )
-            if seen and bundle.WEIGHTS not in seen:
+            seen = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+            if bundle.WEIGHTS not in seen and any(not name.startswith(".") for name in seen):
                 raise UserError(f"{folder} exists and holds no model: give a new folder")
             self._write(network, folder, model_card_kwargs or {})
         else:
@@ -399,15 +293,10 @@ class FaceEmbedder:
         Returns:
             The commit's address.
         """
-        import huggingface_hub
-
-        api = huggingface_hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(
-                path := Path(folder) / "model", model_card_kwargs=model_card_kwargs
-            )
-            return api.upload_folder(repo_id=repo_id, folder_path=path, **upload_options)
+            path = Path(folder) / "model"
+            self.save_pretrained(path, model_card_kwargs=model_card_kwargs)
+            return hub.upload(path, repo_id, private=private, token=token, **upload_options)
 
     def _write(self, network: Backbone, folder: Path, card_options: dict[str, Any]) -> None:
         # First, so that a crash never leaves the calibration of one network beside another.
@@ -446,49 +335,3 @@ def _is_one(images: Any) -> bool:
     return isinstance(images, str | bytes | bytearray | memoryview | Path) or hasattr(
         images, "getexif"
     )
-
-
-def _hub_id(path: str | Path) -> str | None:
-    """The hub's id that ``path`` is, or None for a local path."""
-    if not isinstance(path, str):
-        return None
-    if path.startswith(_HUB_SCHEME):
-        return path.removeprefix(_HUB_SCHEME)
-    if Path(path).exists() or not _HUB_ID.fullmatch(path) or path.endswith(".safetensors"):
-        return None
-    # "runs/nmae" is a slip of the pen where there is a folder "runs", and nothing to ask a hub for.
-    return None if Path(path).parent.is_dir() else path
-
-
-def _download(hub_id: str, *, revision: str | None, **options: Any) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    what = f"{hub_id} (revision {revision})" if revision else hub_id
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                allow_patterns=list(FILES),
-                library_name="sphereface2",
-                **options,
-            )
-        )
-    except HFValidationError as error:
-        raise UserError(f"{hub_id!r} is no id of the hub: it should be owner/name") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"there is neither a folder {hub_id} here, nor that model in the hub's cache, and the "
-            "hub cannot be reached: correct the path or the connection"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        told = str(error).strip().splitlines()
-        raise UserError(
-            f"there is no folder {hub_id} here and the hub does not give the model {what}: "
-            f"{told[-1] if told else type(error).__name__}"
-        ) from error

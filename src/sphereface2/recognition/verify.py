@@ -11,7 +11,8 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.files import atomic_write, printable, writing
 from sphereface2.images import read_image
-from sphereface2.recognition.face_embedder import FaceEmbedder, Verification
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.verification import Verification
 
 _COLOURS = {True: "#2a6f97", False: "#c8553d", None: "#777777"}
 _INK = "#333333"

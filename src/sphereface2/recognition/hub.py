@@ -29,9 +29,7 @@ def hub_id(path: str | Path) -> str | None:
     return None if Path(path).parent.is_dir() else path
 
 
-def model_folder(
-    path_or_hub_id: str | Path, *, revision: str | None = None, **options: Any
-) -> Path:
+def model_folder(path: str | Path, *, revision: str | None = None, **options: Any) -> Path:
     """The folder (or ``.onnx`` file) of a model, which is fetched if it lies on the hub.
 
     Args:

@@ -4,7 +4,8 @@ Where things are:
 
 - ``server``: binding, keys, signals, draining. TLS and slow clients are a proxy's work.
 - ``app``: puts the parts together into an ASGI application.
-- ``routes``, ``schemas``, ``bodies``: the API; what it takes and gives; how a request is read.
+- ``routes``, ``people``: the endpoints; ``state``: what they work with.
+- ``schemas``, ``bodies``: what the API takes and gives; how a request is read.
 - ``recogniser``, ``batching``: images to embeddings; many requests in one forward pass.
 - ``security``, ``keys``: who may ask, from where, how much and how often.
 - ``observer``, ``metrics``, ``audit``: what is recorded of each request.

@@ -24,7 +24,7 @@ from sphereface2.recognition.gallery import (
     UnknownPersonError,
 )
 from sphereface2.recognition.gallery.quality import Gate
-from sphereface2.recognition.service import routes
+from sphereface2.recognition.service import people, routes
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.bodies import sentence
 from sphereface2.recognition.service.errors import Refusal
@@ -39,6 +39,7 @@ from sphereface2.recognition.service.security import (
     Hosts,
     SameOrigin,
 )
+from sphereface2.recognition.service.state import Service
 from sphereface2.version import __version__
 
 _GALLERY_ERRORS = (
@@ -146,7 +147,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = routes.Service(
+    app.state.service = Service(
         recogniser,
         gallery,
         metrics,
@@ -156,12 +157,25 @@ def create_app(
         gate=settings.quality,
     )
     access = Depends(Access(keys, settings.rate))
+    app.include_router(people.router, dependencies=[access])
     app.include_router(routes.api, dependencies=[access])
     app.include_router(routes.operation, dependencies=[access])
     app.include_router(routes.probes)
     _add_page(app)
     _add_errors(app)
-    # The last one added is the outermost.
+    _add_layers(app, settings, hosts, origins, metrics, audit)
+    return app
+
+
+def _add_layers(
+    app: FastAPI,
+    settings: Settings,
+    hosts: Collection[str] | None,
+    origins: Collection[str],
+    metrics: Metrics,
+    audit: Audit,
+) -> None:
+    """What a request passes on its way in; the last one added is the outermost."""
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(SameOrigin, origins=origins)
@@ -173,7 +187,6 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
         )
-    return app
 
 
 def _add_page(app: FastAPI) -> None:

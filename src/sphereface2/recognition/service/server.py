@@ -18,8 +18,8 @@ from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service.app import Settings, create_app
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.keys import KeyFile
-from sphereface2.recognition.service.routes import Service
 from sphereface2.recognition.service.security import LOOPBACK_NAMES, is_loopback
+from sphereface2.recognition.service.state import Service
 
 #: Requests and connections at once; beyond them uvicorn answers 503.
 CONCURRENCY = 1_000

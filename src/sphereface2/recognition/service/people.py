@@ -1,0 +1,186 @@
+"""The endpoints of people: enrol, list, read, change, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
+from fastapi.security import HTTPBearer
+from starlette.convertors import Convertor, register_url_convertor
+
+from sphereface2.recognition.gallery import Person, UnknownPersonError
+from sphereface2.recognition.service import bodies, schemas
+from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.state import ERRORS, Current, doing, person_out
+
+
+class _Text(Convertor[str]):
+    """A name in an address: a gallery takes any text, slashes and line breaks too."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        """As it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it is."""
+        return value
+
+
+register_url_convertor("text", _Text())
+
+
+router = APIRouter(
+    prefix="/v1/people",
+    tags=["people"],
+    responses=ERRORS,
+    dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
+)
+
+
+@router.get("", dependencies=doing("list"))
+def list_people(
+    service: Current,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> schemas.PeoplePage:
+    """Who is enrolled, by name, a page at a time."""
+    people, total = service.gallery.people(offset, limit), service.gallery.count()
+    following = offset + len(people)
+    return schemas.PeoplePage(
+        people=[person_out(person) for person in people],
+        total=total,
+        next=following if following < total and people else None,
+    )
+
+
+@router.post(
+    "",
+    status_code=201,
+    dependencies=doing("enrol"),
+    openapi_extra=bodies.documentation(schemas.EnrolRequest),
+)
+async def enrol(request: Request, service: Current) -> schemas.Enrolled:
+    """Add a person with one image or several."""
+    asked = await bodies.read(request, schemas.EnrolRequest)
+    request.state.person = asked.name
+    return await service.enrol(request, asked.name, asked, metadata=asked.metadata, known=False)
+
+
+# Before the route of a name, which takes slashes too.
+@router.get(
+    "/{name:text}/thumbnail",
+    dependencies=doing("thumbnail"),
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}}}},
+)
+def thumbnail(name: str, service: Current) -> Response:
+    """The first crop kept of a person."""
+    service.person(name)
+    return _jpeg(service.gallery.crop(name))
+
+
+@router.get("/{name:text}/images", dependencies=doing("read"))
+def list_images(name: str, service: Current) -> schemas.PersonImages:
+    """A person's images."""
+    found = service.gallery.stored([name])
+    if not found:
+        raise UnknownPersonError("no person of that name is enrolled")
+    person, images = found[0]
+    return schemas.PersonImages(
+        **person_out(person).model_dump(),
+        enrolled=[schemas.ImageOut(id=image.id, source=image.source) for image in images],
+    )
+
+
+@router.get(
+    "/{name:text}/images/{image:int}/crop",
+    dependencies=doing("thumbnail"),
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}}}},
+)
+def image_crop(name: str, image: int, service: Current) -> Response:
+    """The crop kept of one image of a person."""
+    return _jpeg(service.gallery.crop(name, image))
+
+
+@router.post(
+    "/{name:text}/images",
+    status_code=201,
+    dependencies=doing("add"),
+    openapi_extra=bodies.documentation(schemas.ImagesRequest),
+)
+async def add_images(name: str, request: Request, service: Current) -> schemas.Enrolled:
+    """Add images to a person."""
+    asked = await bodies.read(request, schemas.ImagesRequest)
+    await run_in_threadpool(service.person, name)
+    return await service.enrol(request, name, asked, known=True)
+
+
+@router.delete(
+    "/{name:text}/images/{image:int}",
+    status_code=204,
+    dependencies=doing("remove image"),
+)
+def remove_image(name: str, image: int, service: Current) -> Response:
+    """Delete one image of a person; the last one cannot be, the person can."""
+    if not service.gallery.remove_image(name, image):
+        raise Refusal(404, "no_such_image", "that person has no image of that id")
+    return Response(status_code=204)
+
+
+@router.get("/{name:text}", dependencies=doing("read"))
+def get_person(name: str, service: Current) -> schemas.PersonOut:
+    """One person."""
+    return person_out(service.person(name))
+
+
+@router.put(
+    "/{name:text}",
+    dependencies=doing("replace"),
+    openapi_extra=bodies.documentation(schemas.ReplaceRequest),
+)
+async def replace_person(name: str, request: Request, service: Current) -> schemas.Enrolled:
+    """Put new images and metadata in the place of all there were."""
+    asked = await bodies.read(request, schemas.ReplaceRequest)
+    await run_in_threadpool(service.person, name)
+    return await service.enrol(
+        request, name, asked, metadata=asked.metadata, known=True, replace=True
+    )
+
+
+@router.patch(
+    "/{name:text}",
+    dependencies=doing("change"),
+    openapi_extra=bodies.documentation(schemas.ChangeRequest),
+)
+async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
+    """Rename a person, or replace the metadata; the images stay."""
+    asked = await bodies.read(request, schemas.ChangeRequest)
+
+    def work() -> Person:
+        current = service.person(name).name
+        if asked.metadata is not None:
+            service.gallery.set_metadata(current, asked.metadata)
+        if asked.name is not None:
+            service.gallery.rename(current, asked.name)
+        return service.person(asked.name or current)
+
+    return person_out(await run_in_threadpool(work))
+
+
+@router.delete("/{name:text}", status_code=204, dependencies=doing("remove"))
+def remove_person(name: str, service: Current) -> Response:
+    """Delete a person: embeddings, metadata and kept crops."""
+    if not service.gallery.remove(name):
+        raise UnknownPersonError("no person of that name is enrolled")
+    return Response(status_code=204)
+
+
+def _jpeg(crop: bytes | None) -> Response:
+    if crop is None:
+        raise Refusal(404, "no_thumbnail", "no crop of that person is kept")
+    return Response(crop, media_type="image/jpeg")

@@ -1,0 +1,180 @@
+"""What the endpoints work with, and the shapes they answer in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+
+from sphereface2.align import Face
+from sphereface2.errors import UserError
+from sphereface2.evaluation.calibration import Calibration
+from sphereface2.recognition.gallery import Gallery, Match, Person, UnknownPersonError
+from sphereface2.recognition.gallery.quality import Gate, measure
+from sphereface2.recognition.service import schemas
+from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.metrics import Metrics
+from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which, encode
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": schemas.ErrorOut, "description": "What was wrong with the request."},
+    503: {"model": schemas.ErrorOut, "description": "Too busy: see Retry-After."},
+}
+
+
+@dataclass
+class Service:
+    """What the endpoints work with."""
+
+    recogniser: Recogniser
+    gallery: Gallery
+    metrics: Metrics
+    max_images: int
+    far: float | None
+    keep_crops: bool
+    gate: Gate
+    draining: bool = False
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The model's, if it has one."""
+        return self.recogniser.embedder.calibration
+
+    def decide(self, far: float | None) -> tuple[float | None, float | None]:
+        """FAR and threshold to decide by, or nothing without a calibration."""
+        if self.calibration is None:
+            if far is not None:
+                raise Refusal(
+                    422,
+                    "not_calibrated",
+                    "the model is not calibrated, so no far can be kept: run sphereface2 "
+                    "calibrate first",
+                )
+            return None, None
+        far = far or self.far or self.calibration.far_default
+        try:
+            return far, self.calibration.threshold(far)
+        except UserError as error:
+            raise Refusal(422, "unknown_far", str(error)) from None
+
+    def probability(self, similarity: float) -> float | None:
+        """With even odds beforehand, or nothing without a calibration."""
+        if self.calibration is None:
+            return None
+        return float(self.calibration.probability(np.array([similarity]))[0])
+
+    async def embed(
+        self, request: Request, images: Sequence[bytes], aligned: bool, which: Which
+    ) -> list[list[Seen]]:
+        """The faces of each of a request's images."""
+        if len(images) > self.max_images:
+            raise Refusal(422, "too_many_images", f"at most {self.max_images} images a request")
+        request.state.images = len(images)
+        return await self.recogniser.embed(images, aligned=aligned, which=which)
+
+    def check(self, seen: Sequence[Seen]) -> list[str]:
+        """Warnings about faces that are poor ones to enrol or to decide by.
+
+        Raises:
+            Refusal: 422 for one that the quality gate refuses.
+        """
+        warnings = []
+        for number, one in enumerate(seen, 1):
+            name = "the image" if len(seen) == 1 else f"image {number}"
+            try:
+                warnings += self.gate.check(measure(one.crop, one.face), name)
+            except UserError as error:
+                raise Refusal(422, "poor_image", str(error)) from None
+        return warnings
+
+    def person(self, name: str) -> Person:
+        """An enrolled person; a 404 if there is none."""
+        person = self.gallery.get(name)
+        if person is None:
+            raise UnknownPersonError("no person of that name is enrolled")
+        return person
+
+    async def enrol(
+        self, request: Request, name: str, asked: schemas.ImagesRequest, **options: Any
+    ) -> schemas.Enrolled:
+        """Add a request's images to the gallery; ``options`` are of `Gallery.add`."""
+        seen = [
+            faces[0]
+            for faces in await self.embed(request, asked.images, asked.aligned, asked.faces)
+        ]
+        warnings = self.check(seen)
+        rows = np.stack([one.embedding for one in seen])
+        if self.keep_crops:
+            options["crops"] = [encode(one.crop, ".jpg") for one in seen]
+
+        def work() -> tuple[list[int], Person]:
+            return self.gallery.add(name, rows, **options), self.person(name)
+
+        added, person = await run_in_threadpool(work)
+        return schemas.Enrolled(**person_out(person).model_dump(), added=added, warnings=warnings)
+
+
+def _service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+Current = Annotated[Service, Depends(_service)]
+
+
+def doing(action: str) -> Any:
+    """Dependencies that name the request for the audit log before anything can go wrong."""
+
+    def name(request: Request) -> None:
+        request.state.action = action
+        if person := request.path_params.get("name"):
+            request.state.person = person[: schemas.MAX_NAME]
+
+    return [Depends(name)]
+
+
+def cosine(value: float) -> float:
+    """A similarity without the rounding beyond -1 and 1."""
+    return float(np.clip(value, -1, 1))
+
+
+def decision(similarity: float, threshold: float | None) -> bool | None:
+    """Whether a similarity reaches the threshold; None without one."""
+    return None if threshold is None else similarity >= threshold
+
+
+def face_out(face: Face | None) -> schemas.Face | None:
+    """A face as the API gives it."""
+    if face is None:
+        return None
+    return schemas.Face(
+        box=np.asarray(face.box).tolist(),
+        score=float(face.score),
+        landmarks=np.asarray(face.landmarks).tolist(),
+    )
+
+
+def match_out(match: Match, threshold: float | None) -> schemas.MatchOut:
+    """A candidate as the API gives it."""
+    similarity = cosine(match.score)
+    return schemas.MatchOut(
+        name=match.person,
+        similarity=similarity,
+        same=decision(similarity, threshold),
+        metadata=match.metadata,
+        thumbnail=match.has_crop,
+    )
+
+
+def person_out(person: Person) -> schemas.PersonOut:
+    """A person as the API gives them."""
+    return schemas.PersonOut(
+        name=person.name,
+        images=person.images,
+        metadata=person.metadata,
+        thumbnail=person.has_crop,
+    )

@@ -7,8 +7,12 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphereface2 import heads
+from sphereface2.heads import terms
+from sphereface2.margins import BinaryMargin
 
 DIM, PEOPLE, BATCH = 64, 700, 48
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,9 +184,14 @@ def test_at_the_size_of_training(cuda, kind, detach):
     assert_near(ours.weight.grad, oracle.weight.grad, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "options", "form"), CASES)
+# A sample of negatives is drawn on the host, which reads the batch's labels for it.
+WAITLESS = [case for case in CASES if case.values[2] != "sampled"]
+
+
+@pytest.mark.parametrize(("name", "options", "form"), WAITLESS)
 def test_no_head_waits_for_the_device(cuda, name, options, form):
     head = heads.build(name, 64, 700, **options, **FORMS[form]).to(cuda)
+    head.trust_batches = True
     if form == "fused":
         heads.FusedSGD(head, 0.1)
     x = torch.randn(48, 64, device=cuda, requires_grad=True)
@@ -194,3 +203,38 @@ def test_no_head_waits_for_the_device(cuda, name, options, form):
             head(x, labels).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class Waiting(TorchDispatchMode):
+    """Raises where the host would wait for a device that is only imagined."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        moved = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
+        if function in moved:
+            places = args[moved[function]].device.type, result.device.type
+            waits = not kwargs.get("non_blocking", args[2:] == (True,))
+            if "cpu" in places and "cuda" in places and waits:
+                raise AssertionError(f"a copy from {places[0]} to {places[1]} waits")
+        return result
+
+
+@pytest.mark.parametrize(("name", "options", "form"), WAITLESS)
+def test_no_head_would_wait_for_an_imagined_gpu(monkeypatch, name, options, form):
+    """Without a GPU: fake CUDA tensors have no values that the host could read."""
+    monkeypatch.setattr(terms, "has_kernel", lambda: False)
+    monkeypatch.setattr(BinaryMargin, "initial_bias", lambda margin, classes: -10.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            head = heads.build(name, 64, 700, **options, **FORMS[form])
+            head.trust_batches = True
+            if form == "fused":
+                heads.FusedSGD(head, 0.1)
+            x = torch.randn(48, 64, requires_grad=True)
+            labels = torch.randint(700, (48,))
+        with Waiting():
+            assert head(x, labels).device.type == "cuda"
+        head.trust_batches = False
+        with pytest.raises(DataDependentOutputException):  # labels are checked: the test can fail
+            head(x, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from sphereface2 import console
+from sphereface2.data.folder import FolderSource
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.errors import UserError
 from sphereface2.files import printable
@@ -29,7 +31,8 @@ class Info:
 
     ``duplicates`` counts images whose bytes equal an earlier image's. ``people`` is None for a
     ``.bin``, which does not say who is in it; its ``images`` are the two of every pair as stored.
-    ``person_sizes`` maps a number of images to how many people have that many.
+    ``person_sizes`` maps a number of images to how many people have that many; ``unread`` counts by
+    suffix the files of a folder that are no images or cannot be read here.
     """
 
     path: str
@@ -44,6 +47,8 @@ class Info:
     duplicate_names: list[str] = field(default_factory=list)
     person_sizes: dict[int, int] = field(default_factory=dict)
     image_sizes: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; the histogram's keys become text in ascending order."""
@@ -73,9 +78,13 @@ def info(path: Path, /, *, as_json: bool = False) -> Info:
 
 
 def _source_info(path: Path) -> Info:
-    source = open_source(path)
+    with warnings.catch_warnings(record=True) as caught:
+        source = open_source(path)
     kind = type(source).__name__.removesuffix("Source").lower()
     found = Info(str(path), kind, images=len(source))
+    found.notes = [str(warning.message) for warning in caught]
+    if isinstance(source, FolderSource):
+        found.unread = dict(source.found.unread.most_common())
     counts = np.bincount(source.labels)
     found.people = int((counts > 0).sum())
     found.person_sizes = {int(n): int(c) for n, c in Counter(counts[counts > 0].tolist()).items()}
@@ -170,7 +179,7 @@ def _show(found: Info) -> None:
         text = f": {', '.join(names[:_NAMED])}{more}" if names else ""
         colour = "yellow" if count else "green"
         table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + text.replace("[", r"\["))
-    console.show(table)
+    console.show(table, *found.notes)
     if found.person_sizes:
         console.show("\nimages a person")
         for title, people in _histogram(found.person_sizes):

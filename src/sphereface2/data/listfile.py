@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Callable
 from itertools import product
@@ -18,8 +19,9 @@ from sphereface2.files import digest, read_lines
 #: Suffixes of list files.
 LIST_SUFFIXES: Final = frozenset({".txt", ".lst", ".csv", ".tsv"})
 _LOOKED_FOR = 100
-_PATH_COLUMN: Final = re.compile(r"(image|img|file)?_?(path|name|file|image|img)", re.IGNORECASE)
-_LABEL_COLUMN: Final = re.compile(r"(label|class|identity|person|subject|target|id)(_?id)?", re.I)
+#: Names of columns, the surest first.
+_PATH_COLUMNS: Final = (r"((image|img|file)_?)?path|image|img|file", r"((image|img|file)_?)?name")
+_LABEL_COLUMNS: Final = (r"(label|class|identity|person|subject|target)(_?id)?", r"id|name")
 
 #: A line's fields and what separated them.
 _Fields: TypeAlias = tuple[list[str], str]
@@ -76,12 +78,18 @@ class ListSource:
     def _understand(
         self, sample: list[str], header: _Layout | None
     ) -> tuple[Callable[[str], _Fields], _Layout, str]:
-        """How to split lines, their layout and what "\\" becomes: the first that finds a file."""
+        """How to split lines, their layout and what "\\" becomes: what finds the most files."""
         layouts = [header] if header else _LAYOUTS
+        best, most = None, 0
         for split, layout, slash in product((_split, _by_blanks), layouts, ("\\", "/")):
-            found = [pair[0] for line in sample if (pair := layout(*split(line)))]
-            if any((self._folder / name.replace("\\", slash)).is_file() for name in found):
-                return split, layout, slash
+            names = [pair[0] for line in sample if (pair := layout(*split(line)))]
+            exist = sum(os.path.isfile(self._folder / name.replace("\\", slash)) for name in names)
+            if exist > most:
+                best, most = (split, layout, slash), exist
+                if exist == len(sample):
+                    break
+        if best is not None:
+            return best
         found = [pair[0] for line in sample if (pair := layouts[0](*_split(line)))]
         if len(found) < len(sample):
             return _split, layouts[0], "\\"  # whose caller names the line
@@ -127,14 +135,22 @@ def _by_blanks(line: str) -> _Fields:
 
 def _header(columns: list[str]) -> _Layout | None:
     """The layout that a CSV's first line names, if it names one."""
-    path = next((i for i, name in enumerate(columns) if _PATH_COLUMN.fullmatch(name)), None)
-    label = next(
-        (i for i, name in enumerate(columns) if i != path and _LABEL_COLUMN.fullmatch(name)), None
-    )
+    path = _column(columns, _PATH_COLUMNS)
+    label = _column(["" if i == path else name for i, name in enumerate(columns)], _LABEL_COLUMNS)
     if path is None or label is None:
         return None
     last = max(path, label)
     return lambda fields, _: (fields[path], fields[label]) if len(fields) > last else None
+
+
+def _column(columns: list[str], patterns: tuple[str, ...]) -> int | None:
+    found = (
+        i
+        for pattern in patterns
+        for i, name in enumerate(columns)
+        if re.fullmatch(pattern, name, re.IGNORECASE)
+    )
+    return next(found, None)
 
 
 def _path_label(fields: list[str], separator: str) -> tuple[str, str] | None:

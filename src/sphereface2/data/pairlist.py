@@ -20,8 +20,8 @@ from sphereface2.errors import UserError
 from sphereface2.files import read_lines
 from sphereface2.images import SUFFIXES
 
-_SAME: Final = frozenset(("1", "1.0", "true", "yes", "same", "genuine"))
-_DIFFERENT: Final = frozenset(("0", "0.0", "-1", "-1.0", "false", "no", "different", "impostor"))
+_SAME: Final = frozenset(("1", "1.0", "true"))
+_DIFFERENT: Final = frozenset(("0", "0.0", "-1", "-1.0", "false"))
 _VERDICT_COLUMNS: Final = frozenset(
     ("label", "same", "issame", "is_same", "match", "genuine", "target", "verdict", "y")
 )
@@ -46,7 +46,7 @@ def read(path: Path, root: Path) -> PairSet:
     first = rows[0][1]
     if _is_count(first) or 2 * sum(_is_lfw(fields) for _, fields in rows) > len(rows):
         return _read_lfw(path, rows, root)
-    if len(first) == 2 and PurePath(first[0]).suffix.lower() in SUFFIXES and first[1].isdigit():
+    if len(first) == 2 and PurePath(first[0]).suffix.lower() in SUFFIXES and first[1].isdecimal():
         return _read_two_lines(path, rows, root)
     return _read_pairs(path, rows, root)
 
@@ -105,11 +105,13 @@ def _pair_set(
     name: str | None = None,
 ) -> PairSet:
     """The set of these pairs of files; ``person_of`` is believed if it agrees with ``same``."""
+    if not pairs:
+        raise UserError(f"{path} lists no pairs")
     files: dict[Path, int] = {}
     index = np.array([[files.setdefault(p, len(files)) for p in pair] for pair in pairs], np.int64)
     known: dict[Path, dict[str, Path]] = {}
     paths = [_existing(p, known) for p in files]
-    missing = [p for p in paths if not p.is_file()]
+    missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(paths)} images that {path} lists are missing, "
@@ -130,7 +132,7 @@ def _pair_set(
 
 def _existing(path: Path, known: dict[Path, dict[str, Path]]) -> Path:
     """``path``, or if there is no such file the image of its name under another suffix."""
-    if path.is_file():
+    if os.path.isfile(path):  # False, not an error, for a name that is too long
         return path
     if path.parent not in known:
         entries = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
@@ -145,12 +147,12 @@ def _existing(path: Path, known: dict[Path, dict[str, Path]]) -> Path:
 
 def _is_count(fields: list[str]) -> bool:
     """pairs.txt opens with "folds pairs", or "pairs" in View 1."""
-    return len(fields) <= 2 and all(field.isdigit() for field in fields)
+    return len(fields) <= 2 and all(field.isdecimal() for field in fields)
 
 
 def _is_lfw(fields: list[str]) -> bool:
     numbers = fields[1:] if len(fields) == 3 else fields[1::2]
-    return len(fields) in (3, 4) and all(number.isdigit() for number in numbers)
+    return len(fields) in (3, 4) and all(number.isdecimal() for number in numbers)
 
 
 def _parse_lfw(
@@ -233,7 +235,7 @@ def _read_two_lines(path: Path, rows: list[_Row], root: Path) -> PairSet:
     pairs, marks = [], []
     for (number, one), (_, other) in zip(rows[::2], rows[1::2], strict=True):
         fields = [*one, *other]
-        if len(fields) != 4 or not fields[1].isdigit() or fields[1] != fields[3]:
+        if len(fields) != 4 or not fields[1].isdecimal() or fields[1] != fields[3]:
             raise UserError(f"{path} line {number}: expected two lines 'image label', labels equal")
         marks.append(int(fields[1]))
         pairs.append((root / fields[0], root / fields[2]))
@@ -301,7 +303,7 @@ def _cfp_images(path: Path) -> dict[str, Path]:
     found = {}
     for number, line in read_lines(path):
         fields = line.split(maxsplit=1)
-        if len(fields) != 2 or not fields[0].isdigit():
+        if len(fields) != 2 or not fields[0].isdecimal():
             raise UserError(f"{path} line {number}: expected 'number path'")
         found[fields[0]] = Path(os.path.normpath(path.parent / fields[1]))
     return found

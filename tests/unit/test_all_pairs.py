@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation import all_pairs, selection
-from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.selection import Tally, keys_of, value_of
+from sphereface2.evaluation.tiles import Tiles
 from sphereface2.evaluation.verification import tar_at_far
 
 FARS = [1.0, 0.5, 0.1, 0.01, 1e-3, 1e-6]
@@ -40,7 +41,7 @@ def test_equal_to_brute_force(data_set, data):
         patch.setattr(all_pairs, "_SAMPLE", data.draw(st.sampled_from([10, 300, 10**6])))
         patch.setattr(selection, "_DISTINCT", data.draw(st.sampled_from([2, 30, 10**6])))
         patch.setattr(selection, "_PENDING", data.draw(st.sampled_from([1, 50, 10**6])))
-        found = all_pairs_tar(
+        found = evaluate_all_pairs(
             embeddings, labels, FARS, block=data.draw(st.sampled_from([9, 33, 200])), workers=2
         )
     expected = brute_force(embeddings, labels, FARS)
@@ -62,11 +63,19 @@ def faces(people=80, images=5, dim=64, noise=2.0, seed=0):
     return (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32), labels
 
 
+def count_passes(monkeypatch):
+    """A list that gets an entry whenever all tiles are computed."""
+    passes, count = [], Tiles.count
+    monkeypatch.setattr(Tiles, "count", lambda *args: passes.append(0) or count(*args))
+    return passes
+
+
 def test_one_pass_and_the_threshold_decides_alike(monkeypatch):
     monkeypatch.setattr(all_pairs, "_SAMPLE", 20_000)  # of 79,000: brackets are in use
+    passes = count_passes(monkeypatch)
     embeddings, labels = faces()
-    found = all_pairs_tar(embeddings, labels, FARS[1:5], block=64)
-    assert found.passes == 1
+    found = evaluate_all_pairs(embeddings, labels, FARS[1:5], block=64)
+    assert len(passes) == 1
     i, j = np.triu_indices(len(labels), 1)
     scores, same = (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
     for tar, expected in zip(found.tar, tar_at_far(scores, same, FARS[1:5]), strict=True):
@@ -79,7 +88,7 @@ def test_neither_seed_nor_threads_nor_tiles_matter(monkeypatch):
     monkeypatch.setattr(all_pairs, "_SAMPLE", 5000)
     embeddings, labels = faces(noise=1.0)
     results = [
-        all_pairs_tar(embeddings, labels, FARS, seed=seed, workers=workers, block=100)
+        evaluate_all_pairs(embeddings, labels, FARS, seed=seed, workers=workers, block=100)
         for seed, workers in [(0, 1), (1, 2), (2, 3)]
     ]
     assert results[0].tar == results[1].tar == results[2].tar
@@ -94,10 +103,11 @@ def test_a_missed_bracket_costs_a_pass_and_no_exactness(monkeypatch):
             low = int(keys_of(np.float32([0.9 if k % 2 else -0.9]))[0])
             search.bracket = (low, low + 5)
 
-    expected = all_pairs_tar(embeddings, labels, FARS, block=50)
+    expected = evaluate_all_pairs(embeddings, labels, FARS, block=50)
     monkeypatch.setattr(all_pairs, "_bracket", misplaced)
-    found = all_pairs_tar(embeddings, labels, FARS, block=50)
-    assert found.passes > 1
+    passes = count_passes(monkeypatch)
+    found = evaluate_all_pairs(embeddings, labels, FARS, block=50)
+    assert len(passes) > 1
     assert found.tar == expected.tar
 
 
@@ -130,7 +140,7 @@ def test_a_tally_counts_in_bounded_memory(values, distinct):
 
 def test_intervals_are_over_people():
     embeddings, labels = faces(people=30, noise=1.5)
-    found = all_pairs_tar(embeddings, labels, [0.01], replicates=400)
+    found = evaluate_all_pairs(embeddings, labels, [0.01], replicates=400)
     low, high = found.tar[0].ci
     assert low < found.tar[0].value < high
     # By hand: at the fixed threshold, the s.d. of a ratio of sums over people.
@@ -144,13 +154,13 @@ def test_intervals_are_over_people():
 def test_sets_that_cannot_be_scored():
     embeddings = np.eye(4, dtype=np.float32)
     with pytest.raises(UserError, match="no genuine pair"):
-        all_pairs_tar(embeddings, np.arange(4))
+        evaluate_all_pairs(embeddings, np.arange(4))
     with pytest.raises(UserError, match="no impostor pair"):
-        all_pairs_tar(embeddings, np.zeros(4, int))
+        evaluate_all_pairs(embeddings, np.zeros(4, int))
     with pytest.raises(UserError, match="NaN"):
-        all_pairs_tar(embeddings * np.nan, np.array([0, 0, 1, 1]))
+        evaluate_all_pairs(embeddings * np.nan, np.array([0, 0, 1, 1]))
     with pytest.raises(ValueError, match="FAR"):
-        all_pairs_tar(embeddings, np.array([0, 0, 1, 1]), [2.0])
+        evaluate_all_pairs(embeddings, np.array([0, 0, 1, 1]), [2.0])
 
 
 def test_an_error_in_a_thread_is_not_lost():
@@ -160,4 +170,4 @@ def test_an_error_in_a_thread_is_not_lost():
         raise RuntimeError("in a thread")
 
     with pytest.raises(RuntimeError, match="in a thread"):
-        all_pairs_tar(embeddings, labels, progress=broken, block=10)
+        evaluate_all_pairs(embeddings, labels, progress=broken, block=10)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sphereface2.data.pairs import PairSet
-from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.verification import kfold_accuracy
 from sphereface2.study.measure import BINS, bits, describe_pairs, measure_pairs, measure_people
 
@@ -40,7 +40,7 @@ def test_sums_by_person_are_those_of_all_pairs(people):
                 best = np.sort(others.ravel())[::-1]
                 assert best[allowed] < own + 1e-4
                 assert own - 1e-4 < best[allowed - 1]
-    expected = all_pairs_tar(embeddings, labels, [0.01])
+    expected = evaluate_all_pairs(embeddings, labels, [0.01])
     assert found.rank1 == pytest.approx(expected.rank1)
     assert found.tar[1e-2] == expected.tar[0].value
     genuine = scores[upper & same]

@@ -14,16 +14,20 @@ A tile's scores are the same float32 numbers whenever it is computed, so the pas
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import ratio_intervals
-from sphereface2.evaluation.results import OperatingPoint, Resampling, unmeasured
+from sphereface2.evaluation.results import (
+    OperatingPoint,
+    PairsVerified,
+    Resampling,
+    unmeasured,
+)
 from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
 from sphereface2.evaluation.tiles import Tiles, one_thread
 from sphereface2.evaluation.verification import FARS, allowed_accepts
@@ -31,102 +35,72 @@ from sphereface2.evaluation.verification import FARS, allowed_accepts
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
 
 
-@dataclass(frozen=True)
-class AllPairs:
-    """TAR at FAR over all pairs.
-
-    Attributes:
-        tar: one point a FAR; its threshold is the float32 next above the highest impostor score
-            that must be rejected.
-        genuine, impostor: numbers of pairs.
-        passes: how often all tiles were computed (1 unless a bracket had to be replaced).
-        rank1: share of probes whose nearest other image shows the same person, each image of a
-            person with several being a probe once (a tie with somebody else is a miss).
-    """
-
-    tar: list[OperatingPoint]
-    genuine: int
-    impostor: int
-    passes: int
-    rank1: float
-
-
-@dataclass(frozen=True)
-class AllPairsResult:
+@dataclass(frozen=True, kw_only=True)
+class AllPairsResult(PairsVerified):
     """The figures of all pairs of a labelled set.
 
+    A TAR's threshold is the float32 next above the highest impostor score that must be rejected.
+
     Attributes:
-        name: of the set.
         images, people: that were compared.
-        pairs: ``genuine`` and ``impostor`` ones.
-        tar: at each FAR.
-        rank1: share of images whose nearest other image shows the same person.
+        rank1: share of images, of people with several, whose nearest other image shows the same
+            person; a tie with somebody else is a miss.
         unreadable: images left out; ``unreadable_names`` has the first of them.
-        notes: what could not be measured, and what makes figures doubtful.
-        intervals: how those of ``tar`` were made, or None.
-        plots: files written.
-        path: where the set lies.
     """
 
-    name: str
     images: int
     people: int
-    pairs: int
-    genuine: int
-    impostor: int
-    tar: tuple[OperatingPoint, ...]
     rank1: float
     unreadable: int
     unreadable_names: tuple[str, ...]
-    notes: list[str]
-    intervals: Resampling | None = None
-    plots: tuple[str, ...] = ()
-    path: str | None = None
 
 
-def all_pairs_tar(
+def evaluate_all_pairs(
     embeddings: np.ndarray,
     labels: np.ndarray,
     fars: Sequence[float] = FARS,
     *,
+    name: str = "all pairs",
+    unreadable: Sequence[str] = (),
     block: int = 1024,
-    seed: int = 0,
     workers: int | None = None,
     replicates: int = 0,
+    seed: int = 0,
+    plots: Path | None = None,
     progress: Callable[[float], None] | None = None,
-) -> AllPairs:
+) -> AllPairsResult:
     """TAR at each FAR over all N(N-1)/2 pairs, each pair once; same definition as `tar_at_far`.
 
-    Rank-1 identification comes along: it needs each image's best score only.
-
-    Scores are inner products in float32. Memory: a sorted copy of the embeddings, at most about
-    ``16 * block**2`` bytes a worker and some tens of megabytes of tallies, whatever the number of
-    pairs. Time: the matrix product, N² d / 2 multiply-adds, and a fraction of it for the counting
+    Rank-1 identification comes along: it needs each image's best score only. Scores are inner
+    products in float32. Memory: a sorted copy of the embeddings, at most about ``16 * block**2``
+    bytes a worker and some tens of megabytes of tallies, whatever the number of pairs. Time: the
+    matrix product, N² d / 2 multiply-adds, and a fraction of it for the counting
     (``benchmarks/all_pairs.py`` measures both).
 
     Args:
         embeddings: float32 (N, d), rows of length 1.
         labels: int (N,), the person of each row.
         fars: each in (0, 1].
+        name: of the set.
+        unreadable: names of images that were left out.
         block: rows of a tile.
-        seed: of the sample that places the brackets and of the bootstrap; the TARs do not depend
-            on it.
         workers: threads; by default the CPUs this process may use.
         replicates: with R > 0 each TAR gets a 95 % interval from R bootstraps over people, with
             the thresholds held fixed.
+        seed: of the bootstrap, and of a sample that no figure depends on.
+        plots: folder for ``NAME_all_pairs_roc.png``.
         progress: called with the share of the work done since the last call.
 
     Raises:
         UserError: no genuine or no impostor pair, or embeddings that are not finite.
 
-    >>> found = all_pairs_tar(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
+    >>> found = evaluate_all_pairs(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
     >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
     (2, 8, 1.0, 1.0)
     """
     rows, people = _sorted_rows(embeddings, labels)
     per_person = np.bincount(people).astype(np.int64)
-    pairs_of = per_person * (per_person - 1) // 2
-    genuine = int(pairs_of.sum())
+    genuine = int((per_person * (per_person - 1) // 2).sum())
     impostors = len(rows) * (len(rows) - 1) // 2 - genuine
     if not genuine or not impostors:
         kind = "genuine" if not genuine else "impostor"
@@ -134,28 +108,29 @@ def all_pairs_tar(
             f"the {len(rows)} images of {len(per_person)} people make no {kind} pair: "
             "all-pairs evaluation needs two people and a person with two images"
         )
-    if block < 1 or not all(0 < far <= 1 for far in fars):
-        raise ValueError(f"block must be at least 1 and FARs in (0, 1], got {block}, {fars}.")
-    if workers is None:
-        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        workers = len(usable) or os.cpu_count() or 1
     tiles = Tiles(rows, people, block, workers)
-    ranks = [allowed_accepts(far, impostors) for far in fars]
-    found, passes = _scores_at(ranks, tiles, impostors, seed, progress)
-    # The highest impostor score that must be rejected: none when all may be accepted.
-    bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
-    hits = tiles.genuine_hits(bounds, len(per_person))
-    cis = ratio_intervals(hits, pairs_of, replicates, seed)
-    points = []
-    for far, k, bound, hit, ci in zip(fars, ranks, bounds, hits, cis, strict=True):
-        if not k:
-            points.append(OperatingPoint(far, None))
-            continue
-        next_above = float(np.nextafter(bound, np.float32(np.inf))) if bound > -np.inf else -1.0
-        points.append(OperatingPoint(far, float(hit.sum() / genuine), ci, next_above))
-    probes = per_person[people] > 1
-    rank1 = float(np.mean(tiles.nearest_same[probes] > tiles.nearest_other[probes]))
-    return AllPairs(points, genuine, impostors, passes, rank1)
+    curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
+    points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)
+    tar = tuple(points[: len(fars)])
+    notes = unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
+    if (rows == rows[0]).all():
+        notes.append(
+            "all images have the same embedding, as a network whose weights are all 0 gives them"
+        )
+    return AllPairsResult(
+        name=name,
+        images=len(rows),
+        people=len(per_person),
+        genuine=genuine,
+        impostor=impostors,
+        tar=tar,
+        rank1=tiles.rank1(),
+        unreadable=len(unreadable),
+        unreadable_names=tuple(unreadable[:20]),
+        notes=notes,
+        intervals=Resampling.fixed(replicates, seed),
+        plots=() if plots is None else _plot(name, points[len(fars) :], len(rows), plots),
+    )
 
 
 def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,24 +148,51 @@ def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     return rows, people[order]
 
 
+def _points(
+    fars: Sequence[float],
+    tiles: Tiles,
+    impostors: int,
+    replicates: int,
+    seed: int,
+    progress: Callable[[float], None] | None,
+) -> list[OperatingPoint]:
+    """TAR at each FAR."""
+    if not all(0 < far <= 1 for far in fars):
+        raise ValueError(f"a FAR must lie in (0, 1], got {fars}.")
+    ranks = [allowed_accepts(far, impostors) for far in fars]
+    found = _scores_at(ranks, tiles, impostors, seed, progress)
+    # The highest impostor score that must be rejected: none when all may be accepted.
+    bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
+    hits, trials = tiles.genuine_hits(bounds)
+    cis = ratio_intervals(hits, trials, replicates, seed)
+    points = []
+    for far, k, bound, hit, ci in zip(fars, ranks, bounds, hits, cis, strict=True):
+        if not k:
+            points.append(OperatingPoint(far, None))
+            continue
+        next_above = float(np.nextafter(bound, np.float32(np.inf))) if bound > -np.inf else -1.0
+        points.append(OperatingPoint(far, float(hit.sum() / trials.sum()), ci, next_above))
+    return points
+
+
 def _scores_at(
     ranks: Sequence[int],
     tiles: Tiles,
     impostors: int,
     seed: int,
     progress: Callable[[float], None] | None,
-) -> tuple[dict[int, float], int]:
-    """The impostor score at each rank from the top, and how many passes over all tiles it took."""
+) -> dict[int, float]:
+    """The impostor score at each rank from the top."""
     searches = {k: Search(k) for k in set(ranks) if 0 < k < impostors}
     with one_thread():  # many small products
         _bracket(list(searches.values()), tiles, impostors, np.random.default_rng(seed))
-    passes = 0
-    while (unsettled := [s for s in searches.values() if s.bound is None]) or not passes:
-        passes += 1
-        tiles.count(unsettled, progress if passes == 1 else None)
+    first = True
+    while (unsettled := [s for s in searches.values() if s.bound is None]) or first:
+        tiles.count(unsettled, progress if first else None)
         for search in unsettled:
             search.conclude()
-    return {k: float(s.bound) for k, s in searches.items() if s.bound is not None}, passes
+        first = False
+    return {k: float(s.bound) for k, s in searches.items() if s.bound is not None}
 
 
 def _bracket(
@@ -221,69 +223,14 @@ def _bracket(
         )
 
 
-def evaluate_all_pairs(
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    *,
-    name: str = "all pairs",
-    unreadable: Sequence[str] = (),
-    fars: Sequence[float] = FARS,
-    replicates: int = 0,
-    seed: int = 0,
-    plots: str | Path | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> AllPairsResult:
-    """Every figure of all pairs of a labelled set; `all_pairs_tar` says how and what it needs.
-
-    Args:
-        name: of the set.
-        unreadable: names of images that were left out.
-        plots: folder for ``NAME_all_pairs_roc.png``.
-
-    >>> rows = np.eye(3)[[0, 0, 1, 1, 2]]
-    >>> evaluate_all_pairs(rows, np.array([7, 7, 8, 8, 9]), fars=[0.5, 0.1]).notes
-    ['TAR at FAR 1e-1 and below cannot be measured with 8 impostor pairs']
-    """
-    curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
-    found = all_pairs_tar(
-        embeddings,
-        labels,
-        [*fars, *curve],
-        seed=seed,
-        replicates=replicates,
-        progress=progress,
-    )
-    tar = tuple(found.tar[: len(fars)])
-    notes = unmeasured("TAR at FAR", tar, found.impostor, "impostor pairs")
-    if (embeddings == embeddings[0]).all():
-        notes.append(
-            "all images have the same embedding, as a network whose weights are all 0 gives them"
-        )
-    result = AllPairsResult(
-        name=name,
-        images=len(labels),
-        people=len(np.unique(labels)),
-        pairs=found.genuine + found.impostor,
-        genuine=found.genuine,
-        impostor=found.impostor,
-        tar=tar,
-        rank1=found.rank1,
-        unreadable=len(unreadable),
-        unreadable_names=tuple(unreadable[:20]),
-        notes=notes,
-        intervals=(
-            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
-        ),
-    )
-    if plots is None:
-        return result
+def _plot(
+    name: str, points: Sequence[OperatingPoint], images: int, folder: Path
+) -> tuple[str, ...]:
     from sphereface2.evaluation.plots import plot_roc  # matplotlib is slow to import
 
-    measured = [point for point in found.tar[len(fars) :] if point.value is not None]
-    path = Path(plots) / f"{name}_all_pairs_roc.png"
-    plot_roc(
-        {name: (np.array([p.at for p in measured]), np.array([p.value for p in measured], float))},
-        path,
-        title=f"{name}: ROC of all {result.pairs:,} pairs",
-    )
-    return replace(result, plots=(str(path),))
+    measured = [(point.at, point.value) for point in points if point.value is not None]
+    far, tar = np.array(measured, float).reshape(-1, 2).T
+    path = folder / f"{name}_all_pairs_roc.png"
+    pairs = images * (images - 1) // 2
+    plot_roc({name: (far, tar)}, path, title=f"{name}: ROC of all {pairs:,} pairs")
+    return (str(path),)

@@ -10,40 +10,32 @@ import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import ratio_intervals
-from sphereface2.evaluation.results import Rate, Resampling
+from sphereface2.evaluation.results import Rate, Resampling, Result
 
 SIZES = tuple(10**k for k in range(1, 10))
 _SCORES = 1 << 24  # that a block of distractors makes with the probes
 
 
-@dataclass(frozen=True)
-class DistractorResult:
+@dataclass(frozen=True, kw_only=True)
+class DistractorResult(Result):
     """Rank-1 identification among a growing number of distractors.
 
     Attributes:
-        name: of the set.
         images, people: probes and whom they show.
         distractors: number of images of other people.
         searches: how many ordered pairs of two images of a person were tried at each size.
         rank1: share found, a rate for each number of distractors.
         unreadable: images left out.
-        notes: what could not be measured.
         seed: of the distractors' order.
-        intervals: how those of ``rank1`` were made, or None.
-        path: where the set lies.
     """
 
-    name: str
     images: int
     people: int
     distractors: int
     searches: int
     rank1: tuple[Rate, ...]
     unreadable: int
-    notes: list[str]
     seed: int
-    intervals: Resampling | None = None
-    path: str | None = None
 
 
 def evaluate_distractors(
@@ -81,24 +73,15 @@ def evaluate_distractors(
     >>> [(rate.at, rate.value) for rate in found.rank1]
     [(1, 0.5), (3, 0.5)]
     """
-    who = np.unique(people, return_inverse=True)[1]
     best = _best_scores(probes, distractors, sizes)
-    hits = np.zeros((len(best), int(who.max(initial=-1)) + 1), np.int64)
-    trials = np.zeros(hits.shape[1], np.int64)
-    for person in range(hits.shape[1]):
-        own = np.flatnonzero(who == person)
-        scores = probes[own] @ probes[own].T
-        others = ~np.eye(len(own), dtype=bool)
-        trials[person] = others.sum()
-        for row, rival in zip(hits, best.values(), strict=True):
-            row[person] = np.count_nonzero((scores > rival[own, None]) & others)
+    hits, trials = _count(probes, np.unique(people, return_inverse=True)[1], [*best.values()])
     if not trials.sum():
         raise UserError("no person among the probes has two images: there is nothing to search for")
     cis = ratio_intervals(hits, trials, replicates, seed)
     return DistractorResult(
         name=name,
         images=len(probes),
-        people=len(np.unique(people)),
+        people=len(trials),
         distractors=max(best),
         searches=int(trials.sum()),
         rank1=tuple(
@@ -108,10 +91,24 @@ def evaluate_distractors(
         unreadable=0,
         notes=[],
         seed=seed,
-        intervals=(
-            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
-        ),
+        intervals=Resampling.fixed(replicates, seed),
     )
+
+
+def _count(
+    probes: np.ndarray, people: np.ndarray, rivals: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Searches that succeed against each of ``rivals`` (S, people), and all searches (people,)."""
+    hits = np.zeros((len(rivals), int(people.max(initial=-1)) + 1), np.int64)
+    trials = np.zeros(hits.shape[1], np.int64)
+    for person in range(hits.shape[1]):
+        own = np.flatnonzero(people == person)
+        scores = probes[own] @ probes[own].T
+        others = ~np.eye(len(own), dtype=bool)
+        trials[person] = others.sum()
+        for row, rival in zip(hits, rivals, strict=True):
+            row[person] = np.count_nonzero((scores > rival[own, None]) & others)
+    return hits, trials
 
 
 def _best_scores(

@@ -17,7 +17,14 @@ import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import Interval, ratio_intervals
-from sphereface2.evaluation.results import FLAT, OperatingPoint, Rate, Resampling, unmeasured
+from sphereface2.evaluation.results import (
+    FLAT,
+    OperatingPoint,
+    Rate,
+    Resampling,
+    Result,
+    unmeasured,
+)
 from sphereface2.evaluation.verification import error_bounds
 
 RANKS = (1, 5, 10)
@@ -41,29 +48,23 @@ class Searches:
     rank: np.ndarray
 
 
-@dataclass(frozen=True)
-class GalleryResult:
+@dataclass(frozen=True, kw_only=True)
+class GalleryResult(Result):
     """Identification in one gallery.
 
     Attributes:
-        name: of the gallery.
         templates, people: in the gallery.
         probes: searched in it; ``enrolled`` of them are of its people.
-        rank: share of the enrolled probes whose own person has at most rank k, a rate for each k.
+        rank: share of the enrolled probes whose own person has at most rank k, for each k.
         tpir: at each FPIR.
-        notes: what could not be measured.
-        intervals: how those of ``rank`` and ``tpir`` were made, or None.
     """
 
-    name: str
     templates: int
     people: int
     probes: int
     enrolled: int
     rank: tuple[Rate, ...] = field(metadata=FLAT)
     tpir: tuple[OperatingPoint, ...]
-    notes: list[str]
-    intervals: Resampling | None = None
 
 
 def search(
@@ -259,7 +260,5 @@ def evaluate_gallery(
         rank=tuple(rank_k(found, **options)),
         tpir=tpir,
         notes=unmeasured("TPIR at FPIR", tpir, outside, f"probes of people outside {name}"),
-        intervals=(
-            Resampling("people", replicates, seed, thresholds="fixed") if replicates else None
-        ),
+        intervals=Resampling.fixed(replicates, seed),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +12,27 @@ from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.reliability import CalibrationQuality, quality, reliability
-from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling, unmeasured
+from sphereface2.evaluation.results import Estimate, PairsVerified, unmeasured
 
 REPLICATES = 1000
 
 
-@dataclass(frozen=True)
-class PairsResult:
+@dataclass(frozen=True, kw_only=True)
+class PairsResult(PairsVerified):
     """The figures of a verification set.
 
     Attributes:
-        name: of the set.
         images, people: in it; ``people`` is None where they are unknown.
-        pairs: ``genuine`` and ``impostor`` ones.
         folds: number of folds.
         accuracy, accuracy_std: mean and population standard deviation over the folds.
         fold_accuracy: on each fold.
         threshold: mean over the folds.
         eer, auc: with their intervals.
-        tar: at each FAR.
-        notes: what could not be measured, and what makes figures doubtful.
-        intervals: how they were made, or None.
         calibration: how good the network's calibration is on the set, or None.
-        plots: files written.
-        path: where the set lies.
     """
 
-    name: str
     images: int
     people: int | None
-    pairs: int
-    genuine: int
-    impostor: int
     folds: int
     accuracy: float
     accuracy_std: float
@@ -51,12 +40,7 @@ class PairsResult:
     threshold: float
     eer: Estimate
     auc: Estimate
-    tar: tuple[OperatingPoint, ...]
-    notes: list[str]
-    intervals: Resampling | None = None
     calibration: CalibrationQuality | None = None
-    plots: tuple[str, ...] = ()
-    path: str | None = None
 
 
 def evaluate_pairs(
@@ -67,7 +51,7 @@ def evaluate_pairs(
     replicates: int = 0,
     seed: int = 0,
     calibration: Calibration | None = None,
-    plots: str | Path | None = None,
+    plots: Path | None = None,
 ) -> PairsResult:
     """Every figure of a verification set.
 
@@ -88,26 +72,29 @@ def evaluate_pairs(
     >>> found.accuracy, found.eer.value, found.tar[0].value, found.tar[0].threshold
     (1.0, 0.0, 1.0, 0.7)
     """
-    same = pair_set.same
+    same, people = pair_set.same, pair_set.people
     folds = metrics.kfold_accuracy(scores, same, pair_set.folds)
-    points = metrics.tar_at_far(scores, same, fars)
-    eer, auc = (Estimate(figure(scores, same)) for figure in (metrics.eer, metrics.auc))
-    resampling = None
-    if replicates:
-        people = None if pair_set.people is None else pair_set.people[pair_set.pairs]
-        found = metrics.curve_intervals(
-            scores, same, fars, people=people, replicates=replicates, seed=seed
-        )
-        points = [replace(point, ci=ci) for point, ci in zip(points, found.tar, strict=True)]
-        eer, auc = replace(eer, ci=found.eer), replace(auc, ci=found.auc)
-        over = "pairs" if people is None else "people"
-        resampling = Resampling(over, found.replicates, seed)
+    curve = metrics.curve_figures(
+        scores,
+        same,
+        fars,
+        people=None if people is None else people[pair_set.pairs],
+        replicates=replicates,
+        seed=seed,
+    )
+    judged, notes = None, _doubts(scores, pair_set)
+    if calibration is not None:
+        here = pair_set.fingerprint() in calibration.fitted_on
+        judged = quality(scores, same, calibration, fitted_here=here)
+        if here:
+            notes.append(
+                "the calibration was fitted on these very pairs: its figures are too good here"
+            )
     impostors = int(np.count_nonzero(~same))
-    result = PairsResult(
+    return PairsResult(
         name=pair_set.name,
         images=len(pair_set.images),
-        people=None if pair_set.people is None else len(np.unique(pair_set.people)),
-        pairs=len(pair_set),
+        people=None if people is None else len(np.unique(people)),
         genuine=len(pair_set) - impostors,
         impostor=impostors,
         folds=len(folds.per_fold),
@@ -115,21 +102,14 @@ def evaluate_pairs(
         accuracy_std=folds.std,
         fold_accuracy=tuple(folds.per_fold.tolist()),
         threshold=float(folds.thresholds.mean()),
-        eer=eer,
-        auc=auc,
-        tar=tuple(points),
-        notes=[
-            *unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
-            *_doubts(scores, pair_set),
-        ],
-        intervals=resampling,
+        eer=curve.eer,
+        auc=curve.auc,
+        tar=curve.tar,
+        notes=[*unmeasured("TAR at FAR", curve.tar, impostors, "impostor pairs"), *notes],
+        intervals=curve.intervals,
+        calibration=judged,
+        plots=() if plots is None else _plot(scores, pair_set, folds, calibration, plots),
     )
-    if calibration is not None:
-        result = _with_quality(result, scores, pair_set, calibration)
-    if plots is not None:
-        written = _plot(scores, pair_set, folds, calibration, Path(plots))
-        result = replace(result, plots=tuple(map(str, written)))
-    return result
 
 
 def _doubts(scores: np.ndarray, pair_set: PairSet) -> list[str]:
@@ -153,36 +133,22 @@ def _doubts(scores: np.ndarray, pair_set: PairSet) -> list[str]:
     return notes
 
 
-def _with_quality(
-    result: PairsResult, scores: np.ndarray, pair_set: PairSet, calibration: Calibration
-) -> PairsResult:
-    fitted_here = pair_set.fingerprint() in calibration.fitted_on
-    judged = quality(scores, pair_set.same, calibration, fitted_here=fitted_here)
-    notes = list(result.notes)
-    if fitted_here:
-        notes.append(
-            "the calibration was fitted on these very pairs: its figures are too good here"
-        )
-    return replace(result, calibration=judged, notes=notes)
-
-
 def _plot(
     scores: np.ndarray,
     pair_set: PairSet,
     folds: metrics.Folds,
     calibration: Calibration | None,
     folder: Path,
-) -> list[Path]:
+) -> tuple[str, ...]:
     from sphereface2.evaluation import plots  # matplotlib is slow to import
 
     name, same = pair_set.name, pair_set.same
     written = plots.plot_pairs(name, scores, same, float(folds.thresholds.mean()), folder)
     if calibration is not None:
-        path = folder / f"{name}_reliability.png"
+        written.append(folder / f"{name}_reliability.png")
         found = reliability(calibration.probability(scores), same)
-        plots.plot_reliability(found, path, title=f"{name}: reliability")
-        written.append(path)
-    return written
+        plots.plot_reliability(found, written[-1], title=f"{name}: reliability")
+    return tuple(map(str, written))
 
 
 def sample_pairs(

@@ -73,6 +73,52 @@ class Resampling:
     level: float = LEVEL
     thresholds: str | None = None
 
+    @classmethod
+    def fixed(cls, replicates: int, seed: int, over: str = "people") -> Resampling | None:
+        """With the thresholds held fixed; None without resamples."""
+        return cls(over, replicates, seed, thresholds="fixed") if replicates else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the results of every kind of set have.
+
+    Attributes:
+        name: of the set.
+        notes: what could not be measured, and what makes figures doubtful.
+        intervals: how those of the figures were made, or None.
+        plots: files written.
+        path: where the set lies.
+    """
+
+    name: str
+    notes: list[str]
+    intervals: Resampling | None = None
+    plots: tuple[str, ...] = ()
+    path: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, see `to_dict`."""
+        return to_dict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsVerified(Result):
+    """Verification of pairs: their numbers, and TAR at each FAR."""
+
+    genuine: int
+    impostor: int
+    tar: tuple[OperatingPoint, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of both kinds."""
+        return self.genuine + self.impostor
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, with ``pairs``."""
+        return {"pairs": self.pairs, **super().to_dict()}
+
 
 def far_key(far: float) -> str:
     """The spelling of a FAR, an FPIR or a count in reports.

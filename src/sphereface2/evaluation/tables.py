@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from rich.table import Table
 
@@ -12,22 +12,25 @@ from sphereface2.evaluation.bootstrap import LEVEL, Interval
 from sphereface2.evaluation.distractors import DistractorResult
 from sphereface2.evaluation.identification import RANKS
 from sphereface2.evaluation.pairs import PairsResult
-from sphereface2.evaluation.results import OperatingPoint, Resampling, far_key
-from sphereface2.evaluation.templates import TemplatePairsResult, TemplatesResult
-
-Result = PairsResult | AllPairsResult | TemplatesResult | DistractorResult
+from sphereface2.evaluation.results import PairsVerified, Result, far_key
+from sphereface2.evaluation.templates import TemplatesResult
 
 
 def render(result: Result) -> Iterator[Table | str]:
     """What to print of a result: tables and lines."""
-    if isinstance(result, PairsResult):
-        yield from _pairs(result)
-    elif isinstance(result, AllPairsResult):
-        yield from _all_pairs(result)
-    elif isinstance(result, TemplatesResult):
+    if isinstance(result, TemplatesResult):
         yield from _templates(result)
-    else:
+    elif isinstance(result, DistractorResult):
         yield from _distractors(result)
+    elif isinstance(result, PairsVerified):
+        yield _pairs(result)
+        yield _counts(result)
+    yield from result.notes
+    if isinstance(result, AllPairsResult) and result.unreadable:
+        first = result.unreadable_names[0]
+        yield f"{result.unreadable:,} unreadable images left out, the first is {first}"
+    if result.plots:
+        yield "plots: " + ", ".join(result.plots)
 
 
 def interval(ci: Interval | None, spell: Callable[[float], str] = percent) -> str:
@@ -39,59 +42,37 @@ def interval(ci: Interval | None, spell: Callable[[float], str] = percent) -> st
     return "" if ci is None else f"{spell(ci[0])} – {spell(ci[1])}"
 
 
-def _figures(title: str, resampling: Resampling | None) -> Table:
-    header = f"{LEVEL:.0%} interval over {resampling.over}" if resampling else ""
-    return table(title, ["", "value", header], dim=[2])
-
-
-def _add_rates(place: Table, name: str, rates: Sequence[OperatingPoint]) -> None:
-    for rate in rates:
-        place.add_row(f"{name} {far_key(rate.at)}", percent(rate.value), interval(rate.ci))
-
-
-def _counts(result: PairsResult | AllPairsResult | TemplatePairsResult) -> str:
+def _counts(result: PairsVerified) -> str:
     return f"{result.genuine:,} genuine and {result.impostor:,} impostor pairs"
 
 
-def _pairs(result: PairsResult) -> Iterator[Table | str]:
-    place = _figures(f"{result.name}: {result.images:,} images", result.intervals)
-    accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f} %"
-    place.add_row(f"{result.folds}-fold accuracy", f"[bold]{accuracy}[/bold]")
-    place.add_row("EER", percent(result.eer.value), interval(result.eer.ci))
-    place.add_row("AUC", f"{result.auc.value:.4f}", interval(result.auc.ci, "{:.4f}".format))
-    place.add_section()
-    _add_rates(place, "TAR at FAR", result.tar)
-    if (judged := result.calibration) is not None:
+def _pairs(result: PairsVerified) -> Table:
+    title = result.name
+    if isinstance(result, PairsResult | AllPairsResult):
+        title = f"{title}: {result.images:,} images"
+    over = result.intervals
+    header = f"{LEVEL:.0%} interval over {over.over}" if over else ""
+    place = table(title, ["", "value", header], dim=[2])
+    if isinstance(result, PairsResult):
+        accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f} %"
+        place.add_row(f"{result.folds}-fold accuracy", f"[bold]{accuracy}[/bold]")
+        place.add_row("EER", percent(result.eer.value), interval(result.eer.ci))
+        place.add_row("AUC", f"{result.auc.value:.4f}", interval(result.auc.ci, "{:.4f}".format))
         place.add_section()
-        place.add_row("Cllr", f"{judged.cllr:.4f}")
-        place.add_row("min-Cllr", f"{judged.min_cllr:.4f}")
-        place.add_row("ECE", percent(judged.ece))
-        for far, found in judged.far.items():
+    for point in result.tar:
+        place.add_row(f"TAR at FAR {far_key(point.at)}", percent(point.value), interval(point.ci))
+    if isinstance(result, AllPairsResult):
+        place.add_section()
+        place.add_row("rank-1 identification", percent(result.rank1))
+    if isinstance(result, PairsResult) and (quality := result.calibration) is not None:
+        place.add_section()
+        place.add_row("Cllr", f"{quality.cllr:.4f}")
+        place.add_row("min-Cllr", f"{quality.min_cllr:.4f}")
+        place.add_row("ECE", percent(quality.ece))
+        for far, found in quality.far.items():
             place.add_row(f"FAR at the threshold for {far_key(far)}", f"{100 * found:.3g} %")
-            place.add_row("  and its TAR", percent(judged.tar[far]))
-    yield place
-    yield _counts(result)
-    yield from result.notes
-    yield from _written(result.plots)
-
-
-def _all_pairs(result: AllPairsResult) -> Iterator[Table | str]:
-    place = _figures(f"{result.name}: {result.images:,} images", result.intervals)
-    _add_rates(place, "TAR at FAR", result.tar)
-    place.add_section()
-    place.add_row("rank-1 identification", percent(result.rank1))
-    yield place
-    yield _counts(result)
-    yield from result.notes
-    if result.unreadable:
-        first = result.unreadable_names[0]
-        yield f"{result.unreadable:,} unreadable images left out, the first is {first}"
-    yield from _written(result.plots)
-
-
-def _written(plots: Sequence[str]) -> Iterator[str]:
-    if plots:
-        yield "plots: " + ", ".join(plots)
+            place.add_row("  and its TAR", percent(quality.tar[far]))
+    return place
 
 
 def _templates(result: TemplatesResult) -> Iterator[Table | str]:
@@ -99,11 +80,7 @@ def _templates(result: TemplatesResult) -> Iterator[Table | str]:
     counts = f"{result.templates:,} templates of {result.images:,} images"
     yield f"{result.name}: {counts}{weighted}"
     if (pairs := result.verification) is not None:
-        place = _figures("1:1 verification", pairs.intervals)
-        _add_rates(place, "TAR at FAR", pairs.tar)
-        yield place
-        yield _counts(pairs)
-        yield from pairs.notes
+        yield from render(pairs)
     if result.galleries:
         names = [gallery.name for gallery in result.galleries]
         place = table("1:N identification", ["", "mean", *names])
@@ -122,7 +99,6 @@ def _templates(result: TemplatesResult) -> Iterator[Table | str]:
                 f"{one.enrolled:,} of them of people in it"
             )
             yield from one.notes
-    yield from result.notes
 
 
 def _distractors(result: DistractorResult) -> Iterator[Table | str]:
@@ -138,4 +114,3 @@ def _distractors(result: DistractorResult) -> Iterator[Table | str]:
     )
     if result.unreadable:
         yield f"{result.unreadable:,} unreadable images left out"
-    yield from result.notes

@@ -11,51 +11,33 @@ import numpy as np
 from sphereface2.data.ijb import TemplateSet
 from sphereface2.evaluation.bootstrap import ratio_intervals
 from sphereface2.evaluation.identification import RANKS, GalleryResult, evaluate_gallery
-from sphereface2.evaluation.results import OperatingPoint, Resampling, far_key, to_dict, unmeasured
+from sphereface2.evaluation.results import (
+    OperatingPoint,
+    PairsVerified,
+    Resampling,
+    Result,
+    far_key,
+    unmeasured,
+)
 from sphereface2.evaluation.verification import tar_at_far
 
 
-@dataclass(frozen=True)
-class TemplatePairsResult:
-    """1:1 verification of templates.
-
-    Attributes:
-        pairs: ``genuine`` and ``impostor`` ones.
-        tar: at each FAR.
-        notes: what could not be measured.
-        intervals: how those of ``tar`` were made, or None.
-    """
-
-    pairs: int
-    genuine: int
-    impostor: int
-    tar: tuple[OperatingPoint, ...]
-    notes: list[str]
-    intervals: Resampling | None = None
-
-
-@dataclass(frozen=True)
-class TemplatesResult:
+@dataclass(frozen=True, kw_only=True)
+class TemplatesResult(Result):
     """IJB-B's or IJB-C's figures.
 
     Attributes:
-        name: of the set.
         images, templates: counts.
         detector_weights: whether images were weighted by the detector's scores.
         verification: 1:1, or None where its file is absent.
         galleries: 1:N, a result for each gallery; empty where its files are absent.
-        notes: what is left out, and why.
-        path: where the set lies.
     """
 
-    name: str
     images: int
     templates: int
     detector_weights: bool
-    verification: TemplatePairsResult | None
+    verification: PairsVerified | None
     galleries: tuple[GalleryResult, ...]
-    notes: list[str]
-    path: str | None = None
 
     def mean_rank(self, k: int) -> float:
         """Rank-k identification, mean over the galleries."""
@@ -68,7 +50,7 @@ class TemplatesResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: ``identification`` holds the means and ``galleries``, or is None."""
-        found = to_dict(self)
+        found = super().to_dict()
         galleries = found.pop("galleries")
         found["identification"] = None
         if galleries:
@@ -204,7 +186,7 @@ def evaluate_templates(
             person[who.templates] = who.people
         scores = template_pair_scores(features, templates.pairs, progress=progress)
         genuine_people = person[templates.pairs[templates.same, 0]]
-        verification = _pairs_result(scores, templates.same, genuine_people, replicates, seed)
+        verification = _verify(scores, templates.same, genuine_people, replicates, seed)
     galleries: Sequence[GalleryResult] = []
     if probes is not None:
         galleries = [
@@ -230,31 +212,28 @@ def evaluate_templates(
     )
 
 
-def _pairs_result(
+def _verify(
     scores: np.ndarray, same: np.ndarray, who: np.ndarray, replicates: int, seed: int
-) -> TemplatePairsResult:
+) -> PairsVerified:
     """``who``: the person of each genuine pair, -1 where unknown."""
     points = tar_at_far(scores, same)
-    impostors = int(np.count_nonzero(~same))
-    resampling = None
+    over = "pairs" if (who < 0).any() else "people"
     if replicates:
-        over = "pairs" if (who < 0).any() else "people"
         unit = np.arange(len(who)) if over == "pairs" else np.unique(who, return_inverse=True)[1]
-        genuine = scores[same]
         # Where no score qualifies none is accepted.
         bounds = [np.inf if p.threshold is None else p.threshold for p in points]
-        hits = np.stack([np.bincount(unit, weights=genuine >= bound) for bound in bounds])
+        hits = np.stack([np.bincount(unit, weights=scores[same] >= bound) for bound in bounds])
         cis = ratio_intervals(hits, np.bincount(unit), replicates, seed)
         points = [
             p if p.value is None else OperatingPoint(p.at, p.value, ci, p.threshold)
             for p, ci in zip(points, cis, strict=True)
         ]
-        resampling = Resampling(over, replicates, seed, thresholds="fixed")
-    return TemplatePairsResult(
-        pairs=len(scores),
+    impostors = int(np.count_nonzero(~same))
+    return PairsVerified(
+        name="1:1 verification",
         genuine=len(scores) - impostors,
         impostor=impostors,
         tar=tuple(points),
         notes=unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
-        intervals=resampling,
+        intervals=Resampling.fixed(replicates, seed, over),
     )

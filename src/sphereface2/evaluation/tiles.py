@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,15 +25,24 @@ def one_thread() -> AbstractContextManager[object]:
     return _blas().limit(limits=1, user_api="blas")
 
 
+def _usable_cpus() -> int:
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return len(usable) or os.cpu_count() or 1
+
+
 class Tiles:
     """The upper triangle of the score matrix, block by block, shared out to threads.
 
     Rows are sorted by person, so genuine pairs lie in the few tiles along the diagonal.
     """
 
-    def __init__(self, rows: np.ndarray, people: np.ndarray, block: int, workers: int) -> None:
+    def __init__(
+        self, rows: np.ndarray, people: np.ndarray, block: int, workers: int | None
+    ) -> None:
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}.")
         self.rows, self.people = rows, people
-        self.block, self.workers = min(block, len(rows)), workers
+        self.block, self.workers = min(block, len(rows)), workers or _usable_cpus()
         self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
         starts = range(0, len(rows), self.block)
         self.all = [(i, j) for i in starts for j in starts if j >= i]
@@ -113,13 +123,14 @@ class Tiles:
 
         self._run(self.all, work, progress)
 
-    def genuine_hits(self, bounds: np.ndarray, people: int) -> np.ndarray:
-        """Genuine pairs that score above each bound, by person: int64 (bounds, people).
+    def genuine_hits(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Genuine pairs that score above each bound, int64 (bounds, people), and all, (people,).
 
         On the way, each row's best genuine score goes to ``nearest_same``.
         """
         lock = Lock()
-        hits = np.zeros((len(bounds), people), np.int64)
+        images = np.bincount(self.people).astype(np.int64)
+        hits = np.zeros((len(bounds), len(images)), np.int64)
 
         def work(i: int, j: int, scores: np.ndarray) -> None:
             genuine = self._genuine(i, j)
@@ -137,4 +148,9 @@ class Tiles:
                     total[first : first + len(found)] += found
 
         self._run(self.mixed, work)
-        return hits
+        return hits, images * (images - 1) // 2
+
+    def rank1(self) -> float:
+        """Share of images whose nearest other image shows the same person, once all is counted."""
+        probes = np.bincount(self.people)[self.people] > 1
+        return float(np.mean(self.nearest_same[probes] > self.nearest_other[probes]))

@@ -8,13 +8,13 @@ the scores only through their order, except the thresholds it reports.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import Interval, draws, interval, pair_weights
-from sphereface2.evaluation.results import OperatingPoint
+from sphereface2.evaluation.bootstrap import draws, interval, pair_weights
+from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -180,59 +180,79 @@ def _eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CurveIntervals:
-    """Bootstrap intervals of the figures of one ROC.
+class CurveFigures:
+    """The figures of one ROC: EER, AUC and TAR at each FAR; how their intervals were made."""
 
-    Attributes:
-        tar: one a FAR; None where `tar_at_far` gives None.
-        eer, auc: of those figures.
-        replicates: how many resamples counted; those without a genuine or without an impostor
-            pair do not.
-    """
-
-    tar: list[Interval | None]
-    eer: Interval | None
-    auc: Interval | None
-    replicates: int
+    eer: Estimate
+    auc: Estimate
+    tar: tuple[OperatingPoint, ...]
+    intervals: Resampling | None
 
 
-def curve_intervals(
+def curve_figures(
     scores: np.ndarray,
     same: np.ndarray,
     fars: Sequence[float] = FARS,
     *,
     people: np.ndarray | None = None,
-    replicates: int = 1000,
+    replicates: int = 0,
     seed: int = 0,
-) -> CurveIntervals:
-    """Bootstrap intervals of TAR at FAR, EER and AUC, over people where they are known.
+) -> CurveFigures:
+    """EER, AUC and TAR at FAR with bootstrap intervals, over people where they are known.
 
     The threshold of each FAR is found anew in each resample, so the interval holds its uncertainty
-    too. `sphereface2.evaluation.bootstrap` says how pairs count.
+    too. Resamples without a genuine or without an impostor pair do not count.
+    `sphereface2.evaluation.bootstrap` says how pairs count.
 
     Args:
         scores: (P,), higher = more alike.
         same: bool (P,), True for genuine pairs.
+        fars: where TAR is wanted, each in (0, 1].
         people: int (P, 2), the two identities of each pair; None resamples pairs instead.
-        replicates: number of resamples.
+        replicates: number of resamples; 0 leaves the intervals out.
         seed: of the resampling.
 
     Raises:
         UserError: no resample had pairs of both kinds.
 
     >>> same = np.arange(40) < 20
-    >>> found = curve_intervals(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
-    >>> found.tar, found.eer
-    ([(1.0, 1.0)], (0.0, 0.0))
+    >>> found = curve_figures(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
+    >>> found.tar[0].ci, found.eer
+    ((1.0, 1.0), Estimate(value=0.0, ci=(0.0, 0.0)))
     """
-    scores, same = check_both(scores, same)
+    points = tar_at_far(scores, same, fars)
+    found = CurveFigures(
+        Estimate(eer(scores, same)), Estimate(auc(scores, same)), tuple(points), None
+    )
+    if not replicates:
+        return found
+    eers, aucs, tars = _resample(*check_both(scores, same), fars, people, replicates, seed)
+    return CurveFigures(
+        replace(found.eer, ci=interval(eers)),
+        replace(found.auc, ci=interval(aucs)),
+        tuple(
+            point if point.value is None else replace(point, ci=interval(again))
+            for point, again in zip(points, tars, strict=True)
+        ),
+        Resampling("pairs" if people is None else "people", len(eers), seed),
+    )
+
+
+def _resample(
+    scores: np.ndarray,
+    same: np.ndarray,
+    fars: Sequence[float],
+    people: np.ndarray | None,
+    replicates: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """EER (R,), AUC (R,) and TAR at each FAR (F, R) of R resamples."""
     order, last = _descending(scores)
-    y, units = same[order], len(scores)
-    who = None
+    y, units, who = same[order], len(scores), None
     if people is not None:
         who = np.unique(np.asarray(people)[order], return_inverse=True)[1].reshape(-1, 2)
         units = int(who.max()) + 1
-    tars, eers, aucs = [], [], []
+    eers, aucs, tars = [], [], []
     for counts in draws(units, replicates, seed, numbers=len(scores)):
         weights = pair_weights(counts, y, who)
         tar = np.cumsum(np.where(y, weights, 0), axis=1)[:, last]
@@ -245,19 +265,9 @@ def curve_intervals(
         aucs.append(np.trapezoid(tar, far, axis=1))
         row = np.arange(len(far))
         tars.append(np.stack([tar[row, (far <= f).sum(axis=1) - 1] for f in fars]))
-    tar_r = np.concatenate(tars, axis=1)
-    if not tar_r.size:
+    if not sum(map(len, eers)):
         raise UserError("the set is too small for intervals: no resample has both kinds of pair")
-    impostors = int((~same).sum())
-    return CurveIntervals(
-        tar=[
-            interval(row) if allowed_accepts(far, impostors) else None
-            for far, row in zip(fars, tar_r, strict=True)
-        ],
-        eer=interval(np.concatenate(eers)),
-        auc=interval(np.concatenate(aucs)),
-        replicates=tar_r.shape[1],
-    )
+    return np.concatenate(eers), np.concatenate(aucs), np.concatenate(tars, axis=1)
 
 
 def allowed_accepts(far: float, impostors: int) -> int:

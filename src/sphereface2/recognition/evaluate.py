@@ -29,7 +29,7 @@ from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
-from sphereface2.evaluation.results import to_dict
+from sphereface2.evaluation.results import Result, to_dict
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
 
@@ -57,7 +57,7 @@ class Evaluation:
     distractors: tuple[DistractorResult, ...] = ()
 
     @property
-    def results(self) -> list[tables.Result]:
+    def results(self) -> list[Result]:
         """All of them, in the order they are printed."""
         middle = [self.all_pairs] if self.all_pairs is not None else []
         return [*self.sets, *middle, *self.templates, *self.distractors]

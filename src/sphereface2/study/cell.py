@@ -27,7 +27,6 @@ from sphereface2.study.stored import (
     SETS,
     CellData,
     CellResult,
-    Training,
     read_result,
     write_facts,
     write_result,
@@ -36,7 +35,7 @@ from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import world
 from sphereface2.training.fit import Inputs, fit, open_inputs
-from sphereface2.training.report import FILE
+from sphereface2.training.report import FILE, TrainingFacts
 
 
 def run(folder: Path, pairs: Sequence[str] = ("auto",)) -> None:
@@ -71,7 +70,7 @@ def measure(folder: Path, settings: RunConfig) -> CellResult:
         config=configuration.to_dict(settings),
         data=CellData(data["kind"], data["fingerprint"], data["images"], data["people"]),
         environment=environment["starts"],
-        training=Training(**results["training"]),
+        training=TrainingFacts(**results["training"]),
         validation={float(far): tar for far, tar in held_out["tar"].items()},
         test=people,
         pairs=pairs,

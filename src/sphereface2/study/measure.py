@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from sphereface2.data.pairs import PairSet
-from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.results import OperatingPoint
 from sphereface2.evaluation.verification import allowed_accepts, kfold_accuracy
 
@@ -106,7 +106,7 @@ class PairSetFacts:
 
 def measure_people(embeddings: np.ndarray, labels: np.ndarray) -> PeopleMeasures:
     """Measure all pairs of test people: embeddings float32 (N, d) of length 1, labels int (N,)."""
-    points = all_pairs_tar(embeddings, labels, FARS).tar
+    points = evaluate_all_pairs(embeddings, labels, FARS).tar
     measured = [p for p in points if p.value is not None and p.threshold is not None]
     people, of = np.unique(labels, return_inverse=True)
     order = np.argsort(of, kind="stable")

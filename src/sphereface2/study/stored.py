@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from sphereface2.evaluation.results import to_dict
 from sphereface2.files import atomic_write
 from sphereface2.study.measure import PairMeasures, PairSetFacts, PeopleMeasures
+from sphereface2.training.report import TrainingFacts
 
 RESULT = "cell.json"
 SETS = "sets"
@@ -31,18 +32,6 @@ class CellData:
 
 
 @dataclass(frozen=True)
-class Training:
-    """How long a cell's training was; fields as of `sphereface2.training.report.TrainingFacts`."""
-
-    steps: int
-    images: int
-    seconds: float
-    images_per_second: float
-    ranks: int
-    unreadable: list[str]
-
-
-@dataclass(frozen=True)
 class CellResult:
     """What a study keeps of a finished run.
 
@@ -59,7 +48,7 @@ class CellResult:
     config: dict[str, Any]
     data: CellData
     environment: list[dict[str, Any]]
-    training: Training
+    training: TrainingFacts
     validation: dict[float, float | None]
     test: PeopleMeasures
     pairs: list[PairMeasures]

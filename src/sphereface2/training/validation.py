@@ -11,7 +11,7 @@ from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
-from sphereface2.evaluation.all_pairs import all_pairs_tar
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.verification import kfold_accuracy, pair_scores
 from sphereface2.images import read_image
 from sphereface2.training.config import ValidationConfig
@@ -67,7 +67,7 @@ class Validation:
                     )
                     lost = np.flatnonzero(~read)
                     unreadable = [self.source.name(int(self.held_out[i])) for i in lost]
-                    found = all_pairs_tar(embeddings[read], labels[read], self.config.fars)
+                    found = evaluate_all_pairs(embeddings[read], labels[read], self.config.fars)
                     resolved = {p.at: p.value for p in found.tar if p.value is not None}
                     for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
                         figures[f"held-out TAR@{far:g}"] = resolved[far]

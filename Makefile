@@ -38,11 +38,12 @@ test: install  ## run the tests
 test-slow: install  ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1800
 
-check: install  ## lint, format, types and the direction of imports
+check: install  ## lint, format, types, direction of imports, declared packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/deptry src
 
 bench: install  ## measure every performance claim
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

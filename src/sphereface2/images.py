@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from sphereface2.errors import UserError
+from sphereface2.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -180,13 +181,9 @@ def _formats_for(content: bytes | bytearray | memoryview, name: str) -> tuple[st
     brand = bytes(content[4:12])
     if brand[:4] != b"ftyp" or brand[4:6] in (b"av", b"jp"):  # AVIF, JPEG 2000
         return _FORMATS
-    try:
-        import pillow_heif
-    except ImportError as error:
-        raise UserError(
-            f"{name} is a HEIC image, which needs pillow-heif; install it with "
-            "pip install 'sphereface2[heif]'"
-        ) from error
+    require(f"HEIC images such as {name}", "pillow_heif")
+    import pillow_heif
+
     pillow_heif.register_heif_opener()
     return (*_FORMATS, "HEIF")
 

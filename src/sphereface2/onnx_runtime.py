@@ -7,8 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sphereface2.errors import UserError
-
 
 def load() -> ModuleType:
     """Import the module ``onnxruntime``; every import of it in the package goes through here.
@@ -16,16 +14,10 @@ def load() -> ModuleType:
     ONNX Runtime 1.32 and later writes a device identifier below ``$HOME`` and asks a telemetry host
     when it starts, unless this environment variable is set before the import.
 
-    Raises:
-        UserError: it is not installed.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            "ONNX files need ONNX Runtime: pip install 'sphereface2[export]'"
-        ) from error
+    import onnxruntime
+
     return onnxruntime
 
 
@@ -37,7 +29,6 @@ def session(model: bytes | Path, *, threads: int | None = None) -> Any:
         threads: of one operator; by default ``OMP_NUM_THREADS``, else one a core of this process.
 
     Raises:
-        UserError: ONNX Runtime is not installed.
         Exception: of ONNX Runtime, which has no common base class: the model is damaged.
     """
     runtime = load()

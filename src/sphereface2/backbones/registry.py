@@ -11,6 +11,7 @@ from sphereface2.backbones import iresnet, mobilefacenet, sfnet, timm_adaptor
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
 from sphereface2.errors import UserError, did_you_mean
+from sphereface2.extras import require
 from sphereface2.registry import Registry, keyword_defaults
 
 _BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
@@ -115,8 +116,7 @@ def _find(name: str) -> Callable[..., Backbone]:
             f"there is no backbone {name!r}{did_you_mean(name, known)}; "
             f"available: {', '.join(available())}, and any timm model as timm/NAME"
         )
-    if not timm_adaptor.installed():
-        raise UserError(f"{name} needs timm: pip install 'sphereface2[timm]'")
+    require(f"backbones such as {name}", "timm")
     raise UserError(f"timm has no model {model!r}{did_you_mean(model, timm_adaptor.names())}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphereface2.errors import UserError
+from sphereface2.extras import require
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, chosen_rows
 
@@ -67,12 +67,9 @@ class HardNegatives:
     """
 
     def __init__(self, share: float, rebuild_every: int = 100) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise UserError(
-                "hard negatives need the package faiss-cpu: pip install 'sphereface2[hard]'"
-            ) from error
+        require("hard negatives", "faiss")
+        import faiss
+
         self.faiss: Any = faiss
         self.share, self.rebuild_every = share, rebuild_every
         self.index: Any = None

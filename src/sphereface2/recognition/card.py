@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sphereface2.errors import UserError
+from sphereface2.extras import require
 from sphereface2.version import __version__
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def model_card(
         license_name: the name of another one, with ``license="other"``.
         license_link: where that one can be read.
     """
+    require("model cards", "huggingface_hub")
     from huggingface_hub import ModelCardData
 
     facts: dict[str, Any] = network.metadata.get("training") or {}

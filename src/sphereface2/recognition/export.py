@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import tempfile
@@ -26,6 +25,7 @@ from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
+from sphereface2.extras import require
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
 from sphereface2.version import __version__
@@ -192,13 +192,7 @@ def _target(checkpoint: Path, out: str | Path | None, suffix: str, int8: bool) -
 
 def _require_onnx() -> None:
     onnx_runtime.load()  # before onnxscript, which imports it where it is installed
-    for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(
-                f"exporting to ONNX needs {name}: pip install 'sphereface2[export]'"
-            ) from error
+    require("exports to ONNX", "onnx", "onnxscript")
 
 
 def _bytes(net: nn.Module) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.extras import require
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
 
@@ -46,11 +47,10 @@ def compute(
     """
     if not numbers:
         return
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'sphereface2[ray]'") from error
+    require("runs with --engine ray", "ray")
+    import ray
+    import ray.data
+
     # A user's images are private: no report of use is sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = not ray.is_initialized()

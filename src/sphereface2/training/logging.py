@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +28,7 @@ from sphereface2.files import atomic_write, writing
 
 def environment() -> dict[str, Any]:
     """Versions and hardware that a result depends on."""
-    packages = ["sphereface2", "torch", "torchvision", "numpy", "opencv-python-headless"]
+    packages = ["sphereface2", "torch", "numpy", "opencv-python-headless"]
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -69,16 +70,12 @@ class RunLog:
         self._total, self._start = total_steps, start_step
         if not main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = path = folder / "metrics.jsonl"
         kept = _lines_up_to(path, start_step, pending) if start_step and path.exists() else []
         with writing(path):
             atomic_write(path, "".join(line + "\n" for line in kept).encode())
             self._file = path.open("a")
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self._board = _board(folder / "tensorboard", start_step)
 
     def __enter__(self) -> Self:
         if self.main and sys.stdout.isatty():
@@ -108,7 +105,8 @@ class RunLog:
             self._progress.stop()
         if self.main:
             self._file.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
 
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Log a training step: ``values`` as the trainer makes them."""
@@ -148,7 +146,17 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._board is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _board(folder: Path, start_step: int) -> Any:
+    """TensorBoard's writer of events; None where the package tensorboard is not installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
 
 def _lines_up_to(path: Path, step: int, pending: bool) -> list[str]:

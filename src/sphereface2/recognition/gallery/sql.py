@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from sphereface2.errors import UserError
+from sphereface2.extras import require
 from sphereface2.recognition.gallery.types import GalleryUnavailableError
 
 STORAGES = ("float32", "float16")
@@ -182,8 +183,7 @@ class Database:
                 raise UserError(
                     f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
                 )
-            import pgvector  # noqa: F401
-
+            require("galleries on PostgreSQL", "psycopg", "pgvector")
             engine = sa.create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24)
             sa.event.listen(engine, "connect", _tune)
         except (ArgumentError, NoSuchModuleError, ValueError) as error:
@@ -192,11 +192,6 @@ class Database:
             raise UserError(
                 "the gallery's address cannot be read; give a file or "
                 "postgresql+psycopg://user:password@host/database"
-            ) from error
-        except ImportError as error:
-            raise UserError(
-                "a gallery on PostgreSQL needs psycopg and pgvector: "
-                "pip install 'sphereface2[postgresql]'"
             ) from error
         return cls(engine, url.render_as_string(hide_password=True))
 

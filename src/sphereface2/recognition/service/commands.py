@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from sphereface2.errors import UserError, check_count, check_number
+from sphereface2.errors import check_count, check_number
+from sphereface2.extras import require
 from sphereface2.recognition.service import keys as key_file
-
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "limits")
 
 
 def serve(
@@ -70,11 +68,7 @@ def serve(
         UserError: a value out of range, an address that is open and unprotected, a foreign
             gallery, or the service's packages are not installed.
     """
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise UserError(
-            f"the service needs {', '.join(missing)}: install it with "
-            "pip install 'sphereface2[serve]'"
-        )
+    require("services", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "limits")
     check_number("--port", port, least=0, most=65535)
     check_count("--max-batch", max_batch, 1)
     check_count("--max-queue", max_queue, 1)

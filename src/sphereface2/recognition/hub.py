@@ -8,6 +8,7 @@ from typing import Any
 
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
+from sphereface2.extras import require
 from sphereface2.evaluation.calibration import FILE as CALIBRATION
 from sphereface2.recognition.card import FILE as CARD
 
@@ -45,6 +46,7 @@ def model_folder(path: str | Path, *, revision: str | None = None, **options: An
         if revision is not None:
             raise UserError(f"{path} is a local path, which has no revision: leave it out")
         return bundle.resolve(path).resolve()
+    require("models on the hub", "huggingface_hub")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -71,6 +73,7 @@ def upload(
     folder: Path, repo_id: str, *, private: bool | None, token: str | None, **options: Any
 ) -> str:
     """Upload a model folder as one commit, creating the repository; returns its address."""
+    require("models on the hub", "huggingface_hub")
     import huggingface_hub
 
     api = huggingface_hub.HfApi(token=token)

@@ -103,7 +103,7 @@ def add(
         replace: Remove the person's older images.
         keep_crops: Keep the crops in the gallery, to show them and to embed them again.
         storage: How a new gallery holds embeddings; float16 takes half the space.
-        device: cpu, cuda or mps; by default the best there is.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
 
     Returns:
         ``people`` and ``images`` added, ``there`` (images that were enrolled already), and
@@ -268,7 +268,7 @@ def search(
         exact: Compare with every image even where the gallery has an approximate index.
         aligned: The images are aligned crops already.
         faces: Look for the largest and most central face of an image, or for all.
-        device: cpu, cuda or mps; by default the best there is.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of lines.
 
     Returns:
@@ -362,7 +362,7 @@ def verify(
         far: Accept at the model's calibrated threshold for this false accept rate.
         threshold: Accept from this similarity on, instead.
         aligned: The images are aligned crops already.
-        device: cpu, cuda or mps; by default the best there is.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of lines.
 
     Returns:
@@ -538,7 +538,7 @@ def reembed(
         model: The new model: a run, a model folder or a hub id.
         drop_missing: Leave out people and images whose files are gone; without it they are an
             error and nothing changes.
-        device: cpu, cuda or mps; by default the best there is.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
 
     Returns:
         ``people``: how many there are now; ``gone``: the names of those who were left out whole;

@@ -8,8 +8,8 @@ from typing import Any
 
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
-from sphereface2.extras import require
 from sphereface2.evaluation.calibration import FILE as CALIBRATION
+from sphereface2.extras import require
 from sphereface2.recognition.card import FILE as CARD
 
 #: All that is ever fetched: weights without code, JSON and a text.

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from sphereface2.data.conditions import LabelNoise, Subset, choose, corrupt
 from sphereface2.errors import UserError
+from sphereface2.training.config import load
 
 LABELS = np.random.default_rng(3).permutation(np.repeat(np.arange(10, 60), range(1, 51)))
 
@@ -36,9 +37,8 @@ def test_smaller_subsets_lie_within_larger_ones():
     assert set(small) < set(large)
     assert not np.array_equal(choose(LABELS, Subset(10, seed=1)), choose(LABELS, Subset(10)))
     assert np.array_equal(choose(LABELS, Subset()), np.arange(len(LABELS)))
-    for wrong in (Subset(51), Subset(1), Subset(images_per_person=0), Subset(tail=-1)):
-        with pytest.raises(UserError, match="must be"):
-            choose(LABELS, wrong)
+    with pytest.raises(UserError, match="must be ≤ 50"):
+        choose(LABELS, Subset(51))
 
 
 @given(st.floats(0, 0.9), st.sampled_from(["uniform", "pairs"]), st.integers(0, 5))
@@ -59,5 +59,20 @@ def test_uniform_noise_reaches_everybody_else_alike():
     noisy = corrupt(np.zeros(60_000, int) + np.repeat([0, 4], 30_000), LabelNoise(0.5))
     of_first = np.bincount(noisy[:30_000], minlength=5)[1:] / 15_000
     assert np.allclose(of_first, 0.25, atol=0.02)
-    with pytest.raises(UserError, match="share"):
-        corrupt(LABELS, LabelNoise(1.0))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "subset.people=1",
+        "subset.images_per_person=0",
+        "subset.tail=-1",
+        "subset.tail=.nan",
+        "subset.seed=-1",
+        "label_noise.share=1",
+        "label_noise.share=.nan",
+    ],
+)
+def test_settings_out_of_range_are_named_when_they_are_read(setting):
+    with pytest.raises(UserError, match=rf"data\.{setting.partition('=')[0]} must be"):
+        load(None, [f"--data.{setting}"])

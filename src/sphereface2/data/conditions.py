@@ -1,40 +1,43 @@
-"""Conditions put on training data for a study: fewer people or pictures, wrong labels."""
+"""Conditions put on training data for a study: fewer people or images, wrong labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from sphereface2.errors import UserError
+
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass
 class Subset:
     """Which people and how many of their images to train on; all by default."""
 
-    people: int | None = None
+    people: Annotated[int, Field(ge=2)] | None = None
     """People kept, drawn at random; ``null``: all."""
-    images_per_person: int | None = None
+    images_per_person: Annotated[int, Field(ge=1)] | None = None
     """The most images kept of a person, drawn at random; ``null``: all."""
-    tail: float = 0.0
+    tail: Annotated[float, Field(ge=0)] = 0.0
     """A long tail: of the k-th person, k = 0, 1, …, by number of images, at most
     max(1, round(most · (k + 1)^-tail)) images are kept, where ``most`` is ``images_per_person``,
     or the largest number there is. 0: no tail."""
-    seed: int = 0
+    seed: _Seed = 0
 
 
 @dataclass
 class LabelNoise:
     """Training labels replaced by wrong ones; never those of held-out people."""
 
-    share: float = 0.0
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the training images, in [0, 1)."""
     kind: Literal["uniform", "pairs"] = "uniform"
     """``uniform``: another person, each alike. ``pairs``: people are paired off at random, and a
     wrong label is always the partner's, as when two people are mixed up."""
-    seed: int = 0
+    seed: _Seed = 0
 
 
 def choose(labels: np.ndarray, subset: Subset) -> np.ndarray:
@@ -44,19 +47,15 @@ def choose(labels: np.ndarray, subset: Subset) -> np.ndarray:
     kept by a larger one, and likewise the images of a person.
 
     Raises:
-        UserError: more people asked for than there are, or a number out of range.
+        UserError: more people asked for than there are.
     """
     people, of = np.unique(labels, return_inverse=True)
     most = subset.images_per_person
-    if subset.people is not None and not 2 <= subset.people <= len(people):
+    if subset.people is not None and subset.people > len(people):
         raise UserError(
-            f"data.subset.people = {subset.people}: must be between 2 and the {len(people)} people "
-            "there are to train on"
+            f"data.subset.people must be ≤ {len(people)}, the people there are to train on, "
+            f"got {subset.people}"
         )
-    if most is not None and most < 1:
-        raise UserError(f"data.subset.images_per_person = {most}: must be at least 1")
-    if subset.tail < 0:
-        raise UserError(f"data.subset.tail = {subset.tail}: must be at least 0")
     rng = np.random.default_rng(subset.seed)
     draw = rng.permutation(len(people))  # place -> person
     shuffled = rng.permutation(len(labels))
@@ -82,10 +81,8 @@ def corrupt(classes: np.ndarray, noise: LabelNoise) -> np.ndarray:
     With ``pairs`` and an odd C one person has no partner and keeps all labels.
 
     Raises:
-        UserError: a share outside [0, 1), or noise among fewer than two people.
+        UserError: noise among fewer than two people.
     """
-    if not 0 <= noise.share < 1:
-        raise UserError(f"data.label_noise.share = {noise.share:g}: must be in [0, 1)")
     if not noise.share:
         return classes
     count = int(classes.max()) + 1 if len(classes) else 0

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_number
 
 # One image is far too small to be worth OpenCV's own threads, which fight with the workers'.
 cv2.setNumThreads(0)
@@ -64,25 +64,19 @@ class Augmentation:
     erase_area: tuple[float, float] = (0.02, 0.15)
 
     def __post_init__(self) -> None:
-        if self.size < 8:
-            raise UserError(f"image size {self.size} is too small; give 8 or more")
-        for name in ("flip", "affine", "crop", "low_resolution", "photometric", "jpeg", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augmentation.{name} is a probability, not {getattr(self, name)}")
-        for name in ("scale", "crop_pad", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"augmentation.{name} must lie in [0, 1), not {getattr(self, name)}"
-                )
-        if not 0 < self.low_resolution_min <= 1:
-            raise UserError(
-                f"augmentation.low_resolution_min must lie in (0, 1], not {self.low_resolution_min}"
-            )
-        if not 1 <= self.jpeg_quality <= 95:
-            raise UserError(f"augmentation.jpeg_quality must be 1…95, not {self.jpeg_quality}")
+        def check(names: str, **bounds: float) -> None:
+            for name in names.split():
+                check_number(f"augmentation.{name}", getattr(self, name), **bounds)
+
+        check("size", least=8)
+        check("flip affine crop low_resolution photometric jpeg erase", least=0, most=1)
+        check("scale crop_pad brightness contrast saturation", least=0, below=1)
+        check("low_resolution_min", above=0, most=1)
+        check("jpeg_quality", least=1, most=95)
+        check("rotation")
         low, high = self.erase_area
         if not 0 < low <= high <= 1:
-            raise UserError(f"augmentation.erase_area must ascend in (0, 1], not {self.erase_area}")
+            raise UserError(f"augmentation.erase_area must ascend in (0, 1], got {self.erase_area}")
 
     @classmethod
     def none(cls, size: int = 112) -> Augmentation:

@@ -23,7 +23,6 @@ FOLDER = Path(__file__).resolve().parents[2] / ".gpu"
 WHEELS = (
     "cyclopts",
     "docstring-parser",
-    "docutils",
     "rich-rst",
     "pydantic",
     "pydantic-core",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import multiprocessing.connection
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,22 @@ SIGNALS = [
 ]
 # A terminal's Ctrl-C reaches a process itself and again through its launcher: that is one.
 _SAME = 1.0
+STOPPED = "stopped; what is done is kept: run the same command again to go on"
+"""Said by commands whose work is many small parts."""
+
 # Seconds in which a process ends once its parent has died.
 _ORPHAN = 20.0
+
+
+PARENT = "SPHEREFACE2_PARENT"
+"""Environment variable: the process without which its child must not go on."""
+
+
+def parent() -> int | None:
+    """The process whose death ends this one: who set `PARENT`, or torchrun; None otherwise."""
+    if PARENT in os.environ:
+        return int(os.environ[PARENT])
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 class Stopper:
@@ -129,16 +142,17 @@ class Stopper:
 def in_worker() -> None:
     """For the start of a worker process: its parent alone takes signals, and decides its end.
 
-    A signal to the whole process group would end workers in the middle of a step. On Linux they
-    die with their parent, however it dies.
+    A signal to the whole process group would end workers in the middle of a step. They end when
+    their parent does, however that ends.
     """
     signal.set_wakeup_fd(-1)
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
 
 
-def die_with_parent() -> None:
-    """On Linux, be killed when the parent dies; elsewhere nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _follow(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import os
-import threading
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from sphereface2.align.template import check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 from sphereface2.images import read_image
+from sphereface2.signals import in_worker
 
 _QUALITY = 95
 
@@ -138,18 +135,11 @@ _cropper: Cropper | None = None
 
 
 def start_worker(settings: Settings) -> None:
-    """Prepare a worker process; it ends with its parent, however that ends."""
+    """Prepare a worker process."""
     global _cropper
     cv2.setNumThreads(1)  # one process a core is faster than threads within
     _cropper = Cropper(settings)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
-
-
-def _follow(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+    in_worker()
 
 
 def run_in_worker(jobs: list[Job]) -> list[dict[str, Any]]:

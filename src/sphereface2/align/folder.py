@@ -24,6 +24,7 @@ from sphereface2.data.folder import images_below
 from sphereface2.errors import UserError
 from sphereface2.files import TEMPORARY, atomic_write, lock, printable
 from sphereface2.images import SUFFIXES
+from sphereface2.signals import STOPPED, Stopper
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
@@ -96,7 +97,7 @@ def align(
     Cropper(settings)  # a wrong setting or a missing package shows here, once
     names, passed_over = _names(source, target, known)
     try:
-        with _open(target, source, settings) as journal:
+        with Stopper(STOPPED), _open(target, source, settings) as journal:
             jobs = [job for job in _jobs(source, target, names, known) if not journal.holds(job)]
             skipped = len(names) - len(jobs)
             for job in jobs:

@@ -13,6 +13,7 @@ from sphereface2.errors import UserError
 from sphereface2.recognition import ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import DTYPES, Job, Parts, metadata, open_images
+from sphereface2.signals import STOPPED, Stopper
 
 _ENGINES = ("local", "ray")
 
@@ -112,7 +113,7 @@ def embed_set(
     start = time.perf_counter()
     parts = Parts(out, job)
     if not parts.finished():
-        with parts.open() as missing, console.bars(counted=True) as bars:
+        with Stopper(STOPPED), parts.open() as missing, console.bars(counted=True) as bars:
             task = bars.add_task("embedding", total=job.images)
             bars.advance(task, job.images - sum(len(job.rows(number)) for number in missing))
 

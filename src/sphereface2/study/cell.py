@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sphereface2.embedder import Embedder
-from sphereface2.errors import UserError
+from sphereface2.errors import Stopped, UserError
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.study.measure import (
     PairMeasures,
@@ -96,6 +96,9 @@ def main() -> None:
     """Run the cell that the command line names."""
     try:
         run(Path(sys.argv[1]), sys.argv[2:])
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from sphereface2.data.locate import locate
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock
+from sphereface2.signals import PARENT, STOPPED, Stopper
 from sphereface2.study import design
 from sphereface2.study.design import Cell, Study
 from sphereface2.study.stored import CellResult, read_result
@@ -60,9 +60,7 @@ def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     cells.mkdir(parents=True, exist_ok=True)
-    # A scheduler ends a job by SIGTERM, which by itself would leave the cells' processes behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _locked(cells, study.name):
+    with Stopper(STOPPED), _locked(cells, study.name):
         runner = _Runner(study, cells, jobs)
         # Trials are chosen by the validation people alone.
         failed = runner.run("trials", design.trials(study), pairs=())
@@ -195,7 +193,7 @@ class _Runner:
         atomic_write(folder / "config.yaml", configuration.dump(cell.config).encode())
         (folder / FAILURE).unlink(missing_ok=True)
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         command = [sys.executable, "-m", "sphereface2.study.cell", str(folder), *self.study.pairs]
         start = time.monotonic()
         with (folder / "log.txt").open("ab") as log:
@@ -209,6 +207,8 @@ class _Runner:
             status = child.wait()
             with self.lock:
                 self.children.discard(child)
+        if status and self.stopping:
+            return "stopped"
         if status:
             end = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
             told = "\n".join([f"exit status {status}", *end])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from sphereface2.device import resolve
 from sphereface2.errors import Stopped, UserError
-from sphereface2.signals import SIGNALS, Stopper
+from sphereface2.signals import PARENT, SIGNALS, Stopper
 
 T = TypeVar("T")
 
@@ -29,7 +29,6 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # Seconds that ranks have to end by themselves once one of them has failed.
 _GRACE = 10.0
-_LAUNCHER = "SPHEREFACE2_LAUNCHER"
 
 
 @dataclass(frozen=True)
@@ -230,13 +229,6 @@ def _fresh_store(rank: int, size: int) -> dist.Store:
     )
 
 
-def parent() -> int | None:
-    """The process that started this rank and without which it must not go on; None alone."""
-    if _LAUNCHER in os.environ:
-        return int(os.environ[_LAUNCHER])
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
 def launch(count: int, words: Sequence[str]) -> None:
     """Run ``python WORDS`` as ``count`` ranks on this machine.
 
@@ -253,7 +245,7 @@ def launch(count: int, words: Sequence[str]) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, not in rank 0
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        _LAUNCHER: str(os.getpid()),
+        PARENT: str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     ranks: list[subprocess.Popen[bytes]] = []

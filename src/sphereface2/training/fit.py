@@ -24,12 +24,12 @@ from sphereface2.data.source import Source
 from sphereface2.data.split import split_people
 from sphereface2.errors import UserError
 from sphereface2.files import owned
-from sphereface2.signals import Stopper
+from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
 from sphereface2.training import resuming
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
-from sphereface2.training.distributed import World, launch, parent, world
+from sphereface2.training.distributed import World, launch, world
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
 from sphereface2.training.trainer import Progress, Trainer

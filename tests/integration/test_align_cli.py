@@ -18,6 +18,7 @@ from sphereface2.align.folder import align as align_folder
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
+from sphereface2.signals import STOPPED
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -57,12 +58,17 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by /proc")
-def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_ended_and_run_again_it_ends_as_if_never_ended(photos, tmp_path, how):
     whole = align(photos, tmp_path / "whole", "--workers", 1)
     assert whole.returncode == 0, whole.stderr
     cut = tmp_path / "cut"
     running = subprocess.Popen(
-        command(photos, cut, "--workers", 2), stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(photos, cut, "--workers", 2),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
     )
     journal = cut / "faces.jsonl"
     limit = time.monotonic() + 60
@@ -70,8 +76,13 @@ def test_killed_and_run_again_it_ends_as_if_never_killed(photos, tmp_path):
         assert running.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
     workers = children(running.pid)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    if how == signal.SIGKILL:
+        os.kill(running.pid, how)
+    else:
+        os.killpg(running.pid, how)  # as a terminal does
+    _, told = running.communicate()
+    if how == signal.SIGINT:
+        assert (running.returncode, told) == (130, f"{STOPPED}\n")
     limit = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < limit, "workers outlive their parent"

@@ -21,6 +21,7 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.recognition.features import embed_set
+from sphereface2.signals import STOPPED
 
 RAW = Path(__file__).parents[3] / "shared" / "data" / "lfw_raw_fold1"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -45,7 +46,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_killed_in_its_midst_it_goes_on_to_the_same_file(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_in_its_midst_it_goes_on_to_the_same_file(
+    model: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     faces = synthetic.write(tmp_path / "set", people=40, images_per_person=16, pairs_per_fold=2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -62,8 +66,10 @@ def test_killed_in_its_midst_it_goes_on_to_the_same_file(model: Path, tmp_path: 
         deadline = time.monotonic() + 60
         while len(list(parts.glob("0*.parquet"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and not out.exists()
+        process.send_signal(how)
+        _, told = process.communicate()
+    status, said = (-9, b"") if how == signal.SIGKILL else (143, f"{STOPPED}\n".encode())
+    assert (process.returncode, told) == (status, said) and not out.exists()
     done = {path: path.stat().st_mtime_ns for path in parts.glob("0*.parquet")}
     assert 3 <= len(done) < 20
     # What a kill between a part's bytes and its name leaves behind must do no harm.

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from sphereface2.data import synthetic
+from sphereface2.signals import STOPPED
 
 COMMAND = [sys.executable, "-m", "sphereface2", "study"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -127,6 +128,8 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
     with subprocess.Popen(
         [*COMMAND, "run", study, "--cells", cells],
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=ENVIRONMENT,
     ) as process:
         deadline = time.monotonic() + 120
@@ -137,7 +140,9 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
         assert refused.returncode == 2
         assert "another study is being run" in refused.stderr
         process.send_signal(signal.SIGTERM)
-    assert process.returncode == 143
+        _, told = process.communicate()
+    assert (process.returncode, told) == (143, f"{STOPPED}\n")
+    assert not list(cells.glob("*/failed.txt"))
     (cell,) = (path.parent for path in cells.glob("*/config.yaml"))
     # Its process went too: nobody trains on.
     steps = (cell / "metrics.jsonl").read_text()

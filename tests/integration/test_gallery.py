@@ -25,7 +25,7 @@ from sphereface2.recognition.gallery import (
     decide,
     types,
 )
-from sphereface2.recognition.gallery import gallery as module
+from sphereface2.recognition.gallery import rows as module
 from sphereface2.recognition.gallery import search as searching
 
 MODEL, DIM = "a" * 64, 16
@@ -312,7 +312,7 @@ def test_a_matrix_is_brought_up_to_date_and_not_read_again(
             other.add(f"p{i % 40}", vectors(800 + i, 2), replace=True)
             people[f"p{i % 40}"] = vectors(800 + i, 2)
             agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
-        resident = gallery._residents[0]
+        resident = gallery._search._residents[0]
         assert resident._view is not None and len(resident._view.rows) < 2 * resident._view.images
         assert len(read) == 60
 
@@ -395,7 +395,7 @@ def test_another_model_is_refused_by_name(address: str, tmp_path: Path) -> None:
         opened(address, fingerprint="b" * 64)
     with pytest.raises(UserError, match="16 numbers and the model gives 32"):
         opened(address, dim=32)
-    with pytest.raises(UserError, match="did you mean 'float16'"):
+    with pytest.raises(UserError, match="must be one of 'float32', 'float16'"):
         opened(address, storage="flot16")
     with opened(address) as gallery, gallery._db.write() as connection:
         connection.exec_driver_sql("UPDATE stamp SET format_version = 2")
@@ -472,9 +472,9 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
     def files() -> list[str]:
         return sorted(p.name for p in tmp_path.iterdir() if "hnsw" in p.name)
 
-    def ready(gallery: Gallery) -> searching.Hnsw:
+    def ready(gallery: Gallery) -> Hnsw:
         gallery.warm_up()
-        hnsw = gallery._residents[0].hnsw
+        hnsw = gallery._search._residents[0].hnsw
         assert hnsw is not None
         hnsw.wait()
         assert hnsw.ready
@@ -493,7 +493,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
             other.add(f"new {step}", vectors(700 + step, 3))
             people[f"new {step}"] = vectors(700 + step, 3)
             agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
-            view = gallery._residents[0]._view
+            view = gallery._search._residents[0]._view
             assert view is not None and hnsw.search(view, unit(probes)[0], 3) is not None
         gallery.close()
         assert files() == ["g.db-hnsw-aaaaaaaa"]  # with those added

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,44 +11,30 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2 import __version__
-from sphereface2.errors import UserError, did_you_mean
-from sphereface2.recognition.gallery import search as searching
-from sphereface2.recognition.gallery.sql import STORAGES, Database, Tables, stamp
+from sphereface2.errors import UserError, check_choice
+from sphereface2.recognition.gallery import stamps
+from sphereface2.recognition.gallery.engines import FileSearch, ServerSearch
+from sphereface2.recognition.gallery.rows import STORAGES, Refused, Rows, Stored
+from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.types import (
     FUSIONS,
     MOST_K,
     Checked,
     Enrolment,
-    Image,
     Match,
     NoGalleryError,
     Person,
-    PersonExistsError,
     UnknownPersonError,
-    check_count,
     checked,
-    image_ids,
     metadata_json,
     person_key,
     person_name,
-    template,
     unit,
 )
+from sphereface2.version import __version__
 
-FORMAT_VERSION = 1
 #: Images that one transaction of `Gallery.add_many` holds.
 BATCH_IMAGES = 1_500
-#: From so many images on, a long-lived process keeps an approximate index beside SQLite.
-HNSW_FROM = 200_000
-_KEYS = 500  # in one IN (…)
-_STATE = (
-    "SELECT (SELECT fingerprint FROM stamp), "
-    "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
-)
-
-#: Somebody with their images: what `Gallery.reembed` hands out.
-Stored = tuple[Person, list[Image]]
 
 
 class Embedder(Protocol):
@@ -80,28 +63,17 @@ class Gallery:
     """
 
     def __init__(self, database: Database, row: Any) -> None:
-        self._db, self._stamp = database, row
-        self._closed = self._warm = self.unerased = False
-        tables = Tables.of(row.storage)
-        self._people, self._images = tables.people, tables.images
-        described = (
-            self._people.c.id,
-            self._people.c.name,
-            self._people.c.metadata,
-            sa.select(sa.func.count())
-            .where(self._images.c.person == self._people.c.id)
-            .scalar_subquery()
-            .label("count"),
-            sa.exists()
-            .where(self._images.c.person == self._people.c.id, self._images.c.crop.is_not(None))
-            .label("has_crop"),
-        )
-        self._described = sa.select(*described)
-        self._describing = str(self._described.compile(database.engine))
-        keys: Any = sa.bindparam("keys", expanding=True)
-        self._by_key = self._described.where(self._people.c.id.in_(keys))
-        residents = (("images", "person", "id", "embedding"), ("people", "id", "id", "template"))
-        self._residents = [searching.Resident(*r, row.dim, row.storage) for r in residents]
+        self._db, self._closed, self.unerased = database, False, False
+        self._take(row)
+
+    def _take(self, row: Any) -> None:
+        """Work by this stamp."""
+        if hasattr(self, "_search"):
+            self._search.close()
+        self._stamp = row
+        self._rows = Rows(self._db.is_file, row.storage)
+        engine = FileSearch if self._db.is_file else ServerSearch
+        self._search: FileSearch | ServerSearch = engine(self._db, self._rows, row)
 
     # -- opening and closing ---------------------------------------------------------------------
 
@@ -136,25 +108,22 @@ class Gallery:
         """
         if embedder is not None:
             fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
-        if storage is not None and storage not in STORAGES:
-            raise UserError(
-                f"there is no storage {storage!r}{did_you_mean(storage, STORAGES)}; choose from "
-                f"{', '.join(STORAGES)}"
-            )
+        if storage is not None:
+            check_choice("storage", storage, STORAGES)
         create = create and fingerprint is not None and dim is not None
         database = Database.connect(uri, create=create)
-        missing = NoGalleryError(
-            f"there is no gallery at {database.name}; `sphereface2 gallery add` creates one"
-        )
-        if database.path is not None and not database.path.exists():
-            raise missing
         try:
-            row = database.stamped()
+            row = None
+            if database.path is None or database.path.exists():
+                with database.read() as connection:
+                    row = stamps.read(connection)
+            if row is None and not create:
+                raise NoGalleryError(
+                    f"there is no gallery at {database.name}; `sphereface2 gallery add` creates one"
+                )
             if row is None:
-                if not create:
-                    raise missing
-                assert fingerprint is not None and dim is not None
-                row = _create(database, fingerprint, dim, model, storage or "float32")
+                facts = {"fingerprint": fingerprint, "dim": dim, "model": model}
+                row = stamps.create(database, storage=storage or STORAGES[0], **facts)
             gallery = cls(database, row)
             gallery.check(fingerprint, dim, storage)
             database.erase(patience=0)  # what a process left behind that was killed
@@ -167,9 +136,7 @@ class Gallery:
         """Let go of the gallery. May be called twice."""
         if not self._closed:
             self._closed = True
-            if (hnsw := self._residents[0].hnsw) is not None:
-                hnsw.stop()
-                hnsw.save()
+            self._search.close()
             self._db.close()
 
     def __enter__(self) -> Gallery:
@@ -182,28 +149,7 @@ class Gallery:
         self, fingerprint: str | None, dim: int | None = None, storage: str | None = None
     ) -> None:
         """UserError unless the gallery is of this model and storage; None is any."""
-        row, uri = self._stamp, self.uri
-        if row.format_version != FORMAT_VERSION:
-            raise UserError(
-                f"the gallery {uri} has format version {row.format_version} and this package reads "
-                f"{FORMAT_VERSION}: use the package version that wrote it ({row.package_version})"
-            )
-        if fingerprint is not None and row.fingerprint != fingerprint:
-            raise UserError(
-                f"the gallery {uri} holds embeddings of the model {row.fingerprint[:12]} and the "
-                f"model given is {fingerprint[:12]}: use the former, or move the gallery to the "
-                "latter with `sphereface2 gallery reembed`"
-            )
-        if dim is not None and row.dim != dim:
-            raise UserError(
-                f"the gallery {uri} holds embeddings of {row.dim} numbers and the model gives "
-                f"{dim}: use the model it was made with"
-            )
-        if storage is not None and row.storage != storage:
-            raise UserError(
-                f"the gallery {uri} was made with the storage {row.storage}, not {storage}: leave "
-                "the option out, or make another gallery"
-            )
+        stamps.check(self._stamp, self.uri, fingerprint=fingerprint, dim=dim, storage=storage)
 
     @property
     def is_file(self) -> bool:
@@ -237,24 +183,19 @@ class Gallery:
         """One state of the database."""
         self._check_open()
         with self._db.read() as connection:
-            self._check_model(connection.scalar(sa.select(stamp.c.fingerprint)))
+            fingerprint = connection.scalar(sa.select(stamps.stamp.c.fingerprint))
+            stamps.check_moved(self._db, self._stamp, fingerprint)
             yield connection
 
     @contextmanager
-    def _change(self) -> Iterator[Connection]:
+    def _change(self, *, alone: bool = False) -> Iterator[Connection]:
+        """A change; ``alone``: no other change of anybody's at the same time."""
         self._check_open()
         with self._db.write() as connection:
             # Whoever moves the gallery to another model waits for this change, or this for that.
-            lock = sa.select(stamp.c.fingerprint).with_for_update(read=True)
-            self._check_model(connection.execute(lock).scalar())
+            lock = sa.select(stamps.stamp.c.fingerprint).with_for_update(read=not alone)
+            stamps.check_moved(self._db, self._stamp, connection.scalar(lock))
             yield connection
-
-    def _check_model(self, fingerprint: str | None) -> None:
-        if fingerprint != self.fingerprint:
-            raise UserError(
-                f"the gallery {self.uri} was moved to another model meanwhile; open it again, "
-                "with that one"
-            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -292,7 +233,7 @@ class Gallery:
         """
         item = checked(Enrolment(person, embeddings, metadata, sources, crops), self.dim)
         with self._change() as connection:
-            stored = self._store(connection, [item], replace, known=known)
+            stored = self._rows.add(connection, [item], replace=replace, known=known)
         if replace:
             self._erase()
         return stored[item.key]
@@ -302,7 +243,7 @@ class Gallery:
         people: Iterable[Enrolment],
         *,
         replace: bool = False,
-        refused: Callable[[Enrolment, UserError], None] | None = None,
+        refused: Refused | None = None,
     ) -> Iterator[list[Person]]:
         """Add many people, many in one transaction: yields those stored since last time.
 
@@ -332,104 +273,27 @@ class Gallery:
             yield self._add_batch(waiting, replace, refused)
 
     def _add_batch(
-        self,
-        batch: dict[int, Checked],
-        replace: bool,
-        refused: Callable[[Enrolment, UserError], None] | None,
+        self, batch: dict[int, Checked], replace: bool, refused: Refused | None
     ) -> list[Person]:
         with self._change() as connection:
-            stored = self._store(connection, list(batch.values()), replace, refused)
-            described = self._describe(connection, stored)
+            items = batch.values()
+            stored = self._rows.add(connection, items, replace=replace, refused=refused)
+            described = self._rows.describe(connection, stored)
         if replace:
             self._erase()
-        return [described[key] for key in stored]
-
-    def _store(
-        self,
-        connection: Connection,
-        items: list[Checked],
-        replace: bool,
-        refused: Callable[[Enrolment, UserError], None] | None = None,
-        known: bool | None = None,
-    ) -> dict[int, list[int]]:
-        """Write people and their images: the images' ids by the person's key."""
-        people, images = self._people, self._images
-        # In one order, so that two processes never wait for each other; and touched, so that the
-        # rows of people who are there are locked.
-        items = sorted(items, key=lambda item: item.key)
-        rows = [
-            {"id": i.key, "name": i.name, "metadata": "{}", "template": template(i.vectors)}
-            for i in items
-        ]
-        touch = self._db.insert(people).on_conflict_do_update(
-            index_elements=["id"], set_={"name": people.c.name}
-        )
-        connection.execute(touch, rows)
-        there = self._describe(connection, [item.key for item in items])
-        ids: dict[int, list[int]] = {}
-        new_ids = iter(image_ids(sum(len(item.vectors) for item in items)))
-        added, changed = [], []
-        for item in items:
-            before = there[item.key]
-            if known is False and before.images:
-                raise PersonExistsError(f"{item.name!r} is in the gallery {self.uri} already")
-            if known and not before.images:
-                raise self._nobody(item.name)
-            try:
-                if before.name != item.name:
-                    raise UserError(
-                        f"{item.name!r} cannot be told from {before.name!r}; give another name"
-                    )
-                check_count(item.name, len(item.vectors) + (0 if replace else before.images))
-            except UserError as error:
-                if refused is None:
-                    raise
-                refused(item.enrolment, error)
-                continue
-            ids[item.key] = [next(new_ids) for _ in item.vectors]
-            for row in zip(ids[item.key], item.vectors, item.sources, item.crops, strict=True):
-                added.append(dict(zip(images.c.keys(), (item.key, *row), strict=True)))
-            vectors, metadata = item.vectors, item.metadata
-            if before.images and replace:
-                connection.execute(sa.delete(images).where(images.c.person == item.key))
-            elif before.images:
-                # Of the images themselves, so that it does not drift however often it changes.
-                kept = sa.select(images.c.embedding).where(images.c.person == item.key)
-                vectors = np.stack([*connection.scalars(kept), *vectors])
-            if before.images or metadata is not None:
-                metadata = metadata or json.dumps(before.metadata)
-                changed.append(
-                    {"key": item.key, "metadata": metadata, "template": template(vectors)}
-                )
-        if added:
-            connection.execute(sa.insert(images), added)
-        if changed:
-            one = people.c.id == sa.bindparam("key")
-            connection.execute(sa.update(people).where(one), changed)
-        return ids
-
-    def _nobody(self, name: str) -> UnknownPersonError:
-        return UnknownPersonError(f"there is no {name!r} in the gallery {self.uri}")
+        return list(described.values())
 
     def set_metadata(self, person: str, metadata: dict[str, Any]) -> Person | None:
-        """Put other metadata in the place of a person's; the images stay as they are.
-
-        Args:
-            person: as in `add`.
-            metadata: as in `add`; ``{}`` takes away what was there.
+        """Put other metadata, as in `add`, in the place of a person's.
 
         Returns:
             The person as they are now, or None if nobody of that name is there.
-
-        Raises:
-            UserError: as `add`.
         """
         name = person_name(person)
         key, text = person_key(name), metadata_json(name, metadata)
-        one = self._people.c.id == key
         with self._change() as connection:
-            connection.execute(sa.update(self._people).where(one).values(metadata=text))
-            return self._describe(connection, [key]).get(key)
+            self._rows.set(connection, key, metadata=text)
+            return self._rows.describe(connection, [key]).get(key)
 
     def rename(self, person: str, new_name: str) -> Person | None:
         """Give a person another name.
@@ -438,31 +302,11 @@ class Gallery:
             The person as they are now, or None if nobody of the old name is there.
 
         Raises:
-            UserError: a bad name, or somebody of the new name is there.
+            PersonExistsError: somebody of the new name is there.
         """
-        people, images = self._people, self._images
-        old, name = person_key(person_name(person)), person_name(new_name)
-        key = person_key(name)
+        key, name = person_key(person_name(person)), person_name(new_name)
         with self._change() as connection:
-            there = self._describe(connection, [old, key])
-            if old not in there or old == key:
-                return there.get(old)
-            if key in there:
-                raise PersonExistsError(
-                    f"somebody named {name!r} is there already; remove that person first, or "
-                    "choose another name"
-                )
-            # The key is the name's, so the rows are written again with another.
-            row = sa.select(sa.literal(key), sa.literal(name), *list(people.c)[2:])
-            connection.execute(
-                sa.insert(people).from_select(people.c.keys(), row.where(people.c.id == old))
-            )
-            row = sa.select(sa.literal(key), *list(images.c)[1:])
-            connection.execute(
-                sa.insert(images).from_select(images.c.keys(), row.where(images.c.person == old))
-            )
-            connection.execute(sa.delete(people).where(people.c.id == old))
-            return self._describe(connection, [key])[key]
+            return self._rows.rename(connection, key, name)
 
     def remove(self, person: str) -> int:
         """Remove a person; on SQLite the embeddings' bytes are then in no file, see `unerased`.
@@ -472,11 +316,7 @@ class Gallery:
         """
         key = person_key(person_name(person))
         with self._change() as connection:
-            one = self._people.c.id == key
-            connection.execute(sa.select(self._people.c.id).where(one).with_for_update())
-            images = sa.delete(self._images).where(self._images.c.person == key)
-            count = connection.execute(images).rowcount
-            connection.execute(sa.delete(self._people).where(one))
+            count = self._rows.remove(connection, key)
         if count:
             self._erase()
         return count
@@ -487,26 +327,15 @@ class Gallery:
         Raises:
             UserError: it is the person's last.
         """
-        name, images = person_name(person), self._images
-        key = person_key(name)
+        key = person_key(person_name(person))
         with self._change() as connection:
-            touch = sa.update(self._people).where(self._people.c.id == key)
-            connection.execute(touch.values(name=self._people.c.name))  # locks the row
-            mine = sa.select(images.c.id, images.c.embedding).where(images.c.person == key)
-            rows = {row.id: row.embedding for row in connection.execute(mine)}
-            if rows.pop(image, None) is None:
-                return False
-            if not rows:
-                raise UserError(f"{name!r} has no other image: remove the person instead")
-            one = (images.c.person == key) & (images.c.id == image)
-            connection.execute(sa.delete(images).where(one))
-            connection.execute(touch.values(template=template(np.stack(list(rows.values())))))
-        self._erase()
-        return True
+            removed = self._rows.remove_image(connection, key, image)
+        if removed:
+            self._erase()
+        return removed
 
     def _erase(self) -> None:
-        for file in self._index_files():
-            file.unlink(missing_ok=True)
+        self._search.forget()
         self.unerased = not self._db.erase()
 
     def compact(self) -> None:
@@ -516,7 +345,7 @@ class Gallery:
         and their space is written over when it is used again.
         """
         self._check_open()
-        self._db.vacuum(self._people, self._images)
+        self._db.vacuum(self._rows.people, self._rows.images)
         self._erase()
 
     # -- searching -------------------------------------------------------------------------------
@@ -527,7 +356,7 @@ class Gallery:
         """The k people most like each probe, best first.
 
         The answer does not say whether the best is the right one: compare its score with a
-        calibrated threshold (see `decide`). All probes of a call see one state of the gallery.
+        calibrated threshold (see `decide`). On SQLite, all probes of a call see one state.
 
         Args:
             embeddings: (q, d) or (d,), brought to length 1.
@@ -545,48 +374,11 @@ class Gallery:
         """
         if not 1 <= k <= MOST_K:
             raise UserError(f"k must be from 1 to {MOST_K}, not {k}")
-        _check_fusion(fusion)
-        probes = unit(embeddings, self.dim)
-        if not self._db.is_file:
-            every, mean = exact or self._stamp.hnsw_from is None, fusion == "mean"
-            with self._read() as connection:
-                ranked = [
-                    searching.pgvector(connection, probe, k, mean=mean, every=every)
-                    for probe in probes
-                ]
-                people = self._describe(connection, {key for one in ranked for key, _ in one})
-            return [[_match(people[key], score) for key, score in one] for one in ranked]
-        with self._view(fusion == "mean") as (view, snapshot):
-            hnsw = None if exact or fusion == "mean" else self._index(view)
-            if hnsw is None:
-                ranked = searching.exact(view, probes, k)
-            else:
-                ranked = [
-                    hnsw.search(view, probe, k) or searching.exact(view, probe[None], k)[0]
-                    for probe in probes
-                ]
-            keys = {key for one in ranked for key, _ in one}
-            found = {
-                row[0]: Person(row[1], row[3], json.loads(row[2]), bool(row[4]))
-                for some in _parts(list(keys))
-                for row in snapshot.execute(
-                    f"{self._describing} WHERE people.id IN ({','.join('?' * len(some))})", some
-                )
-            }
-        return [[_match(found[key], score) for key, score in one] for one in ranked]
-
-    @contextmanager
-    def _view(self, mean: bool) -> Iterator[tuple[searching.View, sqlite3.Connection]]:
-        """The matrix of one state of SQLite's database, and the transaction that sees it."""
+        check_choice("fusion", fusion, FUSIONS)
         self._check_open()
-        while True:
-            with self._db.snapshot() as snapshot:
-                fingerprint, seq = snapshot.execute(_STATE).fetchone()
-                self._check_model(fingerprint)
-                view = self._residents[mean].view(snapshot, seq or 0)
-                if view is not None:  # else another thread's transaction is newer
-                    yield view, snapshot
-                    return
+        probes = unit(embeddings, self.dim)
+        found = self._search.search(probes, k, mean=fusion == "mean", every=exact)
+        return [[_match(person, score) for person, score in one] for one in found]
 
     def verify(self, person: str, embeddings: np.ndarray, *, fusion: str = "max") -> list[float]:
         """How like one person probes are: the cosine of each (q, d), as `search` scores them.
@@ -595,19 +387,12 @@ class Gallery:
             UnknownPersonError: nobody of that name is there.
             UserError: as `search`.
         """
-        _check_fusion(fusion)
+        check_choice("fusion", fusion, FUSIONS)
         name, probes = person_name(person), unit(embeddings, self.dim)
-        table, owner, vector = self._images, self._images.c.person, self._images.c.embedding
-        if fusion == "mean":
-            table, owner, vector = self._people, self._people.c.id, self._people.c.template
         with self._read() as connection:
-            rows = list(
-                connection.scalars(
-                    sa.select(vector).select_from(table).where(owner == person_key(name))
-                )
-            )
+            rows = self._rows.vectors(connection, person_key(name), fusion == "mean")
         if not rows:
-            raise self._nobody(name)
+            raise UnknownPersonError(f"there is no {name!r} in the gallery {self.uri}")
         return [_cosine(score) for score in (probes @ np.stack(rows).T).max(1)]
 
     def warm_up(self) -> None:
@@ -616,35 +401,8 @@ class Gallery:
         On SQLite, this also begins to build or load the approximate index of a large gallery, for
         this process to use from when it is there.
         """
-        self._warm = True
-        if self._db.is_file:
-            with self._view(False) as (view, _):
-                self._index(view)
-
-    def _index(self, view: searching.View) -> searching.Hnsw | None:
-        """The approximate index to ask, begun if it is time."""
-        least, images = self._stamp.hnsw_from, self._residents[0]
-        if not self._warm or least is None or view.images < least:
-            return None
-        if images.hnsw is None:
-            assert self._db.path is not None
-            name = f"{self._db.path.name}-hnsw-{self.fingerprint[:8]}"
-            images.hnsw = searching.Hnsw(self._db.path.with_name(name), self._keep_index)
-            images.hnsw.start(view)
-        return images.hnsw
-
-    def _keep_index(self, temporary: Path, seq: int) -> None:
-        """Move an index's file into place, unless the gallery has changed since it was written."""
-        if not self._db.read_only:
-            with self._db.write() as connection:
-                if connection.exec_driver_sql(_STATE).one()[1] == seq:
-                    os.replace(temporary, temporary.with_name(temporary.name.rsplit(".", 2)[0]))
-
-    def _index_files(self) -> list[Path]:
-        path = self._db.path
-        if path is None:
-            return []
-        return [p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}-hnsw-")]
+        self._check_open()
+        self._search.warm_up()
 
     def set_index(self, hnsw_from: int | None) -> None:
         """Have the gallery search approximately from some number of images on, or never.
@@ -656,17 +414,10 @@ class Gallery:
         Args:
             hnsw_from: images; None: look at every image in every search.
         """
-        with self._change() as connection:
-            connection.execute(sa.update(stamp).values(hnsw_from=hnsw_from))
-            if not self._db.is_file:
-                _index_server(connection, None if hnsw_from is None else self.dim)
-        self._stamp = self._db.stamped()
-        if self._db.is_file and hnsw_from is not None:
-            self.warm_up()
-            if (hnsw := self._residents[0].hnsw) is not None:
-                hnsw.wait()
-        elif self._db.is_file:
-            self._erase()
+        with self._change(alone=True) as connection:
+            row = self._restamp(connection, hnsw_from=hnsw_from)
+        self._take(row)
+        self._search.finish()
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -674,80 +425,44 @@ class Gallery:
         """The person of this name, or None."""
         key = person_key(person_name(person))
         with self._read() as connection:
-            return self._describe(connection, [key]).get(key)
+            return self._rows.describe(connection, [key]).get(key)
 
     def crop(self, person: str, image: int | None = None) -> bytes | None:
         """The crop kept of a person's image, or the first of them, as it was given; else None."""
-        images = self._images
-        mine = images.c.person == person_key(person_name(person))
-        query = sa.select(images.c.crop).where(mine, images.c.crop.is_not(None))
-        if image is not None:
-            query = query.where(images.c.id == image)
         with self._read() as connection:
-            return connection.scalar(query.order_by(images.c.id).limit(1))
+            return self._rows.crop(connection, person_key(person_name(person)), image)
 
     def people(self, offset: int = 0, limit: int | None = None) -> list[Person]:
         """Everybody by name, or a page: ``limit`` people after the first ``offset``."""
-        query = self._described.order_by(self._people.c.name).limit(limit).offset(offset)
         with self._read() as connection:
-            return [_person(row) for row in connection.execute(query)]
+            return self._rows.page(connection, offset, limit)
 
     def count(self) -> int:
         """How many people there are."""
         with self._read() as connection:
-            return int(connection.scalar(sa.select(sa.func.count()).select_from(self._people)) or 0)
+            return _count(connection, self._rows.people)
 
     def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
         """Everybody by name, or those of these names, with their images, oldest first."""
-        keys = None
-        if names is not None:
-            keys = []
-            for name in names:
-                with suppress(UserError):  # a name that nobody can have
-                    keys.append(person_key(person_name(name)))
+        keys: list[int] = []
+        for name in names or ():
+            with suppress(UserError):  # a name that nobody can have
+                keys.append(person_key(person_name(name)))
         with self._read() as connection:
-            found = self._stored(connection, keys)
+            found = self._rows.stored(connection, None if names is None else keys)
         return sorted(found.values(), key=lambda one: one[0].name)
-
-    def _stored(self, connection: Connection, keys: list[int] | None) -> dict[int, Stored]:
-        images = self._images
-        query = sa.select(images.c.person, images.c.id, images.c.source).order_by(images.c.id)
-        if keys is None:
-            people = {row.id: _person(row) for row in connection.execute(self._described)}
-            parts = [query]
-        else:
-            people = self._describe(connection, keys)
-            parts = [query.where(images.c.person.in_(some)) for some in _parts(keys)]
-        found: dict[int, Stored] = {key: (person, []) for key, person in people.items()}
-        for part in parts:
-            for person, image, source in connection.execute(part):
-                found[person][1].append(Image(image, source))
-        return found
 
     def stats(self) -> dict[str, Any]:
         """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
         ``hnsw_from``, ``uri``, ``package_version``, ``unerased``."""
         with self._read() as connection:
-            people, images = (
-                connection.scalar(sa.select(sa.func.count()).select_from(table))
-                for table in (self._people, self._images)
-            )
-        facts = ("dim", "fingerprint", "model", "storage", "hnsw_from")
-        return {
-            "people": people,
-            "images": images,
-            **{fact: getattr(self._stamp, fact) for fact in facts},
-            "uri": self.uri,
-            "package_version": self._stamp.package_version,
-            "unerased": self.unerased,
-        }
-
-    def _describe(self, connection: Connection, keys: Iterable[int]) -> dict[int, Person]:
-        return {
-            row.id: _person(row)
-            for some in _parts(list(keys))
-            for row in connection.execute(self._by_key, {"keys": some})
-        }
+            facts: dict[str, Any] = {
+                table.name: _count(connection, table)
+                for table in (self._rows.people, self._rows.images)
+            }
+        for fact in ("dim", "fingerprint", "model", "storage", "hnsw_from", "package_version"):
+            facts[fact] = getattr(self._stamp, fact)
+        return {**facts, "uri": self.uri, "unerased": self.unerased}
 
     # -- another model ---------------------------------------------------------------------------
 
@@ -777,110 +492,34 @@ class Gallery:
         done: dict[int, set[int]] = {}  # the images that were handed out
         vectors: dict[int, np.ndarray] = {}
         while True:
-            with self._change() as connection:
-                if not self._db.is_file:
-                    connection.execute(sa.select(stamp.c.id).with_for_update())
-                there = self._stored(connection, None)
-                todo = {
-                    key: one
-                    for key, one in there.items()
-                    if done.get(key) != {image.id for image in one[1]}
-                }
+            with self._change(alone=True) as connection:
+                there = self._rows.stored(connection, None)
+                images = {key: {image.id for image in one[1]} for key, one in there.items()}
+                todo = [key for key in there if done.get(key) != images[key]]
                 if not todo:
-                    self._replace(connection, there, vectors, fingerprint, dim, model)
+                    if not self.is_file:  # an index is built faster than it grows
+                        stamps.index_server(connection, None)
+                    self._rows.reembed(connection, there, vectors)
+                    row = self._restamp(connection, fingerprint=fingerprint, dim=dim, model=model)
                     break
-            some = sorted(todo.values(), key=lambda one: one[0].name)
+            some = sorted((there[key] for key in todo), key=lambda one: one[0].name)
             vectors |= {image: unit(vector, dim)[0] for image, vector in embed(some)}
-            done |= {key: {image.id for image in one[1]} for key, one in todo.items()}
+            done |= {key: images[key] for key in todo}
+        self._take(row)
         self._erase()
-        self.__init__(self._db, self._db.stamped())  # type: ignore[misc]
 
-    def _replace(
-        self,
-        connection: Connection,
-        there: dict[int, Stored],
-        vectors: dict[int, np.ndarray],
-        fingerprint: str,
-        dim: int,
-        model: str | None,
-    ) -> None:
-        people, images = self._people, self._images
-        if not self._db.is_file:
-            _index_server(connection, None)
-        new_images, new_people, lost_images, lost_people = [], [], [], []
-        for key, (_, theirs) in there.items():
-            kept = [image.id for image in theirs if image.id in vectors]
-            lost_images += [
-                {"person_": key, "id_": image.id} for image in theirs if image.id not in vectors
-            ]
-            if not kept:
-                lost_people.append({"id_": key})
-                continue
-            new_images += [{"person_": key, "id_": i, "embedding": vectors[i]} for i in kept]
-            mean = template(np.stack([vectors[i] for i in kept]))
-            new_people.append({"id_": key, "template": mean})
-        one = (images.c.person == sa.bindparam("person_")) & (images.c.id == sa.bindparam("id_"))
-        somebody = people.c.id == sa.bindparam("id_")
-        for statement, rows in (
-            (sa.delete(images).where(one), lost_images),
-            (sa.delete(people).where(somebody), lost_people),
-            (sa.update(images).where(one), new_images),
-            (sa.update(people).where(somebody), new_people),
-        ):
-            if rows:
-                connection.execute(statement, rows)
-        facts = {"fingerprint": fingerprint, "dim": dim, "model": model}
-        connection.execute(sa.update(stamp).values(package_version=__version__, **facts))
-        if not self._db.is_file and self._stamp.hnsw_from is not None:
-            _index_server(connection, dim)
+    def _restamp(self, connection: Connection, **facts: Any) -> Any:
+        """Change the stamp, and the server's index with it."""
+        changed = sa.update(stamps.stamp).values(package_version=__version__, **facts)
+        connection.execute(changed)
+        row = stamps.read(connection)
+        if not self.is_file:
+            stamps.index_server(connection, row)
+        return row
 
 
-def _create(database: Database, fingerprint: str, dim: int, model: str | None, storage: str) -> Any:
-    """Make the tables and stamp them, unless another process just did."""
-    values = {
-        "id": 1,
-        "format_version": FORMAT_VERSION,
-        "package_version": __version__,
-        "fingerprint": fingerprint,
-        "dim": dim,
-        "storage": storage,
-        "model": model,
-        "hnsw_from": HNSW_FROM if database.is_file else 0,
-    }
-    with database.write() as connection:
-        database.create(connection, Tables.of(storage))
-        connection.execute(database.insert(stamp).on_conflict_do_nothing(), values)
-        row = connection.execute(sa.select(stamp)).one()
-        if not database.is_file and row.hnsw_from is not None:
-            _index_server(connection, row.dim)
-    return row
-
-
-def _index_server(connection: Connection, dim: int | None) -> None:
-    """Make PostgreSQL's indexes for embeddings of ``dim`` numbers; None drops them."""
-    for table, column in (("images", "embedding"), ("people", "template")):
-        name = f"{table}_hnsw"
-        if dim is None:
-            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {name}")
-        else:
-            connection.exec_driver_sql(
-                f"CREATE INDEX IF NOT EXISTS {name} ON {table} "
-                f"USING hnsw (({column}::halfvec({dim})) halfvec_ip_ops) "
-                # Rows of another model, which other transactions still see, stay out.
-                f"WHERE vector_dims({column}) = {dim}"
-            )
-
-
-def _check_fusion(fusion: str) -> None:
-    if fusion not in FUSIONS:
-        raise UserError(
-            f"there is no fusion {fusion!r}{did_you_mean(fusion, FUSIONS)}; choose "
-            f"{' or '.join(FUSIONS)}"
-        )
-
-
-def _person(row: Any) -> Person:
-    return Person(row.name, row.count, json.loads(row.metadata), bool(row.has_crop))
+def _count(connection: Connection, table: sa.Table) -> int:
+    return int(connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
 
 
 def _match(person: Person, score: float) -> Match:
@@ -889,7 +528,3 @@ def _match(person: Person, score: float) -> Match:
 
 def _cosine(score: float) -> float:
     return min(1.0, max(-1.0, float(score)))
-
-
-def _parts(keys: list[int]) -> list[list[int]]:
-    return [keys[start : start + _KEYS] for start in range(0, len(keys), _KEYS)]

@@ -1,8 +1,4 @@
-"""The gallery's tables and its transactions, on SQLite or PostgreSQL.
-
-Every table's key begins with the person's, a hash of the name, and no sequence hands out ids: so
-the tables can be partitioned by person, or distributed over servers, as they are.
-"""
+"""The database of a gallery: SQLite or PostgreSQL, its transactions, its errors in one sentence."""
 
 from __future__ import annotations
 
@@ -17,127 +13,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from sphereface2.errors import UserError
 from sphereface2.extras import require
 from sphereface2.recognition.gallery.types import GalleryUnavailableError
 
-STORAGES = ("float32", "float16")
 BUSY_SECONDS = 30  # to wait for another process's change
 ERASE_SECONDS = 5  # to wait for other processes' reads before bytes can be overwritten
 # An image's row of 512 float32 fills half a page of 4 KB, the default, and wastes the rest.
 _PAGE_BYTES = 16_384
-_CHANGES_KEPT = 100_000
-
-
-class Embedding(sa.types.TypeDecorator[np.ndarray]):
-    """Vectors (d,), float32 or float16: pgvector's types; on SQLite bytes, little-endian."""
-
-    impl = sa.LargeBinary
-    cache_ok = True
-
-    def __init__(self, storage: str) -> None:
-        super().__init__()
-        self.storage = storage
-
-    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
-        """The column's type."""
-        if dialect.name == "sqlite":
-            return sa.LargeBinary()
-        from pgvector.sqlalchemy import HALFVEC, VECTOR
-
-        return HALFVEC() if self.storage == "float16" else VECTOR()
-
-    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> Any:
-        """To the database."""
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astype(bytes_type(self.storage)).tobytes()
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray | None:
-        """From the database, float32."""
-        if value is None:
-            return None
-        if dialect.name == "sqlite":
-            return np.frombuffer(value, bytes_type(self.storage)).astype(np.float32)
-        return np.asarray(value.to_list() if hasattr(value, "to_list") else value, np.float32)
-
-
-def bytes_type(storage: str) -> np.dtype[Any]:
-    """How SQLite holds an embedding's numbers."""
-    return np.dtype("<f2" if storage == "float16" else "<f4")
-
-
-_TEXT = sa.Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
-_stamps = sa.MetaData()
-stamp = sa.Table(
-    "stamp",
-    _stamps,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("format_version", sa.Integer, nullable=False),
-    sa.Column("package_version", sa.Text, nullable=False),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("dim", sa.Integer, nullable=False),
-    sa.Column("storage", sa.Text, nullable=False),
-    sa.Column("model", sa.Text),
-    sa.Column("hnsw_from", sa.Integer),
-)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The tables of people and images, for one storage of embeddings."""
-
-    people: sa.Table
-    images: sa.Table
-
-    @classmethod
-    def of(cls, storage: str) -> Tables:
-        """Describe them; nothing is created."""
-        metadata = sa.MetaData()
-        people = sa.Table(
-            "people",
-            metadata,
-            sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
-            sa.Column("name", _TEXT, nullable=False, index=True),
-            sa.Column("metadata", sa.Text, nullable=False),
-            sa.Column("template", Embedding(storage), nullable=False),
-        )
-        images = sa.Table(
-            "images",
-            metadata,
-            sa.Column(
-                "person",
-                sa.BigInteger,
-                sa.ForeignKey("people.id", ondelete="CASCADE"),
-                primary_key=True,
-                autoincrement=False,
-            ),
-            sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
-            sa.Column("embedding", Embedding(storage), nullable=False),
-            sa.Column("source", sa.Text),
-            sa.Column("crop", sa.LargeBinary),
-        )
-        return cls(people, images)
-
-
-# SQLite's record of who changed, by which a process brings its matrix in memory up to date. Every
-# change of a person touches the person's row.
-_CHANGES = (
-    "CREATE TABLE changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, person INTEGER NOT NULL)",
-    *(
-        f"CREATE TRIGGER people_{event} AFTER {event} ON people BEGIN "
-        f"INSERT INTO changes (person) VALUES ({row}.id); END"
-        for event, row in (("insert", "NEW"), ("update", "NEW"), ("delete", "OLD"))
-    ),
-    "CREATE TRIGGER changes_kept AFTER INSERT ON changes BEGIN "
-    f"DELETE FROM changes WHERE seq <= NEW.seq - {_CHANGES_KEPT}; END",
-)
 
 
 @dataclass
@@ -292,43 +179,22 @@ class Database:
         ):
             yield connection
 
-    def insert(self, table: sa.Table) -> Any:
-        """An INSERT that knows ON CONFLICT."""
-        dialect = sqlite if self.is_file else postgresql
-        return dialect.insert(table)
-
-    def create(self, connection: Connection, tables: Tables) -> None:
-        """Create what is missing of the tables; tables that exist are taken as they are."""
-        if not self.is_file:
-            # Two processes that create one gallery at once take turns.
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7311)")
-            connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
-        tables.people.metadata.create_all(connection)
-        if self.is_file and not sa.inspect(connection).has_table("changes"):
-            for statement in _CHANGES:
-                connection.exec_driver_sql(statement)
-        _stamps.create_all(connection)
-
     def discard(self) -> None:
-        """Close, and delete the file if it was created here and became no gallery."""
-        if self._new and self.path is not None:
-            with suppress(UserError):
-                if self.stamped() is None:
-                    self.path.unlink(missing_ok=True)
+        """Close, and delete the file if it was created here and holds no table."""
+        empty = False
+        if self._new:
+            with suppress(UserError), self.snapshot() as connection:
+                (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                empty = tables == 0
         self.close()
+        if empty and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close every connection."""
         for connection in self._snapshots:
             connection.close()
         self.engine.dispose()
-
-    def stamped(self) -> Any:
-        """The stamp's row, or None where there is no gallery."""
-        with self.read() as connection:
-            if not sa.inspect(connection).has_table("stamp"):
-                return None
-            return connection.execute(sa.select(stamp)).one_or_none()
 
     def erase(self, *, patience: float | None = None) -> bool:
         """Overwrite what changes left behind in SQLite's log; whether none of it is left.

@@ -1,0 +1,197 @@
+"""The two ways to search: a matrix in memory beside SQLite, pgvector on PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sphereface2.recognition.gallery.hnsw import Hnsw, Ranked, View
+from sphereface2.recognition.gallery.rows import Rows, parts, person_of
+from sphereface2.recognition.gallery.search import Resident, exact
+from sphereface2.recognition.gallery.sql import Database
+from sphereface2.recognition.gallery.stamps import check_moved, stamp
+from sphereface2.recognition.gallery.types import Person
+
+_CANDIDATES = 16
+_STATE = (
+    "SELECT (SELECT fingerprint FROM stamp), "
+    "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
+)
+
+#: A probe's answer: people and cosines, best first.
+Found = list[tuple[Person, float]]
+
+
+class FileSearch:
+    """Search of a SQLite gallery.
+
+    Args:
+        database: the gallery's.
+        rows: its tables.
+        row: its stamp.
+    """
+
+    def __init__(self, database: Database, rows: Rows, row: Any) -> None:
+        self._db, self._description, self._stamp = database, rows.description, row
+        residents = (("images", "person", "id", "embedding"), ("people", "id", "id", "template"))
+        self._residents = [Resident(*names, row.dim, row.storage) for names in residents]
+        self._warm = False
+
+    def search(self, probes: np.ndarray, k: int, *, mean: bool, every: bool) -> list[Found]:
+        """The k best people for each probe (q, d); ``every``: past an approximate index."""
+        with self._view(mean) as (view, snapshot):
+            hnsw = None if every or mean else self._index(view)
+            if hnsw is None:
+                ranked = exact(view, probes, k)
+            else:
+                ranked = [
+                    hnsw.search(view, probe, k) or exact(view, probe[None], k)[0]
+                    for probe in probes
+                ]
+            people = {
+                row[0]: person_of(row)
+                for some in parts(list({key for one in ranked for key, _ in one}))
+                for row in snapshot.execute(
+                    f"{self._description} WHERE people.id IN ({','.join('?' * len(some))})", some
+                )
+            }
+        return [[(people[key], score) for key, score in one] for one in ranked]
+
+    def warm_up(self) -> None:
+        """Read the embeddings, and begin to build or load a large gallery's index."""
+        self._warm = True
+        with self._view(False) as (view, _):
+            self._index(view)
+
+    def finish(self) -> None:
+        """Write the index's file, or none."""
+        self.forget()
+        if self._stamp.hnsw_from is not None:
+            self.warm_up()
+            if (hnsw := self._residents[0].hnsw) is not None:
+                hnsw.wait()
+
+    def forget(self) -> None:
+        """Delete the index's file, which may hold who was removed."""
+        assert self._db.path is not None
+        for path in self._db.path.parent.iterdir():
+            if path.name.startswith(f"{self._db.path.name}-hnsw-"):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Keep the index for the next process."""
+        if (hnsw := self._residents[0].hnsw) is not None:
+            hnsw.stop()
+            hnsw.save()
+
+    @contextmanager
+    def _view(self, mean: bool) -> Iterator[tuple[View, sqlite3.Connection]]:
+        """The matrix of one state of the database, and the transaction that sees it."""
+        while True:
+            with self._db.snapshot() as snapshot:
+                fingerprint, seq = snapshot.execute(_STATE).fetchone()
+                check_moved(self._db, self._stamp, fingerprint)
+                view = self._residents[mean].view(snapshot, seq or 0)
+                if view is not None:  # else another thread's transaction is newer
+                    yield view, snapshot
+                    return
+
+    def _index(self, view: View) -> Hnsw | None:
+        """The approximate index to ask, begun if it is time."""
+        least, images = self._stamp.hnsw_from, self._residents[0]
+        if not self._warm or least is None or view.images < least:
+            return None
+        if images.hnsw is None:
+            assert self._db.path is not None
+            name = f"{self._db.path.name}-hnsw-{self._stamp.fingerprint[:8]}"
+            images.hnsw = Hnsw(self._db.path.with_name(name), self._keep)
+            images.hnsw.start(view)
+        return images.hnsw
+
+    def _keep(self, temporary: Path, file: Path, seq: int) -> None:
+        """Move an index's file into place, unless the gallery has changed since it was written."""
+        if not self._db.read_only:
+            with self._db.write() as connection:
+                if connection.exec_driver_sql(_STATE).one()[1] == seq:
+                    os.replace(temporary, file)
+
+
+class ServerSearch:
+    """Search of a PostgreSQL gallery; arguments as `FileSearch`."""
+
+    def __init__(self, database: Database, rows: Rows, row: Any) -> None:
+        self._db, self._rows, self._stamp = database, rows, row
+
+    def search(self, probes: np.ndarray, k: int, *, mean: bool, every: bool) -> list[Found]:
+        """As `FileSearch.search`."""
+        every = every or self._stamp.hnsw_from is None
+        with self._db.read() as connection:
+            fingerprint = connection.scalar(sa.select(stamp.c.fingerprint))
+            check_moved(self._db, self._stamp, fingerprint)
+            ranked = [_pgvector(connection, probe, k, mean=mean, every=every) for probe in probes]
+            keys = {key for one in ranked for key, _ in one}
+            people = self._rows.describe(connection, keys)
+        return [[(people[key], score) for key, score in one] for one in ranked]
+
+    def warm_up(self) -> None:
+        """Nothing: the server is warm or not."""
+
+    finish = forget = close = warm_up
+
+
+def _pgvector(
+    connection: Connection, probe: np.ndarray, k: int, *, mean: bool, every: bool
+) -> Ranked:
+    """The k best people for a probe (d,), by pgvector, scored in float32.
+
+    Args:
+        connection: in a transaction of PostgreSQL.
+        probe: float32, of length 1.
+        k: people.
+        mean: compare with people's templates, not with their images.
+        every: look at every row, not at the index.
+    """
+    dim = len(probe)
+    text = "[" + ",".join(map(repr, probe.tolist())) + "]"
+    # Two parameters, or PostgreSQL would round the one to halfvec before it scores.
+    values = {"probe": text, "coarse": text, "k": k}
+    similar = "-(%s::vector <#> CAST(:probe AS vector))"
+    if mean:
+        score, rows = similar % "template", "people"
+        if not every:
+            values["size"] = k + _CANDIDATES
+            rows = (
+                f"(SELECT id, template FROM people WHERE vector_dims(template) = {dim} ORDER BY "
+                f"template::halfvec({dim}) <#> CAST(:coarse AS halfvec({dim})) LIMIT :size) AS near"
+            )
+        query = f"SELECT id, {score} AS score FROM {rows} ORDER BY score DESC LIMIT :k"
+        return [(key, score) for key, score in connection.execute(sa.text(query), values)]
+    best = (
+        f"SELECT person, max({similar % 'embedding'}) AS score FROM images %s "
+        "GROUP BY person ORDER BY score DESC LIMIT :k"
+    )
+    if every:
+        return [tuple(row) for row in connection.execute(sa.text(best % ""), values)]
+    near = (
+        "WITH near AS MATERIALIZED (SELECT person FROM images "
+        f"WHERE vector_dims(embedding) = {dim} ORDER BY "
+        f"embedding::halfvec({dim}) <#> CAST(:coarse AS halfvec({dim})) LIMIT :size), "
+        f"best AS ({best % 'WHERE person IN (SELECT person FROM near)'}) "
+        "SELECT person, score, (SELECT count(*) FROM near) FROM best ORDER BY score DESC"
+    )
+    size = max(_CANDIDATES, 4 * k)
+    while True:
+        found = connection.execute(sa.text(near), {**values, "size": size}).all()
+        if len(found) == k:
+            return [(person, score) for person, score, _ in found]
+        if not found or found[0][2] < size:  # the index has no more
+            return [tuple(row) for row in connection.execute(sa.text(best % ""), values)]
+        size *= 8

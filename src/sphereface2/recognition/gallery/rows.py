@@ -1,0 +1,349 @@
+"""The tables of a gallery, and every statement about people and images.
+
+Each key begins with the person's, a hash of the name, and no sequence hands out ids: so the tables
+can be partitioned by person, or distributed over servers, as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Dialect
+
+from sphereface2.errors import UserError
+from sphereface2.recognition.gallery.types import (
+    Checked,
+    Enrolment,
+    Image,
+    Person,
+    PersonExistsError,
+    UnknownPersonError,
+    check_count,
+    image_ids,
+    person_key,
+    template,
+)
+
+STORAGES = ("float32", "float16")
+_CHANGES_KEPT = 100_000
+_KEYS = 500  # in one IN (…)
+
+Key = TypeVar("Key")
+#: Somebody with their images.
+Stored = tuple[Person, list[Image]]
+#: Is told whom a gallery refuses, and why.
+Refused = Callable[[Enrolment, UserError], None]
+
+
+class Embedding(sa.types.TypeDecorator[np.ndarray]):
+    """Vectors (d,), float32 or float16: pgvector's types; on SQLite bytes, little-endian."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def __init__(self, storage: str) -> None:
+        super().__init__()
+        self.storage = storage
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        """The column's type."""
+        if dialect.name == "sqlite":
+            return sa.LargeBinary()
+        from pgvector.sqlalchemy import HALFVEC, VECTOR
+
+        return HALFVEC() if self.storage == "float16" else VECTOR()
+
+    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> Any:
+        """To the database."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astype(bytes_type(self.storage)).tobytes()
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray | None:
+        """From the database, float32."""
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return np.frombuffer(value, bytes_type(self.storage)).astype(np.float32)
+        return np.asarray(value.to_list() if hasattr(value, "to_list") else value, np.float32)
+
+
+def bytes_type(storage: str) -> np.dtype[Any]:
+    """How SQLite holds an embedding's numbers."""
+    return np.dtype("<f2" if storage == "float16" else "<f4")
+
+
+_TEXT = sa.Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
+# SQLite's record of who changed, by which a process brings its matrix in memory up to date. Every
+# change of a person touches the person's row.
+_CHANGES = (
+    "CREATE TABLE changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, person INTEGER NOT NULL)",
+    *(
+        f"CREATE TRIGGER people_{event} AFTER {event} ON people BEGIN "
+        f"INSERT INTO changes (person) VALUES ({row}.id); END"
+        for event, row in (("insert", "NEW"), ("update", "NEW"), ("delete", "OLD"))
+    ),
+    "CREATE TRIGGER changes_kept AFTER INSERT ON changes BEGIN "
+    f"DELETE FROM changes WHERE seq <= NEW.seq - {_CHANGES_KEPT}; END",
+)
+
+
+class Rows:
+    """People and images in the tables ``people`` and ``images``, by statements on a connection.
+
+    Args:
+        is_file: whether the database is SQLite.
+        storage: how embeddings are held, ``float32`` or ``float16``.
+
+    Attributes:
+        description: SQL that selects people as `person_of` takes them, without a WHERE.
+    """
+
+    def __init__(self, is_file: bool, storage: str) -> None:
+        self._dialect: Any = sqlite if is_file else postgresql
+        key: dict[str, Any] = {"primary_key": True, "autoincrement": False}
+        metadata = sa.MetaData()
+        self.people = people = sa.Table(
+            "people",
+            metadata,
+            sa.Column("id", sa.BigInteger, **key),
+            sa.Column("name", _TEXT, nullable=False, index=True),
+            sa.Column("metadata", sa.Text, nullable=False),
+            sa.Column("template", Embedding(storage), nullable=False),
+        )
+        person = sa.ForeignKey("people.id", ondelete="CASCADE")
+        self.images = images = sa.Table(
+            "images",
+            metadata,
+            sa.Column("person", sa.BigInteger, person, **key),
+            sa.Column("id", sa.BigInteger, **key),
+            sa.Column("embedding", Embedding(storage), nullable=False),
+            sa.Column("source", sa.Text),
+            sa.Column("crop", sa.LargeBinary),
+        )
+        theirs = images.c.person == people.c.id
+        self._described = sa.select(
+            people.c.id,
+            people.c.name,
+            people.c.metadata,
+            sa.select(sa.func.count()).where(theirs).scalar_subquery().label("images"),
+            sa.exists().where(theirs, images.c.crop.is_not(None)).label("has_crop"),
+        )
+        self.description = str(self._described.compile(dialect=self._dialect.dialect()))
+
+    def create(self, connection: Connection) -> None:
+        """Create what is missing of the tables; tables that exist are taken as they are."""
+        if self._dialect is postgresql:
+            # Two processes that create one gallery at once take turns.
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7311)")
+            connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
+        self.people.metadata.create_all(connection)
+        if self._dialect is sqlite and not sa.inspect(connection).has_table("changes"):
+            for statement in _CHANGES:
+                connection.exec_driver_sql(statement)
+
+    def insert(self, table: sa.Table) -> Any:
+        """An INSERT that knows ON CONFLICT."""
+        return self._dialect.insert(table)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def describe(self, connection: Connection, keys: Iterable[int]) -> dict[int, Person]:
+        """Those of these people who are there."""
+        return {
+            row.id: person_of(row)
+            for some in parts(list(keys))
+            for row in connection.execute(self._described.where(self.people.c.id.in_(some)))
+        }
+
+    def page(self, connection: Connection, offset: int, limit: int | None) -> list[Person]:
+        """People by name."""
+        query = self._described.order_by(self.people.c.name).limit(limit).offset(offset)
+        return [person_of(row) for row in connection.execute(query)]
+
+    def stored(self, connection: Connection, keys: list[int] | None) -> dict[int, Stored]:
+        """Everybody, or these people, with their images, oldest first."""
+        images = self.images
+        query = sa.select(images.c.person, images.c.id, images.c.source).order_by(images.c.id)
+        if keys is None:
+            people = {row.id: person_of(row) for row in connection.execute(self._described)}
+            queries = [query]
+        else:
+            people = self.describe(connection, keys)
+            queries = [query.where(images.c.person.in_(some)) for some in parts(keys)]
+        found: dict[int, Stored] = {key: (person, []) for key, person in people.items()}
+        for one in queries:
+            for person, image, source in connection.execute(one):
+                found[person][1].append(Image(image, source))
+        return found
+
+    def vectors(self, connection: Connection, key: int, mean: bool) -> list[np.ndarray]:
+        """A person's embeddings, or their template."""
+        vector, owner = self.images.c.embedding, self.images.c.person
+        if mean:
+            vector, owner = self.people.c.template, self.people.c.id
+        return list(connection.scalars(sa.select(vector).where(owner == key)))
+
+    def crop(self, connection: Connection, key: int, image: int | None) -> bytes | None:
+        """The crop of an image of a person, or their first."""
+        images = self.images
+        query = sa.select(images.c.crop).where(images.c.person == key, images.c.crop.is_not(None))
+        if image is not None:
+            query = query.where(images.c.id == image)
+        return connection.scalar(query.order_by(images.c.id).limit(1))
+
+    # -- changing --------------------------------------------------------------------------------
+
+    def add(
+        self,
+        connection: Connection,
+        items: Iterable[Checked],
+        *,
+        replace: bool,
+        refused: Refused | None = None,
+        known: bool | None = None,
+    ) -> dict[int, list[int]]:
+        """Write people and their images: the images' ids by the person's key."""
+        people, images = self.people, self.images
+        # In one order, so that two processes never wait for each other; and touched, so that the
+        # rows of people who are there are locked.
+        items = sorted(items, key=lambda item: item.key)
+        rows = [
+            {"id": i.key, "name": i.name, "metadata": "{}", "template": template(i.vectors)}
+            for i in items
+        ]
+        touch = self.insert(people).on_conflict_do_update(
+            index_elements=["id"], set_={"name": people.c.name}
+        )
+        connection.execute(touch, rows)
+        there = self.describe(connection, [item.key for item in items])
+        new_ids = iter(image_ids(sum(len(item.vectors) for item in items)))
+        ids: dict[int, list[int]] = {}
+        added, changed = [], []
+        for item in items:
+            before = there[item.key]
+            try:
+                _check(item, before, replace, known)
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused(item.enrolment, error)
+                continue
+            ids[item.key] = [next(new_ids) for _ in item.vectors]
+            for row in zip(ids[item.key], item.vectors, item.sources, item.crops, strict=True):
+                added.append(dict(zip(images.c.keys(), (item.key, *row), strict=True)))
+            vectors, metadata = item.vectors, item.metadata
+            if before.images and replace:
+                connection.execute(sa.delete(images).where(images.c.person == item.key))
+            elif before.images:
+                # Of the images themselves, so that it does not drift however often it changes.
+                vectors = np.stack([*self.vectors(connection, item.key, False), *vectors])
+            if before.images or metadata is not None:
+                metadata = metadata or json.dumps(before.metadata)
+                changed.append(
+                    {"key": item.key, "metadata": metadata, "template": template(vectors)}
+                )
+        if added:
+            connection.execute(sa.insert(images), added)
+        if changed:
+            connection.execute(sa.update(people).where(people.c.id == sa.bindparam("key")), changed)
+        return ids
+
+    def set(self, connection: Connection, key: int, **values: Any) -> None:
+        """Put values in the place of a person's, and lock the row."""
+        connection.execute(sa.update(self.people).where(self.people.c.id == key).values(**values))
+
+    def rename(self, connection: Connection, old: int, name: str) -> Person | None:
+        """Give a person another name: the key is the name's, so that the rows are written anew."""
+        people, images, key = self.people, self.images, person_key(name)
+        there = self.describe(connection, [old, key])
+        if old not in there or old == key:
+            return there.get(old)
+        if key in there:
+            raise PersonExistsError(
+                f"somebody named {name!r} is there already; remove that person first, or choose "
+                "another name"
+            )
+        person = sa.select(sa.literal(key), sa.literal(name), *list(people.c)[2:])
+        theirs = sa.select(sa.literal(key), *list(images.c)[1:]).where(images.c.person == old)
+        for table, query in ((people, person.where(people.c.id == old)), (images, theirs)):
+            connection.execute(sa.insert(table).from_select(table.c.keys(), query))
+        connection.execute(sa.delete(people).where(people.c.id == old))
+        return self.describe(connection, [key])[key]
+
+    def remove(self, connection: Connection, key: int) -> int:
+        """Remove a person; how many images went."""
+        self.set(connection, key, name=self.people.c.name)
+        images = sa.delete(self.images).where(self.images.c.person == key)
+        count = connection.execute(images).rowcount
+        connection.execute(sa.delete(self.people).where(self.people.c.id == key))
+        return count
+
+    def remove_image(self, connection: Connection, key: int, image: int) -> bool:
+        """Remove one image of a person; whether it was there. UserError if it is the last."""
+        images = self.images
+        self.set(connection, key, name=self.people.c.name)
+        mine = sa.select(images.c.id, images.c.embedding).where(images.c.person == key)
+        rows = {row.id: row.embedding for row in connection.execute(mine)}
+        if rows.pop(image, None) is None:
+            return False
+        if not rows:
+            raise UserError("the person has no other image: remove the person instead")
+        connection.execute(sa.delete(images).where(images.c.person == key, images.c.id == image))
+        self.set(connection, key, template=template(np.stack(list(rows.values()))))
+        return True
+
+    def reembed(
+        self, connection: Connection, there: dict[int, Stored], vectors: dict[int, np.ndarray]
+    ) -> None:
+        """Replace everybody's embeddings by these, by image; who and what has none goes."""
+        people, images = self.people, self.images
+        new_images, new_people, lost_images, lost_people = [], [], [], []
+        for key, (_, theirs) in there.items():
+            kept = [image.id for image in theirs if image.id in vectors]
+            if not kept:
+                lost_people.append({"id_": key})
+                continue
+            lost_images += [
+                {"person_": key, "id_": image.id} for image in theirs if image.id not in vectors
+            ]
+            new_images += [{"person_": key, "id_": i, "embedding": vectors[i]} for i in kept]
+            mean = template(np.stack([vectors[i] for i in kept]))
+            new_people.append({"id_": key, "template": mean})
+        image = (images.c.person == sa.bindparam("person_")) & (images.c.id == sa.bindparam("id_"))
+        somebody = people.c.id == sa.bindparam("id_")
+        for statement, rows in (
+            (sa.delete(images).where(image), lost_images),
+            (sa.delete(people).where(somebody), lost_people),
+            (sa.update(images).where(image), new_images),
+            (sa.update(people).where(somebody), new_people),
+        ):
+            if rows:
+                connection.execute(statement, rows)
+
+
+def person_of(row: Iterable[Any]) -> Person:
+    """A row of `Rows.description`."""
+    _, name, metadata, images, has_crop = row
+    return Person(name, images, json.loads(metadata), bool(has_crop))
+
+
+def parts(keys: list[Key]) -> Iterator[list[Key]]:
+    """Lists short enough for one statement."""
+    return (keys[start : start + _KEYS] for start in range(0, len(keys), _KEYS))
+
+
+def _check(item: Checked, before: Person, replace: bool, known: bool | None) -> None:
+    """UserError unless somebody who is there as ``before`` can become what ``item`` makes them."""
+    if known is False and before.images:
+        raise PersonExistsError(f"{item.name!r} is in the gallery already")
+    if known and not before.images:
+        raise UnknownPersonError(f"there is no {item.name!r} in the gallery")
+    if before.name != item.name:
+        raise UserError(f"{item.name!r} cannot be told from {before.name!r}; give another name")
+    check_count(item.name, len(item.vectors) + (0 if replace else before.images))

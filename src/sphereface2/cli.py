@@ -34,7 +34,7 @@ GROUPS = {
     "gallery": (
         "Enrol people and search for faces among them.",
         {
-            "add": "sphereface2.recognition.gallery.commands:add",
+            "add": "sphereface2.recognition.gallery.enrol:add",
             "search": "sphereface2.recognition.gallery.commands:search",
             "verify": "sphereface2.recognition.gallery.commands:verify",
             "set": "sphereface2.recognition.gallery.commands:set_metadata",
@@ -44,7 +44,7 @@ GROUPS = {
             "stats": "sphereface2.recognition.gallery.commands:stats",
             "index": "sphereface2.recognition.gallery.commands:index",
             "compact": "sphereface2.recognition.gallery.commands:compact",
-            "reembed": "sphereface2.recognition.gallery.commands:reembed",
+            "reembed": "sphereface2.recognition.gallery.enrol:reembed",
         },
     ),
     "keys": (

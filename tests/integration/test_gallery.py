@@ -27,6 +27,7 @@ from sphereface2.recognition.gallery import (
 )
 from sphereface2.recognition.gallery import rows as module
 from sphereface2.recognition.gallery import search as searching
+from sphereface2.recognition.gallery.hnsw import Hnsw
 
 MODEL, DIM = "a" * 64, 16
 ENGINES = ("sqlite", "postgresql")

@@ -189,6 +189,19 @@ def checked_json(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def metadata_of(text: str) -> dict[str, Any]:
+    """The metadata that a user gave as ``--metadata``; UserError if it is no JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"--metadata takes a JSON object, such as '{{\"since\": 2024}}', not {text[:40]!r}"
+        )
+    return value
+
+
 def metadata_json(name: str, metadata: dict[str, Any]) -> str:
     """The JSON text of a person's metadata; UserError if it is not JSON or longer than 16 KB."""
     if not isinstance(metadata, dict):

@@ -1,0 +1,420 @@
+"""``sphereface2 gallery add`` and ``reembed``: a user's images into a gallery."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+
+from sphereface2 import console
+from sphereface2.errors import UserError
+from sphereface2.images import read_image
+from sphereface2.recognition.gallery.faces import Faces, lasting, load_embedder, look, shown
+from sphereface2.recognition.gallery.gallery import Gallery
+from sphereface2.recognition.gallery.quality import Action, Gate, measure
+from sphereface2.recognition.gallery.rows import Stored
+from sphereface2.recognition.gallery.types import (
+    Enrolment,
+    Image,
+    NoGalleryError,
+    metadata_of,
+    person_name,
+)
+
+if TYPE_CHECKING:
+    from sphereface2.recognition.face_embedder import FaceEmbedder
+
+_BATCH = 64
+_LISTED = 20
+
+
+class _File(NamedTuple):
+    """A file of a person's, and whether it is an aligned crop already."""
+
+    person: str
+    path: Path
+    aligned: bool
+
+    @property
+    def source(self) -> str:
+        """What the gallery keeps of where it came from."""
+        return json.dumps({"path": str(self.path.resolve()), "aligned": self.aligned})
+
+    @classmethod
+    def of(cls, person: str, source: str | None) -> _File | None:
+        """What `source` noted, if the file is there: other callers note what they like."""
+        try:
+            kept = json.loads(source or "null")
+        except ValueError:
+            return None
+        if not isinstance(kept, dict) or not {"path", "aligned"} <= kept.keys():
+            return None
+        path = Path(kept["path"])
+        return cls(person, path, kept["aligned"]) if path.is_file() else None
+
+
+def add(
+    gallery: str,
+    person: str | None = None,
+    /,
+    *images: Path,
+    model: str | None = None,
+    folder: Path | None = None,
+    features: Path | None = None,
+    aligned: bool = False,
+    faces: Faces = "one",
+    quality: Action = "warn",
+    metadata: str | None = None,
+    replace: bool = False,
+    keep_crops: bool = False,
+    storage: Literal["float32", "float16"] | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Enrol one person's images, a folder of people or a table of embeddings.
+
+    Args:
+        gallery: A file, created if it does not exist, or postgresql+psycopg://user@host/database.
+        person: Whom the images show.
+        images: Their images. All must be usable, or nobody is added.
+        model: A run, a model folder or a hub id. By default the model the gallery was created
+            with, or the one that a table names.
+        folder: Enrol everybody in this folder, person/image. Files that are enrolled already are
+            passed over; unusable images are named and left out.
+        features: Enrol everybody in this table, written by `sphereface2 embed`.
+        aligned: The images are aligned crops already.
+        faces: What to do with an image of several faces: refuse it (one), take the largest and
+            most central, or take all.
+        quality: What to do with a face that is small, blurred or turned away: refuse, warn or
+            take it (off).
+        metadata: A JSON object to keep with the person, for example {"since": 2024}.
+        replace: Remove the person's older images.
+        keep_crops: Keep the crops in the gallery, to show them and to embed them again.
+        storage: How a new gallery holds embeddings; float16 takes half the space.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+
+    Returns:
+        ``people`` and ``images`` added, ``there`` (images that were enrolled already), and
+        ``left_out``: what could not be used, and why.
+
+    Raises:
+        UserError: wrong options, a model or gallery that cannot be used, or nobody to add; then a
+            gallery that did not exist is not created.
+    """
+    if sum([bool(person), folder is not None, features is not None]) != 1 or (
+        bool(person) != bool(images)
+    ):
+        raise UserError("give a person and images, or --folder ROOT, or --features FILE")
+    if not person and (metadata is not None or replace):
+        raise UserError("--metadata and --replace go with one person and their images")
+    about = None if metadata is None else metadata_of(metadata)
+    files = [_File(person_name(person), path, aligned) for path in images] if person else []
+    if folder is not None:
+        files = _folder(folder, aligned)
+    left_out: list[str] = []
+    count = there = 0
+    names: set[str] = set()
+
+    def refused(one: Enrolment, error: UserError) -> None:
+        nonlocal count
+        if person:
+            raise error
+        count -= len(one.embeddings)
+        left_out.append(str(error))
+
+    def taken(people: Iterable[Enrolment], dim: int) -> Iterator[Enrolment]:
+        nonlocal count
+        for one in people:
+            count += len(one.embeddings)
+            try:
+                one.check(dim)
+                yield one
+            except UserError as error:
+                refused(one, error)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: [print(f"left out: {line}", file=sys.stderr) for line in left_out])
+        opened = _existing(gallery, stack)
+        embedder = None
+        if features is None or model is not None:
+            embedder = load_embedder(model, opened, device)
+        if folder is not None and opened is not None:
+            known = {
+                (one.name, image.source)
+                for one, theirs in opened.stored({file.person for file in files})
+                for image in theirs
+            }
+            new = [file for file in files if (file.person, file.source) not in known]
+            there, files = len(files) - len(new), new
+        if features is not None:
+            fingerprint, dim, people = _table(features, left_out)
+            if embedder is not None and fingerprint not in (None, embedder.fingerprint):
+                raise UserError(f"{features} was embedded by another model than {model}")
+        elif embedder is not None:
+            gate = Gate(quality)
+            tolerant = None if person else left_out
+            people = _embed(embedder, files, faces, gate, keep_crops, left_out=tolerant)
+            if person:
+                people = iter([_joined(list(people), about)])
+        if embedder is not None:
+            fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
+        if fingerprint is None:
+            raise UserError(f"{features} does not say which model embedded it: give --model")
+        facts: dict[str, Any] = {"fingerprint": fingerprint, "dim": dim, "storage": storage}
+        if opened is not None:
+            opened.check(**facts)
+        fit = taken(people, dim)
+        if (first := next(fit, None)) is not None:  # nobody wants a gallery of nobody
+            if opened is None:
+                remembered = None if model is None else lasting(model)
+                opened = stack.enter_context(Gallery.open(gallery, model=remembered, **facts))
+            for some in opened.add_many(chain([first], fit), replace=replace, refused=refused):
+                names |= {one.name for one in some}
+        if not count + there:
+            raise UserError(
+                f"nobody was added to {gallery}: {folder or features} names nobody of whom there "
+                "is an image to use"
+            )
+    already = f"; {there:,} images were there already" if there else ""
+    console.show(f"added {count:,} images of {len(names):,} people to {shown(gallery)}{already}")
+    return {"people": len(names), "images": count, "there": there, "left_out": left_out}
+
+
+def reembed(
+    gallery: str, /, *, model: str, drop_missing: bool = False, device: str | None = None
+) -> dict[str, Any]:
+    """Move a gallery to another model, from the files people were enrolled from or kept crops.
+
+    The gallery changes at once at the end; until then, and after a crash, it is the old one.
+
+    Args:
+        gallery: A file, or postgresql+psycopg://user@host/database.
+        model: The new model: a run, a model folder or a hub id.
+        drop_missing: Leave out people and images whose files are gone; without it they are an
+            error and nothing changes.
+        device: "cpu", "cuda" or "mps"; default: the best there is.
+
+    Returns:
+        ``people``: how many there are now; ``gone``: the names of those who were left out whole;
+        ``left_out``: images that could not be used, and why.
+
+    Raises:
+        UserError: as elsewhere; or images are missing, or nobody would remain.
+    """
+    left_out: list[str] = []
+    embedder = load_embedder(model, None, device)
+
+    def crop(person: str, image: Image) -> np.ndarray:
+        if (file := _File.of(person, image.source)) is not None:
+            return look(embedder, file.path, file.aligned, "largest")[0].crop
+        if (content := opened.crop(person, image.id)) is not None:
+            return read_image(content)
+        raise UserError(f"an image of {person!r} has no file and no crop to embed again")
+
+    def again(stored: list[Stored]) -> Iterator[tuple[int, np.ndarray]]:
+        lost = [
+            person.name
+            for person, theirs in stored
+            for image in theirs
+            if _File.of(person.name, image.source) is None
+            and not (person.has_crop and opened.crop(person.name, image.id))
+        ]
+        if lost and not drop_missing:
+            some = ", ".join(map(repr, list(dict.fromkeys(lost))[:_LISTED]))
+            raise UserError(
+                f"{len(lost)} images have no file and no crop to embed again, among them of "
+                f"{some}: put the files back, enrol these people anew, or leave the images out by "
+                "--drop-missing"
+            )
+        remain = False
+        todo = [(person.name, image) for person, theirs in stored for image in theirs]
+        with console.bars(counted=True) as bars:
+            done = console.advance(bars, "embedding", len(todo))
+            for start in range(0, len(todo), _BATCH):
+                crops: dict[int, np.ndarray] = {}
+                for name, image in todo[start : start + _BATCH]:
+                    done(1)
+                    try:
+                        crops[image.id] = crop(name, image)
+                    except UserError as error:
+                        if not drop_missing:
+                            raise UserError(
+                                f"{error}; put it right, or leave such images out by --drop-missing"
+                            ) from error
+                        left_out.append(str(error))
+                if crops:
+                    remain = True
+                    yield from zip(
+                        crops, embedder.embed(list(crops.values()), aligned=True), strict=True
+                    )
+        if not remain and len(stored) == opened.count():
+            raise UserError(
+                f"nobody would remain in {gallery}, which is as it was: put the files back, or "
+                "enrol the people in a new gallery"
+            )
+
+    with Gallery.open(gallery, create=False) as opened:
+        before = {person.name for person in opened.people()}
+        opened.reembed(
+            again,
+            fingerprint=embedder.fingerprint,
+            dim=embedder.embedding_dim,
+            model=lasting(model),
+        )
+        after = {person.name for person in opened.people()}
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    gone = sorted(before - after)
+    went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
+    console.show(f"{shown(gallery)} now holds {len(after):,} people embedded by {model}{went}")
+    return {"people": len(after), "gone": gone, "left_out": left_out}
+
+
+def _existing(gallery: str, stack: ExitStack) -> Gallery | None:
+    try:
+        return stack.enter_context(Gallery.open(gallery, create=False))
+    except NoGalleryError:
+        return None
+
+
+def _embed(
+    embedder: FaceEmbedder,
+    files: Sequence[_File],
+    faces: Faces,
+    gate: Gate,
+    keep_crops: bool,
+    *,
+    left_out: list[str] | None,
+) -> Iterator[Enrolment]:
+    """Embed files that come person by person; one person may come in several parts.
+
+    Args:
+        embedder: the model.
+        files: whose.
+        faces, gate, keep_crops: see `add`.
+        left_out: without it an unusable image is a UserError; with it what is wrong is appended.
+    """
+    waiting: list[tuple[_File, np.ndarray]] = []
+
+    def embedded() -> Iterator[Enrolment]:
+        rows = embedder.embed([crop for _, crop in waiting], aligned=True)
+        for person, group in groupby(
+            zip(waiting, rows, strict=True), key=lambda pair: pair[0][0].person
+        ):
+            theirs = list(group)
+            crops = [_jpeg(crop) for (_, crop), _ in theirs] if keep_crops else None
+            sources = [file.source for (file, _), _ in theirs]
+            yield Enrolment(person, np.stack([row for _, row in theirs]), None, sources, crops)
+        waiting.clear()
+
+    with console.bars(counted=True) as bars:
+        done = console.advance(bars, "embedding", len(files))
+        for file in files:
+            done(1)
+            try:
+                seen = look(embedder, file.path, file.aligned, faces)
+                for one in seen:
+                    for warning in gate.check(measure(one.crop, one.face), str(file.path)):
+                        print(f"warning: {warning}", file=sys.stderr)
+            except UserError as error:
+                if left_out is None:
+                    raise
+                left_out.append(str(error))
+                continue
+            if len(waiting) >= _BATCH and waiting[-1][0].person != file.person:
+                yield from embedded()
+            waiting += [(file, one.crop) for one in seen]
+        if waiting:
+            yield from embedded()
+
+
+def _jpeg(crop: np.ndarray) -> bytes:
+    return bytes(cv2.imencode(".jpg", cv2.cvtColor(crop, cv2.COLOR_RGB2BGR))[1])
+
+
+def _joined(parts: list[Enrolment], metadata: dict[str, Any] | None) -> Enrolment:
+    """One person's parts as one."""
+    crops = [crop for part in parts for crop in part.crops or []]
+    sources = [source for part in parts for source in part.sources or []]
+    rows = np.concatenate([part.embeddings for part in parts])
+    return Enrolment(parts[0].person, rows, metadata, sources, crops or None)
+
+
+def _folder(folder: Path, aligned: bool) -> list[_File]:
+    """The images of ``folder/person/image``, person by person."""
+    from sphereface2.data.folder import FolderSource
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give --folder one that holds a folder a person")
+    source = FolderSource(folder)
+    files = []
+    for i, label in enumerate(source.labels):
+        name = (source.class_names or [])[label]
+        with suppress(UserError):  # it is told when the person is enrolled
+            name = person_name(name)
+        files.append(_File(name, folder / source.name(i), aligned))
+    return files
+
+
+def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[Enrolment]]:
+    """A table of embeddings: the model's fingerprint if it says, dim, people."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    from sphereface2.recognition.feature_parts import METADATA
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is missing or no Parquet file: {error}") from error
+    names = file.schema_arrow.names
+    if not {"name", "label", "embedding"} <= set(names):
+        raise UserError(
+            f"{path} has the columns {', '.join(names)}; name, label and embedding are needed, "
+            "as `sphereface2 embed` writes them"
+        )
+    try:
+        about = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"{path} says nothing of use about its model; embed the images anew")
+    if about.get("flip") is False:
+        raise UserError(
+            f"{path} was embedded with --no-flip and a search adds the mirror image: embed the "
+            "images anew, without that"
+        )
+    dim = next((len(row) for row in _embeddings(file) if row is not None), 0)
+    if not dim:
+        raise UserError(f"{path} holds no embedding")
+
+    def people() -> Iterator[Enrolment]:
+        columns = [c for c in ("name", "label", "person", "embedding") if c in names]
+        rows = (
+            row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist()
+        )
+        for person, group in groupby(rows, key=_whose):
+            theirs = [row for row in group if row["embedding"] is not None]
+            if not person:
+                left_out.extend(f"{row['name']} of {path}: it names nobody" for row in theirs)
+            elif theirs:
+                yield Enrolment(person, np.array([row["embedding"] for row in theirs], np.float32))
+
+    return about.get("model"), dim, people()
+
+
+def _whose(row: dict[str, Any]) -> str:
+    """The name of a row's person; where a set has no names, the label."""
+    person = row["label"] if row.get("person") is None else row["person"]
+    return "" if person is None else str(person)
+
+
+def _embeddings(file: Any) -> Iterator[list[float] | None]:
+    for batch in file.iter_batches(64, columns=["embedding"]):
+        yield from batch.column("embedding").to_pylist()

@@ -1,0 +1,74 @@
+"""Faces of a user's images, and the model that embeds them, for the gallery's commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from sphereface2.align import Face, NoFaceError, warp
+from sphereface2.errors import UserError
+from sphereface2.images import read_image
+from sphereface2.recognition.gallery.gallery import Gallery
+
+if TYPE_CHECKING:
+    from sphereface2.recognition.face_embedder import FaceEmbedder
+
+#: Which faces of an image are taken; ``one`` refuses an image of several.
+Faces = Literal["one", "largest", "all"]
+
+
+class Seen(NamedTuple):
+    """A face of an image: the crop, and where it was found if the image was no crop already."""
+
+    crop: np.ndarray
+    face: Face | None
+
+
+def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> list[Seen]:
+    """The faces of an image, the largest and most central first; UserError if it shows none."""
+    pixels = read_image(path)
+    if aligned:
+        return [Seen(pixels, None)]
+    found = embedder.aligner.detect(pixels)
+    if not found:
+        raise NoFaceError(f"no face found in {path}; give an image that shows one")
+    if len(found) > 1 and faces == "one":
+        raise UserError(
+            f"{path} shows {len(found)} faces: crop it to one, or say which to take, the largest "
+            "or all"
+        )
+    some = found if faces == "all" else found[:1]
+    return [Seen(warp(pixels, face.landmarks, embedder.aligner.size), face) for face in some]
+
+
+def load_embedder(model: str | None, gallery: Gallery | None, device: str | None) -> FaceEmbedder:
+    """The model named, or the one that the gallery remembers; UserError if the gallery is not its.
+
+    Args:
+        model: a run, a model folder or a hub id.
+        gallery: to search or to add to, if it exists.
+        device: where to compute.
+    """
+    from sphereface2.recognition.face_embedder import FaceEmbedder
+
+    if model is None and gallery is not None:
+        model = gallery.model
+    if model is None:
+        raise UserError("say by which model: --model RUN, a model folder or a hub id")
+    embedder = FaceEmbedder.from_pretrained(model, device=device)
+    if gallery is not None:
+        gallery.check(embedder.fingerprint, embedder.embedding_dim)
+    return embedder
+
+
+def lasting(model: str) -> str:
+    """A model as a gallery remembers it: a path from the root, or a hub id."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def shown(address: str) -> str:
+    """A gallery's address without a password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", address)

@@ -124,7 +124,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     (found,) = answer(gallery, files[3], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "bob"
     with pytest.raises(UserError, match="by another model"):
-        run("add", gallery, "--features", table, "--model", world / "new")
+        run("add", tmp_path / "other", "--features", table, "--model", world / "new")
     with pytest.raises(UserError, match="no Parquet file"):
         run("add", gallery, "--features", files[0])
     pq.write_table(pa.table({"x": [1]}), tmp_path / "x.parquet")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +72,11 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, gallery: Path, *options: str) -> Iterator[Server]:
+def serving(
+    model: Path, gallery: Path, *options: str, program: Sequence[str] = ("-m", "sphereface2")
+) -> Iterator[Server]:
     """Start a server on a free port; it is stopped at the end if it still runs."""
-    command = [sys.executable, "-m", "sphereface2", "serve", str(model), "--gallery", str(gallery)]
+    command = [sys.executable, *program, "serve", str(model), "--gallery", str(gallery)]
     process = subprocess.Popen(
         [*command, "--port", "0", "--device", "cpu", *options],
         stdout=subprocess.PIPE,

@@ -10,11 +10,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance
-from serving import encoded, make_model, photograph
+from serving import encoded, make_model, photograph, serving
 
 from sphereface2.embedder import Embedder
 from sphereface2.images import decode
@@ -105,6 +106,22 @@ def test_gallery(place: Path, tmp_path: Path) -> None:
     words = run(model, tmp_path / "g.db", photos / "b/b.jpg", program=FORBID + program).split()
     same = FaceEmbedder.from_pretrained(model).verify(photos / "a/a.jpg", photos / "b/b.jpg")
     assert words[0] == "Eve" and float(words[1]) == pytest.approx(same.similarity, abs=1e-5)
+
+
+def test_service(place: Path, tmp_path: Path) -> None:
+    model = place / "model.onnx"
+    paths = [place / "photos/a/a.jpg", place / "photos/b/b.jpg"]
+    with serving(model, tmp_path / "g.db", program=("-c", COMMAND)) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            files = [("images", path.read_bytes()) for path in paths]
+            answer = client.post("/v1/embed", files=files)
+            assert answer.status_code == 200, answer.text
+            found = np.array([one["embedding"] for one in answer.json()["embeddings"]])
+            person = client.post("/v1/people", data={"name": "Eve"}, files=files[:1])
+            assert person.status_code == 201, person.text
+        assert server.stop() == 0, server.log
+    expected = FaceEmbedder.from_pretrained(place / "model").embed(paths)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def traced(log: Path, home: Path, words: list[str]) -> str:

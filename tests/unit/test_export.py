@@ -237,10 +237,10 @@ def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monke
     (tmp_path / "damaged.onnx").write_bytes(float32.read_bytes()[:5000])
     (tmp_path / "empty.onnx").touch()
     for name, message in [
-        ("foreign", "was not written by"),
+        ("foreign", "written by `sphereface2 export`"),
         ("contradictory", "contradicts itself"),
         ("damaged", "damaged or no ONNX file"),
-        ("empty", "damaged or no ONNX file|was not written by"),
+        ("empty", "damaged or no ONNX file|does not describe"),
         ("absent", "does not exist"),
     ]:
         with pytest.raises(UserError, match=message):

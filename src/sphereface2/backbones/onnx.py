@@ -87,7 +87,9 @@ def _description(session: Any, label: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
-        raise UserError(f"{label} was not written by `sphereface2 export`, which tells its inputs")
+        raise UserError(
+            f"{label} does not describe its inputs: give a file written by `sphereface2 export`"
+        )
     if (version := described.get("format_version")) != FORMAT_VERSION:
         raise UserError(
             f"{label} has format version {version!r} and this package reads {FORMAT_VERSION}: "

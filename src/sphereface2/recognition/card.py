@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphereface2.errors import UserError
 from sphereface2.extras import require
+from sphereface2.files import read_yaml
 from sphereface2.version import __version__
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def model_card(
     """The card of a network, with YAML that the hub reads.
 
     Args:
-        network: its ``metadata["training"]``, from `facts_of_run`, fills the card; without it what
-            a checkpoint tells, ``metadata["head"]`` and ``metadata["data"]``.
+        network: its ``metadata["training"]``, from `facts_of_run`, fills the card; without it
+            ``metadata["head"]`` and ``metadata["data"]``, which a checkpoint has.
         fingerprint: of the network.
-        calibration: its thresholds are told.
+        calibration: gives the thresholds; None where there is none.
         license: the hub's identifier of the weights' licence.
         license_name: the name of another one, with ``license="other"``.
         license_link: where that one can be read.
@@ -125,7 +126,7 @@ def _use(network: Backbone, synthetic: bool) -> str:
         f"{drawn}It turns the crop of a face into {network.embedding_dim} numbers of length 1. The "
         "more alike two people look to it, the larger the inner product of theirs.\n\n"
         "```python\n"
-        "from sphereface2.recognition.face_embedder import FaceEmbedder\n\n"
+        "from sphereface2 import FaceEmbedder\n\n"
         'embedder = FaceEmbedder.from_pretrained("PATH or owner/name")\n'
         'embeddings = embedder.embed(["a.jpg", "b.jpg"])\n'
         "print(embeddings[0] @ embeddings[1])\n"
@@ -208,7 +209,7 @@ def _calibration(calibration: Calibration | None) -> str:
 
 _LIMITS = (
     "## Limits\n\n"
-    "Figures hold for the people and pictures they were measured on. Error rates differ between "
+    "Figures hold for the people and images they were measured on. Error rates differ between "
     "groups of people, ages, cameras and poses, and none of that is measured here: measure it on "
     "the people concerned. Crops must be aligned by the five-point template, as `sphereface2 "
     "align` does. It does not notice photographs of photographs, masks or generated faces."
@@ -217,8 +218,8 @@ _LIMITS = (
 
 def _licence(license: str, name: str | None, link: str | None, synthetic: bool) -> str:
     if name != UNSTATED:
-        told = f"[{name or license}]({link})" if link else f"{name or license}"
-        return f"## Licence\n\nThe weights: {told}. The software is under Apache-2.0."
+        terms = f"[{name or license}]({link})" if link else f"{name or license}"
+        return f"## Licence\n\nThe weights: {terms}. The software is under Apache-2.0."
     bound = (
         "the drawn faces bring no terms of their own"
         if synthetic
@@ -256,10 +257,10 @@ def _eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 
 
 def _tars(figures: dict[str, Any]) -> str:
-    told = [
+    shares = [
         f"{100 * value:.1f} % @{far}" for far, value in figures["tar"].items() if value is not None
     ]
-    return ", ".join(told) or "–"
+    return ", ".join(shares) or "–"
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -270,11 +271,8 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON or YAML file's mapping; empty where there is no such file."""
     if not path.exists():
         return {}
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error!s:.100}") from error
     return found if isinstance(found, dict) else {}

@@ -83,7 +83,7 @@ class FaceEmbedder:
 
         It is the same after saving, on another machine and on another device. How crops are made
         is not part of it: the same crop has the same embedding whoever cut it, and
-        ``aligner.name`` tells who did.
+        ``aligner.name`` says who did.
         """
         return self.embedder.fingerprint
 

@@ -103,9 +103,9 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        told = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"no Ray cluster answers at {address} ({told}): give --ray-address the HOST:PORT of "
+            f"no Ray cluster answers at {address} ({reason}): give --ray-address the HOST:PORT of "
             "its head"
         ) from error
 

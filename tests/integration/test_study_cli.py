@@ -71,7 +71,7 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
 
     told = run("report", study, "--cells", cells, "--out", tmp_path / "out")
     assert told.returncode == 0, told.stderr
-    assert told.stdout.strip() == str(tmp_path / "out" / "report.html")
+    assert told.stdout.strip() == str(tmp_path / "out" / "report.md")
     text = (tmp_path / "out" / "report.md").read_text()
     accuracy = f"{100 * result['pairs'][0]['accuracy']:.2f}"
     assert f"| cosface | 1 | {accuracy} |" in text

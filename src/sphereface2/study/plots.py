@@ -13,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from sphereface2.evaluation.plots import COLOURS, GENUINE, GRID, IMPOSTOR, INK, panels, write
+from sphereface2.evaluation.results import far_key
 from sphereface2.study import tables
+from sphereface2.study.measure import PeopleMeasures
 from sphereface2.study.results import is_number
 from sphereface2.study.statistics import Contrast, Series, half_width
 
@@ -31,14 +33,14 @@ class Panel:
 
 
 def plot_conditions(drawn: Sequence[Panel], conditions: Sequence[str], path: Path) -> None:
-    """One panel a figure: a line an arm over the conditions, with intervals over seeds."""
+    """One panel a figure: a marker for each arm under each condition, with intervals over seeds."""
     canvas, axes = panels([panel.title for panel in drawn], size=(6.4, 3.1 * len(drawn) + 0.6))
     count = len(drawn[0].lines)
     for place, panel in zip(axes, drawn, strict=True):
         for k, (name, line) in enumerate(panel.lines.items()):
             # Side by side, so that error bars do not hide each other.
             shift = 0.28 * ((k + 0.5) / count - 0.5)
-            _line(place, np.arange(len(line)) + shift, line, k, name)
+            _line(place, np.arange(len(line)) + shift, line, k, name, joined=False)
         place.set_xlim(-0.4, len(conditions) - 0.6)
         _categories(place, conditions)
         _percent(place)
@@ -106,12 +108,20 @@ def plot_differences(
 
 
 def plot_scores(
-    drawn: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    thresholds: Mapping[str, float | None],
-    edges: np.ndarray,
-    path: Path,
+    tests: Mapping[str, PeopleMeasures], far: float, edges: np.ndarray, path: Path
 ) -> None:
-    """One panel an arm: histograms of genuine and impostor pairs, each summing to one."""
+    """One panel an arm: histograms of genuine and impostor pairs, each summing to one.
+
+    Args:
+        tests: by arm.
+        far: the threshold that keeps it is marked.
+        edges: of the histograms' bins.
+        path: PNG to write.
+    """
+    drawn = {
+        arm: [np.array(one.histogram) for one in (test.genuine_scores, test.impostor_scores)]
+        for arm, test in tests.items()
+    }
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
     canvas, axes = panels(
@@ -134,10 +144,9 @@ def plot_scores(
                 linewidth=1.2,
                 label=what,
             )
-        if (threshold := thresholds[name]) is not None:
-            place.axvline(
-                threshold, color=INK, lw=1.1, ls=(0, (4, 3)), label="threshold at FAR 1e-3"
-            )
+        if (threshold := tests[name].threshold.get(far)) is not None:
+            label = f"threshold at FAR {far_key(far)}"
+            place.axvline(threshold, color=INK, lw=1.1, ls=(0, (4, 3)), label=label)
         place.set_xlim(low, high)
         place.xaxis.set_major_locator(MaxNLocator(4))
         _percent(place, 3)

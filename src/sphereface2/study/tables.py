@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sphereface2.study.statistics import Contrast, Series, half_width
 
 NONE = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure as a column: its name, its title, how it is printed and which value is best."""
+
+    name: str
+    title: str
+    scale: float = 100.0
+    digits: int = 2
+    best: str | None = "max"
 
 
 def escape(text: str) -> str:
@@ -23,23 +35,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def by_arm(header: Sequence[str], arms: Iterable[str], columns: Iterable[Sequence[str]]) -> str:
+    """A table with a row for each arm, from its columns."""
+    names = [escape(arm) for arm in arms]
+    return table(header, [*zip(names, *columns, strict=True)])
+
+
 def number(value: float | None, *, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
     """``scale`` times the value, with a true minus; a dash where there is none."""
     if value is None or value != value:
         return NONE
-    told = f"{scale * value:{'+' if sign else ''}.{digits}f}"
-    return told.replace("-", "−")
+    shown = f"{scale * value:{'+' if sign else ''}.{digits}f}"
+    return shown.replace("-", "−")
 
 
 def mean(
     values: Sequence[float], *, scale: float = 1.0, digits: int = 2, bold: bool = False
 ) -> str:
     """Mean ± half-width of the interval over seeds; without ± for one seed."""
-    told = [value for value in values if value == value]
-    if not told:
+    shown = [value for value in values if value == value]
+    if not shown:
         return NONE
-    middle = number(sum(told) / len(told), scale=scale, digits=digits)
-    half = half_width(told)
+    middle = number(sum(shown) / len(shown), scale=scale, digits=digits)
+    half = half_width(shown)
     middle = f"**{middle}**" if bold else middle
     return middle if half is None else f"{middle} ± {number(half, scale=scale, digits=digits)}"
 
@@ -50,10 +68,10 @@ def means(
     """A column of `mean`, the best (``max`` or ``min``) in bold if there is more than one."""
     values = [[figure.value for figure in series.values()] for series in column]
     middles = [sum(row) / len(row) if row else float("nan") for row in values]
-    told = [middle for middle in middles if middle == middle]
+    shown = [middle for middle in middles if middle == middle]
     first = None
-    if best is not None and len(told) > 1:
-        first = max(told) if best == "max" else min(told)
+    if best is not None and len(shown) > 1:
+        first = max(shown) if best == "max" else min(shown)
     return [
         mean(row, scale=scale, digits=digits, bold=middle == first)
         for row, middle in zip(values, middles, strict=True)

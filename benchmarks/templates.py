@@ -130,9 +130,9 @@ def main() -> None:
         assert pairs is not None
         for point in pairs.tar:
             print(f"  TAR at FAR {point.at:g}: {point.value:.6f}")
-        for point in report.galleries[0].tpir:
-            print(f"  TPIR at FPIR {point.at:g}: {report.mean_tpir(point.at):.6f}")
-        print(f"  rank-1 {report.mean_rank(1):.6f}, rank-10 {report.mean_rank(10):.6f}")
+        for fpir, mean in report.means("tpir").items():
+            print(f"  TPIR at FPIR {fpir:g}: {mean:.6f}")
+        print(", ".join(f"  rank-{k} {mean:.6f}" for k, mean in report.means("rank").items()))
         print(
             f"peak resident memory {peak():.2f} GiB for {pairs.pairs:,} pairs "
             f"({pairs.genuine:,} genuine) of {len(features):,} x {args.dim} templates"

@@ -17,6 +17,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data.opening import load_pairs
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
 from sphereface2.recognition.evaluate import evaluate
 
@@ -85,7 +86,7 @@ def test_json_of_three_layouts_of_one_set(place):
     scores = (e[pair_set.pairs[:, 0]] * e[pair_set.pairs[:, 1]]).sum(1)
     folds = kfold_accuracy(scores, pair_set.same, np.repeat(np.arange(10), 6))
     assert first["accuracy"] == pytest.approx(folds.accuracy)
-    assert first["accuracy_std"] == pytest.approx(folds.std)
+    assert first["accuracy_std"] == pytest.approx(folds.accuracy_std)
     assert first["accuracy"] > 0.6  # the people differ in colour: better than a coin
     assert list(first["tar"]) == ["1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6"]
     assert first["tar"]["1e-1"] == pytest.approx(tar_at_far(scores, pair_set.same, [0.1])[0].value)
@@ -107,7 +108,9 @@ def test_tables_all_pairs_and_plots(place, tmp_path):
             *("--pairs", place / "set.bin", "--all-pairs", place / "faces"),
             *("--plots", tmp_path, "--no-flip"),
         )
-        report = evaluate(place / "net", all_pairs=place / "faces", as_json=True).all_pairs
+        report = evaluate(place / "net", all_pairs=place / "faces", as_json=True).of(
+            AllPairsResult
+        )[0]
     finally:
         (place / "faces" / "P3" / "broken.png").unlink()
     assert done.returncode == 0, done.stderr
@@ -194,8 +197,8 @@ def test_figures_that_say_little_are_noted(place, tmp_path, capsys):
     sorted_set = tmp_path / "sorted.bin"
     sorted_set.write_bytes(pickle.dumps((images, sorted(same))))
     found = evaluate(tmp_path / "zeros", pairs=[sorted_set], all_pairs=place / "faces")
-    assert "all pairs have the same score" in found.sets[0].notes[1]
-    assert "10 of 10 folds hold pairs of one kind only" in found.sets[0].notes[2]
-    assert "all images have the same embedding" in found.all_pairs.notes[-1]
+    assert "all pairs have the same score" in found.results[0].notes[1]
+    assert "10 of 10 folds hold pairs of one kind only" in found.results[0].notes[2]
+    assert "all images have the same embedding" in found.results[1].notes[-1]
     shown = capsys.readouterr().out
     assert "all pairs have the same score" in shown and "folds hold pairs of one kind" in shown

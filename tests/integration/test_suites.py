@@ -208,7 +208,7 @@ def test_ijb_weighted_by_detector_scores_and_names_of_ijbb(
     monkeypatch.setenv("COLUMNS", "100")
     write_ijb(tmp_path, "ijbb", letter="S", seed=1)
     report = evaluate(net, suites=["ijbb"], root=tmp_path / "IJBB", detector_weights=True)
-    (weighted,) = report.templates
+    (weighted,) = report.results
     check_ijb(weighted.to_dict(), ijb_by_brute_force(tmp_path, "ijbb", "S", net, weighted=True))
     shown = capsys.readouterr().out
     assert "72 templates of 240 images, weighted by the detector's scores" in shown
@@ -284,7 +284,7 @@ def test_megaface_is_what_brute_force_says(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{d}.png").write_bytes(png(picture(rng, person(rng))))
     (tmp_path / "distractors" / "broken.png").write_bytes(b"nothing")
-    report = evaluate(net, suites=["megaface"], root=tmp_path).distractors[0]
+    report = evaluate(net, suites=["megaface"], root=tmp_path).results[0]
     assert "rank-1 by number of distractors" in capsys.readouterr().out
     assert (report.images, report.people, report.searches) == (21, 6, 60)
     assert (report.distractors, report.unreadable) == (130, 1)
@@ -306,7 +306,7 @@ def test_megaface_is_what_brute_force_says(
     ]
     assert rank1[130] == pytest.approx(np.mean(hits))
     assert 0.1 < rank1[130] < rank1[10]
-    assert evaluate(net, suites=["megaface"], root=tmp_path).distractors[0] == report
+    assert evaluate(net, suites=["megaface"], root=tmp_path).results[0] == report
 
 
 def write_pairs(root: Path, seed: int) -> None:
@@ -340,8 +340,8 @@ def write_pairs(root: Path, seed: int) -> None:
 def test_combined_is_the_union_of_four_sets(net: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
     report = evaluate(net, suites=["combined", "lfw", "calfw", "cplfw"], root=tmp_path)
-    combined, lfw, calfw, cplfw = report.sets
-    assert [s.name for s in report.sets] == ["combined", "lfw", "calfw", "cplfw"]
+    combined, lfw, calfw, cplfw = report.results
+    assert [s.name for s in report.results] == ["combined", "lfw", "calfw", "cplfw"]
     assert (combined.pairs, combined.folds, combined.people) == (80, 10, None)
     assert (calfw.people, cplfw.people, lfw.people) == (8, 8, None)
     # The same pairs four times: what does not depend on folds is what one of them gives.

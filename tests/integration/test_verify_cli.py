@@ -165,7 +165,7 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
 ):
     options = {"pairs": [place / "fit.txt"], "images": place / "faces", "fars": [0.2]}
     found = evaluate(net, **{k: options[k] for k in ("pairs", "images")})
-    assert found.sets[0].calibration is None
+    assert found.results[0].calibration is None
     calibrate(net, **options)
     both = [place / "fit.txt", place / "test.txt"]
     done = call("evaluate", net, "--pairs", both[0], "--pairs", both[1],
@@ -175,13 +175,13 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
     assert done.stdout.count("fitted on these very pairs") == 1
     assert cv2.imread(str(tmp_path / "plots/test_reliability.png")).shape == (660, 960, 3)
     report = evaluate(net, pairs=both, images=place / "faces", as_json=True)
-    first, second = (one.calibration for one in report.sets)
+    first, second = (one.calibration for one in report.results)
     assert (first.fitted_here, second.fitted_here) == (True, False)
     assert first.far[0.2] <= 0.2
     assert first.min_cllr <= first.cllr < 1
     # Without the mirror image the scores are others.
     report = evaluate(net, pairs=both, images=place / "faces", flip=False, as_json=True)
-    assert report.sets[0].calibration is None
+    assert report.results[0].calibration is None
 
 
 def test_the_training_set_gives_its_held_out_people_alone(place, net):

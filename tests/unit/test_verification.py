@@ -50,10 +50,10 @@ def test_kfold_is_brute_force(pairs, count, seed):
     for fold in np.unique(folds):
         t = best_on(scores[folds != fold], same[folds != fold])
         expected.append(np.mean((scores[folds == fold] >= t) == same[folds == fold]))
-    np.testing.assert_array_equal(found.per_fold, expected)
+    np.testing.assert_array_equal(found.fold_accuracy, expected)
     assert found.accuracy == np.mean(expected)
-    assert found.std == np.std(expected, ddof=0)
-    assert np.isfinite(found.thresholds).all()
+    assert found.accuracy_std == np.std(expected, ddof=0)
+    assert np.isfinite(found.fold_threshold).all()
 
 
 def test_kfold_judges_a_fold_by_the_others():

@@ -9,7 +9,12 @@ exact rank among billions. The scores are computed tile by tile and selected as 
    replaced by the interval now known to hold the score and the pass repeated (rarely needed).
 3. The tiles that hold genuine pairs are computed again and compared with the exact bounds.
 
-A tile's scores are the same float32 numbers whenever it is computed, so the passes agree.
+A tile's scores are the same float32 numbers whenever it is computed, so the passes agree. Rank-1
+identification comes along: it needs each image's best score only.
+
+Memory: a sorted copy of the embeddings, at most about ``16 * block**2`` bytes a worker and some
+tens of megabytes of tallies, whatever the number of pairs. Time: the matrix product, N² d / 2
+multiply-adds, and a fraction of it for the counting (``benchmarks/all_pairs.py`` measures both).
 """
 
 from __future__ import annotations
@@ -71,12 +76,6 @@ def evaluate_all_pairs(
 ) -> AllPairsResult:
     """TAR at each FAR over all N(N-1)/2 pairs, each pair once; same definition as `tar_at_far`.
 
-    Rank-1 identification comes along: it needs each image's best score only. Scores are inner
-    products in float32. Memory: a sorted copy of the embeddings, at most about ``16 * block**2``
-    bytes a worker and some tens of megabytes of tallies, whatever the number of pairs. Time: the
-    matrix product, N² d / 2 multiply-adds, and a fraction of it for the counting
-    (``benchmarks/all_pairs.py`` measures both).
-
     Args:
         embeddings: float32 (N, d), rows of length 1.
         labels: int (N,), the person of each row.
@@ -99,35 +98,24 @@ def evaluate_all_pairs(
     (2, 8, 1.0, 1.0)
     """
     rows, people = _sorted_rows(embeddings, labels)
-    per_person = np.bincount(people).astype(np.int64)
-    genuine = int((per_person * (per_person - 1) // 2).sum())
-    impostors = len(rows) * (len(rows) - 1) // 2 - genuine
-    if not genuine or not impostors:
-        kind = "genuine" if not genuine else "impostor"
-        raise UserError(
-            f"the {len(rows)} images of {len(per_person)} people make no {kind} pair: "
-            "all-pairs evaluation needs two people and a person with two images"
-        )
+    genuine, impostors = _count_pairs(people)
     tiles = Tiles(rows, people, block, workers)
     curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
     points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)
     tar = tuple(points[: len(fars)])
-    notes = unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
-    if (rows == rows[0]).all():
-        notes.append(
-            "all images have the same embedding, as a network whose weights are all 0 gives them"
-        )
+    equal = ["all images have the same embedding, as a network with weights of 0 gives them"]
     return AllPairsResult(
         name=name,
         images=len(rows),
-        people=len(per_person),
+        people=int(people[-1]) + 1,
         genuine=genuine,
         impostor=impostors,
         tar=tar,
         rank1=tiles.rank1(),
         unreadable=len(unreadable),
         unreadable_names=tuple(unreadable[:20]),
-        notes=notes,
+        notes=unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
+        + (equal if (rows == rows[0]).all() else []),
         intervals=Resampling.fixed(replicates, seed),
         plots=() if plots is None else _plot(name, points[len(fars) :], len(rows), plots),
     )
@@ -146,6 +134,20 @@ def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     if not np.isfinite(rows).all():
         raise UserError("the embeddings hold NaN or infinite values")
     return rows, people[order]
+
+
+def _count_pairs(people: np.ndarray) -> tuple[int, int]:
+    """Genuine and impostor pairs; UserError unless there are both."""
+    images = np.bincount(people).astype(np.int64)
+    genuine = int((images * (images - 1) // 2).sum())
+    impostors = len(people) * (len(people) - 1) // 2 - genuine
+    if not genuine or not impostors:
+        raise UserError(
+            f"the {len(people)} images of {len(images)} people make no "
+            f"{'impostor' if genuine else 'genuine'} pair: all-pairs evaluation needs two people "
+            "and a person with two images"
+        )
+    return genuine, impostors
 
 
 def _points(

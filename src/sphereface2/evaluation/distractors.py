@@ -1,4 +1,9 @@
-"""Identification among distractors, MegaFace's protocol: is an image found among N strangers?"""
+"""Identification among distractors, MegaFace's protocol: is an image found among N strangers?
+
+For each ordered pair of two images of a person, one is searched in a gallery of the other and N
+distractors; it is found if the other image scores strictly above all distractors. Distractors are
+taken block by block and forgotten; for each probe only its best score is kept.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +54,6 @@ def evaluate_distractors(
     seed: int = 0,
 ) -> DistractorResult:
     """Rank-1 identification of probes among the first N distractors, for each N.
-
-    For each ordered pair of two images of a person, one is searched in a gallery of the other and
-    N distractors; it is found if the other image scores strictly above all distractors. Distractors
-    are taken block by block and forgotten; for each probe only its best score is kept.
 
     Args:
         probes: float32 (Q, d), rows of length 1.

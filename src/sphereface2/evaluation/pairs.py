@@ -12,34 +12,22 @@ from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation import verification as metrics
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.reliability import CalibrationQuality, quality, reliability
-from sphereface2.evaluation.results import Estimate, PairsVerified, unmeasured
+from sphereface2.evaluation.results import PairsVerified, unmeasured
 
 REPLICATES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsResult(PairsVerified):
+class PairsResult(PairsVerified, metrics.Folds, metrics.CurveFigures):
     """The figures of a verification set.
 
     Attributes:
         images, people: in it; ``people`` is None where they are unknown.
-        folds: number of folds.
-        accuracy, accuracy_std: mean and population standard deviation over the folds.
-        fold_accuracy: on each fold.
-        threshold: mean over the folds.
-        eer, auc: with their intervals.
         calibration: how good the network's calibration is on the set, or None.
     """
 
     images: int
     people: int | None
-    folds: int
-    accuracy: float
-    accuracy_std: float
-    fold_accuracy: tuple[float, ...]
-    threshold: float
-    eer: Estimate
-    auc: Estimate
     calibration: CalibrationQuality | None = None
 
 
@@ -74,46 +62,34 @@ def evaluate_pairs(
     """
     same, people = pair_set.same, pair_set.people
     folds = metrics.kfold_accuracy(scores, same, pair_set.folds)
-    curve = metrics.curve_figures(
-        scores,
-        same,
-        fars,
-        people=None if people is None else people[pair_set.pairs],
-        replicates=replicates,
-        seed=seed,
-    )
-    judged, notes = None, _doubts(scores, pair_set)
-    if calibration is not None:
-        here = pair_set.fingerprint() in calibration.fitted_on
-        judged = quality(scores, same, calibration, fitted_here=here)
-        if here:
-            notes.append(
-                "the calibration was fitted on these very pairs: its figures are too good here"
-            )
+    who = None if people is None else people[pair_set.pairs]
+    curve = metrics.curve_figures(scores, same, fars, people=who, replicates=replicates, seed=seed)
     impostors = int(np.count_nonzero(~same))
+    judged = None if calibration is None else _judge(calibration, scores, pair_set)
     return PairsResult(
         name=pair_set.name,
         images=len(pair_set.images),
         people=None if people is None else len(np.unique(people)),
         genuine=len(pair_set) - impostors,
         impostor=impostors,
-        folds=len(folds.per_fold),
-        accuracy=folds.accuracy,
-        accuracy_std=folds.std,
-        fold_accuracy=tuple(folds.per_fold.tolist()),
-        threshold=float(folds.thresholds.mean()),
-        eer=curve.eer,
-        auc=curve.auc,
-        tar=curve.tar,
-        notes=[*unmeasured("TAR at FAR", curve.tar, impostors, "impostor pairs"), *notes],
-        intervals=curve.intervals,
+        **vars(folds),
+        **vars(curve),
+        notes=[
+            *unmeasured("TAR at FAR", curve.tar, impostors, "impostor pairs"),
+            *_doubts(scores, pair_set, judged),
+        ],
         calibration=judged,
         plots=() if plots is None else _plot(scores, pair_set, folds, calibration, plots),
     )
 
 
-def _doubts(scores: np.ndarray, pair_set: PairSet) -> list[str]:
-    """What makes a set's figures say little."""
+def _judge(calibration: Calibration, scores: np.ndarray, pair_set: PairSet) -> CalibrationQuality:
+    here = pair_set.fingerprint() in calibration.fitted_on
+    return quality(scores, pair_set.same, calibration, fitted_here=here)
+
+
+def _doubts(scores: np.ndarray, pair_set: PairSet, judged: CalibrationQuality | None) -> list[str]:
+    """What makes a set's figures doubtful."""
     notes = []
     if scores.min() == scores.max():
         notes.append(
@@ -130,6 +106,10 @@ def _doubts(scores: np.ndarray, pair_set: PairSet) -> list[str]:
             f"{len(one_kind)} of {len(np.unique(pair_set.folds))} folds hold pairs of one kind "
             f"only, the first is fold {one_kind[0]}: the accuracy depends on how the set is ordered"
         )
+    if judged is not None and judged.fitted_here:
+        notes.append(
+            "the calibration was fitted on these very pairs: its figures are too good here"
+        )
     return notes
 
 
@@ -143,7 +123,7 @@ def _plot(
     from sphereface2.evaluation import plots  # matplotlib is slow to import
 
     name, same = pair_set.name, pair_set.same
-    written = plots.plot_pairs(name, scores, same, float(folds.thresholds.mean()), folder)
+    written = plots.plot_pairs(name, scores, same, folds.threshold, folder)
     if calibration is not None:
         written.append(folder / f"{name}_reliability.png")
         found = reliability(calibration.probability(scores), same)

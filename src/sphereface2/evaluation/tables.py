@@ -10,7 +10,6 @@ from sphereface2.console import percent, table
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.bootstrap import LEVEL, Interval
 from sphereface2.evaluation.distractors import DistractorResult
-from sphereface2.evaluation.identification import RANKS
 from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.evaluation.results import PairsVerified, Result, far_key
 from sphereface2.evaluation.templates import TemplatesResult
@@ -82,16 +81,12 @@ def _templates(result: TemplatesResult) -> Iterator[Table | str]:
     if (pairs := result.verification) is not None:
         yield from render(pairs)
     if result.galleries:
-        names = [gallery.name for gallery in result.galleries]
-        place = table("1:N identification", ["", "mean", *names])
-        for row, k in enumerate(RANKS):
-            each = [gallery.rank[row].value for gallery in result.galleries]
-            place.add_row(f"rank-{k}", *map(percent, [result.mean_rank(k), *each]))
-        place.add_section()
-        for row, point in enumerate(result.galleries[0].tpir):
-            each = [gallery.tpir[row].value for gallery in result.galleries]
-            name = f"TPIR at FPIR {far_key(point.at)}"
-            place.add_row(name, *map(percent, [result.mean_tpir(point.at), *each]))
+        place = table("1:N identification", ["", "mean", *(one.name for one in result.galleries)])
+        for figure, title in (("rank", "rank-{}"), ("tpir", "TPIR at FPIR {}")):
+            place.add_section()
+            for row, (at, mean) in enumerate(result.means(figure).items()):
+                each = [getattr(one, figure)[row].value for one in result.galleries]
+                place.add_row(title.format(far_key(at)), *map(percent, [mean, *each]))
         yield place
         for one in result.galleries:
             yield (

@@ -10,7 +10,7 @@ import numpy as np
 
 from sphereface2.data.ijb import TemplateSet
 from sphereface2.evaluation.bootstrap import ratio_intervals
-from sphereface2.evaluation.identification import RANKS, GalleryResult, evaluate_gallery
+from sphereface2.evaluation.identification import GalleryResult, evaluate_gallery
 from sphereface2.evaluation.results import (
     OperatingPoint,
     PairsVerified,
@@ -39,14 +39,11 @@ class TemplatesResult(Result):
     verification: PairsVerified | None
     galleries: tuple[GalleryResult, ...]
 
-    def mean_rank(self, k: int) -> float:
-        """Rank-k identification, mean over the galleries."""
-        return float(np.mean([r.value for g in self.galleries for r in g.rank if r.at == k]))
-
-    def mean_tpir(self, fpir: float) -> float | None:
-        """TPIR at an FPIR, mean over the galleries; None where one cannot measure it."""
-        values = [point.value for g in self.galleries for point in g.tpir if point.at == fpir]
-        return None if None in values else float(np.mean(np.array(values, float)))
+    def means(self, figure: str) -> dict[float, float | None]:
+        """Means over the galleries of "rank" or "tpir" by k or FPIR; None where one has none."""
+        rows = zip(*(getattr(gallery, figure) for gallery in self.galleries), strict=True)
+        values = {row[0].at: [rate.value for rate in row] for row in rows}
+        return {at: None if None in v else float(np.mean(v)) for at, v in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: ``identification`` holds the means and ``galleries``, or is None."""
@@ -55,10 +52,8 @@ class TemplatesResult(Result):
         found["identification"] = None
         if galleries:
             found["identification"] = {
-                **{f"rank{k}": self.mean_rank(k) for k in RANKS},
-                "tpir": {
-                    far_key(point.at): self.mean_tpir(point.at) for point in self.galleries[0].tpir
-                },
+                **{f"rank{k}": mean for k, mean in self.means("rank").items()},
+                "tpir": {far_key(fpir): mean for fpir, mean in self.means("tpir").items()},
                 "galleries": galleries,
             }
         return found

@@ -19,21 +19,25 @@ from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Folds:
     """K-fold accuracy.
 
     Attributes:
+        folds: K.
         accuracy: mean over folds, 0 to 1.
-        std: standard deviation over folds, of the population (``ddof=0``), as the field reports it.
-        thresholds: float64 (K,), the threshold that each fold was judged with.
-        per_fold: float64 (K,), the accuracy on each fold.
+        accuracy_std: standard deviation over folds, of the population (``ddof=0``), as the field
+            reports it.
+        threshold: mean over folds.
+        fold_accuracy, fold_threshold: K of each, the threshold being what the fold was judged with.
     """
 
+    folds: int
     accuracy: float
-    std: float
-    thresholds: np.ndarray
-    per_fold: np.ndarray
+    accuracy_std: float
+    threshold: float
+    fold_accuracy: tuple[float, ...]
+    fold_threshold: tuple[float, ...]
 
 
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -107,7 +111,14 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
         thresholds[k] = _best_threshold(sorted_scores[train], sorted_same[train])
         test = folds == number
         per_fold[k] = np.mean((scores[test] >= thresholds[k]) == same[test])
-    return Folds(float(per_fold.mean()), float(per_fold.std()), thresholds, per_fold)
+    return Folds(
+        folds=len(numbers),
+        accuracy=float(per_fold.mean()),
+        accuracy_std=float(per_fold.std()),
+        threshold=float(thresholds.mean()),
+        fold_accuracy=tuple(per_fold.tolist()),
+        fold_threshold=tuple(thresholds.tolist()),
+    )
 
 
 def _best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
@@ -179,14 +190,14 @@ def _eer(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
     return f0 + (f1 - f0) * (-g0 / (g1 - g0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurveFigures:
     """The figures of one ROC: EER, AUC and TAR at each FAR; how their intervals were made."""
 
     eer: Estimate
     auc: Estimate
     tar: tuple[OperatingPoint, ...]
-    intervals: Resampling | None
+    intervals: Resampling | None = None
 
 
 def curve_figures(
@@ -220,21 +231,22 @@ def curve_figures(
     >>> found.tar[0].ci, found.eer
     ((1.0, 1.0), Estimate(value=0.0, ci=(0.0, 0.0)))
     """
-    points = tar_at_far(scores, same, fars)
     found = CurveFigures(
-        Estimate(eer(scores, same)), Estimate(auc(scores, same)), tuple(points), None
+        eer=Estimate(eer(scores, same)),
+        auc=Estimate(auc(scores, same)),
+        tar=tuple(tar_at_far(scores, same, fars)),
     )
     if not replicates:
         return found
     eers, aucs, tars = _resample(*check_both(scores, same), fars, people, replicates, seed)
     return CurveFigures(
-        replace(found.eer, ci=interval(eers)),
-        replace(found.auc, ci=interval(aucs)),
-        tuple(
+        eer=replace(found.eer, ci=interval(eers)),
+        auc=replace(found.auc, ci=interval(aucs)),
+        tar=tuple(
             point if point.value is None else replace(point, ci=interval(again))
-            for point, again in zip(points, tars, strict=True)
+            for point, again in zip(found.tar, tars, strict=True)
         ),
-        Resampling("pairs" if people is None else "people", len(eers), seed),
+        intervals=Resampling("pairs" if people is None else "people", len(eers), seed),
     )
 
 

@@ -90,12 +90,6 @@ class _Labelled:
     chosen: np.ndarray
     name: str
 
-    @property
-    def impostors(self) -> int:
-        """Number of impostor pairs of its images."""
-        counts = np.unique(self.source.labels[self.chosen], return_counts=True)[1].astype(np.int64)
-        return int(counts.sum() ** 2 - (counts**2).sum()) // 2
-
 
 def calibrate(
     checkpoint: Path,
@@ -129,46 +123,27 @@ def calibrate(
         seed: Seed of the bootstrap and of the sample.
         device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of a table.
-
-    Raises:
-        UserError: a set or the model cannot be used, or the pairs are too few for a FAR.
     """
     if not pairs and not all_pairs:
         raise UserError("nothing to calibrate on: give --pairs FILE or --all-pairs SET")
     check_count("--seed", seed, 0)
-    folder = bundle.resolve(checkpoint).resolve()
-    sets = open_pair_sets(pairs, images, names)
-    rng = np.random.default_rng(seed)
+    rng, folder = np.random.default_rng(seed), bundle.resolve(checkpoint).resolve()
+    sets: list[PairSet | _Labelled] = [*open_pair_sets(pairs, images, names)]
     with (
         Embedder.load(checkpoint, device=device, batch_size=batch_size) as embedder,
         console.bars() as bars,
     ):
-        labelled = [_choose(path, embedder.metadata) for path in all_pairs]
-        # Before minutes of embedding, what can be said without it.
-        impostors = sum(int((~one.same).sum()) for one in sets)
-        check_fars(fars, impostors + sum(min(one.impostors, MOST_PAIRS) for one in labelled))
-        scored = [_score_set(embedder, one, bars) for one in sets]
-        scored += [_score_labelled(embedder, one, rng, bars) for one in labelled]
+        sets += [_choose(path, embedder.metadata) for path in all_pairs]
+        check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
+        scored = [_score(embedder, one, rng, bars) for one in sets]
         fingerprint, metadata = embedder.fingerprint, embedder.metadata
     scores, same, people = _join(scored)
-    calibration = Calibration.fit(
-        scores,
-        same,
-        fingerprint=fingerprint,
-        fars=fars,
-        method=method,
-        people=people,
-        data=[one.data for one in scored],
-        seed=seed,
-    )
-    replaced = file_of(folder).exists()
-    report = CalibrationReport(
-        checkpoint=str(checkpoint),
-        file=str(calibration.save(folder)),
-        replaced=replaced,
-        calibration=calibration,
-        shared_bias=shared_bias(metadata, scores, same),
-    )
+    options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
+    data = [one.data for one in scored]
+    calibration = Calibration.fit(scores, same, fingerprint=fingerprint, data=data, **options)
+    bias, replaced = shared_bias(metadata, scores, same), file_of(folder).exists()
+    file = str(calibration.save(folder))
+    report = CalibrationReport(str(checkpoint), file, replaced, calibration, bias)
     if as_json:
         console.print_json(to_dict(report))
     else:
@@ -223,44 +198,41 @@ def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
     return _Labelled(source, held_out, f"{name}, {count} people held out of training")
 
 
-def _score_set(embedder: Embedder, pair_set: PairSet, bars: Progress) -> _Scored:
-    advance = console.advance(bars, pair_set.name, len(pair_set.images))
-    embeddings = embedder.embed_pairs(pair_set, progress=advance)
-    people = None if pair_set.people is None else pair_set.people[pair_set.pairs]
-    scores = pair_scores(embeddings, pair_set.pairs)
-    data = _describe(pair_set.name, pair_set.same, people, pair_set.fingerprint())
-    return _Scored(scores, pair_set.same, people, data)
+def _impostors(one: PairSet | _Labelled) -> int:
+    """Number of impostor pairs of a set."""
+    if isinstance(one, PairSet):
+        return int(np.count_nonzero(~one.same))
+    counts = np.unique(one.source.labels[one.chosen], return_counts=True)[1].astype(np.int64)
+    return min(int(counts.sum() ** 2 - (counts**2).sum()) // 2, MOST_PAIRS)
 
 
-def _score_labelled(
-    embedder: Embedder, labelled: _Labelled, rng: np.random.Generator, bars: Progress
+def _score(
+    embedder: Embedder, one: PairSet | _Labelled, rng: np.random.Generator, bars: Progress
 ) -> _Scored:
-    source, chosen, lost = labelled.source, labelled.chosen, list[int]()
-    advance = console.advance(bars, labelled.name, len(chosen))
-    embeddings = embedder.embed_source(source, chosen, unreadable=lost, progress=advance)
-    labels = np.delete(source.labels[chosen], lost)
-    pairs, same = sample_pairs(labels, rng, MOST_PAIRS)
-    people = labels[pairs]
-    data = _describe(labelled.name, same, people, source.fingerprint(), len(lost))
-    return _Scored(pair_scores(embeddings, pairs), same, people, data)
-
-
-def _describe(
-    name: str,
-    same: np.ndarray,
-    people: np.ndarray | None,
-    fingerprint: str,
-    unreadable: int | None = None,
-) -> CalibrationSet:
-    return CalibrationSet(
-        name=name,
+    lost: list[int] | None = None
+    if isinstance(one, PairSet):
+        advance = console.advance(bars, one.name, len(one.images))
+        embeddings = embedder.embed_pairs(one, progress=advance)
+        fingerprint, pairs, same = one.fingerprint(), one.pairs, one.same
+        people = None if one.people is None else one.people[pairs]
+    else:
+        lost, advance = [], console.advance(bars, one.name, len(one.chosen))
+        embeddings = embedder.embed_source(
+            one.source, one.chosen, unreadable=lost, progress=advance
+        )
+        labels = np.delete(one.source.labels[one.chosen], lost)
+        fingerprint, (pairs, same) = one.source.fingerprint(), sample_pairs(labels, rng, MOST_PAIRS)
+        people = labels[pairs]
+    data = CalibrationSet(
+        name=one.name,
         pairs=len(same),
         genuine=int(same.sum()),
         impostor=int((~same).sum()),
         people=None if people is None else len(np.unique(people)),
         fingerprint=fingerprint,
-        unreadable=unreadable,
+        unreadable=None if lost is None else len(lost),
     )
+    return _Scored(pair_scores(embeddings, pairs), same, people, data)
 
 
 def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

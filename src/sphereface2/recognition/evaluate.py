@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.progress import Progress
@@ -29,10 +30,12 @@ from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
-from sphereface2.evaluation.results import Result, to_dict
+from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
 
+Set = PairSet | Source | TemplateSet | MegaFace
+R = TypeVar("R", bound=Result)
 _CHUNK = 4096  # images embedded before they are folded into what is kept
 
 
@@ -43,24 +46,27 @@ class Evaluation:
     Attributes:
         checkpoint: as it was given.
         flip: whether the mirror image's embedding was added.
-        sets: a result for each verification set, those of ``pairs`` first.
-        all_pairs: of the labelled set, or None.
-        templates: a result for each of IJB-B and IJB-C.
-        distractors: MegaFace's.
+        results: one for each set, in the order of the options.
     """
 
     checkpoint: str
     flip: bool
-    sets: tuple[PairsResult, ...]
-    all_pairs: AllPairsResult | None = None
-    templates: tuple[TemplatesResult, ...] = ()
-    distractors: tuple[DistractorResult, ...] = ()
+    results: list[Result]
 
-    @property
-    def results(self) -> list[Result]:
-        """All of them, in the order they are printed."""
-        middle = [self.all_pairs] if self.all_pairs is not None else []
-        return [*self.sets, *middle, *self.templates, *self.distractors]
+    def of(self, kind: type[R]) -> list[R]:
+        """The results of one kind."""
+        return [result for result in self.results if isinstance(result, kind)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: the results by kind, ``sets`` always."""
+        found: dict[str, Any] = {"checkpoint": self.checkpoint, "flip": self.flip}
+        found["sets"] = [result.to_dict() for result in self.of(PairsResult)]
+        for result in self.of(AllPairsResult):
+            found["all_pairs"] = result.to_dict()
+        for key, kind in (("templates", TemplatesResult), ("distractors", DistractorResult)):
+            if results := self.of(kind):
+                found[key] = [result.to_dict() for result in results]
+        return found
 
 
 def evaluate(
@@ -103,42 +109,26 @@ def evaluate(
         plots: Folder for PNG files of ROC curves and score histograms.
         device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of tables.
-
-    Raises:
-        UserError: nothing to evaluate on, or an option, a set or the model cannot be used.
     """
-    _check_options(pairs, all_pairs, suites, root, detector_weights)
     check_count("--seed", seed, 0)
-    sets = list(zip(pairs, open_pair_sets(pairs, images, names), strict=True))
-    opened = [open_suite(name, root) for name in suites if root is not None]
-    sets += [(root, suite) for suite in opened if root and isinstance(suite, PairSet)]
-    source = open_source(all_pairs) if all_pairs is not None else None
+    _check_options(pairs, all_pairs, suites, root, detector_weights)
+    sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
+    if all_pairs is not None:
+        sets.append((all_pairs, open_source(all_pairs)))
+    sets += [(root, open_suite(name, root)) for name in suites if root is not None]
     with (
         Embedder.load(checkpoint, device=device, flip=flip, batch_size=batch_size) as embedder,
         console.bars() as bars,
     ):
-        judge = _Judge(embedder, bars, seed, plots, root)
+        judge = _Judge(embedder, bars, seed, plots, detector_weights)
         if flip:
-            judge.calibration = Calibration.load(
-                bundle.resolve(checkpoint).resolve(), fingerprint=embedder.fingerprint
-            )
-        found = Evaluation(
-            str(checkpoint),
-            flip,
-            tuple(judge.pairs(path, pair_set) for path, pair_set in sets),
-            judge.all_pairs(all_pairs, source) if all_pairs and source else None,
-            tuple(
-                judge.templates(suite, detector_weights)
-                for suite in opened
-                if isinstance(suite, TemplateSet)
-            ),
-            tuple(judge.distractors(suite) for suite in opened if isinstance(suite, MegaFace)),
-        )
+            folder = bundle.resolve(checkpoint).resolve()
+            judge.calibration = Calibration.load(folder, fingerprint=embedder.fingerprint)
+        found = Evaluation(str(checkpoint), flip, [judge(path, one) for path, one in sets])
     if as_json:
-        console.print_json(to_dict(found))
+        console.print_json(found.to_dict())
     else:
-        for result in found.results:
-            console.show(*tables.render(result), "")
+        console.show(*(part for one in found.results for part in (*tables.render(one), "")))
     return found
 
 
@@ -169,13 +159,25 @@ class _Judge:
     bars: Progress
     seed: int
     plots: Path | None
-    root: Path | None
+    detector_weights: bool
     calibration: Calibration | None = None
 
-    def pairs(self, path: Path, pair_set: PairSet) -> PairsResult:
+    def __call__(self, path: Path, opened: Set) -> Result:
+        result: Result
+        if isinstance(opened, PairSet):
+            result = self._pairs(opened)
+        elif isinstance(opened, TemplateSet):
+            result = self._templates(opened)
+        elif isinstance(opened, MegaFace):
+            result = self._distractors(opened)
+        else:
+            result = self._all_pairs(path.resolve().stem, opened)
+        return replace(result, path=str(path))
+
+    def _pairs(self, pair_set: PairSet) -> PairsResult:
         advance = console.advance(self.bars, pair_set.name, len(pair_set.images))
         embeddings = self.embedder.embed_pairs(pair_set, progress=advance)
-        result = evaluate_pairs(
+        return evaluate_pairs(
             pair_scores(embeddings, pair_set.pairs),
             pair_set,
             replicates=REPLICATES,
@@ -183,13 +185,12 @@ class _Judge:
             calibration=self.calibration,
             plots=self.plots,
         )
-        return replace(result, path=str(path))
 
-    def all_pairs(self, path: Path, source: Source) -> AllPairsResult:
-        name, lost = path.resolve().stem, list[int]()
+    def _all_pairs(self, name: str, source: Source) -> AllPairsResult:
+        lost: list[int] = []
         advance = console.advance(self.bars, f"{name}: images", len(source))
         embeddings = self.embedder.embed_source(source, unreadable=lost, progress=advance)
-        result = evaluate_all_pairs(
+        return evaluate_all_pairs(
             embeddings,
             np.delete(np.asarray(source.labels), lost),
             name=name,
@@ -199,9 +200,8 @@ class _Judge:
             plots=self.plots,
             progress=console.advance(self.bars, f"{name}: pairs", 1),
         )
-        return replace(result, path=str(path))
 
-    def templates(self, templates: TemplateSet, detector_weights: bool) -> TemplatesResult:
+    def _templates(self, templates: TemplateSet) -> TemplatesResult:
         """Images are cropped, embedded and averaged into their templates a few thousand at once."""
 
         def crop(index: int) -> np.ndarray:
@@ -210,42 +210,36 @@ class _Judge:
             except UserError as error:
                 raise UserError(f"{templates.names[index]} cannot be used: {error}") from error
 
-        averager = TemplateAverager(
-            templates.template, templates.media, templates.scores if detector_weights else None
-        )
+        weights = templates.scores if self.detector_weights else None
+        averager = TemplateAverager(templates.template, templates.media, weights)
         advance = console.advance(self.bars, f"{templates.name}: images", len(templates))
         for start in range(0, len(templates), _CHUNK):
             part = range(start, min(start + _CHUNK, len(templates)))
             averager.add(self.embedder.embed(part, read=crop, progress=advance))
-        result = evaluate_templates(
+        return evaluate_templates(
             averager.features(),
             templates,
-            detector_weights=detector_weights,
+            detector_weights=self.detector_weights,
             replicates=REPLICATES,
             seed=self.seed,
             progress=console.advance(self.bars, "pairs", 1),
         )
-        return replace(result, path=str(self.root))
 
-    def distractors(self, suite: MegaFace) -> DistractorResult:
+    def _distractors(self, suite: MegaFace) -> DistractorResult:
         """Distractors are shuffled by the seed, so that the first N are a random sample of them."""
-        source, lost = suite.probes, list[int]()
-        advance = console.advance(self.bars, "megaface: probes", len(source))
-        probes = self.embedder.embed_source(source, unreadable=lost, progress=advance)
-        people = np.delete(np.asarray(source.labels), lost)
-        result = evaluate_distractors(
-            probes,
-            people,
-            self._blocks(suite.distractors, lost),
-            name="megaface",
-            replicates=REPLICATES,
-            seed=self.seed,
+        lost: list[int] = []
+        advance = console.advance(self.bars, "megaface: probes", len(suite.probes))
+        probes = self.embedder.embed_source(suite.probes, unreadable=lost, progress=advance)
+        people = np.delete(np.asarray(suite.probes.labels), lost)
+        order = np.random.default_rng(self.seed).permutation(len(suite.distractors))
+        advance = console.advance(self.bars, "megaface: distractors", len(order))
+        blocks = (
+            self.embedder.embed_source(
+                suite.distractors, order[at : at + _CHUNK], unreadable=lost, progress=advance
+            )
+            for at in range(0, len(order), _CHUNK)
         )
-        return replace(result, unreadable=len(lost), path=str(self.root))
-
-    def _blocks(self, source: Source, lost: list[int]) -> Iterator[np.ndarray]:
-        order = np.random.default_rng(self.seed).permutation(len(source))
-        advance = console.advance(self.bars, "megaface: distractors", len(source))
-        for start in range(0, len(source), _CHUNK):
-            part = order[start : start + _CHUNK]
-            yield self.embedder.embed_source(source, part, unreadable=lost, progress=advance)
+        result = evaluate_distractors(
+            probes, people, blocks, name="megaface", replicates=REPLICATES, seed=self.seed
+        )
+        return replace(result, unreadable=len(lost))

@@ -178,13 +178,13 @@ def measure_pairs(scores: np.ndarray, pair_set: PairSet, fingerprint: str) -> Pa
     """Measure a verification set from the scores (P,) of its pairs."""
     folds = kfold_accuracy(scores, pair_set.same, pair_set.folds)
     numbers = np.unique(pair_set.folds)
-    threshold = folds.thresholds[np.searchsorted(numbers, pair_set.folds)]
+    threshold = np.array(folds.fold_threshold)[np.searchsorted(numbers, pair_set.folds)]
     right = (scores >= threshold) == pair_set.same
     return PairMeasures(
         fingerprint=fingerprint,
         name=pair_set.name,
         accuracy=folds.accuracy,
-        fold_accuracy=folds.per_fold.tolist(),
+        fold_accuracy=list(folds.fold_accuracy),
         right=np.packbits(right).tobytes().hex(),
     )
 

@@ -114,6 +114,7 @@ class Data:
         product = 1e3 * np.median(bound)
         print(
             f"  {name:28} p50 {p50:8.2f} ms  p99 {p99:8.2f} ms  product {product:7.2f} ms  "
+            f"CPU {1e3 * np.median(cpu[0]):.2f} ms  "
             f"ratio {ratio:6.3f}  recall@1 {np.mean(best == self.truth):.4f}  "
             f"TPIR@FPIR {FPIR:.0%} {tpir:.4f} ({100 * (tpir - self.exact):+.2f} points)",
             flush=True,
@@ -144,12 +145,20 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
             gallery.set_index(0)
             print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
             gallery.compact()
+            with gallery._db.read() as connection:
+                sizes = connection.exec_driver_sql(
+                    "SELECT pg_table_size('images'), pg_relation_size('images_hnsw'), "
+                    "pg_total_relation_size('people')"
+                ).one()
+            table, index, people = (value / size for value in sizes)
+            print(f"  bytes an image: table {table:,.0f}, index {index:,.0f}, people {people:,.0f}")
     if Path(address).exists():
         print(f"  {Path(address).stat().st_size / size:,.0f} bytes an image in the file")
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     with Gallery.open(address, create=False) as gallery:
         gallery.warm_up()
-        print(f"  opened and read in {time.perf_counter() - start:.2f} s", flush=True)
+        took = time.perf_counter() - start
+        print(f"  opened and read in {took:.2f} s, {time.process_time() - begun:.2f} s of CPU")
         data.report("exact", first(gallery, exact=True))
         many = data.everyone[:100]
         took, bound = [], []
@@ -167,14 +176,18 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
             gallery.set_index(0)
             print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
         data.report("HNSW", first(gallery))
-        rng, times = np.random.default_rng(1), []
+        rng, times, cpu = np.random.default_rng(1), [], []
         for i in range(40):
             rows = noise(rng, IMAGES, dim)
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.thread_time()
             gallery.add(f"new {i}", rows)
+            cpu.append(time.thread_time() - begun)
             times.append(time.perf_counter() - start)
         p50, p99 = 1e3 * np.percentile(times, [50, 99])
-        print(f"  one person of five images enrolled: p50 {p50:.1f} ms  p99 {p99:.1f} ms")
+        print(
+            f"  one person of five images enrolled: p50 {p50:.1f} ms  p99 {p99:.1f} ms  "
+            f"CPU {1e3 * np.median(cpu):.1f} ms"
+        )
         start = time.perf_counter()
         gallery.search(data.some[0])
         print(f"  the search after: {1e3 * (time.perf_counter() - start):.1f} ms", flush=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sphereface2.recognition.gallery import Enrolment, Gallery, GalleryUnavailableError
+from sphereface2.recognition.gallery import gallery as module
 
 DIM, MODEL = 64, "f" * 64
 
@@ -27,6 +28,7 @@ def images(number: int, seed: int) -> np.ndarray:
 
 def enrol(uri: str, seed: int, first: int) -> None:
     """Add people without end, through every loss of the database."""
+    module.BATCH_IMAGES = 60  # so that kills meet many transactions
     with Gallery.open(uri, fingerprint=MODEL, dim=DIM) as gallery:
         print("ready", flush=True)
         while True:
@@ -69,6 +71,13 @@ class Worker:
         whole = [line for line in self.lines if line.endswith("\n") and line[0].isdigit()]
         return {int(number) for line in whole for number in line.split()}
 
+    def wait(self, more_than: int = 0) -> None:
+        """Until it has stored more than so many people."""
+        until = time.monotonic() + 60
+        while len(self.acknowledged()) <= more_than:
+            assert self.process.poll() is None and time.monotonic() < until, self.lines
+            time.sleep(0.01)
+
     def kill(self) -> None:
         """Kill -9 it."""
         self.process.kill()
@@ -101,8 +110,11 @@ def kill_clients(uri: str, kills: int, seed: int) -> Iterator[str]:
     chance, acknowledged, first = random.Random(seed), set[int](), 0
     for kill in range(1, kills + 1):
         worker = Worker(uri, seed, first)
-        time.sleep(chance.uniform(0.0, 1.0))
-        worker.kill()
+        try:
+            worker.wait()
+            time.sleep(chance.uniform(0.0, 0.5))
+        finally:
+            worker.kill()
         acknowledged |= worker.acknowledged()
         last, line = check(uri, seed, acknowledged, chance)
         yield f"kill {kill} of a client: {line}"
@@ -116,12 +128,8 @@ def kill_server(
     chance, worker = random.Random(seed), Worker(uri, seed, 0)
     try:
         for number in range(1, kills + 1):
-            before = len(worker.acknowledged())
-            until = time.monotonic() + 60
-            while len(worker.acknowledged()) <= before:  # it recovered by itself
-                assert worker.process.poll() is None and time.monotonic() < until, worker.lines
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0.0, 1.0))
+            worker.wait(len(worker.acknowledged()))  # it recovered by itself
+            time.sleep(chance.uniform(0.0, 0.5))
             kill()
             start()
             _, line = check(uri, seed, worker.acknowledged(), chance)

@@ -20,6 +20,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
 from sphereface2.recognition.evaluate import evaluate
+from sphereface2.training import report as training_report
 
 PEOPLE, IMAGES = 12, 4
 
@@ -182,6 +183,14 @@ def test_mistakes_are_named(place, monkeypatch, options, message):
         evaluate(Path("net"), **given)
     with pytest.raises(UserError, match="nowhere"):
         evaluate(Path("nowhere"), pairs=[Path("set.bin")])
+
+
+def test_without_matplotlib_plots_are_refused_and_a_run_does_without(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'sphereface2\[plots\]'"):
+        evaluate(place / "net", pairs=[place / "set.bin"], plots=tmp_path)
+    folder, said = training_report._plots(tmp_path)
+    assert folder is None and "sphereface2[plots]" in said
 
 
 def test_figures_that_say_little_are_noted(place, tmp_path, capsys):

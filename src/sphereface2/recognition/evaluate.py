@@ -33,6 +33,7 @@ from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
+from sphereface2.extras import require
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -89,9 +90,6 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model's accuracy on verification pairs, all pairs of a set, or standard suites.
 
-    Where a calibration.json lies beside the model, each verification set is judged by it too,
-    unless the mirror image is left out: it was fitted on embeddings with it.
-
     Args:
         checkpoint: A run, a checkpoint folder, its weights, or an `.onnx` file.
         pairs: Verification set: a `.bin` file, a `pairs.txt` or a pair list; repeatable.
@@ -103,7 +101,7 @@ def evaluate(
             repeatable.
         root: Folder that holds the suites.
         detector_weights: IJB: weight images by the detector's score.
-        flip: Add the embedding of the mirror image.
+        flip: Add the embedding of the mirror image; without it a calibration is not judged.
         batch_size: Number of images in one forward pass.
         seed: Seed of the bootstrap and of the distractors' order.
         plots: Folder for PNG files of ROC curves and score histograms.
@@ -111,6 +109,8 @@ def evaluate(
         as_json: Print JSON instead of tables.
     """
     check_count("--seed", seed, 0)
+    if plots is not None:
+        require("plots", "matplotlib")
     _check_options(pairs, all_pairs, suites, root, detector_weights)
     sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
     if all_pairs is not None:

@@ -17,10 +17,12 @@ from sphereface2.data.locate import TrainingData
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
+from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import OperatingPoint, far_key, to_dict
 from sphereface2.evaluation.verification import pair_scores
+from sphereface2.extras import require
 from sphereface2.files import atomic_write
 from sphereface2.training.config import RunConfig
 from sphereface2.training.trainer import Progress
@@ -85,11 +87,8 @@ def report(
     progress: Progress,
 ) -> RunReport:
     """Evaluate the run's best checkpoint, write ``results.json`` and plots, print the table."""
-    options: dict[str, Any] = {
-        "replicates": REPLICATES,
-        "seed": settings.seed,
-        "plots": run / "plots",
-    }
+    plots, where = _plots(run)
+    options: dict[str, Any] = {"replicates": REPLICATES, "seed": settings.seed, "plots": plots}
     with Embedder.load(run, flip=settings.validation.flip) as embedder:
         sets = [
             evaluate_pairs(
@@ -115,8 +114,17 @@ def report(
         held_out=people,
     )
     atomic_write(run / FILE, json.dumps(to_dict(found), indent=1).encode())
-    console.show(_table(run, settings, found))
+    console.show(_table(run, settings, found, where))
     return found
+
+
+def _plots(run: Path) -> tuple[Path | None, str]:
+    """The folder of a run's plots and what to say of it; None where they cannot be drawn."""
+    try:
+        require("plots", "matplotlib")
+    except UserError as error:
+        return None, f"none: {error}"
+    return run / "plots", str(run / "plots")
 
 
 def _held_out(
@@ -138,7 +146,7 @@ def _held_out(
     )
 
 
-def _table(run: Path, settings: RunConfig, found: RunReport) -> Table:
+def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Table:
     training = found.training
     table = Table(title=f"{settings.name}", show_header=False)
     table.add_row("data", found.data.note)
@@ -166,7 +174,7 @@ def _table(run: Path, settings: RunConfig, found: RunReport) -> Table:
         )
     table.add_row("checkpoint", str(run / "checkpoints" / "best"))
     table.add_row("metrics", f"{run / 'metrics.jsonl'}, {run / FILE}")
-    table.add_row("plots", str(run / "plots"))
+    table.add_row("plots", plots)
     return table
 
 

@@ -1,0 +1,68 @@
+"""The wheel alone, in an empty environment, outside the repository: what an editable install hides."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+DRAW = "from sphereface2.data import synthetic; synthetic.write('faces', people=24, images_per_person=4, pairs_per_fold=2)"
+SMALL = (
+    "--data.train faces --data.validation_people 4 --backbone.name sfnet4 --training.epochs 1 "
+    "--training.batch_size 16 --training.autocast off --validation.pairs [faces/synthetic.bin]"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``venv/``, in which the wheel and what it needs are installed.
+
+    ``$SPHEREFACE2_TEST_TORCH`` names the torch to install where PyTorch's index of CPU builds cannot
+    be reached.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "install", "-q"]
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT]
+    subprocess.run(wheel, check=True)
+    cpu = [*pip, "torch", "--index-url", CPU_INDEX, "--retries", "0"]
+    if subprocess.run(cpu, check=False).returncode:
+        subprocess.run([*pip, os.environ.get("SPHEREFACE2_TEST_TORCH", "torch")], check=True)
+    (built,) = folder.glob("*.whl")
+    subprocess.run([*pip, built], check=True)
+    return folder
+
+
+def run(place: Path, *words: object) -> str:
+    """A program of the environment, without anything of the tests' own."""
+    program = place / "venv" / "bin" / str(words[0])
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [program, *map(str, words[1:])]
+    done = subprocess.run(command, cwd=place, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_way_of_a_newcomer_from_the_wheel(place: Path) -> None:
+    assert "small" in run(
+        place, "python", "-c", "from sphereface2.training.command import recipes; print(*recipes())"
+    )
+    run(place, "python", "-c", DRAW)
+    run(place, "sphereface2", "data", "info", "faces")
+    run(place, "sphereface2", "fit", "--config", "small", *SMALL.split())
+    (model,) = (place / "runs").iterdir()
+    run(place, "sphereface2", "evaluate", model, "--pairs", "faces/synthetic.bin")
+    run(place, "sphereface2", "calibrate", model, "--all-pairs", "faces", "--far", 0.1)
+    people = sorted(path for path in (place / "faces").iterdir() if path.is_dir())
+    first, second = sorted(people[0].iterdir())[:2]
+    shown = run(place, "sphereface2", "verify", first, second, "--model", model, "--aligned")
+    assert "similarity" in shown
+    run(place, "sphereface2", "embed", model, "faces", "--out", "features.parquet", "--aligned")
+    gallery = ["--model", model, "--aligned"]
+    run(place, "sphereface2", "gallery", "add", "g.sqlite", "--folder", "faces", *gallery)
+    found = run(place, "sphereface2", "gallery", "search", "g.sqlite", first, *gallery)
+    assert people[0].name in found

@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty environment, outside the repository: what an editable install hides."""
+"""The wheel in an empty environment, outside the repository, where nothing else can help it."""
 
 import os
 import subprocess
@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-DRAW = "from sphereface2.data import synthetic; synthetic.write('faces', people=24, images_per_person=4, pairs_per_fold=2)"
+DRAW = """
+from sphereface2.data import synthetic
+synthetic.write("faces", people=24, images_per_person=4, pairs_per_fold=2)
+"""
 SMALL = (
     "--data.train faces --data.validation_people 4 --backbone.name sfnet4 --training.epochs 1 "
     "--training.batch_size 16 --training.autocast off --validation.pairs [faces/synthetic.bin]"
@@ -20,8 +23,8 @@ SMALL = (
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``venv/``, in which the wheel and what it needs are installed.
 
-    ``$SPHEREFACE2_TEST_TORCH`` names the torch to install where PyTorch's index of CPU builds cannot
-    be reached.
+    ``$SPHEREFACE2_TEST_TORCH`` names the torch to install where PyTorch's index of CPU builds
+    cannot be reached.
     """
     folder = tmp_path_factory.mktemp("wheel")
     pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "install", "-q"]

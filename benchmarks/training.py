@@ -39,14 +39,14 @@ def throughput(
         side = trainer.network.preprocessing.size
         count = settings.training.batch_size // settings.training.accumulate
         pixels = torch.randn(count, 3, *side, device=place.device).contiguous(
-            memory_format=trainer.memory_format
+            memory_format=trainer.step.memory_format
         )
 
         def bare() -> None:
             with torch.autocast(
-                place.device.type, trainer.dtype, enabled=trainer.dtype is not None
+                place.device.type, trainer.step.dtype, enabled=trainer.step.dtype is not None
             ):
-                embeddings = trainer.forward(pixels)
+                embeddings = trainer.step.forward(pixels)
             embeddings.backward(torch.ones_like(embeddings))
             trainer.network.zero_grad(set_to_none=True)
 

@@ -121,7 +121,7 @@ def test_no_training_step_waits_for_the_device(cuda, faces, tmp_path, autocast, 
     config = configuration.load(None, words)
     with world("cuda") as place:
         trainer = build_trainer(config, tmp_path, place, open_inputs(config, place))
-        trainer.forward.train()
+        trainer.step.forward.train()
         batches = trainer.batches(0)
         for mode in ("default", "default", "error"):
             batch = next(batches)

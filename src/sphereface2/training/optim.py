@@ -132,3 +132,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         for gradient in sharded:
             local(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1))
     return norm
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter], drop: torch.Tensor) -> None:
+    """Set all gradients to 0 if ``drop``, a () bool on their device, is true."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).masked_fill_(drop, 0)

@@ -6,7 +6,6 @@ metric: it is given batches, and a function that validates.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import shutil
@@ -20,28 +19,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.errors import Stopped, UserError
 from sphereface2.heads.sharding import local
 from sphereface2.signals import Stopper, in_worker
 from sphereface2.training import checkpoint as ckpt
-from sphereface2.training.config import RunConfig, head_options
+from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World
 from sphereface2.training.logging import RunLog
-from sphereface2.training.optim import (
-    MovingAverage,
-    build_optimizers,
-    clip_gradients,
-    learning_rate_factor,
-    set_learning_rate,
-)
-
-AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
+from sphereface2.training.step import TrainingStep
+from sphereface2.training.watch import Losses
 
 Validate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]] | None]
 """Network -> figures in [0, 1], the first being the one by which the best checkpoint is chosen, and
@@ -107,38 +98,10 @@ class Trainer:
         settings = config.training
         device = world.device
 
-        torch.manual_seed(config.seed)
-        network = backbones.build(**config.backbone)
-        options, sharded = head_options(config)
-        if sharded and world.size > 1:
-            options["process_group"] = world.group
-        with device:
-            head = heads.build(
-                **options, embedding_dim=network.embedding_dim, num_classes=num_classes
-            )
-        # From here on ranks draw differently (dropout); the parameters above are equal.
-        torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
-        self.memory_format = (
-            torch.channels_last if settings.channels_last else torch.contiguous_format
-        )
-        self.network = network.to(device).to(memory_format=self.memory_format)
-        self.head = head.to(device)
-        self.optimizers = build_optimizers(settings, self.network, self.head)
+        self.step = TrainingStep(config, world, num_classes)
+        self.network, self.head = self.step.network, self.step.head
+        self.optimizers, self.scaler = self.step.optimizers, self.step.scaler
         self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
-        self.dtype = AUTOCAST[settings.autocast]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
-
-        forward: nn.Module = self.network
-        if settings.compile:
-            forward = torch.compile(forward)  # type: ignore[assignment]
-        self.forward = self._replicate(forward)
-        # A sharded head does its own communication.
-        self.loss = self.head if self.head.shard.group else self._replicate(self.head)
-        if settings.fused_head and isinstance(self.loss, DistributedDataParallel):
-            raise UserError(
-                "training.fused_head on several ranks needs head.sharded true: replicas of the "
-                "prototypes would take different steps"
-            )
 
         workers = config.data.workers
         if workers is None:
@@ -154,6 +117,12 @@ class Trainer:
             generator=torch.Generator(),
             worker_init_fn=_start_worker if workers else None,
         )
+        labels = dataset.labels
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise UserError(
+                f"labels of the training set must lie in 0 … {num_classes - 1}, got "
+                f"{labels.min()} … {labels.max()}"
+            )
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
             raise UserError(
@@ -166,13 +135,6 @@ class Trainer:
         self.run = run
         #: What a resumption must find again, kept with every checkpoint.
         self.record: dict[str, Any] = {}
-
-    def _replicate(self, module: nn.Module) -> nn.Module:
-        trainable = any(p.requires_grad for p in module.parameters())
-        if self.world.size == 1 or not trainable:
-            return module
-        ids = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def resume(self, found: ckpt.Checkpoint) -> None:
         """Restore a checkpoint, of any number of ranks, precision and batch size.
@@ -202,6 +164,7 @@ class Trainer:
             }
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
+        self.step.watch.resume(progress.first_loss, progress.smoothed_loss)
         if same_ranks:
             ckpt.set_rng_state(state[own_rng], self.world.device)
         else:
@@ -251,9 +214,7 @@ class Trainer:
         batches = self.batches(self.position * settings.accumulate)
         logged = copy.copy(progress)
         since = time.perf_counter()
-        self.forward.train()
-        self.loss.train()
-        self._settle()
+        self.step.begin(self.sampler.batch_size // self.world.size)
         try:
             with log, self.stopper.deferred():
                 if progress.pending:
@@ -262,9 +223,8 @@ class Trainer:
                     factor = learning_rate_factor(settings, self.position, self.total_steps)
                     set_learning_rate(self.optimizers, factor)
                     micro = [next(batches) for _ in range(settings.accumulate)]
-                    loss, norm = self.step(micro)
+                    self.step(micro, progress.step + 1)
                     stopping = self._agree(micro)
-                    self._check_loss(loss)
                     if self.average is not None:
                         self.average.update(self.network, progress.step)
                     progress.step += 1
@@ -274,12 +234,13 @@ class Trainer:
                     since = now
 
                     if progress.step % settings.log_every == 0 or self.is_done:
+                        seen = self._check_loss()
                         seconds = progress.seconds - logged.seconds
                         values = {
                             "seconds": progress.seconds,
-                            "loss": self.world.mean(loss),
+                            "loss": seen.loss,
                             "lr": self.optimizers[0].param_groups[0]["lr"],
-                            "gradient_norm": norm,
+                            "gradient_norm": seen.norm,
                             "images_per_second": (progress.images - logged.images) / seconds,
                             "seconds_per_step": seconds / (progress.step - logged.step),
                             "unreadable": len(progress.unreadable),
@@ -300,39 +261,6 @@ class Trainer:
         finally:
             self.checkpointer.close()
         return progress
-
-    def _settle(self) -> None:
-        """Let DistributedDataParallel put its gradients in their final order before the first step.
-
-        It does so after its first backward pass. The sum over three ranks or more depends on the
-        order in its last bits, and so would a resumed run.
-        """
-        replicated = [
-            m for m in (self.forward, self.loss) if isinstance(m, DistributedDataParallel)
-        ]
-        if self.world.size < 3 or not replicated:
-            return
-        tensors = [
-            tensor for module in replicated for tensor in [*module.parameters(), *module.buffers()]
-        ]
-        before = [tensor.detach().clone() for tensor in tensors]
-        device = self.world.device
-        count = self.sampler.batch_size // self.world.size
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            shape = (count, 3, *self.network.preprocessing.size)
-            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-            pixels = self.network.preprocessing(images).contiguous(memory_format=self.memory_format)
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-                embeddings = self.forward(pixels)
-                if self.loss in replicated:
-                    embeddings = self.loss(
-                        embeddings, torch.zeros(count, dtype=torch.int64).to(device)
-                    )
-            embeddings.sum().backward()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-                tensor.grad = None
 
     def _conclude(self, log: RunLog, stopping: bool) -> None:
         """What is due after a step: validation, a checkpoint, the end."""
@@ -435,64 +363,24 @@ class Trainer:
                 "--shm-size 1g) or lower data.workers, 0 needs none"
             )
 
-    def step(self, batches: list[Batch]) -> tuple[float, float]:
-        """One optimiser step; returns this rank's loss and the gradient norm before clipping."""
-        device, settings = self.world.device, self.config.training
-        total = 0.0
-        for index, batch in enumerate(batches):
-            with contextlib.ExitStack() as stack:
-                if index + 1 < len(batches):
-                    for module in (self.forward, self.loss):
-                        if isinstance(module, DistributedDataParallel):
-                            stack.enter_context(module.no_sync())
-                images = batch.images.to(device, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
-                pixels = self.network.preprocessing(images).contiguous(
-                    memory_format=self.memory_format
-                )
-                with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-                    embeddings = self.forward(pixels)
-                    if settings.clip_embedding_norm is not None:
-                        embeddings.register_hook(self._clip_embedding_gradient)
-                    loss = self.loss(embeddings, labels) / len(batches)
-                self.scaler.scale(loss).backward()
-            total += loss.item()
-        optimizer, *_fused = self.optimizers
-        self.scaler.unscale_(optimizer)
-        parameters = [*self.network.parameters(), *self.head.parameters()]
-        norm = clip_gradients(parameters, settings.clip_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return total, norm.item()
-
-    def _clip_embedding_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Scale the batch's gradient by its embeddings (of all ranks) down to the limit."""
-        limit = self.config.training.clip_embedding_norm
-        assert limit is not None
-        squares = self.world.sum(gradient.float().square().sum())
-        # Ranks average their gradients, and a scaler's factor is not part of them.
-        norm = squares.sqrt() / (self.world.size * self.scaler.get_scale())
-        return gradient * (limit / (norm + 1e-6)).clamp(max=1).to(gradient.dtype)
-
-    def _check_loss(self, loss: float) -> None:
-        progress = self.progress
-        loss = self.world.mean(loss)
-        if not math.isfinite(loss):
+    def _check_loss(self) -> Losses:
+        """Read the losses so far; UserError, alike on all ranks, if a step went wrong."""
+        progress, seen = self.progress, self.step.watch.read()
+        progress.first_loss, progress.smoothed_loss = seen.first, seen.smoothed
+        if not seen.wrong_step:
+            return seen
+        if math.isfinite(seen.loss) and math.isfinite(seen.norm):
             raise UserError(
-                f"the loss became {loss} at step {progress.step + 1}; {self._last_good()}: lower "
-                "training.lr or training.autocast"
+                f"training diverges: the loss rose from {seen.first:.3g} to {seen.smoothed:.3g} by "
+                f"step {seen.wrong_step}; lower training.lr (or raise training.max_loss_ratio); "
+                f"{self._last_good()}"
             )
-        if math.isnan(progress.first_loss):
-            progress.first_loss = progress.smoothed_loss = loss
-        progress.smoothed_loss = 0.95 * progress.smoothed_loss + 0.05 * loss
-        limit = self.config.training.max_loss_ratio * abs(progress.first_loss)
-        if progress.smoothed_loss > limit:
-            raise UserError(
-                f"training diverges: the loss rose from {progress.first_loss:.3g} to "
-                f"{progress.smoothed_loss:.3g} by step {progress.step + 1}; lower training.lr (or "
-                f"raise training.max_loss_ratio); {self._last_good()}"
-            )
+        what = "gradient's norm" if math.isfinite(seen.loss) else "loss"
+        value = seen.norm if math.isfinite(seen.loss) else seen.loss
+        raise UserError(
+            f"the {what} became {value} at step {seen.wrong_step}; {self._last_good()}: lower "
+            "training.lr or training.autocast"
+        )
 
     def _last_good(self) -> str:
         """What is left of a run that goes wrong."""
@@ -504,6 +392,7 @@ class Trainer:
 
     def _validate(self, log: RunLog) -> bool:
         """Log the figures; whether they are the best so far. A stop leaves the step pending."""
+        self._check_loss()
         self._share_buffers()
         network = self.evaluated_network()
         network.eval()
@@ -532,7 +421,9 @@ class Trainer:
         self.world.share([tensor for tensor in tensors if tensor.is_floating_point()])
 
     def _save(self, best: bool) -> None:
+        self._check_loss()
         self._share_buffers()
+        # An update may overflow, and a fused head has taken its step before anything is known.
         parameters = [*self.network.parameters(), *self.head.parameters()]
         finite = all(bool(local(p.detach()).isfinite().all()) for p in parameters)
         if self.world.count(not finite)[0]:

@@ -1,0 +1,187 @@
+"""One optimiser step: batches -> embeddings -> loss -> gradient -> update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sphereface2 import backbones, heads
+from sphereface2.data.dataset import Batch
+from sphereface2.errors import UserError
+from sphereface2.training.config import RunConfig, head_options
+from sphereface2.training.distributed import World
+from sphereface2.training.optim import build_optimizers, clip_gradients, drop_gradients
+from sphereface2.training.watch import LossWatch
+
+AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingStep:
+    """Network, head and optimisers of a run; called with batches it takes one optimiser step.
+
+    The host waits for the device nowhere in a step, except where the step cannot be taken without:
+    a gradient scaler (fp16) asks whether the gradient overflowed, and sampled negatives are planned
+    on the host.
+
+    A step whose loss or gradient is not finite, or by which training diverges, is decided on the
+    device, alike on all ranks: its gradient, and that of every step after it, counts as 0, so that
+    the weights stay finite until the host reads of it in `watch`. A fused head has then moved its
+    prototypes already: they are as the last checkpoint has them.
+
+    Args:
+        config: the whole configuration.
+        world: this process's place.
+        num_classes: labels are 0 … ``num_classes`` - 1, which is not checked again.
+
+    Attributes:
+        network, head: bare modules, on the device.
+        forward, loss: the same as they are called: compiled, replicated over the ranks.
+        optimizers: of all parameters.
+        scaler: of gradients, for fp16.
+        watch: the losses.
+    """
+
+    def __init__(self, config: RunConfig, world: World, num_classes: int) -> None:
+        self.config, self.world = config, world
+        settings = config.training
+        device = world.device
+
+        torch.manual_seed(config.seed)
+        network = backbones.build(**config.backbone)
+        options, sharded = head_options(config)
+        if sharded and world.size > 1:
+            options["process_group"] = world.group
+        with device:
+            head = heads.build(
+                **options, embedding_dim=network.embedding_dim, num_classes=num_classes
+            )
+        # From here on ranks draw differently (dropout); the parameters above are equal.
+        torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
+        self.memory_format = (
+            torch.channels_last if settings.channels_last else torch.contiguous_format
+        )
+        self.network = network.to(device).to(memory_format=self.memory_format)
+        self.head = head.to(device)
+        self.head.trust_batches = True
+        self.optimizers = build_optimizers(settings, self.network, self.head)
+        self.dtype = AUTOCAST[settings.autocast]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
+
+        forward: nn.Module = self.network
+        if settings.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        self.forward = self._replicate(forward)
+        # A sharded head does its own communication.
+        self.loss = self.head if self.head.shard.group else self._replicate(self.head)
+        if settings.fused_head and isinstance(self.loss, DistributedDataParallel):
+            raise UserError(
+                "training.fused_head on several ranks needs head.sharded true: replicas of the "
+                "prototypes would take different steps"
+            )
+        self.watch = LossWatch(
+            device, settings.max_loss_ratio, check_norm=not self.scaler.is_enabled()
+        )
+
+    def _replicate(self, module: nn.Module) -> nn.Module:
+        trainable = any(p.requires_grad for p in module.parameters())
+        if self.world.size == 1 or not trainable:
+            return module
+        ids = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def begin(self, batch_size: int) -> None:
+        """Training mode; to be called before the first step.
+
+        Args:
+            batch_size: images of a batch of this rank.
+        """
+        self.forward.train()
+        self.loss.train()
+        self._settle(batch_size)
+
+    def _settle(self, count: int) -> None:
+        """Let DistributedDataParallel put its gradients in their final order before the first step.
+
+        It does so after its first backward pass. The sum over three ranks or more depends on the
+        order in its last bits, and so would a resumed run.
+        """
+        replicated = [
+            m for m in (self.forward, self.loss) if isinstance(m, DistributedDataParallel)
+        ]
+        if self.world.size < 3 or not replicated:
+            return
+        tensors = [
+            tensor for module in replicated for tensor in [*module.parameters(), *module.buffers()]
+        ]
+        before = [tensor.detach().clone() for tensor in tensors]
+        device = self.world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            shape = (count, 3, *self.network.preprocessing.size)
+            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+            pixels = self.network.preprocessing(images).contiguous(memory_format=self.memory_format)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
+                embeddings = self.forward(pixels)
+                if self.loss in replicated:
+                    embeddings = self.loss(
+                        embeddings, torch.zeros(count, dtype=torch.int64).to(device)
+                    )
+            embeddings.sum().backward()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+                tensor.grad = None
+
+    def __call__(self, batches: Sequence[Batch], step: int = 1) -> tuple[Tensor, Tensor]:
+        """Take a step.
+
+        Args:
+            batches: one for each forward-backward pass, of equal size on all ranks.
+            step: its number, from 1, to be told if it goes wrong.
+
+        Returns:
+            () mean loss over the ranks and () norm of the gradient before clipping, on the device.
+        """
+        device, settings = self.world.device, self.config.training
+        total = torch.zeros((), device=device)
+        for index, batch in enumerate(batches):
+            with contextlib.ExitStack() as stack:
+                if index + 1 < len(batches):
+                    for module in (self.forward, self.loss):
+                        if isinstance(module, DistributedDataParallel):
+                            stack.enter_context(module.no_sync())
+                images = batch.images.to(device, non_blocking=True)
+                labels = batch.labels.to(device, non_blocking=True)
+                pixels = self.network.preprocessing(images).contiguous(
+                    memory_format=self.memory_format
+                )
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
+                    embeddings = self.forward(pixels)
+                    if settings.clip_embedding_norm is not None:
+                        embeddings.register_hook(self._clip_embedding_gradient)
+                    loss = self.loss(embeddings, labels) / len(batches)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        total = self.world.sum(total) / self.world.size
+        optimizer, *_fused = self.optimizers
+        self.scaler.unscale_(optimizer)
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        norm = clip_gradients(parameters, settings.clip_norm)
+        drop_gradients(parameters, self.watch.observe(total, norm, step))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _clip_embedding_gradient(self, gradient: Tensor) -> Tensor:
+        """Scale the batch's gradient by its embeddings (of all ranks) down to the limit."""
+        limit = self.config.training.clip_embedding_norm
+        assert limit is not None
+        squares = self.world.sum(gradient.float().square().sum())
+        # Ranks average their gradients, and a scaler's factor is not part of them.
+        factor = self.scaler.scale(torch.ones((), device=squares.device))
+        norm = squares.sqrt() / (self.world.size * factor)
+        return gradient * (limit / (norm + 1e-6)).clamp(max=1).to(gradient.dtype)

@@ -1,0 +1,78 @@
+"""The losses of a run, kept on the device until somebody asks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMOOTHING = 0.05
+"""Weight of a new loss in the smoothed one."""
+
+
+class Losses(NamedTuple):
+    """What a `LossWatch` has seen; NaN before the first step.
+
+    Attributes:
+        loss: of the last step, or of the step that went wrong.
+        norm: its gradient's norm.
+        first: loss of the first step.
+        smoothed: exponential moving average of the losses.
+        wrong_step: number of the first step that went wrong, from 1; 0: none.
+    """
+
+    loss: float = math.nan
+    norm: float = math.nan
+    first: float = math.nan
+    smoothed: float = math.nan
+    wrong_step: int = 0
+
+
+class LossWatch:
+    """Decides on the device whether a step went wrong, and lets nothing pass from then on.
+
+    A step is wrong if its loss or its gradient's norm is not finite, or if the smoothed loss
+    exceeds a multiple of the first. The host reads what happened when it likes, not at each step.
+
+    Args:
+        device: where losses come from.
+        max_ratio: the multiple, > 1.
+        check_norm: whether the norm must be finite; with a gradient scaler it need not be.
+    """
+
+    def __init__(self, device: torch.device, max_ratio: float, *, check_norm: bool = True) -> None:
+        self.max_ratio, self.check_norm = max_ratio, check_norm
+        self._state = torch.tensor(Losses(), dtype=torch.float32, device=device)
+
+    def resume(self, first: float, smoothed: float) -> None:
+        """Go on from what a checkpoint tells."""
+        self._state.copy_(torch.tensor(Losses(first=first, smoothed=smoothed)))
+
+    def observe(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
+        """Take in a step before its update.
+
+        Args:
+            loss: () mean loss over all ranks.
+            norm: () norm of the gradient over all ranks.
+            step: its number, from 1.
+
+        Returns:
+            () bool on the device: whether this step or one before it went wrong.
+        """
+        loss, norm = loss.float(), norm.float()
+        _, _, first, smoothed, wrong_step = self._state.unbind()
+        first = torch.where(first.isnan(), loss, first)
+        smoothed = torch.where(smoothed.isnan(), loss, smoothed.lerp(loss, SMOOTHING))
+        fine = loss.isfinite() & (smoothed <= self.max_ratio * first.abs())
+        if self.check_norm:
+            fine &= norm.isfinite()
+        seen = torch.stack([loss, norm, first, smoothed, torch.where(fine, 0.0, float(step))])
+        self._state = torch.where(wrong_step > 0, self._state, seen)
+        return self._state[4] > 0
+
+    def read(self) -> Losses:
+        """What was seen; waits for the device."""
+        loss, norm, first, smoothed, wrong_step = self._state.tolist()
+        return Losses(loss, norm, first, smoothed, int(wrong_step))

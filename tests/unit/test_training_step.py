@@ -1,0 +1,154 @@
+"""The step: it waits for no device, and what goes wrong is decided before the update."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from sphereface2 import heads
+from sphereface2.data.dataset import Batch
+from sphereface2.training import config
+from sphereface2.training.distributed import World
+from sphereface2.training.step import TrainingStep
+from sphereface2.training.watch import SMOOTHING, LossWatch
+
+PEOPLE, BATCH = 40, 6
+
+
+def training_step(device: str = "cpu", **settings: Any) -> TrainingStep:
+    tree: dict[str, Any] = {
+        "backbone": {"name": "sfnet4", "width": 0.125, "input_size": 32, "batch_norm": True},
+        "training": {"batch_size": BATCH, "threads": 1, "epochs": 8},
+    }
+    for key, value in settings.items():
+        config.assign(tree, key.replace("__", "."), value)
+    step = TrainingStep(config.from_dict(tree), World(0, 1, 0, 1, torch.device(device)), PEOPLE)
+    step.forward.train()
+    step.loss.train()
+    return step
+
+
+def batches(count: int = 1, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator),
+            torch.randint(PEOPLE, (BATCH,), generator=generator),
+            [],
+        )
+        for _ in range(count)
+    ]
+
+
+FUSED = {
+    "training__fused_head": True,
+    "training__clip_norm": None,
+    "training__clip_embedding_norm": 1.0,
+    "head__streaming": True,
+    "head__chunk_size": 7,
+}
+NEVER_WAITS = {
+    **{name: {"head__name": name} for name in heads.available()},
+    **{
+        f"{name} streaming": {"head__name": name, "head__streaming": True, "head__chunk_size": 7}
+        for name in heads.available()
+        if "streaming" in heads.parameters(name)
+    },
+    "margin A": {"head__margin_type": "A", "head__detach": "margin", "head__bias": "per_class"},
+    "fused": FUSED,
+    "fused in bfloat16": {
+        **FUSED,
+        "training__fused_momentum": "bfloat16",
+        "head__weight_dtype": "bfloat16",
+    },
+    "accumulated": {"training__accumulate": 2, "training__autocast": "bf16"},
+    "adamw": {"training__optimizer": "adamw"},
+}
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("case", NEVER_WAITS)
+def test_the_host_reads_nothing_of_a_step(case: str) -> None:
+    """Tensors of the meta device have no values: whoever asks for one is refused."""
+    step = training_step("meta", **NEVER_WAITS[case])
+    for number in (1, 2):
+        loss, norm = step(batches(step.config.training.accumulate), number)
+    assert loss.device.type == norm.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step.watch.read()
+
+
+@pytest.mark.usefixtures("no_autocast")
+def test_sampled_negatives_are_planned_on_the_host() -> None:
+    with pytest.raises(NotImplementedError, match="meta"):
+        training_step("meta", head__negatives="uniform")(batches())
+
+
+def weights(step: TrainingStep) -> list[torch.Tensor]:
+    parameters = [*step.network.parameters(), *step.head.parameters()]
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_what_is_not_finite_never_reaches_the_weights(wrong: str) -> None:
+    step = training_step(training__momentum=0.0, training__weight_decay=0.0)
+    step(batches(seed=1), 1)
+
+    def spoil(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        if wrong == "loss":
+            return out * math.inf
+        out.register_hook(lambda gradient: gradient * math.nan)
+        return out
+
+    handle = step.head.register_forward_hook(spoil)
+    before = weights(step)
+    loss, _ = step(batches(seed=2), 2)
+    handle.remove()
+    assert loss.isfinite().item() == (wrong == "gradient")
+    step(batches(seed=3), 3)  # fine by itself, but the run is over
+    for old, new in zip(before, weights(step), strict=True):
+        # The forward pass renormalises the prototypes.
+        torch.testing.assert_close(
+            new, torch.nn.functional.normalize(old) if old.ndim == 2 and len(old) == PEOPLE else old
+        )
+    seen = step.watch.read()
+    assert seen.wrong_step == 2
+    assert math.isfinite(seen.loss) == (wrong == "gradient")
+    assert not math.isfinite(seen.norm)
+    assert math.isfinite(seen.smoothed) == (wrong == "gradient")
+
+
+def test_the_watch_follows_the_mean_and_stops_once() -> None:
+    watch = LossWatch(torch.device("cpu"), max_ratio=2.0)
+    losses = [4.0, 3.0, 5.0, 90.0, 91.0]
+    smoothed = losses[0]
+    for number, loss in enumerate(losses, 1):
+        wrong = watch.observe(torch.tensor(loss), torch.tensor(1.0), number)
+        if number <= 4:
+            smoothed += SMOOTHING * (loss - smoothed)
+        assert wrong.item() == (number >= 4)
+        seen = watch.read()
+        assert seen.first == 4.0
+        assert seen.smoothed == pytest.approx(smoothed)
+        assert seen.wrong_step == (4 if number >= 4 else 0)
+    assert seen.loss == 90.0
+    resumed = LossWatch(torch.device("cpu"), max_ratio=2.0)
+    resumed.resume(4.0, 7.99)
+    assert not resumed.observe(torch.tensor(8.0), torch.tensor(1.0), 9)
+    assert resumed.observe(torch.tensor(9.0), torch.tensor(1.0), 10)
+
+
+def test_a_scaler_may_meet_an_overflow() -> None:
+    watch = LossWatch(torch.device("cpu"), max_ratio=2.0, check_norm=False)
+    assert not watch.observe(torch.tensor(1.0), torch.tensor(math.inf), 1)
+    assert watch.observe(torch.tensor(math.nan), torch.tensor(1.0), 2)

@@ -1,4 +1,4 @@
-"""The cost model of the heads (`sphereface2.heads.cost`) against measurements, and evaluated.
+"""The cost model of the heads (`head_cost.py`) against measurements, and evaluated.
 
 Claim: memory, operations and memory traffic of a training step are what the formulas say. Peak
 memory is measured in fresh processes, operations and traffic are counted by watching every operator
@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import head_cost as cost
+from head_cost import Cost
 from heads import contender, peak_memory, seconds
 from sphereface2 import backbones, heads
-from sphereface2.heads import cost
-from sphereface2.heads.cost import Cost
 
 GB = 1e9
 

@@ -30,8 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import head_cost as cost
 from sphereface2 import heads
-from sphereface2.heads import cost, sharding
+from sphereface2.heads import sharding
 from sphereface2.heads.base import Head, renormalise_, unit_rows
 from sphereface2.heads.sharding import Shard, local
 
@@ -210,7 +211,7 @@ def measure(ranks: int, *shape: int) -> list[dict[str, Any]]:
 
 
 def model(head: str, people: int, dim: int, batch: int, ranks: int) -> cost.Cost:
-    """What `sphereface2.heads.cost` says of a head of this script."""
+    """What `head_cost.py` says of a head of this script."""
     formula = cost.sphereface2 if head == "SphereFace2" else cost.softmax
     return formula(people, dim, batch, ranks=ranks)
 

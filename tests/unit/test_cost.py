@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import cost_model
+import head_cost as cost
 import sharded
-from sphereface2.heads import cost
 
 ROOT = Path(__file__).parents[2]
 

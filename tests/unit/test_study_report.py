@@ -291,6 +291,17 @@ def test_cells_of_different_data_are_refused(copied):
         report(copied)
 
 
+def test_a_damaged_cell_is_named(copied):
+    (cell,) = cells_of(copied, arm="cosface", condition="clean", role="grid", seed=1)
+    path = copied / "cells" / cell.key / "cell.json"
+    edit(path, lambda result: result["test"].update(rank1="high"))
+    with pytest.raises(UserError, match=rf"{cell.key}/cell.json is damaged \(test.rank1: .*remove"):
+        report(copied)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"cell.json is damaged \(the file: .*run the study again"):
+        report(copied)
+
+
 def test_cells_of_different_versions_are_told(copied):
     (cell,) = cells_of(copied, arm="cosface", condition="clean", role="grid", seed=1)
     path = copied / "cells" / cell.key / "cell.json"

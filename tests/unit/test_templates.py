@@ -1,11 +1,18 @@
 """Template features and scores against loops over dictionaries."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphereface2.evaluation.templates import TemplateAverager, template_pair_scores
+from sphereface2.data.ijb import People, TemplateSet
+from sphereface2.evaluation.templates import (
+    TemplateAverager,
+    evaluate_templates,
+    template_pair_scores,
+)
 
 
 def by_hand(embeddings, template, media, weights):
@@ -66,3 +73,37 @@ def test_pair_scores_in_any_order_and_block(block):
     scores = template_pair_scores(features, pairs, block=block, progress=done.append)
     assert scores.tolist() == [float(features[a] @ features[b]) for a, b in pairs]
     assert sum(done) == pytest.approx(1)
+
+
+def test_templates_without_weight_are_noted():
+    people = np.arange(30)
+    rows = np.eye(30, dtype=np.float32)[np.concatenate([people, people])]
+    rows[7] = 0
+    pairs = np.array([(a, b) for a in range(30) for b in range(30, 60)], np.int32)
+    found = evaluate_templates(
+        rows,
+        TemplateSet(
+            name="ijbc",
+            folder=Path(),
+            names=[""] * 60,
+            landmarks=np.zeros((60, 5, 2), np.float32),
+            scores=np.zeros(60, np.float32),
+            template=np.arange(60),
+            media=np.arange(60),
+            template_ids=np.arange(60),
+            pairs=pairs,
+            same=pairs[:, 0] == pairs[:, 1] - 30,
+            galleries=[People("G1", people[:20], people[:20])],
+            probes=People("probes", people + 30, people),
+            notes=["said before"],
+        ),
+        detector_weights=True,
+        replicates=20,
+    )
+    assert found.notes[0] == "said before"
+    assert found.notes[1].startswith("1 of 60 templates have a feature of zeros")
+    content = found.to_dict()
+    assert content["verification"]["tar"]["1e-1"] == pytest.approx(29 / 30)
+    assert content["identification"]["rank1"] == content["identification"]["galleries"][0]["rank1"]
+    assert content["identification"]["rank1"] == pytest.approx(19 / 20)
+    assert content["identification"]["tpir"]["1e-1"] == pytest.approx(19 / 20)

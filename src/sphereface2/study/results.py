@@ -145,7 +145,7 @@ def load(path: Path, cells: Path) -> Results:
     study = design.load(path)
     chosen = runner.best_trials(study, cells)
     trials = distinct(design.trials(study))
-    # The cells of an arm without a choice cannot be told yet, only counted.
+    # The cells of an arm without a choice are not known yet, only how many they are.
     known = replace(
         study,
         arms={name: arm for name, arm in study.arms.items() if name in chosen},
@@ -169,7 +169,7 @@ def load(path: Path, cells: Path) -> Results:
         )
     _check_data(found, cells)
     used = {cell.key for cell in grid if cell.key in found}
-    # How people differ is told of the arms as they are, without sweeps or other conditions.
+    # How people differ is reported of the arms as they are, without sweeps or other conditions.
     closer = {
         cell.key for cell in grid if cell.role == "grid" and cell.condition == study.first_condition
     }

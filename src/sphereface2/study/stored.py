@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from sphereface2.errors import UserError
 from sphereface2.evaluation.results import to_dict
 from sphereface2.files import atomic_write
 from sphereface2.study.measure import PairMeasures, PairSetFacts, PeopleMeasures
 from sphereface2.training.report import TrainingFacts
 
+T = TypeVar("T")
 RESULT = "cell.json"
 SETS = "sets"
 
@@ -70,8 +72,7 @@ _RESULT, _FACTS = TypeAdapter(CellResult), TypeAdapter(PairSetFacts)
 
 def read_result(folder: Path) -> CellResult | None:
     """The result of the cell in ``folder``; None if the cell is not done."""
-    path = folder / RESULT
-    return _RESULT.validate_json(path.read_bytes()) if path.exists() else None
+    return _read(_RESULT, folder / RESULT)
 
 
 def write_result(folder: Path, result: CellResult) -> None:
@@ -81,8 +82,7 @@ def write_result(folder: Path, result: CellResult) -> None:
 
 def read_facts(sets: Path, fingerprint: str) -> PairSetFacts | None:
     """The description of a verification set in the folder ``sets``; None where there is none."""
-    path = sets / f"{fingerprint}.json"
-    return _FACTS.validate_json(path.read_bytes()) if path.exists() else None
+    return _read(_FACTS, sets / f"{fingerprint}.json")
 
 
 def write_facts(sets: Path, fingerprint: str, facts: PairSetFacts) -> None:
@@ -91,3 +91,16 @@ def write_facts(sets: Path, fingerprint: str, facts: PairSetFacts) -> None:
     if not path.exists():
         sets.mkdir(exist_ok=True)
         atomic_write(path, json.dumps(to_dict(facts)).encode())
+
+
+def _read(adapter: TypeAdapter[T], path: Path) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{path} is damaged ({where}: {first['msg']}): remove it and run the study again"
+        ) from error

@@ -9,7 +9,7 @@ ones ask for a threshold too, which the probes of people outside the gallery mus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,51 +95,27 @@ def search(
     ([True, True, False], [1, 1, 0])
     """
     probes, gallery = (np.asarray(e).astype(np.float32, copy=False) for e in (probes, gallery))
-    order = np.argsort(gallery_people, kind="stable")
-    gallery, who = gallery[order], np.asarray(gallery_people)[order]
-    size = block or max(1, _SCORES // max(1, len(gallery)))
-    starts = range(0, len(probes), size)
-    return _searches(
-        (np.matmul(probes[i : i + size], gallery.T) for i in starts), np.asarray(probe_people), who
-    )
-
-
-def search_scores(scores: np.ndarray, probe_people: People, gallery_people: People) -> Searches:
-    """`search` for scores (Q, M) that are already there; a person may have several columns.
-
-    >>> search_scores(np.array([[0.2, 0.9]]), ["a"], ["a", "b"]).rank
-    array([2])
-    """
-    scores = np.asarray(scores)
-    order = np.argsort(gallery_people, kind="stable")
-    return _searches(
-        [scores[:, order]], np.asarray(probe_people), np.asarray(gallery_people)[order]
-    )
-
-
-def _searches(
-    blocks: Iterable[np.ndarray], probe_people: np.ndarray, columns: np.ndarray
-) -> Searches:
-    """From blocks of scores whose columns are sorted by person."""
-    if not len(columns):
+    if len(probes) != len(probe_people):
+        raise ValueError(f"{len(probes)} probes are given and a person for {len(probe_people)}.")
+    if not len(gallery):
         raise UserError("the gallery is empty: there is nobody to search for")
+    order = np.argsort(gallery_people, kind="stable")
+    gallery, columns = gallery[order], np.asarray(gallery_people)[order]
     people, starts = np.unique(columns, return_index=True)
     own_column = np.minimum(np.searchsorted(people, probe_people), len(people) - 1)
-    enrolled = people[own_column] == probe_people
-    score, rank = np.empty(len(enrolled), np.float32), np.zeros(len(enrolled), np.int64)
-    done = 0
-    for scores in blocks:
+    enrolled = people[own_column] == np.asarray(probe_people)
+    score, rank = np.empty(len(probes), np.float32), np.zeros(len(probes), np.int64)
+    size = block or max(1, _SCORES // len(gallery))
+    for first in range(0, len(probes), size):
+        part = slice(first, first + size)
+        scores = np.matmul(probes[part], gallery.T)
         if not np.isfinite(scores).all():
             raise UserError("the scores hold NaN or infinite values: the embeddings are unusable")
         if len(people) < len(columns):
             scores = np.maximum.reduceat(scores, starts, axis=1)
-        part = slice(done, done + len(scores))
         own = np.take_along_axis(scores, own_column[part, None], axis=1)
         score[part] = np.where(enrolled[part], own[:, 0], scores.max(axis=1))
         rank[part] = np.where(enrolled[part], np.count_nonzero(scores >= own, axis=1), 0)
-        done += len(scores)
-    if done != len(enrolled):
-        raise ValueError(f"{done} probes have scores and {len(enrolled)} have a person.")
     return Searches(enrolled, score, rank)
 
 
@@ -197,8 +173,8 @@ def tpir_at_fpir(
     Raises:
         UserError: no probe is enrolled.
 
-    >>> scores = np.array([[0.9, 0.1], [0.2, 0.3], [0.5, 0.4]])
-    >>> found = search_scores(scores, [0, 1, 2], [0, 1])
+    >>> probes = np.array([[0.9, 0.1], [0.2, 0.3], [0.5, 0.4]])
+    >>> found = search(probes, [0, 1, 2], np.eye(2), [0, 1])
     >>> [(point.value, point.threshold) for point in tpir_at_fpir(found, [1.0, 0.5])]
     [(1.0, 0.30000001192092896), (None, None)]
     """

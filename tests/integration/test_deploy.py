@@ -158,3 +158,35 @@ def test_every_recipe_has_its_line() -> None:
     text = (DEPLOY / "README.md").read_text()
     files = [path.name for path in DEPLOY.iterdir() if path.is_file() and path.name != "README.md"]
     assert [name for name in files if f"`{name}`" not in text] == []
+
+
+def test_kubernetes_manifests_of_the_service() -> None:
+    parts = manifests("kubernetes-service.yaml")
+    pods = {}
+    for part in parts:
+        kind, spec = part["kind"], part["spec"]
+        if kind == "Service":
+            survives(part, kubernetes.IoK8sApiCoreV1Service.from_dict(part).to_dict())
+        elif kind in ("StatefulSet", "Deployment"):
+            template = spec["template"]
+            pods[part["metadata"]["name"]] = template["spec"]
+            parsed_pod = kubernetes.IoK8sApiCoreV1PodTemplateSpec.from_dict(template).to_dict()
+            survives(template, parsed_pod)
+            assert template["metadata"]["labels"] == spec["selector"]["matchLabels"]
+    database, service = pods["database"]["containers"][0], pods["sphereface2"]["containers"][0]
+    options = parsed(*service["args"])
+    assert (options["host"], options["behind_proxy"]) == ("0.0.0.0", True)
+    assert options["gallery"] == "postgresql+psycopg://sphereface2@database/sphereface2"
+    given = {item["name"]: item.get("value") for item in database["env"]}
+    assert (given["POSTGRES_USER"], given["POSTGRES_DB"]) == ("sphereface2", "sphereface2")
+    passwords = [
+        next(item["valueFrom"] for item in one["env"] if item["name"].endswith("PASSWORD"))
+        for one in (database, service)
+    ]
+    assert passwords[0] == passwords[1]
+    mounts = {mount["mountPath"] for mount in service["volumeMounts"]}
+    assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent), "/tmp"} == mounts
+    for pod in pods.values():
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        claimed = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert claimed - volumes <= {"data"}

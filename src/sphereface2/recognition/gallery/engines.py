@@ -159,39 +159,29 @@ def _pgvector(
         mean: compare with people's templates, not with their images.
         every: look at every row, not at the index.
     """
-    dim = len(probe)
     text = "[" + ",".join(map(repr, probe.tolist())) + "]"
     # Two parameters, or PostgreSQL would round the one to halfvec before it scores.
-    values = {"probe": text, "coarse": text, "k": k}
-    similar = "-(%s::vector <#> CAST(:probe AS vector))"
-    if mean:
-        score, rows = similar % "template", "people"
-        if not every:
-            values["size"] = k + _CANDIDATES
-            rows = (
-                f"(SELECT id, template FROM people WHERE vector_dims(template) = {dim} ORDER BY "
-                f"template::halfvec({dim}) <#> CAST(:coarse AS halfvec({dim})) LIMIT :size) AS near"
-            )
-        query = f"SELECT id, {score} AS score FROM {rows} ORDER BY score DESC LIMIT :k"
-        return [(key, score) for key, score in connection.execute(sa.text(query), values)]
-    best = (
-        f"SELECT person, max({similar % 'embedding'}) AS score FROM images %s "
-        "GROUP BY person ORDER BY score DESC LIMIT :k"
+    values: dict[str, Any] = {"probe": text, "coarse": text, "k": k}
+    table, owner, vector = (
+        ("people", "id", "template") if mean else ("images", "person", "embedding")
     )
-    if every:
-        return [tuple(row) for row in connection.execute(sa.text(best % ""), values)]
+    best = (
+        f"SELECT {owner} AS person, max(-({vector}::vector <#> CAST(:probe AS vector))) AS score "
+        f"FROM {table} %s GROUP BY person ORDER BY score DESC LIMIT :k"
+    )
     near = (
-        "WITH near AS MATERIALIZED (SELECT person FROM images "
-        f"WHERE vector_dims(embedding) = {dim} ORDER BY "
-        f"embedding::halfvec({dim}) <#> CAST(:coarse AS halfvec({dim})) LIMIT :size), "
-        f"best AS ({best % 'WHERE person IN (SELECT person FROM near)'}) "
+        f"WITH near AS MATERIALIZED (SELECT {owner} AS person FROM {table} "
+        f"WHERE vector_dims({vector}) = {len(probe)} ORDER BY {vector}::halfvec({len(probe)}) <#> "
+        f"CAST(:coarse AS halfvec({len(probe)})) LIMIT :size), "
+        f"best AS ({best % f'WHERE {owner} IN (SELECT person FROM near)'}) "
         "SELECT person, score, (SELECT count(*) FROM near) FROM best ORDER BY score DESC"
     )
     size = max(_CANDIDATES, 4 * k)
-    while True:
+    while not every:
         found = connection.execute(sa.text(near), {**values, "size": size}).all()
         if len(found) == k:
             return [(person, score) for person, score, _ in found]
-        if not found or found[0][2] < size:  # the index has no more
-            return [tuple(row) for row in connection.execute(sa.text(best % ""), values)]
+        # The index has no more, be it that there is nobody else or that it lost sight of them.
+        every = not found or found[0][2] < size
         size *= 8
+    return [tuple(row) for row in connection.execute(sa.text(best % ""), values)]

@@ -54,7 +54,8 @@ _PLAIN = re.compile(
     rb"|RIFF.{4}WEBPVP8 .{7}\x9d\x01\x2a(....)",
     re.DOTALL,
 )
-_SIDES = (struct.Struct(">HH"), struct.Struct(">HH"), struct.Struct("<HH"))
+_WEBP = 3
+_SIDES = {1: struct.Struct(">HH"), 2: struct.Struct(">HH"), _WEBP: struct.Struct("<HH")}
 
 
 def decode(
@@ -81,10 +82,10 @@ def decode(
         UserError: empty, truncated, not an image, or too many pixels.
     """
     plain = _PLAIN.match(content)
-    if plain is not None and plain.lastindex is not None:
-        one, other = _SIDES[plain.lastindex - 1].unpack(plain[plain.lastindex])
-        whole = plain.lastindex == 3 or content[-2:] == b"\xff\xd9"
-        if whole and one * other <= max_pixels:
+    if plain:
+        kind = plain.lastindex or 0
+        one, other = _SIDES[kind].unpack(plain[kind])
+        if one * other <= max_pixels and (kind == _WEBP or content[-1] == 0xD9):
             image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is not None:
                 return image

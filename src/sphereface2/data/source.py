@@ -83,9 +83,11 @@ class OpenFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; UserError if the file ends before."""
-        if self._descriptor is None:
+        try:
+            data = os.pread(self._descriptor, size, offset)  # type: ignore[arg-type]
+        except TypeError:
             self._descriptor = os.open(self.path, os.O_RDONLY)
-        data = os.pread(self._descriptor, size, offset)
+            return self.read(offset, size)
         if len(data) != size:
             raise UserError(
                 f"{self.path} ends before byte {offset + size:,}: it was cut since it was opened; "

@@ -110,12 +110,17 @@ class Augmentation:
         flips = hits[:, _FLIP].tolist()
         moves = (hits[:, _AFFINE] | hits[:, _CROP]).tolist()
         resizer = _Resizer(out)
+        whole = array.shape[1:]
         for i, image in enumerate(images):
+            if image.shape == whole and not (moves[i] or resizer.waiting):  # the shortest way
+                if flips[i]:
+                    cv2.flip(image, 1, dst=array[i])
+                else:
+                    array[i] = image
+                continue
             room = resizer.room_for(i, image.shape, array)
             if moves[i]:
                 self._move(room, image, hits[i], draws[i])
-            elif flips[i] and not resizer.waiting:
-                cv2.flip(image, 1, dst=room)
             else:
                 room[...] = image
                 if flips[i]:  # cheaper after the resizing

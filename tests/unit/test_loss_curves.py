@@ -16,7 +16,7 @@ import torch
 
 from sphereface2 import heads
 from sphereface2.data.dataset import Batch
-from sphereface2.training import config
+from sphereface2.training import config, sections
 from sphereface2.training.distributed import World
 from sphereface2.training.step import TrainingStep
 
@@ -97,7 +97,7 @@ def training_curve(settings: dict[str, Any]) -> list[float]:
         "training": {"batch_size": BATCH, "threads": 1, "epochs": 8, "device": "cpu"},
     }
     for key, value in settings.items():
-        config.assign(tree, key, value)
+        sections.assign(tree, key, value)
     run_config = config.from_dict(tree)
     accumulate = run_config.training.accumulate
     step = TrainingStep(run_config, World(0, 1, 0, 1, torch.device("cpu")), PEOPLE)

@@ -11,7 +11,7 @@ import torch
 
 from sphereface2 import heads
 from sphereface2.data.dataset import Batch
-from sphereface2.training import config
+from sphereface2.training import config, sections
 from sphereface2.training.distributed import World
 from sphereface2.training.step import TrainingStep
 from sphereface2.training.watch import SMOOTHING, LossWatch
@@ -25,7 +25,7 @@ def training_step(device: str = "cpu", **settings: Any) -> TrainingStep:
         "training": {"batch_size": BATCH, "threads": 1, "epochs": 8},
     }
     for key, value in settings.items():
-        config.assign(tree, key.replace("__", "."), value)
+        sections.assign(tree, key.replace("__", "."), value)
     step = TrainingStep(config.from_dict(tree), World(0, 1, 0, 1, torch.device(device)), PEOPLE)
     step.forward.train()
     step.loss.train()

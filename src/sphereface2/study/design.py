@@ -32,6 +32,7 @@ from pydantic import ConfigDict
 from sphereface2 import heads
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.training import config as configuration
+from sphereface2.training import sections
 from sphereface2.training.config import RunConfig
 
 _DEFAULTS = json.loads(Path(__file__).with_name("defaults.json").read_text("utf-8"))
@@ -169,7 +170,7 @@ def load(path: Path) -> Study:
     """
     tree = _read(path)
     tree.setdefault("name", path.stem)
-    study = configuration.validated(Study, tree, str(path))
+    study = sections.validated(Study, tree, str(path))
     _check(study, path)
     return study
 
@@ -226,7 +227,7 @@ def _cell(
     del tree["data"]["augmentation"]["size"]  # that follows from the backbone's
     tree = _merge(_merge(tree, study.base), study.arms[arm].settings)
     for key, value in [*study.conditions[condition].items(), *changed.items()]:
-        configuration.assign(tree, key, value)
+        sections.assign(tree, key, value)
     tree |= {"name": arm, "seed": seed}
     config = configuration.from_dict(tree, f"{study.name}: {arm}, {condition}")
     return Cell(arm, condition, seed, role, config, dict(changed))
@@ -260,7 +261,7 @@ def _unlike(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 
 
 def _read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    tree: dict[str, Any] = configuration.read_yaml(path, "study")
+    tree: dict[str, Any] = sections.read(path, "study")
     if (parent := tree.pop("extends", None)) is not None:
         wanted = path.parent / str(parent)
         if wanted in within:

@@ -11,35 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field
 
 from sphereface2 import backbones, heads
 from sphereface2.backbones.preprocessing import as_size
 from sphereface2.data.conditions import LabelNoise, Subset
 from sphereface2.data.transforms import Augmentation
-from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import read_yaml as read_file
+from sphereface2.errors import UserError
+from sphereface2.training import sections
 
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
@@ -52,8 +39,6 @@ FalseAcceptRate = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path; ``~`` in it is the home folder."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -219,17 +204,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: unreadable file, unknown key (naming the nearest), wrong type or range.
     """
-    tree = {} if path is None else _typed(_read(path, "configuration"), RunConfig)
-    given = dict(_parse_overrides(overrides))
+    tree = {} if path is None else sections.read(path, "configuration", RunConfig)
+    given = dict(sections.parse(overrides, RunConfig))
     for key, value in given.items():
-        assign(tree, key, _typed(value, _hint(RunConfig, key)))
+        sections.assign(tree, key, value)
     return from_dict(tree, "the command line" if path is None else str(path), frozenset(given))
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file, which messages call a ``what``; an empty file has none."""
-    tree: dict[str, Any] = _typed(_read(path, what), None)
-    return tree
 
 
 def from_dict(
@@ -248,73 +227,10 @@ def from_dict(
     for section, name in (("backbone", "sfnet20"), ("head", "sphereface2")):
         if isinstance(tree.get(section), dict):
             tree = {**tree, section: {"name": name, **tree[section]}}
-    config = validated(RunConfig, tree, where, overridden)
+    config = sections.validated(RunConfig, tree, where, overridden)
     _check_components(config)
     config.data.augmentation = _sized(tree, config)
     return config
-
-
-@functools.cache
-def _adapter(section: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(section)
-
-
-def validated(
-    section: type[T], tree: dict[str, Any], where: str, overridden: Iterable[str] = ()
-) -> T:
-    """The dataclass ``section`` made of nested plain values.
-
-    Raises:
-        UserError: the first thing that is wrong: the setting, what was expected, what was given
-            and where.
-    """
-    try:
-        settings: T = _adapter(section).validate_python(tree)  # type: ignore[arg-type]
-        return settings
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, UserError):
-            raise cause from error
-        if key in overridden:
-            where = "the command line"
-        if first["type"] == "unexpected_keyword_argument":
-            *parents, name = first["loc"]
-            known = _fields(_inner(section, parents))
-            raise UserError(
-                f"unknown setting {key} in {where}{did_you_mean(name, known)}; "
-                f"known: {', '.join(sorted(known))}"
-            ) from error
-        raise UserError(
-            f"{key} {_expected(first)}, got {shown(first['input'])} in {where}"
-        ) from error
-
-
-def _expected(error: Any) -> str:
-    """What pydantic wants, as the end of a sentence about the setting."""
-    kinds = {
-        "missing": "must be given",
-        "dataclass_type": "must be a section of settings",
-        "dict_type": "must be a section of settings",
-        "list_type": "must be a list, such as [1, 2]",
-        "string_type": "must be text",
-        "string_too_short": "must not be empty",
-    }
-    if error["type"] in kinds:
-        return kinds[error["type"]]
-    message: str = error["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-    return message[0].lower() + message[1:]
-
-
-def shown(value: Any) -> str:
-    """A setting's value in a message, as YAML writes it."""
-    try:
-        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-    except yaml.YAMLError:  # no value that YAML has
-        text = repr(value)
-    text = text.removesuffix("\n").removesuffix("\n...")
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def head_options(config: RunConfig) -> tuple[dict[str, Any], bool]:
@@ -322,7 +238,7 @@ def head_options(config: RunConfig) -> tuple[dict[str, Any], bool]:
     options = dict(config.head)
     sharded = options.pop("sharded", False)
     if not isinstance(sharded, bool):
-        raise UserError(f"head.sharded must be true or false, got {shown(sharded)}")
+        raise UserError(f"head.sharded must be true or false, got {sections.shown(sharded)}")
     if sharded:
         options["streaming"] = True
     return options, sharded
@@ -336,125 +252,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def dump(config: RunConfig) -> str:
     """YAML text that ``load`` reads back as an equal configuration."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-class _Scalar(NamedTuple):
-    """A value and the text that it was read from, which is the value of a text setting."""
-
-    text: str
-    value: Any
-
-
-class _Loader(yaml.SafeLoader):
-    """Keeps the text of values; YAML 1.1 reads ``5e-4`` as text, people write it as a number."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        value = super().construct_object(node, deep=deep)
-        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
-            return _Scalar(node.value, value)
-        return value
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
-    loaded = read_file(path, _Loader)
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"the {what} {path} must be a mapping of settings, such as 'seed: 1'")
-    return loaded
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """Plain values for what `_Loader` gave: texts where ``hint``, a type, wants text."""
-    if isinstance(value, _Scalar):
-        wants_text = str in _alternatives(hint) and value.value is not None
-        return value.text if wants_text else _typed(value.value, hint)
-    if isinstance(value, dict):
-        known = _fields(hint)
-        keys = {key: key.text if isinstance(key, _Scalar) else key for key in value}
-        return {name: _typed(value[key], known.get(name)) for key, name in keys.items()}
-    if isinstance(value, list):
-        element = next((get_args(one)[0] for one in _alternatives(hint) if get_args(one)), None)
-        return [_typed(item, element) for item in value]
-    return value
-
-
-def _alternatives(hint: Any) -> Iterator[Any]:
-    """The types that a hint allows; ``str`` too for a choice of texts."""
-    if get_origin(hint) is Literal:
-        yield type(get_args(hint)[0])
-    elif get_origin(hint) in (Union, UnionType):
-        for one in get_args(hint):
-            yield from _alternatives(one)
-    else:
-        yield hint
-
-
-def _fields(hint: Any) -> Mapping[str, Any]:
-    """The settings of a section and their types; the name alone of a component's."""
-    if dataclasses.is_dataclass(hint):
-        return _hints(hint)  # type: ignore[arg-type]
-    return {"name": str} if get_origin(hint) is dict else {}
-
-
-@functools.cache
-def _hints(section: Any) -> dict[str, Any]:
-    return get_type_hints(section)
-
-
-def _hint(section: Any, key: str) -> Any:
-    """The type of ``section.key``; None where there is no such setting."""
-    for part in key.split("."):
-        section = _fields(section).get(part)
-    return section
-
-
-def _inner(hint: Any, path: Sequence[Any]) -> Any:
-    """The type of what lies at ``path`` within a section."""
-    for part in path:
-        hint = _fields(hint).get(part) or next(iter(get_args(hint)[-1:]), None)
-    return hint
-
-
-def _parse_overrides(arguments: Sequence[str]) -> Iterable[tuple[str, Any]]:
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}; settings are given as --key value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise UserError(f"--{key} needs a value")
-            text = words.pop(0)
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, RecursionError, ValueError):
-            value = text  # what a text setting may be, and no other
-        while isinstance(value, _Scalar):
-            value = value.value
-        yield key.replace("-", "_"), _Scalar(text, value)
-
-
-def assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``section.key`` of nested settings.
-
-    Raises:
-        UserError: a part of the way is a setting, not a section.
-    """
-    *parents, leaf = key.split(".")
-    for depth, part in enumerate(parents):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--{key}: {'.'.join(parents[: depth + 1])} is not a section")
-    tree[leaf] = value
 
 
 def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:

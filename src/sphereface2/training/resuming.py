@@ -16,6 +16,7 @@ from sphereface2 import backbones, heads
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 from sphereface2.training import config as configuration
+from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
 from sphereface2.training.config import RunConfig
 from sphereface2.version import __version__
@@ -57,7 +58,7 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
         UserError: they are missing, cut, another's, or of a version that has other settings.
     """
     path = run / CONFIG
-    tree = configuration.read_yaml(path, "run's configuration")
+    tree = sections.read(path, "run's configuration", RunConfig)
     for section in (one.name for one in dataclasses.fields(RunConfig)):
         if section not in tree:
             raise UserError(
@@ -107,7 +108,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
     """
     before = found.run.get("settings")
     if before is None:  # of version 0.1.0
-        before = configuration.read_yaml(run / CONFIG, "run's configuration")
+        before = sections.read(run / CONFIG, "run's configuration", RunConfig)
     old, new = _flat(before), _flat(configuration.to_dict(settings))
     if _same_network(before["backbone"], settings.backbone):
         old, new = (

@@ -1,0 +1,213 @@
+"""Settings as dataclasses: read from YAML and from the command line, checked by their types.
+
+A text setting is the text that was given, whatever YAML would make of it: ``2024-05-01``, ``yes``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from sphereface2.errors import UserError, did_you_mean
+from sphereface2.files import read_yaml
+
+T = TypeVar("T")
+
+
+def read(path: Path, what: str, section: type | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file has none.
+
+    Args:
+        path: the file.
+        what: what messages call it.
+        section: the dataclass that it is for, which tells text from other values.
+
+    Raises:
+        UserError: unreadable, no YAML, no mapping.
+    """
+    loaded = read_yaml(path, _Loader)
+    if not isinstance(loaded, dict | None):
+        raise UserError(f"the {what} {path} must be a mapping of settings, such as 'seed: 1'")
+    tree: dict[str, Any] = _typed(loaded or {}, section)
+    return tree
+
+
+def parse(arguments: Sequence[str], section: type) -> Iterator[tuple[str, Any]]:
+    """Keys and values of ``--section.key value`` and ``--section.key=value`` words.
+
+    Raises:
+        UserError: a word that is none of these.
+    """
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; settings are given as --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"--{key} needs a value")
+            text = words.pop(0)
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            value = text  # what a text setting may be, and no other
+        while isinstance(value, _Scalar):
+            value = value.value
+        key = key.replace("-", "_")
+        yield key, _typed(_Scalar(text, value), _hint(section, key.split(".")))
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` of nested settings.
+
+    Raises:
+        UserError: a part of the way is a setting, not a section.
+    """
+    *parents, leaf = key.split(".")
+    for depth, part in enumerate(parents):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--{key}: {'.'.join(parents[: depth + 1])} is not a section")
+    tree[leaf] = value
+
+
+@functools.cache
+def _adapter(section: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(section)
+
+
+def validated(
+    section: type[T], tree: dict[str, Any], where: str, overridden: Iterable[str] = ()
+) -> T:
+    """The dataclass ``section`` made of nested plain values.
+
+    Raises:
+        UserError: the first thing that is wrong: the setting, what was expected, what was given
+            and where.
+    """
+    try:
+        settings: T = _adapter(section).validate_python(tree)  # type: ignore[arg-type]
+        return settings
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise cause from error
+        if key in overridden:
+            where = "the command line"
+        if first["type"] == "unexpected_keyword_argument":
+            *parents, name = first["loc"]
+            known = _fields(_hint(section, parents))
+            raise UserError(
+                f"unknown setting {key} in {where}{did_you_mean(name, known)}; "
+                f"known: {', '.join(sorted(known))}"
+            ) from error
+        raise UserError(
+            f"{key} {_expected(first)}, got {shown(first['input'])} in {where}"
+        ) from error
+
+
+def _expected(error: Any) -> str:
+    """What pydantic wants, as the end of a sentence about the setting."""
+    kinds = {
+        "missing": "must be given",
+        "dataclass_type": "must be a section of settings",
+        "dict_type": "must be a section of settings",
+        "list_type": "must be a list, such as [1, 2]",
+        "string_type": "must be text",
+        "string_too_short": "must not be empty",
+    }
+    if error["type"] in kinds:
+        return kinds[error["type"]]
+    message: str = error["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    return message[0].lower() + message[1:]
+
+
+def shown(value: Any) -> str:
+    """A setting's value in a message, as YAML writes it."""
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    except yaml.YAMLError:  # no value that YAML has
+        text = repr(value)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+class _Scalar(NamedTuple):
+    """A value and the text that it was read from, which is the value of a text setting."""
+
+    text: str
+    value: Any
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps the text of values; YAML 1.1 reads ``5e-4`` as text, people write it as a number."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep=deep)
+        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
+            return _Scalar(node.value, value)
+        return value
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Plain values for what `_Loader` gave: texts where ``hint``, a type, wants text."""
+    if isinstance(value, _Scalar):
+        wants_text = str in _alternatives(hint) and value.value is not None
+        return value.text if wants_text else _typed(value.value, hint)
+    if isinstance(value, dict):
+        known = _fields(hint)
+        keys = {key: key.text if isinstance(key, _Scalar) else key for key in value}
+        return {name: _typed(value[key], known.get(name)) for key, name in keys.items()}
+    if isinstance(value, list):
+        element = next((get_args(one)[0] for one in _alternatives(hint) if get_args(one)), None)
+        return [_typed(item, element) for item in value]
+    return value
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    """The types that a hint allows; ``str`` too for a choice of texts."""
+    if get_origin(hint) is Literal:
+        yield type(get_args(hint)[0])
+    elif get_origin(hint) in (Union, UnionType):
+        for one in get_args(hint):
+            yield from _alternatives(one)
+    else:
+        yield hint
+
+
+def _fields(hint: Any) -> Mapping[str, Any]:
+    """The settings of a section and their types; the name alone of a component's."""
+    if dataclasses.is_dataclass(hint):
+        return _hints(hint)  # type: ignore[arg-type]
+    return {"name": str} if get_origin(hint) is dict else {}
+
+
+@functools.cache
+def _hints(section: Any) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
+def _hint(hint: Any, path: Sequence[Any]) -> Any:
+    """The type of what lies at ``path`` within a section; None where nothing does."""
+    for part in path:
+        hint = _fields(hint).get(part) or next(iter(get_args(hint)[-1:]), None)
+    return hint

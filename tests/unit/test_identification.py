@@ -46,7 +46,7 @@ def check(found, scores, probe_people, columns):
     assert found.rank.tolist() == [rank or 0 for _, rank, _ in expected]
     if not enrolled:
         for figure in (rank_k, tpir_at_fpir):
-            with pytest.raises(UserError, match="nobody to identify"):
+            with pytest.raises(UserError, match="no probe shows a person of the gallery"):
                 figure(found)
         return
     for rate in rank_k(found, RANKS):

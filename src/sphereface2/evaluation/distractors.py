@@ -77,7 +77,9 @@ def evaluate_distractors(
     best = _best_scores(probes, distractors, sizes)
     hits, trials = _count(probes, np.unique(people, return_inverse=True)[1], [*best.values()])
     if not trials.sum():
-        raise UserError("no person among the probes has two images: there is nothing to search for")
+        raise UserError(
+            "no person among the probes has two images; MegaFace's protocol needs two of a person"
+        )
     cis = ratio_intervals(hits, trials, replicates, seed)
     return DistractorResult(
         name=name,

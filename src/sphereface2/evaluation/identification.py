@@ -98,7 +98,7 @@ def search(
     if len(probes) != len(probe_people):
         raise ValueError(f"{len(probes)} probes are given and a person for {len(probe_people)}.")
     if not len(gallery):
-        raise UserError("the gallery is empty: there is nobody to search for")
+        raise UserError("the gallery is empty; identification needs at least one person in it")
     order = np.argsort(gallery_people, kind="stable")
     gallery, columns = gallery[order], np.asarray(gallery_people)[order]
     people, starts = np.unique(columns, return_index=True)
@@ -190,7 +190,9 @@ def tpir_at_fpir(
 
 def _own_ranks(found: Searches) -> np.ndarray:
     if not found.enrolled.any():
-        raise UserError("no probe shows a person of the gallery: there is nobody to identify")
+        raise UserError(
+            "no probe shows a person of the gallery; identification needs at least one that does"
+        )
     return found.rank[found.enrolled]
 
 

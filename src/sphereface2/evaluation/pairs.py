@@ -108,7 +108,7 @@ def _doubts(scores: np.ndarray, pair_set: PairSet, judged: CalibrationQuality | 
         )
     if judged is not None and judged.fitted_here:
         notes.append(
-            "the calibration was fitted on these very pairs: its figures are too good here"
+            "the calibration was fitted on these pairs, so its figures here are too optimistic"
         )
     return notes
 

@@ -27,7 +27,7 @@ class CalibrationQuality:
         min_cllr: the least that any rising curve over these scores could cost.
         far, tar: by the FAR wanted, the shares of impostor and of genuine pairs that its threshold
             accepts.
-        fitted_here: whether it was fitted on these very pairs, which makes it look too good.
+        fitted_here: whether it was fitted on these pairs; its figures are then too optimistic.
     """
 
     method: Method

@@ -64,7 +64,7 @@ def check_fars(fars: Sequence[float], impostors: int) -> None:
             raise UserError(
                 f"{impostors:,} impostor pairs are too few for a FAR of {far_key(far)}: "
                 f"{pairs_needed(far):,} are needed, so that at least {FALSE_ACCEPTS} are accepted "
-                "by mistake; give more pairs (--all-pairs makes the most of a set) or a larger "
+                "by mistake; give more pairs (--all-pairs uses every pair of a set) or a larger "
                 "--far"
             )
 

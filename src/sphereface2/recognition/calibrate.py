@@ -277,8 +277,8 @@ def _show(report: CalibrationReport) -> None:
     ]
     if bias is not None:
         lines.append(
-            f"-b/r = {bias.g:.3f}, from the bias that the head's classes share, separates a face "
-            "from a class in training; as a threshold between two faces its FAR is accidental"
+            f"-b/r = {bias.g:.3f}, from the bias that the head's classes share, separates an image "
+            "from a class in training; as a threshold between two images it has the FAR above"
         )
     replaces = ", replacing the calibration that was there" if report.replaced else ""
     lines.append(f"{calibration.method} calibration written to {report.file}{replaces}")

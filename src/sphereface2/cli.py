@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -142,7 +143,9 @@ def main(words: Sequence[str] | None = None) -> int:
     accept_any_encoding()
     words = sys.argv[1:] if words is None else list(words)
     try:
-        build(words)(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            build(words)(words)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
@@ -155,6 +158,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """Print a warning on one line, without the place in the code that it comes from."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Embedder:
         device: where to compute: cpu, cuda, cuda:1, mps, "auto" for the best there is; by default
             where the network is.
         threads: that read and decode images; by default one a core, at most 8.
+        read: makes a decoded image of what is given; by default `images.read_image`.
 
     Attributes:
         network: what was given, on its device.
@@ -66,12 +67,14 @@ class Embedder:
         batch_size: int = 128,
         device: str | torch.device | None = None,
         threads: int | None = None,
+        read: Callable[[Any], np.ndarray] = read_image,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be 1 or more, not {batch_size}")
         self.network = network
         self.flip = flip
         self.batch_size = batch_size
+        self.read = read
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._engine: _Engine = (
             _OnnxEngine(network, device)
@@ -89,13 +92,14 @@ class Embedder:
         flip: bool = True,
         batch_size: int = 128,
         threads: int | None = None,
+        read: Callable[[Any], np.ndarray] = read_image,
     ) -> Embedder:
         """Load a trained network.
 
         Args:
             path: a run folder, a model folder, its ``model.safetensors``, or an ``.onnx`` file.
             device: cpu, cuda, mps; by default the best there is.
-            flip, batch_size, threads: of the class.
+            flip, batch_size, threads, read: of the class.
 
         Raises:
             UserError: there is no network at ``path``, it is damaged, or there is no such device.
@@ -107,6 +111,7 @@ class Embedder:
             batch_size=batch_size,
             device=device or "auto",
             threads=threads,
+            read=read,
         )
 
     @property
@@ -163,7 +168,7 @@ class Embedder:
         """
         rows: list[np.ndarray] = []
         with self._engine.evaluating():
-            for first, futures in self._batches(iter(images), read or read_image):
+            for first, futures in self._batches(iter(images), read or self.read):
                 batch = []
                 for index, future in enumerate(futures, first):
                     try:
@@ -191,7 +196,7 @@ class Embedder:
         images = pair_set.images
         return self.embed(
             range(len(images)),
-            read=lambda index: read_image(images[index]),
+            read=lambda index: self.read(images[index]),
             name=pair_set.image_name,
             progress=progress,
         )
@@ -218,7 +223,7 @@ class Embedder:
         chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
         return self.embed(
             chosen,
-            read=lambda index: read_image(source.read(int(index))),
+            read=lambda index: self.read(source.read(int(index))),
             name=lambda position: source.name(int(chosen[position])),
             unreadable=unreadable,
             progress=progress,

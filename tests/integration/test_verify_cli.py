@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import ran
+from skimage.data import astronaut
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
@@ -254,3 +255,36 @@ def test_mistakes_end_in_one_sentence(place, call, monkeypatch, words, message):
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (place / "net" / "calibration.json").exists()
+
+
+def test_a_calibration_on_whole_photographs_is_warned_of_and_not_used_for_crops(
+    net, call, tmp_path
+):
+    photo = astronaut()[:300, 50:400].astype(np.float64)
+    for person in range(8):
+        tint = 0.4 + 0.6 * np.array([person & 1, person >> 1 & 1, person >> 2], float)
+        (tmp_path / "photos" / str(person)).mkdir(parents=True)
+        for number, light in enumerate((1.0, 0.8)):
+            pixels = (photo * tint * light).astype(np.uint8)
+            cv2.imwrite(str(tmp_path / f"photos/{person}/{number}.png"), pixels[..., ::-1])
+    words = ("calibrate", net, "--all-pairs", tmp_path / "photos", "--far", "0.25")
+    a, b = (tmp_path / "photos/3" / name for name in ("0.png", "1.png"))
+    for more, images, warnings in (((), "photographs", 1), (("--align",), "aligned", 0)):
+        done = call(*words, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("warning: photos seems to hold whole photographs") == warnings
+        assert json.loads((net / "calibration.json").read_text())["images"] == images
+        verified = call("verify", a, b, "--model", net)
+        if warnings:
+            assert verified.returncode == 2
+            assert "fitted on whole photographs" in verified.stderr
+            assert call("verify", a, b, "--model", net, "--aligned").returncode == 0
+        else:
+            assert verified.returncode == 0, verified.stderr
+    similarities = {}
+    for more in ((), ("--align",)):
+        done = call("evaluate", net, "--all-pairs", tmp_path / "photos", "--json", *more)
+        assert done.returncode == 0, done.stderr
+        assert ("warning:" in done.stderr) == (not more)
+        similarities[more] = json.loads(done.stdout)["all_pairs"]["tar_threshold"]
+    assert similarities[()] != similarities[("--align",)]

@@ -27,6 +27,7 @@ FORMAT = "sphereface2-calibration"
 FORMAT_VERSION = 1
 
 Method = Literal["logistic", "isotonic"]
+Images = Literal["crops", "aligned", "photographs"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Calibration:
         thresholds: by FAR, in the order asked for.
         data: the sets that it was fitted on.
         intervals: how those of the thresholds were made.
+        images: "crops" as they were given, "aligned" crops of photographs, or whole
+            "photographs"; None where an older version did not record it.
     """
 
     fingerprint: str
@@ -76,6 +79,7 @@ class Calibration:
     thresholds: Mapping[float, Threshold]
     data: Sequence[CalibrationSet]
     intervals: Resampling
+    images: Images | None = None
 
     @property
     def far_default(self) -> float:
@@ -125,6 +129,14 @@ class Calibration:
             f"--far {wanted:g}"
         )
 
+    def check_for_crops(self) -> None:
+        """UserError if it was fitted on whole photographs, whose similarities are others."""
+        if self.images == "photographs":
+            raise UserError(
+                "the model's calibration was fitted on whole photographs, and here crops of faces "
+                "are compared: repeat sphereface2 calibrate with --align"
+            )
+
     @classmethod
     def fit(
         cls,
@@ -136,6 +148,7 @@ class Calibration:
         method: Method = "logistic",
         people: np.ndarray | None = None,
         data: Sequence[CalibrationSet] = (),
+        images: Images | None = None,
         replicates: int = 1000,
         seed: int = 0,
     ) -> Calibration:
@@ -154,7 +167,7 @@ class Calibration:
             method: "logistic" or "isotonic".
             people: int (P, 2), the identities of each pair, over which intervals are bootstrapped;
                 None resamples pairs, which makes them too narrow where pairs share people.
-            data: what the pairs are, to be stored.
+            data, images: what the pairs are, to be stored.
             replicates: number of resamples.
             seed: of the resampling.
 
@@ -185,7 +198,7 @@ class Calibration:
         )
         over = "pairs" if people is None else "people"
         resampling = Resampling(over, replicates, seed)
-        return cls(fingerprint, method, knots, llrs, thresholds, tuple(data), resampling)
+        return cls(fingerprint, method, knots, llrs, thresholds, tuple(data), resampling, images)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``calibration.json``."""
@@ -200,6 +213,7 @@ class Calibration:
             "thresholds": [asdict(found) for found in self.thresholds.values()],
             "data": [to_dict(one) for one in self.data],
             "intervals": to_dict(self.intervals),
+            "images": self.images,
         }
 
     def save(self, network: str | Path) -> Path:
@@ -372,6 +386,7 @@ def _read(path: Path) -> Calibration:
             {one.far: one for one in thresholds},
             tuple(CalibrationSet(**one) for one in data),
             Resampling(**content["intervals"]),
+            content.get("images"),
         )
     except (
         OSError,

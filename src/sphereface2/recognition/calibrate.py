@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import Progress
 
 from sphereface2 import console
+from sphereface2.align.unaligned import image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.pairs import PairSet
@@ -21,7 +22,7 @@ from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL
-from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Method, file_of
+from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
 from sphereface2.evaluation.pairs import sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
@@ -101,6 +102,7 @@ def calibrate(
     all_pairs: Sequence[Path] = (),
     fars: Sequence[float] = (1e-2,),
     method: Method = "logistic",
+    align: bool = False,
     batch_size: int = 128,
     seed: int = 0,
     device: str | None = None,
@@ -119,6 +121,7 @@ def calibrate(
         fars: False accept rate to give a threshold for; repeatable, the first is the default of
             decisions.
         method: "logistic", a straight line, or "isotonic", any rising curve.
+        align: The images are photographs: find and crop their faces.
         batch_size: Number of images in one forward pass.
         seed: Seed of the bootstrap and of the sample.
         device: "cpu", "cuda" or "mps"; default: the best there is.
@@ -130,17 +133,20 @@ def calibrate(
     rng, folder = np.random.default_rng(seed), bundle.resolve(checkpoint).resolve()
     sets: list[PairSet | _Labelled] = [*open_pair_sets(pairs, images, names)]
     with (
-        Embedder.load(checkpoint, device=device, batch_size=batch_size) as embedder,
+        Embedder.load(
+            checkpoint, device=device, batch_size=batch_size, read=image_reader(align)
+        ) as embedder,
         console.bars() as bars,
     ):
         sets += [_choose(path, embedder.metadata) for path in all_pairs]
         check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
+        given: Images = "aligned" if align else _how_given(sets)
         scored = [_score(embedder, one, rng, bars) for one in sets]
         fingerprint, metadata = embedder.fingerprint, embedder.metadata
     scores, same, people = _join(scored)
     options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
-    data = [one.data for one in scored]
-    calibration = Calibration.fit(scores, same, fingerprint=fingerprint, data=data, **options)
+    options |= {"data": [one.data for one in scored], "images": given}
+    calibration = Calibration.fit(scores, same, fingerprint=fingerprint, **options)
     bias, replaced = shared_bias(metadata, scores, same), file_of(folder).exists()
     file = str(calibration.save(folder))
     report = CalibrationReport(str(checkpoint), file, replaced, calibration, bias)
@@ -204,6 +210,17 @@ def _impostors(one: PairSet | _Labelled) -> int:
         return int(np.count_nonzero(~one.same))
     counts = np.unique(one.source.labels[one.chosen], return_counts=True)[1].astype(np.int64)
     return min(int(counts.sum() ** 2 - (counts**2).sum()) // 2, MOST_PAIRS)
+
+
+def _how_given(sets: Sequence[PairSet | _Labelled]) -> Images:
+    """Whether the images are crops, or whole photographs, which is warned of."""
+    unaligned = [
+        warn_if_unaligned(one.name, one.images.__getitem__, range(len(one.images)))
+        if isinstance(one, PairSet)
+        else warn_if_unaligned(one.name, one.source.read, one.chosen)
+        for one in sets
+    ]
+    return "photographs" if any(unaligned) else "crops"
 
 
 def _score(

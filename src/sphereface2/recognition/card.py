@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from sphereface2.errors import UserError
-from sphereface2.extras import require
 from sphereface2.files import read_yaml
 from sphereface2.version import __version__
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
     from sphereface2.backbones.base import Backbone
     from sphereface2.evaluation.calibration import Calibration
 
@@ -73,26 +72,23 @@ def model_card(
         license_name: the name of another one, with ``license="other"``.
         license_link: where that one can be read.
     """
-    require("model cards", "huggingface_hub")
-    from huggingface_hub import ModelCardData
-
     facts: dict[str, Any] = network.metadata.get("training") or {}
     data = facts.get("data") or network.metadata.get("data") or {}
     if license == "other":
         license_name = license_name or UNSTATED
     synthetic = bool(data.get("synthetic"))
-    front = ModelCardData(
-        library_name="sphereface2",
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        pipeline_tag="image-feature-extraction",
-        tags=["face-recognition", "face-verification", *(["synthetic-data"] if synthetic else [])],
-        model_name=f"{network.config['name']}-{fingerprint[:8]}",
-        eval_results=_eval_results(facts) or None,
-    )
+    front: dict[str, Any] = {"library_name": "sphereface2", "license": license}
+    front |= {"license_name": license_name} if license_name else {}
+    front |= {"license_link": license_link} if license_link else {}
+    front |= {
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["face-recognition", "face-verification"] + ["synthetic-data"] * synthetic,
+    }
+    if facts.get("sets"):
+        name = f"{network.config['name']}-{fingerprint[:8]}"
+        front["model-index"] = [{"name": name, "results": [_result(s) for s in facts["sets"]]}]
     parts = [
-        f"---\n{front.to_yaml()}\n---",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         MARK,
         f"# {_title(network, facts)}",
         _use(network, synthetic),
@@ -139,8 +135,6 @@ def _use(network: Backbone, synthetic: bool) -> str:
 
 
 def _data(data: dict[str, Any], facts: dict[str, Any]) -> str:
-    import yaml
-
     lines = ["## Training"]
     if data:
         size = (
@@ -240,20 +234,18 @@ def _identity(network: Backbone, fingerprint: str) -> str:
     )
 
 
-def _eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="face-verification",
-            dataset_type=one["name"],
-            dataset_name=one["name"],
-            metric_type="accuracy",
-            metric_name=f"{one['folds']}-fold accuracy",
-            metric_value=one["accuracy"],
-        )
-        for one in facts.get("sets") or []
-    ]
+def _result(figures: dict[str, Any]) -> dict[str, Any]:
+    """A verification set's accuracy as the hub's ``model-index`` has it."""
+    accuracy = {
+        "type": "accuracy",
+        "name": f"{figures['folds']}-fold accuracy",
+        "value": figures["accuracy"],
+    }
+    return {
+        "task": {"type": "face-verification"},
+        "dataset": {"type": figures["name"], "name": figures["name"]},
+        "metrics": [accuracy],
+    }
 
 
 def _tars(figures: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from sphereface2 import console
 from sphereface2.align import warp
+from sphereface2.align.unaligned import image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.pairs import PairSet
@@ -81,6 +82,7 @@ def evaluate(
     suites: Sequence[str] = (),
     root: Path | None = None,
     detector_weights: bool = False,
+    align: bool = False,
     flip: bool = True,
     batch_size: int = 128,
     seed: int = 0,
@@ -101,6 +103,7 @@ def evaluate(
             repeatable.
         root: Folder that holds the suites.
         detector_weights: IJB: weight images by the detector's score.
+        align: The images are photographs: find and crop their faces.
         flip: Add the embedding of the mirror image; without it a calibration is not judged.
         batch_size: Number of images in one forward pass.
         seed: Seed of the bootstrap and of the distractors' order.
@@ -116,8 +119,16 @@ def evaluate(
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
     sets += [(root, open_suite(name, root)) for name in suites if root is not None]
+    if not align:
+        for path, one in sets:
+            if isinstance(one, PairSet):
+                warn_if_unaligned(one.name, one.images.__getitem__, range(len(one.images)))
+            elif isinstance(one, Source):
+                warn_if_unaligned(str(path), one.read, range(len(one)))
     with (
-        Embedder.load(checkpoint, device=device, flip=flip, batch_size=batch_size) as embedder,
+        Embedder.load(
+            checkpoint, device=device, flip=flip, batch_size=batch_size, read=image_reader(align)
+        ) as embedder,
         console.bars() as bars,
     ):
         judge = _Judge(embedder, bars, seed, plots, detector_weights)

@@ -183,8 +183,11 @@ class FaceEmbedder:
 
         Raises:
             NoFaceError: a photograph shows no face.
-            UserError: an image cannot be read, or there is no threshold for ``far``.
+            UserError: an image cannot be read, there is no threshold for ``far``, or the
+                calibration was fitted on whole photographs.
         """
+        if self.calibration is not None and not aligned:
+            self.calibration.check_for_crops()
         limit, far = choose_threshold(self.calibration, far, threshold)
         faces: tuple[Face | None, Face | None] = (None, None)
         crops: list[Any] = [first, second]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.locate import TrainingData, locate
@@ -116,6 +117,14 @@ def fit(
                 found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
                 changed = resuming.check_settings(folder, found, settings)
             inputs = open_inputs(settings, place)
+            if place.is_main:
+                train = inputs.located.train
+                warn_if_unaligned(
+                    str(train),
+                    inputs.source.read,
+                    inputs.train_indices,
+                    remedy=f"run sphereface2 align {train} CROPS and train on CROPS",
+                )
             start = {"overrides": list(overrides), "changed": changed}
             progress = _train(settings, folder, place, inputs, found, start, stopper)
             main = place.is_main

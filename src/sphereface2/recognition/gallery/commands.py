@@ -345,6 +345,7 @@ def _line(
                 "--threshold"
             )
         return _Line(None, None, None, "no threshold: the model is not calibrated")
+    calibration.check_for_crops()
     if fpir is not None:
         far = _far_for(fpir, max(1, comparisons), calibration.thresholds)
     far = calibration.far_default if far is None else far

@@ -75,6 +75,8 @@ def serve(
     local = is_loopback(host) and not behind_proxy
     hosts = {*(LOOPBACK_NAMES if local else ()), *([host] if local else ()), *allow_hosts}
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
+    if embedder.calibration is not None:
+        embedder.calibration.check_for_crops()
     with Gallery.open(gallery, embedder=embedder, model=str(checkpoint)) as people:
         app = create_app(
             embedder,

@@ -2,9 +2,9 @@
 
     python benchmarks/identification.py runs/NAME --pairs lfw.bin --names pairs.txt
 
-One picture of everybody who has two or more in the pair list is enrolled in a gallery (Milvus
-Lite, exact index). Probes are these people's other pictures and all pictures of people who have one
-only, whom the gallery does not know. Which picture is enrolled is drawn anew in each split.
+One image of everybody who has two or more in the pair list is enrolled in a gallery on SQLite.
+Probes are these people's other images and all images of people who have one only, whom the gallery
+does not know. Which image is enrolled is drawn anew in each split.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def main() -> None:
         enrolled, probes = split(pairs.people, rng)
         with (
             tempfile.TemporaryDirectory() as folder,
-            Gallery.open(
-                Path(folder) / "gallery", fingerprint=embedder.fingerprint, dim=rows.shape[1]
-            ) as gallery,
+            Gallery.open(Path(folder) / "gallery.db", embedder=embedder) as gallery,
         ):
             for _ in gallery.add_many(
                 Enrolment(str(pairs.people[i]), rows[i][None]) for i in enrolled
@@ -86,7 +84,7 @@ def main() -> None:
         figures.append([*tpirs, *ranks])
         if not number:
             print(
-                f"{len(rows):,} pictures; {len(enrolled):,} people enrolled with one picture each, "
+                f"{len(rows):,} images; {len(enrolled):,} people enrolled with one image each, "
                 f"{found.enrolled.sum():,} probes of them, {(~found.enrolled).sum():,} of "
                 "people not enrolled"
             )

@@ -17,7 +17,7 @@ Ranked = list[tuple[int, float]]
 _ROWS = 8_192  # added at a time
 # usearch on 8-bit numbers: half the memory and time of building of 16-bit ones, and the same
 # recall, because candidates are scored again exactly (benchmarks/gallery.py --tune).
-_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 16, 128, 256
+_CONNECTIVITY, _EXPANSION_ADD = 16, 128
 _CANDIDATES = 16
 
 _log = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ class Hnsw:
                         return
                     some = alive[start : start + _ROWS]
                     index.add(view.ids[some], view.rows[some])
+            index.expansion_search = _effort(view.images)
             with self._lock:
                 for change in self._updates:
                     self._apply(index, *change)
@@ -187,7 +188,6 @@ class Hnsw:
         gone = np.setdiff1d(kept, there)
         if len(new) + len(gone) > len(there) // 2:
             return None
-        index.expansion_search = _EXPANSION_SEARCH  # type: ignore[misc]
         self._removed |= len(gone) > 0
         self._apply(index, gone, view.ids[new], view.rows[new], view.seq)
         return index
@@ -223,5 +223,9 @@ def _new_index(dim: int) -> Any:
         dtype="i8",
         connectivity=_CONNECTIVITY,
         expansion_add=_EXPANSION_ADD,
-        expansion_search=_EXPANSION_SEARCH,
     )
+
+
+def _effort(images: int) -> int:
+    """How many candidates a search keeps: more among more, for the same recall."""
+    return round(160 * max(1.0, images / 100_000) ** 0.3)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.errors import UserError, check_choice
+from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import stamps
-from sphereface2.recognition.gallery.engines import FileSearch, ServerSearch
-from sphereface2.recognition.gallery.rows import STORAGES, Refused, Rows, Stored
-from sphereface2.recognition.gallery.sql import Database
+from sphereface2.recognition.gallery.reader import GalleryReader
+from sphereface2.recognition.gallery.rows import Refused, Stored
 from sphereface2.recognition.gallery.types import (
-    FUSIONS,
-    MOST_K,
     Checked,
     Enrolment,
-    Match,
-    NoGalleryError,
     Person,
-    UnknownPersonError,
     checked,
     metadata_json,
     person_key,
@@ -37,155 +30,12 @@ from sphereface2.version import __version__
 BATCH_IMAGES = 1_500
 
 
-class Embedder(Protocol):
-    """What `Gallery.open` needs to know of a model."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Which model it is."""
-        ...
-
-    @property
-    def embedding_dim(self) -> int:
-        """Numbers in an embedding."""
-        ...
-
-
-class Gallery:
+class Gallery(GalleryReader):
     """People to search among. Make one with `Gallery.open`; safe to use from several threads.
 
     Every change is one transaction: it happens whole or not at all, is on the disk when the call
     returns, and is seen at once by every process that has the gallery open.
-
-    Attributes:
-        unerased: whether a process that reads an older state kept the last removal's bytes from
-            being overwritten in SQLite's log; `compact` tries again.
     """
-
-    def __init__(self, database: Database, row: Any) -> None:
-        self._db, self._closed, self.unerased = database, False, False
-        self._take(row)
-
-    def _take(self, row: Any) -> None:
-        """Work by this stamp."""
-        if hasattr(self, "_search"):
-            self._search.close()
-        self._stamp = row
-        self._rows = Rows(self._db.is_file, row.storage)
-        engine = FileSearch if self._db.is_file else ServerSearch
-        self._search: FileSearch | ServerSearch = engine(self._db, self._rows, row)
-
-    # -- opening and closing ---------------------------------------------------------------------
-
-    @classmethod
-    def open(
-        cls,
-        uri: str | Path,
-        *,
-        embedder: Embedder | None = None,
-        fingerprint: str | None = None,
-        dim: int | None = None,
-        create: bool = True,
-        model: str | None = None,
-        storage: str | None = None,
-    ) -> Gallery:
-        """Open a gallery, or create an empty one.
-
-        Args:
-            uri: a file (SQLite), or ``postgresql+psycopg://user:password@host/database``, a server
-                with pgvector.
-            embedder: the model whose embeddings the gallery holds; or give
-            fingerprint, dim: of that model, with the numbers in an embedding. None takes what is
-                there.
-            create: whether a gallery that does not exist is created.
-            model: of a new gallery: where its model is, for the commands to remember.
-            storage: of a new gallery: ``float32``, or ``float16`` for half the space, at an error
-                of about 0.0003 in a cosine.
-
-        Raises:
-            NoGalleryError: it does not exist and ``create`` is False.
-            UserError: the gallery is of another model, damaged, or made by a later version.
-        """
-        if embedder is not None:
-            fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
-        if storage is not None:
-            check_choice("storage", storage, STORAGES)
-        create = create and fingerprint is not None and dim is not None
-        database = Database.connect(uri, create=create)
-        try:
-            row = None
-            if database.path is None or database.path.exists():
-                with database.read() as connection:
-                    row = stamps.read(connection)
-            if row is None and not create:
-                raise NoGalleryError(
-                    f"there is no gallery at {database.name}; `sphereface2 gallery add` creates one"
-                )
-            if row is None:
-                facts = {"fingerprint": fingerprint, "dim": dim, "model": model}
-                row = stamps.create(database, storage=storage or STORAGES[0], **facts)
-            gallery = cls(database, row)
-            gallery.check(fingerprint, dim, storage)
-            database.erase(patience=0)  # what a process left behind that was killed
-        except BaseException:
-            database.discard()
-            raise
-        return gallery
-
-    def close(self) -> None:
-        """Let go of the gallery. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._search.close()
-            self._db.close()
-
-    def __enter__(self) -> Gallery:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def check(
-        self, fingerprint: str | None, dim: int | None = None, storage: str | None = None
-    ) -> None:
-        """UserError unless the gallery is of this model and storage; None is any."""
-        stamps.check(self._stamp, self.uri, fingerprint=fingerprint, dim=dim, storage=storage)
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the gallery is SQLite's, not a server's."""
-        return self._db.is_file
-
-    @property
-    def uri(self) -> str:
-        """The address, without a password."""
-        return self._db.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model whose embeddings the gallery holds."""
-        return str(self._stamp.fingerprint)
-
-    @property
-    def dim(self) -> int:
-        """Numbers in an embedding."""
-        return int(self._stamp.dim)
-
-    @property
-    def model(self) -> str | None:
-        """Where the model is, if the one who created the gallery said so."""
-        return None if self._stamp.model is None else str(self._stamp.model)
-
-    # -- transactions ----------------------------------------------------------------------------
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        """One state of the database."""
-        self._check_open()
-        with self._db.read() as connection:
-            fingerprint = connection.scalar(sa.select(stamps.stamp.c.fingerprint))
-            stamps.check_moved(self._db, self._stamp, fingerprint)
-            yield connection
 
     @contextmanager
     def _change(self, *, alone: bool = False) -> Iterator[Connection]:
@@ -196,12 +46,6 @@ class Gallery:
             lock = sa.select(stamps.stamp.c.fingerprint).with_for_update(read=not alone)
             stamps.check_moved(self._db, self._stamp, connection.scalar(lock))
             yield connection
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UserError(f"the gallery {self.uri} was closed; open it again")
-
-    # -- changing --------------------------------------------------------------------------------
 
     def add(
         self,
@@ -348,62 +192,6 @@ class Gallery:
         self._db.vacuum(self._rows.people, self._rows.images)
         self._erase()
 
-    # -- searching -------------------------------------------------------------------------------
-
-    def search(
-        self, embeddings: np.ndarray, *, k: int = 5, fusion: str = "max", exact: bool = False
-    ) -> list[list[Match]]:
-        """The k people most like each probe, best first.
-
-        The answer does not say whether the best is the right one: compare its score with a
-        calibrated threshold (see `decide`). On SQLite, all probes of a call see one state.
-
-        Args:
-            embeddings: (q, d) or (d,), brought to length 1.
-            k: people to name, 1 to 1,000; fewer come back if there are fewer.
-            fusion: a person's score is that of the image most like the probe (``max``) or that of
-                the template, the normalised mean of the images (``mean``).
-            exact: look at every image even where there is an approximate index. Scores are exact
-                in any case.
-
-        Returns:
-            For each probe up to k matches.
-
-        Raises:
-            UserError: embeddings that are not finite or of another dimension, a bad k or fusion.
-        """
-        if not 1 <= k <= MOST_K:
-            raise UserError(f"k must be from 1 to {MOST_K}, not {k}")
-        check_choice("fusion", fusion, FUSIONS)
-        self._check_open()
-        probes = unit(embeddings, self.dim)
-        found = self._search.search(probes, k, mean=fusion == "mean", every=exact)
-        return [[_match(person, score) for person, score in one] for one in found]
-
-    def verify(self, person: str, embeddings: np.ndarray, *, fusion: str = "max") -> list[float]:
-        """How like one person probes are: the cosine of each (q, d), as `search` scores them.
-
-        Raises:
-            UnknownPersonError: nobody of that name is there.
-            UserError: as `search`.
-        """
-        check_choice("fusion", fusion, FUSIONS)
-        name, probes = person_name(person), unit(embeddings, self.dim)
-        with self._read() as connection:
-            rows = self._rows.vectors(connection, person_key(name), fusion == "mean")
-        if not rows:
-            raise UnknownPersonError(f"there is no {name!r} in the gallery {self.uri}")
-        return [_cosine(score) for score in (probes @ np.stack(rows).T).max(1)]
-
-    def warm_up(self) -> None:
-        """Read what searches need, so that the first is as quick as the others.
-
-        On SQLite, this also begins to build or load the approximate index of a large gallery, for
-        this process to use from when it is there.
-        """
-        self._check_open()
-        self._search.warm_up()
-
     def set_index(self, hnsw_from: int | None) -> None:
         """Have the gallery search approximately from some number of images on, or never.
 
@@ -418,53 +206,6 @@ class Gallery:
             row = self._restamp(connection, hnsw_from=hnsw_from)
         self._take(row)
         self._search.finish()
-
-    # -- reading ---------------------------------------------------------------------------------
-
-    def get(self, person: str) -> Person | None:
-        """The person of this name, or None."""
-        key = person_key(person_name(person))
-        with self._read() as connection:
-            return self._rows.describe(connection, [key]).get(key)
-
-    def crop(self, person: str, image: int | None = None) -> bytes | None:
-        """The crop kept of a person's image, or the first of them, as it was given; else None."""
-        with self._read() as connection:
-            return self._rows.crop(connection, person_key(person_name(person)), image)
-
-    def people(self, offset: int = 0, limit: int | None = None) -> list[Person]:
-        """Everybody by name, or a page: ``limit`` people after the first ``offset``."""
-        with self._read() as connection:
-            return self._rows.page(connection, offset, limit)
-
-    def count(self) -> int:
-        """How many people there are."""
-        with self._read() as connection:
-            return _count(connection, self._rows.people)
-
-    def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
-        """Everybody by name, or those of these names, with their images, oldest first."""
-        keys: list[int] = []
-        for name in names or ():
-            with suppress(UserError):  # a name that nobody can have
-                keys.append(person_key(person_name(name)))
-        with self._read() as connection:
-            found = self._rows.stored(connection, None if names is None else keys)
-        return sorted(found.values(), key=lambda one: one[0].name)
-
-    def stats(self) -> dict[str, Any]:
-        """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
-        ``hnsw_from``, ``uri``, ``package_version``, ``unerased``."""
-        with self._read() as connection:
-            facts: dict[str, Any] = {
-                table.name: _count(connection, table)
-                for table in (self._rows.people, self._rows.images)
-            }
-        for fact in ("dim", "fingerprint", "model", "storage", "hnsw_from", "package_version"):
-            facts[fact] = getattr(self._stamp, fact)
-        return {**facts, "uri": self.uri, "unerased": self.unerased}
-
-    # -- another model ---------------------------------------------------------------------------
 
     def reembed(
         self,
@@ -516,15 +257,3 @@ class Gallery:
         if not self.is_file:
             stamps.index_server(connection, row)
         return row
-
-
-def _count(connection: Connection, table: sa.Table) -> int:
-    return int(connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
-
-
-def _match(person: Person, score: float) -> Match:
-    return Match(person.name, _cosine(score), person.metadata, person.has_crop)
-
-
-def _cosine(score: float) -> float:
-    return min(1.0, max(-1.0, float(score)))

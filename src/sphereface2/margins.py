@@ -33,7 +33,12 @@ SOFTPLUS_THRESHOLD = 40.0
 
 
 def similarity(z: Tensor, t: float) -> Tensor:
-    """g(z) = 2·((z+1)/2)^t - 1, which maps [-1, 1] onto itself; any shape."""
+    """g(z) = 2·((z+1)/2)^t - 1, which maps [-1, 1] onto itself; any shape.
+
+    Example:
+        >>> similarity(torch.tensor([-1.0, 0.0, 1.0]), t=3)
+        tensor([-1.0000, -0.7500,  1.0000])
+    """
     if t == 1:
         return z
     # Rounding may put a cosine just below -1, where a fractional power is not defined.
@@ -41,7 +46,12 @@ def similarity(z: Tensor, t: float) -> Tensor:
 
 
 def similarity_slope(z: Tensor, t: float) -> Tensor:
-    """g'(z) = t·((z+1)/2)^(t-1); same shape as `z`."""
+    """g'(z) = t·((z+1)/2)^(t-1); same shape as `z`.
+
+    Example:
+        >>> similarity_slope(torch.tensor([-1.0, 0.0, 1.0]), t=3)
+        tensor([0.0000, 0.7500, 3.0000])
+    """
     if t == 1:
         return torch.ones_like(z)
     return ((z + 1) / 2).clamp_min(0).pow(t - 1) * t
@@ -58,6 +68,11 @@ class Own(NamedTuple):
     Attributes:
         columns: (B,) int64, the column of its class; any valid column where the block lacks it.
         present: (B,) bool, whether the block has it; None: always.
+
+    Example:
+        >>> own = Own(torch.tensor([2, 0]))
+        >>> own.take(torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+        tensor([0.3000, 0.4000])
     """
 
     columns: Tensor
@@ -108,6 +123,11 @@ class BinaryMargin:
 
     Raises:
         UserError: a value out of its range.
+
+    Example:
+        >>> margin = BinaryMargin(r=40, m=0.25, t=1)
+        >>> margin.positive_logit(torch.tensor([0.75])), margin.negative_logit(torch.tensor([0.25]))
+        (tensor([20.]), tensor([20.]))
     """
 
     margin_type: MarginType = "C"
@@ -214,6 +234,11 @@ class BinaryMargin:
 
         Raises:
             UserError: fewer than 2 classes.
+
+        Example:
+            >>> plain = BinaryMargin(lam=0.5, m=0, t=1)
+            >>> round(plain.initial_bias(num_classes=1001), 3)  # log(1 / 1000)
+            -6.908
         """
         if num_classes < 2:
             raise UserError(
@@ -228,12 +253,22 @@ class BinaryMargin:
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + exp(z)), accurate over the whole range; any shape."""
+    """log(1 + exp(z)), accurate over the whole range; any shape.
+
+    Example:
+        >>> softplus(torch.tensor([0.0, 100.0]))
+        tensor([  0.6931, 100.0000])
+    """
     return F.softplus(z, threshold=SOFTPLUS_THRESHOLD)
 
 
 def softplus_sum(z: Tensor) -> Tensor:
-    """Σ_i log(1 + exp(z_i)) over the columns of (B, c), accurate over the whole range; (B,)."""
+    """Σ_i log(1 + exp(z_i)) over the columns of (B, c), accurate over the whole range; (B,).
+
+    Example:
+        >>> softplus_sum(torch.zeros(1, 3))
+        tensor([2.0794])
+    """
     # A logarithm costs as much as ten of the other operations, so most of them are spared:
     # log1p(u) + log1p(v) = log1p(u + v + uv), where nothing cancels as exp(-|z|) ≥ 0.
     total = z.clamp_min(0).sum(1)

@@ -17,6 +17,14 @@ class Registry(Generic[Builder]):
 
     Args:
         kind: what one of them is called in messages, e.g. "head".
+
+    Example:
+        >>> letters = Registry("letter")
+        >>> @letters.register("alpha")
+        ... def alpha(*, size: int = 1) -> str:
+        ...     return "α" * size
+        >>> letters.available(), letters.find("alpha")(size=2)
+        (['alpha'], 'αα')
     """
 
     def __init__(self, kind: str) -> None:
@@ -77,7 +85,12 @@ class Registry(Generic[Builder]):
 
 
 def keyword_defaults(builder: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword-only parameters of ``builder`` with their defaults (``inspect.Parameter.empty``)."""
+    """Keyword-only parameters of ``builder`` with their defaults (``inspect.Parameter.empty``).
+
+    Example:
+        >>> keyword_defaults(sorted)
+        {'key': None, 'reverse': False}
+    """
     return {
         parameter.name: parameter.default
         for parameter in inspect.signature(builder).parameters.values()

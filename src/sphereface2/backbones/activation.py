@@ -14,6 +14,10 @@ class PReLU(nn.PReLU):
     torch's backward kernel is not vectorised on CPUs and takes 20 to 30 % of a training step of
     an SFNet. On channels-last images the same derivative is a few vectorised passes. See
     ``benchmarks/backbone_speed.py``.
+
+    Example:
+        >>> PReLU(1)(torch.tensor([[-4.0, 2.0]])).detach()
+        tensor([[-1.,  2.]])
     """
 
     def forward(self, x: Tensor) -> Tensor:

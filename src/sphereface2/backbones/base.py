@@ -58,11 +58,21 @@ class Backbone(nn.Module):
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels` times `width`, to the nearest multiple of 8 (at least 8)."""
+    """`channels` times `width`, to the nearest multiple of 8 (at least 8).
+
+    Example:
+        >>> scaled(64, 0.3)
+        16
+    """
     return max(8, 8 * round(channels * width / 8))
 
 
 def activation_layer(kind: str, channels: int) -> nn.Module:
-    """ "prelu" (one slope a channel, from 0.25) or "relu" as a module."""
+    """ "prelu" (one slope a channel, from 0.25) or "relu" as a module.
+
+    Example:
+        >>> activation_layer("prelu", 64)
+        PReLU(num_parameters=64)
+    """
     check_choice("activation", kind, ("prelu", "relu"))
     return PReLU(channels) if kind == "prelu" else nn.ReLU(inplace=True)

@@ -60,6 +60,11 @@ class IResNet(Backbone):
         activation: "prelu" (the published networks) or "relu" (faster).
         width: multiplies the 64/128/256/512 channels, rounded to multiples of 8.
         dropout: probability before the linear layer.
+
+    Example:
+        >>> network = IResNet(UNITS["iresnet18"], embedding_dim=32, input_size=64, width=0.25)
+        >>> network(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 32])
     """
 
     def __init__(

@@ -95,6 +95,11 @@ class MobileFaceNet(Backbone):
         input_size: side, or (height, width), in pixels; divisible by 16.
         activation: "prelu" (as published) or "relu" (faster).
         width: multiplies every channel count, rounded to multiples of 8.
+
+    Example:
+        >>> network = MobileFaceNet(embedding_dim=32, input_size=64)
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        1795904
     """
 
     def __init__(

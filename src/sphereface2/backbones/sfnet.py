@@ -85,6 +85,11 @@ class SFNet(Backbone):
         dropout: probability before the linear layer.
         residual_scale: factor on the initial output of every residual branch. 0 starts each unit
             as the identity.
+
+    Example:
+        >>> network = SFNet(UNITS["sfnet10"], embedding_dim=32, input_size=64, width=0.25)
+        >>> network(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 32])
     """
 
     def __init__(

@@ -38,6 +38,12 @@ class SphereFace(SoftmaxHead):
 
     Attributes:
         batches: () int64 buffer, n.
+
+    Example:
+        >>> head = SphereFace(8, 10, m=2, lambda_base=0, lambda_min=0)
+        >>> z_y = head.positive_logit(torch.tensor([0.5]), torch.tensor([10.0]))
+        >>> z_y.round(decimals=2)  # 10 · cos(2 · 60°)
+        tensor([-5.])
     """
 
     batches: Tensor
@@ -98,6 +104,12 @@ class AdaFace(SoftmaxHead):
 
     Attributes:
         mean, std: () buffers, μ and σ; 20 and 100 at the start.
+
+    Example:
+        >>> head = AdaFace(8, 10)
+        >>> z_y = head.positive_logit(torch.tensor([0.5]), torch.tensor([20.0]))
+        >>> z_y.round(decimals=2)  # q = 0: 64 · (0.5 - 0.4)
+        tensor([6.4000])
     """
 
     EPSILON = 1e-3
@@ -156,6 +168,12 @@ class CurricularFace(SoftmaxHead):
 
     Attributes:
         t: () buffer.
+
+    Example:
+        >>> head = CurricularFace(8, 10)
+        >>> cos, cos_y, lengths = torch.tensor([[0.75]]), torch.tensor([0.1]), torch.ones(1)
+        >>> head.negative_logits(cos, cos_y, lengths)  # hard, and t = 0: 64 · 0.75 · 0.75
+        tensor([[36.]])
     """
 
     t: Tensor

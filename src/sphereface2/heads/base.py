@@ -187,6 +187,11 @@ def unit_rows(x: Tensor) -> Tensor:
 
     Any magnitude is safe: nothing overflows or underflows on the way, and a row shorter than
     `SMALLEST_NORM` becomes 0 and gets gradient 0 rather than an immense one.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
     """
     # The result does not depend on a row's scale, so dividing by a constant of its size is exact.
     size = x.detach().abs().amax(1, keepdim=True)
@@ -200,6 +205,10 @@ def renormalise_(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Rows of length 1 up to rounding stay as they are, so that a forward pass for evaluation changes
     nothing.
+
+    Example:
+        >>> renormalise_(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
     norms.masked_fill_((norms - 1).abs() < 8 * torch.finfo(norms.dtype).eps, 1)

@@ -61,6 +61,12 @@ def all_rows(labels: Tensor, rows: int, chunk: int) -> Iterator[Block]:
 
     Args:
         labels: (B,) int64 rows of the local W; those outside it are in no block.
+
+    Example:
+        >>> for block in all_rows(torch.tensor([0, 5]), rows=6, chunk=4):
+        ...     print(block.rows, block.own.present.tolist())
+        slice(0, 4, None) [True, False]
+        slice(4, 6, None) [False, True]
     """
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)

@@ -25,6 +25,11 @@ class Softmax(Head):
     Attributes:
         weight: (C, d) parameter, not renormalised.
         bias: (C,) parameter, 0 at the start.
+
+    Example:
+        >>> head = Softmax(embedding_dim=8, num_classes=10)
+        >>> round(head(torch.zeros(4, 8), torch.arange(4)).item(), 4)  # log 10
+        2.3026
     """
 
     def __init__(self, embedding_dim: int, num_classes: int) -> None:
@@ -47,6 +52,10 @@ class NormFace(SoftmaxHead):
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.
         s: scale > 0; the start value if it is learned.
         learn_scale: whether s is a parameter.
+
+    Example:
+        >>> NormFace(8, 10).positive_logit(torch.tensor([0.5]), torch.ones(1))  # 30 · 0.5
+        tensor([15.])
     """
 
     def __init__(
@@ -76,6 +85,10 @@ class CocoLoss(SoftmaxHead):
     Args:
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.
         s: scale > 0, or None (default) for the one above.
+
+    Example:
+        >>> round(CocoLoss(embedding_dim=8, num_classes=1000).scale, 2)
+        8.06
     """
 
     def __init__(
@@ -114,6 +127,11 @@ class SphereFaceR(SoftmaxHead):
         form: "v1" (default), "v2" or "v0".
         s: scale > 0.
         m: margin factor ≥ 1; 1 is none.
+
+    Example:
+        >>> cos_30 = torch.tensor([3**0.5 / 2])
+        >>> SphereFaceR(8, 10).positive_logit(cos_30, torch.ones(1))  # 30 · cos(1.5 · 30°)
+        tensor([21.2132])
     """
 
     def __init__(
@@ -155,6 +173,10 @@ class CosFace(SoftmaxHead):
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.
         s: scale > 0.
         m: margin in cosine, ≥ 0.
+
+    Example:
+        >>> CosFace(8, 10).positive_logit(torch.tensor([0.5]), torch.ones(1))  # 64 · (0.5 - 0.35)
+        tensor([9.6000])
     """
 
     def __init__(
@@ -185,6 +207,12 @@ class ArcFace(SoftmaxHead):
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.
         s: scale > 0.
         m: margin in radians, in [0, π/2].
+
+    Example:
+        >>> head = ArcFace(8, 10, m=math.pi / 3)
+        >>> z_y = head.positive_logit(torch.tensor([0.5]), torch.ones(1))
+        >>> z_y.round(decimals=2)  # 64 · cos(60° + 60°)
+        tensor([-32.])
     """
 
     def __init__(
@@ -218,6 +246,12 @@ class CombinedMargin(SoftmaxHead):
         m1: factor of the angle, ≥ 1; 1 is none.
         m2: angle in radians, ≥ 0.
         m3: margin in cosine, ≥ 0.
+
+    Example:
+        >>> head = CombinedMargin(8, 10, m2=math.pi / 3, m3=0.25)
+        >>> z_y = head.positive_logit(torch.tensor([0.5]), torch.ones(1))
+        >>> z_y.round(decimals=2)  # 64 · (cos(60° + 60°) - 0.25)
+        tensor([-48.])
     """
 
     def __init__(
@@ -253,6 +287,11 @@ class CircleLoss(SoftmaxHead):
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.
         s: scale > 0, the paper's γ.
         m: relaxation in [0, 1].
+
+    Example:
+        >>> head = CircleLoss(8, 10)
+        >>> head.positive_logit(torch.tensor([0.5]), torch.ones(1))  # 256 · 0.75 · (0.5 - 0.75)
+        tensor([-48.])
     """
 
     def __init__(

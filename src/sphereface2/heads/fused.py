@@ -41,6 +41,15 @@ class FusedSGD(torch.optim.Optimizer):
 
     Raises:
         UserError: a value out of its range, a head that cannot take its step on the way.
+
+    Example:
+        >>> from sphereface2 import heads
+        >>> head = heads.build("sphereface2", 8, 10, streaming=True)
+        >>> optimizer = FusedSGD(head, lr=0.1)
+        >>> before = head.weight.detach().clone()
+        >>> _ = head(torch.randn(4, 8), torch.arange(4))
+        >>> torch.equal(head.weight, before), head.weight.grad
+        (False, None)
     """
 
     def __init__(
@@ -141,6 +150,11 @@ def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
     Args:
         values: any shape, float32, contiguous; overwritten.
         noise: the same shape, int32, uniform on 0 … 65535.
+
+    Example:
+        >>> noise = torch.tensor([0, 65535], dtype=torch.int32)
+        >>> stochastic_round(torch.tensor([1.001, 1.001]), noise)
+        tensor([1.0000, 1.0078], dtype=torch.bfloat16)
     """
     # bfloat16 is the upper half of a float32: noise below it carries over with the probability
     # that the lower half tells.

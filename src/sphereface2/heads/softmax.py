@@ -82,18 +82,33 @@ def sine(cos: Tensor) -> Tensor:
 
 
 def smooth_angle(cos: Tensor) -> Tensor:
-    """θ in radians from cos θ, with a finite gradient everywhere."""
+    """θ in radians from cos θ, with a finite gradient everywhere.
+
+    Example:
+        >>> smooth_angle(torch.tensor([0.0, -1.0]))
+        tensor([1.5708, 3.1416])
+    """
     return torch.atan2(sine(cos), cos)
 
 
 def falling_cosine(angles: Tensor) -> Tensor:
-    """(-1)^k·cos(angle) - 2k with k = floor(angle/π): cosine continued to fall beyond π."""
+    """(-1)^k·cos(angle) - 2k with k = floor(angle/π): cosine continued to fall beyond π.
+
+    Example:
+        >>> falling_cosine(torch.tensor([0.0, math.pi, 2 * math.pi]))
+        tensor([ 1., -1., -3.])
+    """
     k = (angles.detach() / math.pi).floor()
     return (1 - 2 * (k % 2)) * angles.cos() - 2 * k
 
 
 def additive_angle(cos: Tensor, m: float) -> Tensor:
-    """cos(θ + m), or cos θ - m·sin m once θ + m exceeds π, so that it keeps falling."""
+    """cos(θ + m), or cos θ - m·sin m once θ + m exceeds π, so that it keeps falling.
+
+    Example:
+        >>> additive_angle(torch.tensor([0.5]), math.pi / 3).round(decimals=2)
+        tensor([-0.5000])
+    """
     moved = cos * math.cos(m) - sine(cos) * math.sin(m)
     return torch.where(cos > -math.cos(m), moved, cos - m * math.sin(m))
 

@@ -62,6 +62,13 @@ class SphereFace2(Head):
         weight: (C, d) parameter.
         bias: () parameter; (C,) for "per_class"; a () buffer for "fixed" and "zero".
         margin: the `BinaryMargin` with the equations.
+
+    Example:
+        >>> head = SphereFace2(embedding_dim=8, num_classes=10)
+        >>> loss = head(torch.randn(4, 8, requires_grad=True), torch.tensor([0, 3, 3, 9]))
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([10, 8])
     """
 
     bias: Tensor
@@ -167,6 +174,11 @@ class OneVersusAllBCE(SphereFace2):
         num_classes: C, ≥ 2.
         r: scale > 0.
         bias, scaling: as in `SphereFace2`.
+
+    Example:
+        >>> head = OneVersusAllBCE(embedding_dim=8, num_classes=10)
+        >>> round(head(torch.zeros(4, 8), torch.arange(4)).item(), 3)  # 10 · log 2
+        6.931
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from killing import (
 
 KINDS: dict[str, tuple[int, dict[str, object]]] = {
     "one process": (1, {}),
-    "workers": (1, {"data.workers": 2}),
+    "workers, muon": (1, {"data.workers": 2, "training.optimizer": "muon"}),
     "two ranks": (2, {}),
     "two ranks, average": (2, {"training.ema": 0.9}),
     "two ranks, sharded": (2, {"head.sharded": "true", "training.ema": 0.9}),
@@ -86,7 +86,7 @@ def kill_and_resume(
     return True
 
 
-@pytest.mark.parametrize("kind", ["workers", "two ranks", "two ranks, sharded"])
+@pytest.mark.parametrize("kind", ["workers, muon", "two ranks", "two ranks, sharded"])
 def test_a_killed_run_goes_on_bit_for_bit(
     kind: str, whole: dict[str, Path], faces: Path, tmp_path: Path
 ) -> None:

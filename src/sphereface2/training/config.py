@@ -85,8 +85,11 @@ class TrainingConfig:
     """Images an optimiser step, over all ranks and accumulation steps."""
     accumulate: Count = 1
     """Forward-backward passes an optimiser step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """``muon``: the convolutions' filters by `training.muon.Muon`, all else by SGD."""
     lr: Positive = 0.1
+    muon_lr: Positive = 0.05
+    """``muon``: length of a step of a filter, relative to the filter's, times the schedule."""
     head_lr_multiplier: Positive = 1.0
     momentum: ShareBelowOne = 0.9
     nesterov: bool = False
@@ -134,7 +137,7 @@ class TrainingConfig:
 
     def _check_fused(self) -> None:
         """What cannot be exact when the prototypes take their step before the backward pass."""
-        if self.optimizer != "sgd":
+        if self.optimizer == "adamw":
             raise UserError(
                 "training.optimizer must be sgd with training.fused_head, which takes SGD steps, "
                 f"got {self.optimizer}; set it to sgd or leave fused_head out"

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from sphereface2.heads import FusedSGD, Head
 from sphereface2.heads.sharding import local
 from sphereface2.training.config import TrainingConfig
+from sphereface2.training.muon import Muon
 
 
 def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
@@ -35,7 +36,7 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
 def build_optimizers(
     config: TrainingConfig, backbone: nn.Module, head: Head
 ) -> list[torch.optim.Optimizer]:
-    """SGD or AdamW with one parameter group a kind, and a fused head's own after it.
+    """SGD or AdamW with one parameter group a kind; Muon for filters and a fused head's own after.
 
     Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
@@ -44,6 +45,12 @@ def build_optimizers(
     spared = [p for p in backbone.parameters() if p.ndim <= 1]
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
+    orthogonal: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        filters = [p for p in decayed if p.ndim == 4]
+        decayed = [p for p in decayed if p.ndim != 4]
+        group = {"params": filters, "base_lr": config.muon_lr}
+        orthogonal = [Muon([group], config.muon_lr, momentum=config.momentum)] if filters else []
     head_rate = config.head_lr_multiplier
     head_decay = config.head_weight_decay
     if head_decay is None:
@@ -78,7 +85,7 @@ def build_optimizers(
     sgd = torch.optim.SGD(
         settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
     )
-    return [sgd, *fused]
+    return [sgd, *orthogonal, *fused]
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -166,14 +166,17 @@ class TrainingStep:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         total = self.world.sum(total) / self.world.size
-        optimizer, *_fused = self.optimizers
-        self.scaler.unscale_(optimizer)
+        eager = [one for one in self.optimizers if not isinstance(one, heads.FusedSGD)]
+        for optimizer in eager:
+            self.scaler.unscale_(optimizer)
         parameters = [*self.network.parameters(), *self.head.parameters()]
         norm = clip_gradients(parameters, settings.clip_norm)
         drop_gradients(parameters, self.watch.observe(total, norm, step))
-        self.scaler.step(optimizer)
+        for optimizer in eager:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in eager:
+            optimizer.zero_grad(set_to_none=True)
         return total, norm
 
     def _clip_embedding_gradient(self, gradient: Tensor) -> Tensor:

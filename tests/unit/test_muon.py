@@ -1,0 +1,67 @@
+"""Muon against an independent computation in NumPy, and what it must not touch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sphereface2 import backbones, heads
+from sphereface2.training.config import TrainingConfig
+from sphereface2.training.muon import Muon, orthogonalize
+from sphereface2.training.optim import build_optimizers
+
+
+def newton_schulz(matrix: np.ndarray, steps: int) -> np.ndarray:
+    """By the singular values: the quintic acts on each of them."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    for _ in range(steps):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return (u * s) @ v
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (40, 2, 3, 3), (5, 5, 1, 1)])
+def test_steps_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=shape)
+    others = [torch.nn.Parameter(torch.tensor(rng.normal(size=shape))) for _ in range(2)]
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    optimizer = Muon([parameter, *others], lr=0.05, momentum=0.9)
+    value, buffer = start, np.zeros(shape)
+    for _ in range(3):
+        gradient = rng.normal(size=shape)
+        for one in (parameter, *others):
+            one.grad = torch.tensor(gradient)
+        optimizer.step()
+        buffer = 0.9 * buffer + gradient
+        update = newton_schulz((gradient + 0.9 * buffer).reshape(shape[0], -1), 4)
+        value = value * np.sqrt(shape[0]) / np.sqrt((value**2).sum())
+        value = value - 0.05 * update.reshape(shape)
+        np.testing.assert_allclose(parameter.detach().numpy(), value, atol=1e-9)
+
+
+def test_the_scale_of_a_gradient_does_not_matter() -> None:
+    gradient = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-6, 1e6):
+        torch.testing.assert_close(
+            orthogonalize(scale * gradient), orthogonalize(gradient), rtol=1e-2, atol=1e-3
+        )
+    assert orthogonalize(torch.zeros(4, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_filters_alone_are_taken_and_the_rate_follows_the_schedule(fused: bool) -> None:
+    network = backbones.build("sfnet4", width=0.125, input_size=32, batch_norm=True)
+    head = heads.build("sphereface2", embedding_dim=512, num_classes=7, streaming=fused)
+    config = TrainingConfig(
+        optimizer="muon", muon_lr=0.03, fused_head=fused, clip_norm=None, lr=0.2
+    )
+    optimizers = build_optimizers(config, network, head)
+    (muon,) = [one for one in optimizers if isinstance(one, Muon)]
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    assert taken == {id(p) for p in network.parameters() if p.ndim == 4}
+    assert muon.param_groups[0]["base_lr"] == 0.03
+    everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    owned = {id(p) for p in [*network.parameters(), *head.parameters()]}
+    assert sorted(map(id, everything)) == sorted(owned)

@@ -18,6 +18,7 @@ EXTRAS = {
     "psycopg": "postgresql",
     "pgvector": "postgresql",
     "fastapi": "serve",
+    "fastapi_offline": "serve",
     "uvicorn": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",

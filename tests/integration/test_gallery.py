@@ -192,6 +192,13 @@ def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
         assert gallery.search(b, k=1)[0][0].person == "Eve"
         assert [p.name for p in gallery.people()] == ["Bob", "Eve"]
         assert [p.name for p in gallery.people(1, 5)] == ["Eve"] and gallery.people(0, 0) == []
+        gallery.add("ÉMILE 50%_a", a)
+        for part in ("émi", "E\u0301MILE", "0%_A"):
+            assert [p.name for p in gallery.people(query=part)] == ["ÉMILE 50%_a"], part
+            assert gallery.count(query=part) == 1
+        assert [p.name for p in gallery.people(0, 1, query="E")] == ["Eve"]
+        assert gallery.people(query="_%") == [] and gallery.count(query="_%") == 0
+        assert gallery.remove("ÉMILE 50%_a") == 2
         assert gallery.remove("Eve") == 1 and gallery.remove("Eve") == 0
         assert [m.person for m in gallery.search(b)[0]] == ["Bob"]
         assert [m.person for m in gallery.search(b, fusion="mean")[0]] == ["Bob"]

@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from serving import drawn, encoded, make_model, photograph
 
+from postgres import Postgres
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -266,6 +267,68 @@ def test_a_poor_image_is_warned_of_or_refused(embedder: FaceEmbedder, tmp_path: 
             else:
                 assert answer.json()["code"] == "poor_image" and "blurred" in answer.json()["error"]
             assert client.get("/v1/people").json()["total"] == (status == 201)
+            assert client.get("/v1/model").json()["quality"] == action
+
+
+def test_a_face_under_a_second_name_is_refused_where_asked(client: TestClient) -> None:
+    def enrol(path: str, *images: bytes, **form: str) -> tuple[int, str]:
+        answer = client.post(path, data={**ALIGNED, **form}, files=files(*images))
+        return answer.status_code, answer.json().get("code") or answer.json()["name"]
+
+    refuse = {"lookalikes": "refuse"}
+    assert enrol("/v1/people", drawn(1), name="Ada", **refuse) == (201, "Ada")
+    assert enrol("/v1/people", drawn(3), name="Bob", **refuse) == (201, "Bob")
+    assert enrol("/v1/people/Ada/images", drawn(1, 1), **refuse) == (201, "Ada")
+    answer = client.post(
+        "/v1/people",
+        data={"name": "Zoe", **ALIGNED, **refuse},
+        files=files(drawn(8), drawn(1)),
+    )
+    assert (answer.status_code, answer.json()["code"]) == (409, "looks_like")
+    assert answer.json()["error"].startswith("image 2 looks like Ada, who is enrolled (similarity ")
+    assert client.get("/v1/people/Zoe").status_code == 404
+    assert enrol("/v1/people/Bob/images", drawn(1), **refuse) == (409, "looks_like")
+    assert enrol("/v1/people", drawn(1), name="Zoe") == (201, "Zoe")
+    for name in ("Ada", "Bob", "Zoe"):
+        client.delete(f"/v1/people/{name}")
+
+
+def test_the_service_recovers_when_its_database_does(
+    embedder: FaceEmbedder, server: Postgres, tmp_path: Path
+) -> None:
+    gallery = Gallery.open(server.database(), embedder=embedder)
+    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(rate=0))
+    with TestClient(app, base_url=BASE) as client:
+        person = {"name": "Ada", **ALIGNED}
+        assert client.post("/v1/people", data=person, files=files(drawn(1))).status_code == 201
+        asked = {
+            "list": lambda: client.get("/v1/people"),
+            "search": lambda: client.post(
+                "/v1/search", data=ALIGNED, files=files(drawn(1), name="image")
+            ),
+            "verify": lambda: client.post(
+                "/v1/people/Ada/verify", data=ALIGNED, files=files(drawn(1), name="image")
+            ),
+            "add": lambda: client.post(
+                "/v1/people/Ada/images", data=ALIGNED, files=files(drawn(1, 1))
+            ),
+            "rename": lambda: client.patch("/v1/people/Ada", json={"name": "Ada"}),
+            "model": lambda: client.get("/v1/model"),
+        }
+        server.kill()
+        try:
+            for name, ask in asked.items():
+                answer = ask()
+                assert (answer.status_code, answer.headers.get("retry-after")) == (503, "1"), name
+                assert answer.json()["code"] == "gallery_unavailable"
+                assert "does not answer" in answer.json()["error"]
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/healthz").status_code == 200
+        finally:
+            server.start()
+        for name, ask in asked.items():
+            assert ask().is_success, name
+        assert client.get("/readyz").status_code == 200
 
 
 def test_head_answers_wherever_get_does_and_other_sites_only_where_allowed(
@@ -384,6 +447,12 @@ def test_a_list_is_of_the_people_there_are_now(client: TestClient) -> None:
     client.post("/v1/people/a/images", data=ALIGNED, files=files(drawn(1, 1)))
     assert listed() == [("a", 2, {}), ("c", 1, {"x": 1})]
     assert client.get("/v1/people?offset=1&limit=1").json()["people"][0]["name"] == "c"
+    page = client.get("/v1/people", params={"query": "A", "limit": 1}).json()
+    assert ([one["name"] for one in page["people"]], page["total"], page["next"]) == (
+        ["a"],
+        1,
+        None,
+    )
     for name in "ac":
         client.delete(f"/v1/people/{name}")
     assert listed() == []
@@ -591,7 +660,7 @@ def test_a_page_of_another_site_gets_nothing(client: TestClient) -> None:
         {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
     ]
     for headers in refused:
-        for path in ("/v1/people", "/", "/metrics"):
+        for path in ("/v1/people", "/", "/docs", "/metrics"):
             assert client.get(path, headers=headers).status_code in (400, 403, 421), headers
     for headers in (
         {},
@@ -602,6 +671,7 @@ def test_a_page_of_another_site_gets_nothing(client: TestClient) -> None:
         assert client.get("/v1/people", headers=headers).status_code == 200
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client.get("/", headers=link).status_code == 200
+    assert client.get("/docs", headers=link).status_code == 200
     assert client.get("/v1/people", headers=link).status_code == 403
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -308,6 +309,15 @@ def test_many_people_at_a_low_rate(browser: Any, model: Path, tmp_path: Path) ->
         page.get_by_role("button", name="Show more").dblclick()
         expect(rows_shown).to_have_count(62)
         expect(rows_shown.nth(50)).to_be_focused()
+        page.get_by_label("Filter").fill("ERSON 4")
+        expect(rows_shown).to_have_count(10)
+        expect(page.locator("[data-count]")).to_have_text("10")
+        page.get_by_label("Filter").fill("nobody")
+        expect(page.get_by_text("Nobody of that name.")).to_be_visible()
+        page.get_by_label("Filter").fill("")
+        expect(rows_shown).to_have_count(50)
+        page.get_by_role("button", name="Show more").click()
+        expect(rows_shown).to_have_count(62)
         assert shown.all_inner_texts() == sorted([*names, "R&D/Ada"])
         expect(page.get_by_role("button", name="Show more")).to_be_hidden()
 
@@ -340,22 +350,93 @@ def test_many_people_at_a_low_rate(browser: Any, model: Path, tmp_path: Path) ->
         assert "similarity 1.00, at or above the threshold" in words, words
         expect(page.locator("#search [data-result]")).to_contain_text("With 59 people enrolled")
 
-        # Every face of a photograph gets its answer.
+        # Every face of a photograph gets its answer, and a box on it.
         page.get_by_label("aligned face crops").uncheck()
         page.get_by_label("every face").check()
         face = np.asarray(Image.open(io.BytesIO(photograph())))
         two = encoded(np.concatenate([face, face[:, ::-1]], 1))
         page.set_input_files("#search input[name=image]", file(two))
         expect(page.locator("#search ol")).to_have_count(2)
+        boxes = page.locator("#search .faces rect")
+        expect(boxes).to_have_count(2)
+        image = page.locator("#search .drop > img").bounding_box()
+        places = [boxes.nth(at).bounding_box() for at in range(2)]
+        assert all(image["width"] / 10 < one["width"] < image["width"] / 3 for one in places)
+        middle = image["x"] + image["width"] / 2
+        assert len({one["x"] < middle for one in places}) == 2  # mirrored: one on each side
         page.get_by_role("tab", name="People").click()
         page.get_by_label("Name").fill("Two")
         page.set_input_files("#people input[name=images]", [file(two)])
         page.get_by_role("button", name="Enrol").click()
         expect(page.locator("#confirm")).to_contain_text("2 faces")
         page.get_by_role("button", name="Take the largest").click()
+        expect(page.locator("#confirm")).to_contain_text("looks like Person")
+        page.get_by_role("button", name="Enrol all the same").click()
         expect(page.locator("#people [role=status]")).to_contain_text("enrolled with 1 image")
         assert complaints == []
         page.context.close()
+
+
+def test_one_person_s_images_and_name(browser: Any, server: Server) -> None:
+    """The dialog of a person, and the question about a face under a second name."""
+    from playwright.sync_api import expect
+
+    def sent(method: str, path: str, **options: Any) -> Any:
+        answer = httpx.request(method, f"{server.url}/v1/{path}", timeout=60, **options)
+        assert answer.is_success, answer.text
+        return answer.json() if answer.content else None
+
+    person = {"name": "Grace", "metadata": '{"room": 7}', "aligned": "1"}
+    images = [("images", ("x.jpg", drawn(1, number))) for number in range(2)]
+    sent("POST", "people", data=person, files=images)
+    page, asked, complaints = watched(browser, viewport={"width": 390, "height": 800})
+    page.goto(f"{server.url}/#people")
+    page.get_by_text("Settings").click()
+    page.get_by_label("aligned face crops").check()
+    page.get_by_role("button", name="Grace", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Grace")
+    shown = dialog.locator(".images img")
+    expect(shown).to_have_count(2)
+    expect(dialog.locator("dl")).to_have_text("room7")
+    assert nameless(page) == []
+    assert page.evaluate("document.querySelector('#person').scrollWidth") <= 390
+
+    dialog.get_by_role("button", name="Remove image 2").click()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    expect(shown).to_have_count(1)
+    expect(dialog.get_by_role("button", name="Remove image 1")).to_be_hidden()  # the last stays
+    page.set_input_files("#person input[name=more-images]", file(drawn(1, 2)))
+    dialog.get_by_role("button", name="Add").click()
+    expect(dialog.get_by_role("status")).to_contain_text("Grace has 2 images now")
+    dialog.get_by_label("Name").fill("Grace Hopper")
+    page.keyboard.press("Enter")
+    renamed = page.get_by_role("dialog", name="Grace Hopper")
+    expect(renamed.get_by_role("status")).to_have_text("The name is now Grace Hopper.")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Grace Hopper", exact=True)).to_be_visible()
+    assert sent("GET", "people/Grace%20Hopper")["images"] == 2
+
+    page.get_by_label("Name").fill("Amazing Grace")
+    page.set_input_files("#people input[name=images]", file(drawn(1)))
+    page.get_by_role("button", name="Enrol").click()
+    expect(page.locator("#confirm")).to_contain_text("Image 1 looks like Grace Hopper")
+    page.get_by_role("button", name="Cancel").click()
+    assert sent("GET", "people")["total"] == 1
+    page.get_by_role("button", name="Enrol").click()
+    page.get_by_role("button", name="Enrol all the same").click()
+    expect(page.locator("#people [data-enrol] [role=status]")).to_contain_text("is enrolled with")
+    assert sent("GET", "people")["total"] == 2
+    for name in ("Grace Hopper", "Amazing Grace"):
+        sent("DELETE", f"people/{name}")
+
+    # The API's page works without any other host, under the same policy.
+    page.goto(f"{server.url}/docs")
+    expect(page.locator("#operations-people-list_people_v1_people_get")).to_be_visible()
+    expect(page.get_by_text("/v1/search")).to_be_visible()
+    own = (server.url, f"blob:{server.url}", "data:")
+    assert [url for url in asked if not url.startswith(own)] == []
+    assert complaints == []
+    page.context.close()
 
 
 def test_every_text_of_a_search_stands_out_enough(browser: Any, server: Server) -> None:

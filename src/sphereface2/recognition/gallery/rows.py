@@ -7,6 +7,7 @@ can be partitioned by person, or distributed over servers, as they are.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -161,10 +162,24 @@ class Rows:
             for row in connection.execute(self._described.where(self.people.c.id.in_(some)))
         }
 
-    def page(self, connection: Connection, offset: int, limit: int | None) -> list[Person]:
-        """People by name."""
-        query = self._described.order_by(self.people.c.name).limit(limit).offset(offset)
-        return [person_of(row) for row in connection.execute(query)]
+    def named(self, part: str) -> sa.ColumnElement[bool]:
+        """Whether a name contains ``part``, in upper or lower case."""
+        if not part:
+            return sa.true()
+        part = unicodedata.normalize("NFC", part).replace("\0", "")
+        name: sa.ColumnElement[str] = self.people.c.name
+        if self._dialect is sqlite:  # its own lower() knows ASCII only
+            return sa.func.casefold(name).contains(part.casefold(), autoescape=True)
+        # The column's collation, "C", has no upper case beyond ASCII either.
+        fold = sa.func.lower(sa.collate(name, "default"))
+        return fold.contains(part.lower(), autoescape=True)
+
+    def page(
+        self, connection: Connection, offset: int, limit: int | None, part: str
+    ) -> list[Person]:
+        """People by name, of those whose name contains ``part``."""
+        query = self._described.where(self.named(part)).order_by(self.people.c.name)
+        return [person_of(row) for row in connection.execute(query.limit(limit).offset(offset))]
 
     def stored(self, connection: Connection, keys: list[int] | None) -> dict[int, Stored]:
         """Everybody, or these people, with their images, oldest first."""

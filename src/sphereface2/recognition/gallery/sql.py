@@ -116,6 +116,7 @@ class Database:
                 "secure_delete = ON",
             ):
                 connection.execute(f"PRAGMA {pragma}")
+            connection.create_function("casefold", 1, str.casefold, deterministic=True)
             return connection
 
         engine = sa.create_engine(

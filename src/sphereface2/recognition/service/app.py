@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fastapi_offline
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
@@ -143,7 +144,7 @@ def create_app(
         title="sphereface2",
         version=__version__,
         description="Face verification and search.",
-        docs_url=None,  # FastAPI's pages load scripts from another host
+        docs_url=None,  # FastAPI's pages load scripts from another host; see _add_page
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -196,6 +197,10 @@ def _add_page(app: FastAPI) -> None:
     async def page() -> Response:
         return FileResponse(_STATIC / "index.html", headers=revalidate)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(_STATIC / "docs.html", headers=revalidate)
+
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
         return FileResponse(_STATIC / "icon.svg", headers=revalidate)
@@ -206,6 +211,8 @@ def _add_page(app: FastAPI) -> None:
             response.headers.update(revalidate)
             return response
 
+    swagger = Path(fastapi_offline.__file__).parent / "static"
+    app.mount("/static/swagger", Static(directory=swagger), name="swagger")
     app.mount("/static", Static(directory=_STATIC), name="static")
 
 

@@ -68,7 +68,8 @@ def serve(
         UserError: a value out of range, an address that is open and unprotected, a foreign
             gallery, or the service's packages are not installed.
     """
-    require("services", "fastapi", "uvicorn", "python_multipart", "prometheus_client", "limits")
+    require("services", "fastapi", "fastapi_offline", "uvicorn", "python_multipart")
+    require("services", "prometheus_client", "limits")
     check_number("--port", port, least=0, most=65535)
     check_count("--max-batch", max_batch, 1)
     check_count("--max-queue", max_queue, 1)

@@ -31,7 +31,9 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 #: Not audited: they say nothing about people.
-_UNAUDITED = frozenset({"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"})
+_UNAUDITED = frozenset(
+    {"/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"}
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 

@@ -46,9 +46,11 @@ def list_people(
     service: Current,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    query: Annotated[str, Query(max_length=schemas.MAX_NAME, description="Part of the name.")] = "",
 ) -> schemas.PeoplePage:
     """Who is enrolled, by name, a page at a time."""
-    people, total = service.gallery.people(offset, limit), service.gallery.count()
+    people = service.gallery.people(offset, limit, query=query)
+    total = service.gallery.count(query=query)
     following = offset + len(people)
     return schemas.PeoplePage(
         people=[person_out(person) for person in people],
@@ -92,7 +94,7 @@ def list_images(name: str, service: Current) -> schemas.PersonImages:
     person, images = found[0]
     return schemas.PersonImages(
         **person_out(person).model_dump(),
-        enrolled=[schemas.ImageOut(id=image.id, source=image.source) for image in images],
+        enrolled=[schemas.ImageOut(id=str(image.id), source=image.source) for image in images],
     )
 
 

@@ -58,6 +58,7 @@ def model(service: Current) -> schemas.ModelOut:
         curve=curve,
         people=service.gallery.count(),
         keeps_crops=service.keep_crops,
+        quality=service.gate.action,
     )
 
 

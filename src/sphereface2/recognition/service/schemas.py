@@ -136,6 +136,11 @@ class ImagesRequest(_Request):
     faces: Literal["one", "largest"] = Field(
         "one", description="Refuse an image with several faces, or take the largest."
     )
+    lookalikes: Literal["allow", "refuse"] = Field(
+        "allow",
+        description="Whether to refuse a face whose similarity with another enrolled person is at "
+        "or above the threshold.",
+    )
 
 
 class ReplaceRequest(ImagesRequest):
@@ -248,14 +253,14 @@ class PersonVerdict(BaseModel):
 class Enrolled(PersonOut):
     """A person just changed."""
 
-    added: list[int] = Field(description="Ids of the new images.")
+    added: list[str] = Field(description="Ids of the new images.")
     warnings: list[str] = Field(description="What makes an image a poor one to enrol.")
 
 
 class ImageOut(BaseModel):
     """An enrolled image."""
 
-    id: int
+    id: str = Field(description="Digits, more than a number of JavaScript holds.")
     source: str | None = Field(description="The file it was enrolled from, if that is known.")
 
 
@@ -332,6 +337,9 @@ class ModelOut(BaseModel):
     curve: Curve | None
     people: int
     keeps_crops: bool
+    quality: Literal["refuse", "warn", "off"] = Field(
+        description="What happens to a poor image at enrolment and verification."
+    )
 
 
 class ErrorOut(BaseModel):

@@ -105,7 +105,7 @@ class SameOrigin:
         if origin is not None and origin in self.origins:
             return
         foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
-        navigation = scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
+        navigation = scope["path"] in ("/", "/docs") and scope["method"] in ("GET", "HEAD")
         linked = navigation and headers.get("sec-fetch-mode") == "navigate"
         if foreign or (site not in ("same-origin", "none") and not linked):
             raise Refusal(

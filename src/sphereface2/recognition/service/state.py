@@ -13,7 +13,13 @@ from fastapi.concurrency import run_in_threadpool
 from sphereface2.align import Face
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
-from sphereface2.recognition.gallery import Gallery, Match, Person, UnknownPersonError
+from sphereface2.recognition.gallery import (
+    Gallery,
+    Match,
+    Person,
+    UnknownPersonError,
+    person_name,
+)
 from sphereface2.recognition.gallery.quality import Gate, measure
 from sphereface2.recognition.service import schemas
 from sphereface2.recognition.service.errors import Refusal
@@ -112,10 +118,28 @@ class Service:
             options["crops"] = [encode(one.crop, ".jpg") for one in seen]
 
         def work() -> tuple[list[int], Person]:
+            if asked.lookalikes == "refuse":
+                self._refuse_lookalikes(name, rows)
             return self.gallery.add(name, rows, **options), self.person(name)
 
         added, person = await run_in_threadpool(work)
-        return schemas.Enrolled(**person_out(person).model_dump(), added=added, warnings=warnings)
+        return schemas.Enrolled(
+            **person_out(person).model_dump(), added=[str(one) for one in added], warnings=warnings
+        )
+
+    def _refuse_lookalikes(self, name: str, rows: np.ndarray) -> None:
+        _, threshold = self.decide(None)
+        for number, matches in enumerate(self.gallery.search(rows, k=2), 1):
+            for match in matches:
+                if threshold is None or match.person == person_name(name):
+                    continue
+                if match.score >= threshold:
+                    raise Refusal(
+                        409,
+                        "looks_like",
+                        f"image {number} looks like {match.person}, who is enrolled (similarity "
+                        f"{match.score:.2f}, threshold {threshold:.2f})",
+                    )
 
 
 def _service(request: Request) -> Service:

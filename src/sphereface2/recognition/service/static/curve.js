@@ -1,6 +1,6 @@
 // The calibrated curve with one similarity marked on it, as SVG.
 
-import { decimal, percent } from "./dom.js";
+import { decimal, percent, vector } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [560, 270];
 const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 34, 50];
@@ -10,7 +10,7 @@ export function drawCurve(curve, verdict) {
   const low = Math.max(-1, Math.min(-0.3, Math.floor((verdict.similarity - 0.05) * 10) / 10));
   const x = (value) => LEFT + ((value - low) / (1 - low)) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM);
-  const root = element("svg", {
+  const root = vector("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
     class: "curve",
     role: "img",
@@ -22,7 +22,7 @@ export function drawCurve(curve, verdict) {
 
   for (const share of [0, 0.5, 1]) {
     root.append(
-      element("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }),
+      vector("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }),
       text(LEFT - 8, y(share) + 4, `${100 * share} %`, "end"),
     );
   }
@@ -40,30 +40,24 @@ export function drawCurve(curve, verdict) {
     .map(([similarity, probability]) => `${x(similarity).toFixed(1)},${y(probability).toFixed(1)}`);
   const edge = x(verdict.threshold);
   root.append(
-    element("line", { class: "threshold", x1: edge, x2: edge, y1: y(1), y2: y(0) }),
-    element("polyline", { class: "line", points: points.join(" ") }),
+    vector("line", { class: "threshold", x1: edge, x2: edge, y1: y(1), y2: y(0) }),
+    vector("polyline", { class: "line", points: points.join(" ") }),
   );
 
   const [px, py] = [x(verdict.similarity), y(verdict.probability)];
   const left = px > WIDTH * 0.85;
   const lift = verdict.probability > 0.85 ? 26 : -12;
   root.append(
-    element("line", { class: "drop-line", x1: px, x2: px, y1: py, y2: y(0) }),
-    element("circle", { class: "point", cx: px, cy: py, r: 7 }),
-    text(px + (left ? -12 : 12), py + lift, decimal(verdict.similarity), left ? "end" : "start", "told"),
+    vector("line", { class: "drop-line", x1: px, x2: px, y1: py, y2: y(0) }),
+    vector("circle", { class: "point", cx: px, cy: py, r: 7 }),
+    text(px + (left ? -12 : 12), py + lift, decimal(verdict.similarity), left ? "end" : "start", "value"),
     text(edge + 6, y(0) - 8, "threshold", "start"),
   );
   return root;
 }
 
-function element(tag, attributes) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
-
 function text(x, y, content, anchor, kind = "") {
-  const made = element("text", { x, y, "text-anchor": anchor, class: kind });
+  const made = vector("text", { x, y, "text-anchor": anchor, class: kind });
   made.textContent = content;
   return made;
 }

@@ -11,6 +11,13 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/** An SVG element with attributes. */
+export function vector(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
 /** Say something in a status line; `kind` is "", "busy", "done" or "error". */
 export function say(line, text, kind = "") {
   line.className = `message ${kind}`;
@@ -28,6 +35,9 @@ export function confirm(question, yes) {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
   });
 }
+
+/** "1 image", "2 images". */
+export const count = (images) => (images === 1 ? "1 image" : `${images.toLocaleString("en")} images`);
 
 /** "0.42", with a real minus sign. */
 export const decimal = (value) => value.toFixed(2).replace("-", "−");

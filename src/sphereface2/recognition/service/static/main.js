@@ -48,9 +48,11 @@ async function showModel() {
   const model = (app.model = await call("GET", "model"));
   const state = model.calibrated ? "calibrated" : "not calibrated";
   document.querySelector("#model").textContent = `Model ${model.model.slice(0, 8)}, ${state}`;
-  document.querySelector("[data-storage]").textContent = model.keeps_crops
+  const storage = document.querySelector("[data-storage]");
+  storage.textContent = model.keeps_crops
     ? "The aligned faces are kept as thumbnails; the images are not."
     : "Embeddings are kept; no image is.";
+  if (model.quality === "refuse") storage.textContent += " Small, blurred or turned faces are refused.";
   if (!model.calibrated) return;
   far.disabled = false;
   far.replaceChildren(
@@ -69,7 +71,7 @@ forget.addEventListener("click", () => {
   sessionStorage.removeItem("key");
   location.reload();
 });
-// A image dropped beside its place must not take the page away.
+// An image dropped beside its place must not take the page away.
 for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
 
 startTabs();
@@ -79,7 +81,7 @@ const takers = {
   search: startSearch(document.querySelector("#search"), app),
   people: startPeople(document.querySelector("#people"), app),
 };
-// A image pasted wherever the focus is goes to the tab that is seen.
+// An image pasted wherever the focus is goes to the tab that is seen.
 document.addEventListener("paste", (event) => {
   const { files } = event.clipboardData;
   if (!files.length || event.defaultPrevented || document.querySelector("dialog[open]")) return;

@@ -1,30 +1,40 @@
-// Enrol, list, delete.
+// Enrol, list, filter, delete.
 
 import { call } from "./api.js";
-import { confirm, make, say } from "./dom.js";
+import { confirm, count, make, say } from "./dom.js";
+import { enrol, warningsOf } from "./enrol.js";
+import { showPerson } from "./person.js";
 import { Picker } from "./picker.js";
 import { portrait } from "./portrait.js";
 
-const PAGE = 50;
+// People on a page; milliseconds after the last letter of the filter until it is asked for.
+const [PAGE, TYPING] = [50, 250];
 
 export function startPeople(panel, app) {
   const form = panel.querySelector("[data-enrol]");
   const line = form.querySelector("[data-message]");
   const name = form.querySelector("input[name=name]");
   const list = panel.querySelector("[data-list]");
+  const empty = panel.querySelector("[data-empty]");
   const more = panel.querySelector("[data-more]");
+  const filter = panel.querySelector("[data-filter]");
   const heading = panel.querySelector("[data-heading]");
   const picker = new Picker(form.querySelector("[data-picker]"), () => say(line, ""));
   let next = 0;
   let total = 0;
   let latest = 0;
+  let typing = 0;
 
+  filter.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => load(0), TYPING);
+  });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const who = name.value.trim();
     if (!who) return missing("Give a name.", name);
     if (!picker.files.length) return missing("Choose at least one image.", picker.input);
-    await enrol(who);
+    await add(who);
   });
   more.addEventListener("click", async () => {
     if (loading()) return; // a double click
@@ -38,35 +48,18 @@ export function startPeople(panel, app) {
     control.focus();
   }
 
-  async function enrol(who) {
+  async function add(who) {
     const button = form.querySelector("[type=submit]");
-    const { aligned } = app.settings();
-    const images = { images: picker.files, aligned };
     button.disabled = true;
     say(line, "Enrolling…", "busy");
     try {
-      let address = "people";
-      let fields = { name: who, ...images };
-      let person = null;
-      while (!person) {
-        try {
-          person = await call("POST", address, fields);
-        } catch (error) {
-          if (error.code === "exists") {
-            if (!(await confirm(`${who} is enrolled already. Add the images?`, "Add"))) return say(line, "");
-            address = `people/${encodeURIComponent(who)}/images`;
-            delete fields.name;
-          } else if (error.code === "several_faces") {
-            if (!(await confirm(`${error.message} Take the largest face?`, "Take the largest"))) return say(line, "");
-            fields.faces = "largest";
-          } else throw error;
-        }
-      }
+      const person = await enrol(who, picker.files, app.settings().aligned);
+      if (!person) return say(line, "");
       form.reset();
       picker.clear();
-      const warnings = person.warnings.map((warning) => ` Poor image: ${warning}.`);
-      say(line, `${person.name} is enrolled with ${count(person.images)}.${warnings.join("")}`, "done");
+      say(line, `${person.name} is enrolled with ${count(person.images)}.${warningsOf(person)}`, "done");
       name.focus();
+      filter.value = "";
       await load(0);
       app.peopleChanged();
     } catch (error) {
@@ -106,14 +99,15 @@ export function startPeople(panel, app) {
   function showTotal(number) {
     total = number;
     panel.querySelector("[data-count]").textContent = total.toLocaleString("en");
-    panel.querySelector("[data-empty]").hidden = total > 0;
+    empty.hidden = total > 0;
+    empty.textContent = filter.value.trim() ? "Nobody of that name." : "Nobody yet.";
   }
 
   async function load(offset) {
     const mine = ++latest;
     more.setAttribute("aria-disabled", true); // `disabled` would take the focus away
     try {
-      const page = await call("GET", `people?offset=${offset}&limit=${PAGE}`);
+      const page = await call("GET", `people?${new URLSearchParams({ offset, limit: PAGE, query: filter.value.trim() })}`);
       if (mine !== latest) return;
       if (offset === 0) list.replaceChildren();
       list.append(...page.people.map(row));
@@ -128,8 +122,15 @@ export function startPeople(panel, app) {
   }
 
   function row(person) {
-    const button = make("button", { type: "button", className: "danger", textContent: "Delete" });
-    button.setAttribute("aria-label", `Delete ${person.name}`);
+    const button = make("button", { type: "button", className: "danger", textContent: "Delete", "aria-label": `Delete ${person.name}` });
+    const open = make("button", { type: "button", className: "name", textContent: person.name });
+    open.setAttribute("aria-haspopup", "dialog");
+    open.addEventListener("click", async () => {
+      if (!(await showPerson(person.name, app))) return;
+      await load(0);
+      heading.focus();
+      app.peopleChanged();
+    });
     const item = make(
       "li",
       { tabIndex: -1 },
@@ -137,7 +138,7 @@ export function startPeople(panel, app) {
       make(
         "div",
         { className: "who" },
-        make("div", { className: "name", textContent: person.name }),
+        open,
         make("div", { className: "hint", textContent: count(person.images) }),
       ),
       button,
@@ -149,5 +150,3 @@ export function startPeople(panel, app) {
   load(0);
   return (files) => picker.take(files);
 }
-
-const count = (images) => (images === 1 ? "1 image" : `${images.toLocaleString("en")} images`);

@@ -1,7 +1,7 @@
-// A place for a image: choose a file, drop it, paste it, or take it with the camera.
+// A place for an image: choose a file, drop it, paste it, or take it with the camera.
 
 import { takePhotograph } from "./camera.js";
-import { make } from "./dom.js";
+import { make, vector } from "./dom.js";
 
 const TYPES = ["image/jpeg", "image/png", "image/webp"];
 const ARROW = "M12 16V5m0 0 4.5 4.5M12 5 7.5 9.5M5 19h14";
@@ -87,6 +87,30 @@ export class Picker {
     this.update();
   }
 
+  /** Draw the faces found on the only image: `faces` of the API, and which of them was decided by. */
+  mark(faces, chosen = -1) {
+    const image = this.drop.querySelector("img");
+    this.drop.querySelector(".faces")?.remove();
+    const found = faces.filter(Boolean); // null stands for an aligned crop
+    if (!image || !found.length) return;
+    const draw = async () => {
+      await image.decode();
+      const [width, height] = [image.naturalWidth, image.naturalHeight];
+      const root = vector("svg", { viewBox: `0 0 ${width} ${height}`, class: "faces", "aria-hidden": "true" });
+      const size = Math.max(width, height) / 18;
+      found.forEach(({ box: [left, top, right, bottom] }, at) => {
+        const kind = at === chosen ? "chosen" : "";
+        root.append(vector("rect", { x: left, y: top, width: right - left, height: bottom - top, class: kind }));
+        if (found.length === 1) return;
+        const number = vector("text", { x: left, y: Math.max(top - size / 4, size), "font-size": size });
+        number.textContent = at + 1;
+        root.append(number);
+      });
+      if (image.isConnected) image.after(root);
+    };
+    draw().catch(() => {}); // an image that the browser cannot show is not drawn on
+  }
+
   update() {
     this.input.value = "";
     this.show();
@@ -125,18 +149,12 @@ export class Picker {
 }
 
 function invitation(multiple) {
-  const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  icon.setAttribute("viewBox", "0 0 24 24");
-  icon.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  path.setAttribute("d", ARROW);
-  for (const [name, value] of [["fill", "none"], ["stroke", "currentColor"], ["stroke-width", "1.8"], ["stroke-linecap", "round"], ["stroke-linejoin", "round"]]) {
-    path.setAttribute(name, value);
-  }
-  icon.append(path);
+  const icon = vector("svg", { viewBox: "0 0 24 24", "aria-hidden": "true" });
+  const line = { fill: "none", stroke: "currentColor", "stroke-width": 1.8, "stroke-linecap": "round", "stroke-linejoin": "round" };
+  icon.append(vector("path", { d: ARROW, ...line }));
   return [
     icon,
-    make("strong", { textContent: multiple ? "Choose images" : "Choose a image" }),
+    make("strong", { textContent: multiple ? "Choose images" : "Choose an image" }),
     make("span", { className: "hint", textContent: "or drop, or paste" }),
   ];
 }

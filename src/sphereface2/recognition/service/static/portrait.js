@@ -3,20 +3,28 @@
 import { call } from "./api.js";
 import { make } from "./dom.js";
 
+/** Of a person or a match: decoration beside the name. */
 export function portrait(person) {
   const place = make("span", { className: "portrait", textContent: initials(person.name), "aria-hidden": "true" });
-  if (person.thumbnail) load(person.name, place);
+  if (person.thumbnail) load(`people/${encodeURIComponent(person.name)}/thumbnail`, "", place);
   return place;
 }
 
-async function load(name, place) {
+/** The crop at an address of the API; `instead` stands there where none is kept. */
+export function crop(address, alt, instead) {
+  const place = make("span", { className: "portrait", textContent: instead, role: "img", "aria-label": `${alt}, no crop is kept` });
+  load(address, alt, place);
+  return place;
+}
+
+async function load(address, alt, place) {
   try {
-    const url = URL.createObjectURL(await call("GET", `people/${encodeURIComponent(name)}/thumbnail`));
-    const image = make("img", { className: "portrait", src: url, alt: "" });
+    const url = URL.createObjectURL(await call("GET", address));
+    const image = make("img", { className: "portrait", src: url, alt });
     image.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
     place.replaceWith(image);
   } catch {
-    // The initials stay.
+    // What stood there stays.
   }
 }
 

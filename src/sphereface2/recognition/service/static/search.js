@@ -17,12 +17,14 @@ export function startSearch(panel, app) {
     const [image] = picker.files;
     const mine = ++latest;
     result.hidden = true;
+    picker.mark([]);
     if (!image) return say(line, "The most similar people of the gallery will be listed here.");
     say(line, "Searching…", "busy");
     try {
       const found = await call("POST", "search", { image, crops: true, ...app.settings() });
       if (mine !== latest) return;
       result.replaceChildren(...show(found));
+      picker.mark(found.faces.map((face) => face.face));
       result.hidden = false;
       say(line, "");
       line.append(make("span", { className: "unseen", textContent: found.faces.map((face) => `${title(face)}. ${face.matches.length} candidates.`).join(" ") }));
@@ -64,6 +66,7 @@ function one(face, at, found) {
     "div",
     { className: `found ${face.known ? "yes" : ""}` },
     make("img", { src: face.crop, alt: "Aligned face of the image" }),
+    ...(face.known && face.matches[0].thumbnail ? [portrait(face.matches[0])] : []),
     make("div", {}, make("h3", { textContent: name }), make("p", { className: "hint", textContent: note })),
   );
   const rows = face.matches.map((match, rank) => row(match, rank + 1, found.threshold));

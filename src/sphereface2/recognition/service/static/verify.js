@@ -20,12 +20,16 @@ export function startVerify(panel, app) {
     if (mine !== latest) return;
     const [a, b] = pickers.map((picker) => picker.files[0]);
     result.hidden = true;
+    pickers.forEach((picker) => picker.mark([]));
     if (!a || !b) return say(line, "");
     say(line, "Comparing…", "busy");
     try {
       const verdict = await call("POST", "verify", { a, b, crops: true, ...app.settings() });
       if (mine !== latest) return;
       result.replaceChildren(show(verdict, app.model));
+      const { a: first, b: second } = verdict.pairs[0];
+      pickers[0].mark(verdict.faces[0], first);
+      pickers[1].mark(verdict.faces[1], second);
       result.hidden = false;
       say(line, "");
       line.append(make("span", { className: "unseen", textContent: summary(verdict) }));

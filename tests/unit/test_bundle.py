@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -261,6 +262,25 @@ def test_weights_of_the_right_shape_from_elsewhere(saved: Path, net: backbones.B
     )
     loaded = bundle.load(saved).state_dict()
     assert all(torch.equal(loaded[key], value + 1) for key, value in net.state_dict().items())
+
+
+def test_latest_is_the_newest_finished_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="newest finished run in runs/, and there is none"):
+        bundle.resolve("latest")
+    for name, finished in (("b-older", 1000), ("a-newer", 2000), ("c-unfinished", None)):
+        run = tmp_path / "runs" / name
+        (run / "checkpoints" / "best").mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(saved / file, run / "checkpoints" / "best")
+        if finished is not None:
+            (run / "results.json").write_text("{}")
+            os.utime(run / "results.json", (finished, finished))
+    assert bundle.resolve("latest") == Path("runs/a-newer/checkpoints/best")
+    shutil.copytree(tmp_path / "runs/b-older/checkpoints/best", tmp_path / "latest")
+    assert bundle.resolve("latest") == Path("latest")
 
 
 def test_loading_imports_no_compiler_and_draws_nothing(saved: Path) -> None:

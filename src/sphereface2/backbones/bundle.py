@@ -148,12 +148,29 @@ def fingerprint(net: Backbone) -> str:
     return digest(*parts)
 
 
+def run_of(path: str | Path) -> Path:
+    """``path`` or, where it is ``latest`` and nothing has that name, the newest run in ``runs/``.
+
+    A run is finished when it has its ``results.json``, and the newest is the one finished last.
+
+    Raises:
+        UserError: no run is finished.
+    """
+    path = Path(path)
+    if path != Path("latest") or path.exists():
+        return path
+    finished = [(file.stat().st_mtime, file.parent) for file in Path("runs").glob("*/results.json")]
+    if not finished:
+        raise UserError("'latest' is the newest finished run in runs/, and there is none")
+    return max(finished)[1]
+
+
 def resolve(path: str | Path) -> Path:
     """The bundle folder that `path` (bundle, weights file or run folder) stands for.
 
-    An ``.onnx`` file stands for itself.
+    An ``.onnx`` file stands for itself, and ``latest`` for the newest finished run, see `run_of`.
     """
-    path = Path(path)
+    path = run_of(path)
     if path.suffix == ".onnx":
         return path
     if path.is_file():

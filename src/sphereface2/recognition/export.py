@@ -109,7 +109,7 @@ def export(
         raise UserError("--calibration belongs to --int8")
     if images < 1:
         raise UserError(f"the number of calibration images must be at least 1, not {images}")
-    checkpoint = Path(checkpoint)
+    checkpoint = bundle.run_of(checkpoint)
     if checkpoint.suffix in SUFFIXES.values():
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
     path = _target(checkpoint, out, SUFFIXES[to], int8)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -81,6 +83,9 @@ class _Canvas:
     def fill(self, points: np.ndarray, colour: np.ndarray) -> None:
         cv2.fillPoly(self.pixels, [self._fixed(points)], colour.tolist(), cv2.LINE_AA, _SHIFT)
 
+    def ellipse(self, colour: np.ndarray, *shape: float) -> None:
+        self.fill(_ellipse(*shape), colour)
+
     def line(self, points: np.ndarray, colour: np.ndarray, width: float) -> None:
         thickness = max(1, round(width * _ZOOM))
         cv2.polylines(
@@ -93,168 +98,199 @@ _TURN = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 _ARC = np.linspace(-1, 1, 15)
 
 
+def _points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.stack([x, y], axis=1)
+
+
 def _ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> np.ndarray:
-    points = np.stack([rx * np.cos(_TURN), ry * np.sin(_TURN)], axis=1)
+    points = _points(rx * np.cos(_TURN), ry * np.sin(_TURN))
     cos, sin = math.cos(tilt), math.sin(tilt)
     return points @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
 
 
-def render(identity: Identity, rng: np.random.Generator) -> np.ndarray:
-    """One image of a person: uint8 (112, 112, 3) RGB, pose and light drawn from ``rng``."""
+def _features(identity: Identity, rng: np.random.Generator) -> SimpleNamespace:
+    """What the drawing follows from: pose and expression, and the identity's shape and colours."""
     p = identity.shape
-    yaw, pitch = rng.normal(0, 0.28), rng.normal(0, 0.14)
-    roll, zoom = rng.normal(0, 0.05), 1 + rng.normal(0, 0.04)
-    drift = rng.normal(0, 1.3, 2)
-    smile, gape = rng.normal(0.3, 0.6), max(0.0, rng.normal(-0.2, 0.5))
-    lift, squint = rng.normal(0, 1.0), float(np.clip(rng.normal(0.9, 0.25), 0.15, 1.2))
-
-    # Shape, in pixels of the aligned crop: eyes near (38, 52) and (74, 52), mouth near y = 92.
-    half_width = _between(35, 46, p[0])
-    crown, chin = _between(50, 60, p[1]), _between(41, 53, p[2])
-    jaw, cheek = _between(0.62, 1.0, p[3]), _between(1.7, 3.0, p[4])
-    eye_x, eye_y = _between(15, 20.5, p[5]), _between(-10, -6, p[6])
-    eye_w, eye_h = _between(5.2, 8.4, p[7]), _between(2.4, 4.6, p[8])
-    eye_tilt = _between(-0.22, 0.22, p[9])
-    brow_gap, brow_w = _between(6.5, 12, p[10]), _between(7.5, 11.5, p[11])
-    brow_thick, brow_arch = _between(1.2, 4.2, p[12]), _between(0, 4.5, p[13])
-    brow_tilt = _between(-0.25, 0.25, p[14])
-    nose_l, nose_w = _between(14, 24, p[15]), _between(4.5, 9.5, p[16])
-    mouth_y, mouth_w = _between(27, 35, p[17]), _between(9, 16.5, p[18])
-    lip_up, lip_down = _between(1.2, 3.8, p[19]), _between(1.8, 5.0, p[20])
-    skin = _palette(_SKINS, p[21]) + (p[22:25] - 0.5) * 26
-    hair = _palette(_HAIRS, p[25])
-    iris = _palette(_IRISES, p[26])
-    lips = skin * 0.55 + np.array([168, 60, 70]) * _between(0.25, 0.5, p[27])
-    dark = skin * 0.62
-    style, hairline = int(p[28] * 5), _between(0.42, 0.78, p[29])
-    beard = (p[30] - 0.7) / 0.3  # present above 0
-    glasses = p[31] > 0.82 and rng.random() < 0.85
-    ear = _between(5, 9.5, p[32])
-
-    centre = np.array([SIZE / 2, 60.0]) + drift
-    sin_yaw, cos_yaw = math.sin(yaw), math.cos(yaw)
-    sin_pitch, cos_pitch = math.sin(pitch), math.cos(pitch)
-    cos_roll, sin_roll = math.cos(roll) * zoom, math.sin(roll) * zoom
-
-    def project(points: np.ndarray) -> np.ndarray:
-        x, y = points[:, 0], points[:, 1]
-        depth = 34 * np.sqrt(np.clip(1 - (x / 58) ** 2 - (y / 70) ** 2, 0, 1))
-        turned = x * cos_yaw + depth * sin_yaw
-        depth = depth * cos_yaw - x * sin_yaw
-        tilted = y * cos_pitch + depth * sin_pitch
-        # The crop follows the eyes and mouth: take back most of the shift of the face's middle.
-        turned = turned - 26 * sin_yaw
-        tilted = tilted - 26 * sin_pitch
-        return (
-            np.stack(
-                [turned * cos_roll - tilted * sin_roll, turned * sin_roll + tilted * cos_roll],
-                axis=1,
-            )
-            + centre
-        )
-
-    canvas = _Canvas(_background(rng), project)
-
-    angle = _TURN
-    radius_x = half_width * np.where(
-        np.sin(angle) > 0, 1 - (1 - jaw) * np.abs(np.sin(angle)) ** cheek, 1.0
+    f = SimpleNamespace(p=p, moles=identity.moles)
+    f.yaw, f.pitch = rng.normal(0, 0.28), rng.normal(0, 0.14)
+    f.roll, f.zoom = rng.normal(0, 0.05), 1 + rng.normal(0, 0.04)
+    f.drift = rng.normal(0, 1.3, 2)
+    f.smile, f.gape = rng.normal(0.3, 0.6), max(0.0, rng.normal(-0.2, 0.5))
+    f.lift, f.squint = rng.normal(0, 1.0), float(np.clip(rng.normal(0.9, 0.25), 0.15, 1.2))
+    # In pixels of the aligned crop: eyes near (38, 52) and (74, 52), mouth near y = 92.
+    f.half_width = _between(35, 46, p[0])
+    f.crown, f.chin = _between(50, 60, p[1]), _between(41, 53, p[2])
+    f.jaw, f.cheek = _between(0.62, 1.0, p[3]), _between(1.7, 3.0, p[4])
+    f.eye_x, f.eye_y = _between(15, 20.5, p[5]), _between(-10, -6, p[6])
+    f.eye_w, f.eye_h = _between(5.2, 8.4, p[7]), _between(2.4, 4.6, p[8])
+    f.eye_tilt = _between(-0.22, 0.22, p[9])
+    f.brow_gap, f.brow_w = _between(6.5, 12, p[10]), _between(7.5, 11.5, p[11])
+    f.brow_thick, f.brow_arch = _between(1.2, 4.2, p[12]), _between(0, 4.5, p[13])
+    f.brow_tilt = _between(-0.25, 0.25, p[14])
+    f.nose_l, f.nose_w = _between(14, 24, p[15]), _between(4.5, 9.5, p[16])
+    f.mouth_y, f.mouth_w = _between(27, 35, p[17]), _between(9, 16.5, p[18])
+    f.lip_up, f.lip_down = _between(1.2, 3.8, p[19]), _between(1.8, 5.0, p[20])
+    f.skin = _palette(_SKINS, p[21]) + (p[22:25] - 0.5) * 26
+    f.hair = _palette(_HAIRS, p[25])
+    f.iris = _palette(_IRISES, p[26])
+    f.lips = f.skin * 0.55 + np.array([168, 60, 70]) * _between(0.25, 0.5, p[27])
+    f.dark = f.skin * 0.62
+    f.style, f.hairline = int(p[28] * 5), _between(0.42, 0.78, p[29])
+    f.beard = (p[30] - 0.7) / 0.3  # present above 0
+    f.glasses = p[31] > 0.82 and rng.random() < 0.85
+    f.ear = _between(5, 9.5, p[32])
+    f.centre = np.array([SIZE / 2, 60.0]) + f.drift
+    f.sin_yaw, f.cos_yaw = math.sin(f.yaw), math.cos(f.yaw)
+    f.sin_pitch, f.cos_pitch = math.sin(f.pitch), math.cos(f.pitch)
+    f.cos_roll, f.sin_roll = math.cos(f.roll) * f.zoom, math.sin(f.roll) * f.zoom
+    radius_x = f.half_width * np.where(
+        np.sin(_TURN) > 0, 1 - (1 - f.jaw) * np.abs(np.sin(_TURN)) ** f.cheek, 1.0
     )
-    outline = np.stack(
-        [
-            radius_x * np.cos(angle),
-            np.where(np.sin(angle) > 0, chin, crown) * np.sin(angle),
-        ],
-        axis=1,
-    )  # fmt: skip
+    f.outline = _points(
+        radius_x * np.cos(_TURN), np.where(np.sin(_TURN) > 0, f.chin, f.crown) * np.sin(_TURN)
+    )
+    return f
 
+
+def _project(points: np.ndarray, f: SimpleNamespace) -> np.ndarray:
+    """Points of the face as the pose moves them into the crop."""
+    x, y = points[:, 0], points[:, 1]
+    depth = 34 * np.sqrt(np.clip(1 - (x / 58) ** 2 - (y / 70) ** 2, 0, 1))
+    turned = x * f.cos_yaw + depth * f.sin_yaw
+    depth = depth * f.cos_yaw - x * f.sin_yaw
+    tilted = y * f.cos_pitch + depth * f.sin_pitch
+    # The crop follows the eyes and mouth: take back most of the shift of the face's middle.
+    turned = turned - 26 * f.sin_yaw
+    tilted = tilted - 26 * f.sin_pitch
+    return (
+        _points(
+            turned * f.cos_roll - tilted * f.sin_roll, turned * f.sin_roll + tilted * f.cos_roll
+        )
+        + f.centre
+    )
+
+
+def _head(canvas: _Canvas, f: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
+    """Neck, clothes, ears and the face; returns the face's mask, uint8."""
     clothes = rng.uniform(20, 235, 3)
-    if style in (2, 4):
-        canvas.fill(_ellipse(0, _between(-4, 14, p[33]), half_width * 1.22, crown * 1.14), hair)
-    canvas.fill(np.array([[-20, 34], [20, 34], [26, 80], [-26, 80]], float), skin * 0.8)
+    if f.style in (2, 4):
+        canvas.ellipse(f.hair, 0, _between(-4, 14, f.p[33]), f.half_width * 1.22, f.crown * 1.14)
+    canvas.fill(np.array([[-20, 34], [20, 34], [26, 80], [-26, 80]], float), f.skin * 0.8)
     canvas.fill(np.array([[-22, 62], [22, 62], [80, 84], [-80, 84]], float), clothes)
     for side in (-1, 1):
-        canvas.fill(_ellipse(side * half_width * 0.99, 1, ear * 0.6, ear * 1.25), skin * 0.88)
-    canvas.fill(outline, skin)
+        canvas.ellipse(f.skin * 0.88, side * f.half_width * 0.99, 1, f.ear * 0.6, f.ear * 1.25)
+    canvas.fill(f.outline, f.skin)
     face = np.zeros((_CANVAS, _CANVAS), np.uint8)
-    cv2.fillPoly(face, [canvas._fixed(outline)], 255, cv2.LINE_AA, _SHIFT)
+    cv2.fillPoly(face, [canvas._fixed(f.outline)], 255, cv2.LINE_AA, _SHIFT)
+    return face
 
-    # Cheeks, moles and the shadow beside the nose.
-    for side in (-1, 1):
-        blush = skin + (np.array([230, 110, 100]) - skin) * _between(0.0, 0.22, p[34])
-        canvas.fill(_ellipse(side * half_width * 0.55, 14, 8.5, 6.5), blush)
-    for mx, my, size in identity.moles:
-        canvas.fill(_ellipse(mx * half_width * 0.8, my * 36, size, size), skin * 0.45)
-    if beard > 0:
-        depth = _between(0.25, 0.8, p[35])
-        lower = outline[np.sin(angle) > 0.05] * (0.985, 1.0)
-        inner = np.array([[-half_width * 0.55, 22], [0, mouth_y - 6], [half_width * 0.55, 22]])
-        canvas.fill(np.vstack([lower, inner]), skin + (hair - skin) * depth)
 
+def _marks(canvas: _Canvas, f: SimpleNamespace) -> None:
+    """Cheeks, moles and a beard."""
     for side in (-1, 1):
-        tilt = side * eye_tilt
-        opening = eye_h * squint
-        canvas.fill(
-            _ellipse(side * eye_x, eye_y - 0.6, eye_w * 1.22, eye_h * 1.5, tilt), skin * 0.9
+        blush = f.skin + (np.array([230, 110, 100]) - f.skin) * _between(0.0, 0.22, f.p[34])
+        canvas.ellipse(blush, side * f.half_width * 0.55, 14, 8.5, 6.5)
+    for mx, my, size in f.moles:
+        canvas.ellipse(f.skin * 0.45, mx * f.half_width * 0.8, my * 36, size, size)
+    if f.beard > 0:
+        depth = _between(0.25, 0.8, f.p[35])
+        lower = f.outline[np.sin(_TURN) > 0.05] * (0.985, 1.0)
+        inner = np.array(
+            [[-f.half_width * 0.55, 22], [0, f.mouth_y - 6], [f.half_width * 0.55, 22]]
         )
-        canvas.fill(_ellipse(side * eye_x, eye_y, eye_w, opening, tilt), np.array([242, 240, 236]))
-        gaze = side * eye_x + 2.2 * math.sin(2.2 * yaw)
-        pupil = min(opening, eye_h * 0.92)
-        canvas.fill(_ellipse(gaze, eye_y, pupil, pupil), iris)
-        canvas.fill(_ellipse(gaze, eye_y, pupil * 0.45, pupil * 0.45), np.array([12, 10, 10]))
-        lid = np.stack([_ARC * eye_w, -opening * np.sqrt(np.clip(1 - _ARC**2, 0, 1))], axis=1)
+        canvas.fill(np.vstack([lower, inner]), f.skin + (f.hair - f.skin) * depth)
+
+
+def _eyes(canvas: _Canvas, f: SimpleNamespace) -> None:
+    """Eyes and brows."""
+    for side in (-1, 1):
+        tilt = side * f.eye_tilt
+        opening = f.eye_h * f.squint
+        canvas.ellipse(
+            f.skin * 0.9, side * f.eye_x, f.eye_y - 0.6, f.eye_w * 1.22, f.eye_h * 1.5, tilt
+        )
+        canvas.ellipse(np.array([242, 240, 236]), side * f.eye_x, f.eye_y, f.eye_w, opening, tilt)
+        gaze = side * f.eye_x + 2.2 * math.sin(2.2 * f.yaw)
+        pupil = min(opening, f.eye_h * 0.92)
+        canvas.ellipse(f.iris, gaze, f.eye_y, pupil, pupil)
+        canvas.ellipse(np.array([12, 10, 10]), gaze, f.eye_y, pupil * 0.45, pupil * 0.45)
+        lid = _points(_ARC * f.eye_w, -opening * np.sqrt(np.clip(1 - _ARC**2, 0, 1)))
         lid = lid @ np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
-        canvas.line(lid + np.array([side * eye_x, eye_y]), dark * 0.5, _between(0.6, 1.8, p[36]))
-        arch = np.stack(
-            [
-                side * eye_x * 1.03 + _ARC * brow_w,
-                eye_y - brow_gap - lift - brow_arch * (1 - _ARC**2)
-                + side * _ARC * brow_w * math.tan(brow_tilt),
-            ],
-            axis=1,
-        )  # fmt: skip
-        canvas.line(arch, hair * 0.8, brow_thick)
+        canvas.line(
+            lid + np.array([side * f.eye_x, f.eye_y]), f.dark * 0.5, _between(0.6, 1.8, f.p[36])
+        )
+        arch = _points(
+            side * f.eye_x * 1.03 + _ARC * f.brow_w,
+            f.eye_y
+            - f.brow_gap
+            - f.lift
+            - f.brow_arch * (1 - _ARC**2)
+            + side * _ARC * f.brow_w * math.tan(f.brow_tilt),
+        )
+        canvas.line(arch, f.hair * 0.8, f.brow_thick)
 
-    # A nose stands out, so it moves further with the head than the face behind it.
-    reach = np.array([7.0 * sin_yaw, 7.0 * sin_pitch])
-    tip = np.array([0.0, eye_y + nose_l]) + reach
-    sides = tip + np.array([[-nose_w, 0.0], [0.0, 2.2]])
-    bridge = np.vstack([[-nose_w * 0.35, eye_y + 1], sides])
-    canvas.line(bridge, dark * 1.1, 0.9)
-    canvas.fill(_ellipse(tip[0], tip[1] - 1.5, nose_w * 0.72, nose_w * 0.5), skin * 0.95)
+
+def _nose(canvas: _Canvas, f: SimpleNamespace) -> None:
+    """It stands out, so it moves further with the head than the face behind it."""
+    reach = np.array([7.0 * f.sin_yaw, 7.0 * f.sin_pitch])
+    tip = np.array([0.0, f.eye_y + f.nose_l]) + reach
+    sides = tip + np.array([[-f.nose_w, 0.0], [0.0, 2.2]])
+    bridge = np.vstack([[-f.nose_w * 0.35, f.eye_y + 1], sides])
+    canvas.line(bridge, f.dark * 1.1, 0.9)
+    canvas.ellipse(f.skin * 0.95, tip[0], tip[1] - 1.5, f.nose_w * 0.72, f.nose_w * 0.5)
     for side in (-1, 1):
-        canvas.fill(
-            _ellipse(tip[0] + side * nose_w * 0.55, tip[1] + 0.8, nose_w * 0.26, 1.2), dark * 0.6
+        canvas.ellipse(
+            f.dark * 0.6, tip[0] + side * f.nose_w * 0.55, tip[1] + 0.8, f.nose_w * 0.26, 1.2
         )
 
-    width = mouth_w * (1 + 0.12 * smile)
-    bend = -3.2 * smile * (_ARC**2 - 0.4)
-    middle = np.stack([_ARC * width, mouth_y + bend], axis=1)
+
+def _mouth(canvas: _Canvas, f: SimpleNamespace) -> None:
+    """Lips, and what shows between them."""
+    width = f.mouth_w * (1 + 0.12 * f.smile)
+    bend = -3.2 * f.smile * (_ARC**2 - 0.4)
+    middle = _points(_ARC * width, f.mouth_y + bend)
     bulge = (1 - _ARC**2)[:, None] * np.array([[0.0, 1.0]])
-    gap = 7.0 * gape
-    upper, lower_lip = middle - bulge * lip_up, middle + bulge * (lip_down + gap)
-    canvas.fill(np.vstack([upper, lower_lip[::-1]]), lips)
+    gap = 7.0 * f.gape
+    upper, lower_lip = middle - bulge * f.lip_up, middle + bulge * (f.lip_down + gap)
+    canvas.fill(np.vstack([upper, lower_lip[::-1]]), f.lips)
     if gap > 1:
         canvas.fill(
             np.vstack([middle + bulge * 0.4, (middle + bulge * (gap + 0.2))[::-1]]),
             np.array([70, 22, 26]) if gap > 3 else np.array([238, 234, 228]),
         )
     else:
-        canvas.line(middle, lips * 0.55, 0.9)
+        canvas.line(middle, f.lips * 0.55, 0.9)
 
-    if style != 0:
-        _hair(canvas, outline, hair, style, hairline, p)
-    if glasses:
-        frame = np.array([30, 28, 34]) + 90 * p[37]
+
+def _glasses(canvas: _Canvas, f: SimpleNamespace) -> None:
+    if f.glasses:
+        frame = np.array([30, 28, 34]) + 90 * f.p[37]
         for side in (-1, 1):
             ring = _ellipse(
-                side * eye_x, eye_y + 0.5, eye_w * 1.5, eye_w * _between(1.0, 1.4, p[38])
+                side * f.eye_x, f.eye_y + 0.5, f.eye_w * 1.5, f.eye_w * _between(1.0, 1.4, f.p[38])
             )
             canvas.line(np.vstack([ring, ring[:1]]), frame, 1.3)
         canvas.line(
-            np.array([[-eye_x + eye_w * 1.5, eye_y], [eye_x - eye_w * 1.5, eye_y]]), frame, 1.3
+            np.array([[-f.eye_x + f.eye_w * 1.5, f.eye_y], [f.eye_x - f.eye_w * 1.5, f.eye_y]]),
+            frame,
+            1.3,
         )
-    _occlude(canvas, rng, eye_x, eye_y, eye_w, mouth_y)
-    return _photograph(canvas.pixels, face, identity, yaw, rng)
+
+
+def render(identity: Identity, rng: np.random.Generator) -> np.ndarray:
+    """One image of a person: uint8 (112, 112, 3) RGB, pose and light drawn from ``rng``."""
+    f = _features(identity, rng)
+    canvas = _Canvas(_background(rng), partial(_project, f=f))
+    face = _head(canvas, f, rng)
+    _marks(canvas, f)
+    _eyes(canvas, f)
+    _nose(canvas, f)
+    _mouth(canvas, f)
+    if f.style != 0:
+        _hair(canvas, f)
+    _glasses(canvas, f)
+    _occlude(canvas, f, rng)
+    return _photograph(canvas.pixels, face, identity, f.yaw, rng)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -264,58 +300,42 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return cv2.resize(coarse, (_CANVAS, _CANVAS), interpolation=cv2.INTER_LINEAR)
 
 
-def _hair(
-    canvas: _Canvas,
-    outline: np.ndarray,
-    colour: np.ndarray,
-    style: int,
-    hairline: float,
-    p: np.ndarray,
-) -> None:
+def _hair(canvas: _Canvas, f: SimpleNamespace) -> None:
     """The hair in front of the head: a cap above the hairline, cut by style."""
-    top = outline[np.sin(_TURN) < -0.02] * (1.06, 1.08)
+    top = f.outline[np.sin(_TURN) < -0.02] * (1.06, 1.08)
     top = top[np.argsort(top[:, 0])]
     left, right, crown = top[0, 0], top[-1, 0], top[:, 1].min()
     x = np.linspace(right, left, 21)
     share = (x - left) / (right - left)
-    if style == 1:  # short: a round hairline
-        edge = crown * hairline * (1 - 0.45 * (2 * share - 1) ** 2)
-    elif style == 2:  # long, with a parting
-        parting = _between(0.25, 0.75, p[39])
-        edge = crown * (0.25 + (hairline - 0.1) * np.exp(-(((share - parting) / 0.22) ** 2)))
-    elif style == 3:  # a fringe of waves
-        edge = crown * (hairline - 0.16 + 0.07 * np.cos(share * _between(9, 30, p[39])))
+    if f.style == 1:  # short: a round hairline
+        edge = crown * f.hairline * (1 - 0.45 * (2 * share - 1) ** 2)
+    elif f.style == 2:  # long, with a parting
+        parting = _between(0.25, 0.75, f.p[39])
+        edge = crown * (0.25 + (f.hairline - 0.1) * np.exp(-(((share - parting) / 0.22) ** 2)))
+    elif f.style == 3:  # a fringe of waves
+        edge = crown * (f.hairline - 0.16 + 0.07 * np.cos(share * _between(9, 30, f.p[39])))
     else:  # a straight fringe
-        edge = crown * np.full_like(share, hairline - 0.14)
-    canvas.fill(np.vstack([top, np.stack([x, edge], axis=1)]), colour)
+        edge = crown * np.full_like(share, f.hairline - 0.14)
+    canvas.fill(np.vstack([top, _points(x, edge)]), f.hair)
 
 
-def _occlude(
-    canvas: _Canvas,
-    rng: np.random.Generator,
-    eye_x: float,
-    eye_y: float,
-    eye_w: float,
-    mouth_y: float,
-) -> None:
+def _occlude(canvas: _Canvas, f: SimpleNamespace, rng: np.random.Generator) -> None:
     """In some images: sunglasses, a scarf or mask, or something in front of the face."""
     kind = rng.random()
     colour = rng.uniform(10, 240, 3)
     if kind < 0.04:
         shade = np.array([18, 16, 20])
         for side in (-1, 1):
-            canvas.fill(_ellipse(side * eye_x, eye_y + 1, eye_w * 1.6, eye_w * 1.2), shade)
-        canvas.line(np.array([[-eye_x, eye_y - 1], [eye_x, eye_y - 1]]), shade, 2)
+            canvas.ellipse(shade, side * f.eye_x, f.eye_y + 1, f.eye_w * 1.6, f.eye_w * 1.2)
+        canvas.line(np.array([[-f.eye_x, f.eye_y - 1], [f.eye_x, f.eye_y - 1]]), shade, 2)
     elif kind < 0.07:
-        low = mouth_y - 8
+        low = f.mouth_y - 8
         canvas.fill(
             np.array([[-40, low - 4], [0, low], [40, low - 4], [34, 70], [-34, 70]]), colour
         )
     elif kind < 0.14:
         x, y = rng.uniform(-45, 45), rng.uniform(-40, 50)
-        canvas.fill(
-            _ellipse(x, y, rng.uniform(6, 15), rng.uniform(6, 22), rng.uniform(0, 3)), colour
-        )
+        canvas.ellipse(colour, x, y, rng.uniform(6, 15), rng.uniform(6, 22), rng.uniform(0, 3))
 
 
 def _photograph(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,7 +89,67 @@ def load(name: str, root: str | Path) -> TemplateSet:
     Raises:
         UserError: files are missing (all that were looked for are named), damaged, or disagree.
     """
-    root = Path(root)
+    files, notes = _find(name, Path(root))
+    faces = _table(files.faces, {"name": "string", "template": "int64", "media": "int64"})
+    columns = {"name": "string", **{f"p{i}": "float32" for i in range(10)}, "score": "float32"}
+    located = _table(files.points, columns)
+    names = faces["name"]
+    numbers = np.stack([located[column] for column in columns if column != "name"], axis=1)
+    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"line {bad[0] + 1} of {files.points} is damaged: a landmark or the score of "
+            f"{names[bad[0]]} is not a finite number"
+        )
+    if names != located["name"]:
+        raise UserError(
+            f"{files.faces} and {files.points} do not list the same images in the same order"
+        )
+    template_ids, template = np.unique(faces["template"], return_inverse=True)
+
+    def rows(ids: np.ndarray, path: Path) -> np.ndarray:
+        at = np.minimum(np.searchsorted(template_ids, ids), len(template_ids) - 1)
+        unknown = template_ids[at] != ids
+        if unknown.any():
+            raise UserError(
+                f"{path} names template {np.asarray(ids)[unknown][0]}, "
+                f"of which {files.faces} has no image"
+            )
+        return at
+
+    compared = same = None
+    if files.pairs is not None:
+        compared, same = _pairs(files.pairs, rows)
+    shown = [_people(path, rows) for path in files.identification]
+    return TemplateSet(
+        name=name,
+        folder=files.images,
+        names=names,
+        landmarks=numbers[:, :10].reshape(-1, 5, 2),
+        scores=located["score"],
+        template=template,
+        media=faces["media"],
+        template_ids=template_ids,
+        pairs=compared,
+        same=same,
+        galleries=[People(f"G{i}", *who) for i, who in enumerate(shown[:2], 1)],
+        probes=People("probes", *shown[2]) if shown else None,
+        notes=notes,
+    )
+
+
+class _Files(NamedTuple):
+    """Where a set's files are; None or nothing for a task whose files are absent."""
+
+    faces: Path
+    points: Path
+    images: Path
+    pairs: Path | None
+    identification: list[Path]
+
+
+def _find(name: str, root: Path) -> tuple[_Files, list[str]]:
+    """The files of a set, and notes on what is absent."""
     bases = [root, root / name.upper()]
     metas = [base / folder for base in bases for folder in ("meta", "", "protocols")]
     faces_name, points_name = f"{name}_face_tid_mid.txt", f"{name}_name_5pts_score.txt"
@@ -126,53 +186,13 @@ def load(name: str, root: str | Path) -> TemplateSet:
         notes.append(f"no 1:1 figures: there is no {pairs}")
     if lacking:
         notes.append("no 1:N figures: there is no " + ", no ".join(map(str, lacking)))
-
-    faces = _table(meta / faces_name, {"name": "string", "template": "int64", "media": "int64"})
-    columns = {"name": "string", **{f"p{i}": "float32" for i in range(10)}, "score": "float32"}
-    located = _table(points, columns)
-    names = faces["name"]
-    told = np.stack([located[column] for column in columns if column != "name"], axis=1)
-    bad = np.flatnonzero(~np.isfinite(told).all(axis=1))
-    if len(bad):
-        raise UserError(
-            f"line {bad[0] + 1} of {points} is damaged: a landmark or the score of "
-            f"{names[bad[0]]} is not a finite number"
-        )
-    if names != located["name"]:
-        raise UserError(
-            f"{meta / faces_name} and {points} do not list the same images in the same order"
-        )
-    template_ids, template = np.unique(faces["template"], return_inverse=True)
-
-    def rows(ids: np.ndarray, path: Path) -> np.ndarray:
-        at = np.minimum(np.searchsorted(template_ids, ids), len(template_ids) - 1)
-        unknown = template_ids[at] != ids
-        if unknown.any():
-            raise UserError(
-                f"{path} names template {np.asarray(ids)[unknown][0]}, "
-                f"of which {meta / faces_name} has no image"
-            )
-        return at
-
-    compared = same = None
-    if pairs.is_file():
-        compared, same = _pairs(pairs, rows)
-    shown = [] if lacking else [_people(p, rows) for p in identification]
-    return TemplateSet(
-        name=name,
-        folder=folder,
-        names=names,
-        landmarks=told[:, :10].reshape(-1, 5, 2),
-        scores=located["score"],
-        template=template,
-        media=faces["media"],
-        template_ids=template_ids,
-        pairs=compared,
-        same=same,
-        galleries=[People(f"G{i}", *who) for i, who in enumerate(shown[:2], 1)],
-        probes=People("probes", *shown[2]) if shown else None,
-        notes=notes,
-    )
+    return _Files(
+        meta / faces_name,
+        points,
+        folder,
+        pairs if pairs.is_file() else None,
+        [] if lacking else identification,
+    ), notes
 
 
 def _reader(path: Path, columns: dict[str, str], header: bool = False) -> Any:

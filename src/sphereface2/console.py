@@ -24,6 +24,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sphereface2.files import printable
+
+_NAMED = 20
 _ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±", "---..x><<>\"\"''-|~")
 
 
@@ -115,3 +118,15 @@ def _likeness(error: UnicodeError) -> tuple[str | bytes, int]:
         raise error
     lost = error.object[error.start : error.end].translate(_ASCII)
     return "".join(c if c.isascii() else "?" for c in lost), error.end
+
+
+def named(what: str, names: Sequence[str], rest: str = "") -> list[str]:
+    """Lines that count and name things, the first twenty of them; none if there are none.
+
+    >>> named("images unreadable", ["a.jpg"])
+    ['1 images unreadable:', '  a.jpg']
+    """
+    if not names:
+        return []
+    lines = [f"{len(names):,} {what}:", *(f"  {printable(name)}" for name in names[:_NAMED])]
+    return lines + ([f"  … and {len(names) - _NAMED:,} more{rest}"] if len(names) > _NAMED else [])

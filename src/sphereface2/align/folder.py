@@ -22,14 +22,13 @@ from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.folder import images_below
 from sphereface2.errors import UserError
-from sphereface2.files import TEMPORARY, atomic_write, lock, printable
+from sphereface2.files import TEMPORARY, atomic_write, lock
 from sphereface2.images import SUFFIXES
 from sphereface2.signals import STOPPED, Stopper
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
 _CHUNK = 8  # images that go to a worker at a time
-_NAMED_IN_REPORT = 20
 
 
 def align(
@@ -81,7 +80,6 @@ def align(
             files or crops of another folder or other settings, or has another process at work in
             it, the landmark file is unusable, or a file cannot be written.
     """
-    source, target = Path(source), Path(target)
     known = read_landmarks(landmarks) if landmarks is not None else None
     settings = Settings(
         detector=detector,
@@ -98,20 +96,7 @@ def align(
     names, passed_over = _names(source, target, known)
     try:
         with Stopper(STOPPED), _open(target, source, settings) as journal:
-            jobs = [job for job in _jobs(source, target, names, known) if not journal.holds(job)]
-            skipped = len(names) - len(jobs)
-            for job in jobs:
-                journal.remove_crops(job.name)
-            for name, reason in (known.bad if known else {}).items():
-                if known and name not in known.points:  # it may be there twice
-                    journal.remove_crops(name)
-                journal.done[name] = {"image": name, "status": "bad landmarks", "reason": reason}
-            with console.bars(counted=True) as bar:
-                task = bar.add_task("aligning", total=len(names), completed=skipped)
-                for record in _run(jobs, settings, workers or _cores()):
-                    journal.add(record)
-                    bar.advance(task)
-            report = _report(journal.done, [*names, *(known.bad if known else [])], skipped)
+            report = _crop_all(journal, source, names, known, workers or _cores())
             report["passed_over"] = passed_over
             atomic_write(target / REPORT, _json(report, indent=2))
     except OSError as error:
@@ -120,6 +105,27 @@ def align(
         ) from error
     _print(report, target)
     return report
+
+
+def _crop_all(
+    journal: _Journal, source: Path, names: list[str], known: Landmarks | None, workers: int
+) -> dict[str, Any]:
+    """Do what the journal does not hold; the report on all."""
+    bad = known.bad if known is not None else {}
+    jobs = [job for job in _jobs(source, journal.target, names, known) if not journal.holds(job)]
+    skipped = len(names) - len(jobs)
+    for job in jobs:
+        journal.remove_crops(job.name)
+    for name, reason in bad.items():
+        if known is not None and name not in known.points:  # it may be there twice
+            journal.remove_crops(name)
+        journal.done[name] = {"image": name, "status": "bad landmarks", "reason": reason}
+    with console.bars(counted=True) as bar:
+        task = bar.add_task("aligning", total=len(names), completed=skipped)
+        for record in _run(jobs, journal.settings, workers):
+            journal.add(record)
+            bar.advance(task)
+    return _report(journal.done, [*names, *bad], skipped)
 
 
 def _names(source: Path, target: Path, known: Landmarks | None) -> tuple[list[str], list[str]]:
@@ -209,7 +215,7 @@ class _Journal:
     """What became of each image: a line of JSON each, what all have in common in the first."""
 
     def __init__(self, file: IO[bytes], target: Path, source: Path, settings: Settings) -> None:
-        self.target = target
+        self.target, self.settings = target, settings
         self._file = file
         self.done: dict[str, dict[str, Any]] = {}
         header = {"source": str(source.resolve()), "settings": asdict(settings)}
@@ -294,17 +300,11 @@ def _report(done: dict[str, dict[str, Any]], names: list[str], skipped: int) -> 
 
 def _print(report: dict[str, Any], target: Path) -> None:
     before = f" ({report['skipped']:,} done before)" if report["skipped"] else ""
-    lines = [
+    where, reasons = f" in {REPORT}", list(report["reasons"].values())
+    console.show(
         f"{report['images']:,} images{before}: {report['aligned']:,} aligned, "
         f"{report['crops']:,} crops in {target}",
         *report["passed_over"],
-    ]
-    for what, names in (
-        ("with no face found", report["images_without_face"]),
-        ("unreadable, with bad landmarks or not written", list(report["reasons"].values())),
-    ):
-        if names:
-            lines += [f"{len(names):,} {what}:", *(f"  {n}" for n in names[:_NAMED_IN_REPORT])]
-        if len(names) > _NAMED_IN_REPORT:
-            lines.append(f"  … and {len(names) - _NAMED_IN_REPORT:,} more in {REPORT}")
-    console.show(*map(printable, lines))
+        *console.named("with no face found", report["images_without_face"], where),
+        *console.named("unreadable, with bad landmarks or not written", reasons, where),
+    )

@@ -20,12 +20,11 @@ from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import atomic_folder, printable
+from sphereface2.files import atomic_folder
 from sphereface2.images import decode
 
 _SHARD_IMAGES = 10_000
 _CHUNK = 512  # images that the threads work on together
-_NAMED_IN_REPORT = 20
 
 
 @dataclass
@@ -144,13 +143,10 @@ def convert(
         if opened.class_names is not None and to != "folder":
             names = temporary / "names.txt"
             names.write_text("\n".join(opened.class_names) + "\n", encoding="utf-8")
-    lines = [f"{done.images:,} images of {done.people:,} people in {target}"]
-    if lost := done.unreadable:
-        lines.append(f"{len(lost):,} unreadable images left out:")
-        lines += [f"  {printable(name)}" for name in lost[:_NAMED_IN_REPORT]]
-        if len(lost) > _NAMED_IN_REPORT:
-            lines.append(f"  … and {len(lost) - _NAMED_IN_REPORT:,} more")
-    console.show(*lines)
+    console.show(
+        f"{done.images:,} images of {done.people:,} people in {target}",
+        *console.named("unreadable images left out", done.unreadable),
+    )
     return done
 
 

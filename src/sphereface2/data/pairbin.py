@@ -57,7 +57,25 @@ def read(path: Path, names: Path | None = None) -> PairSet:
     same = np.array(decided, bool)
     who, folds = read_people(names, path, same) if names is not None else (None, None)
 
-    # An image that serves several pairs is embedded once.
+    distinct, index = _distinct(path, images, who)
+    people = None
+    if who is not None:
+        people = np.empty(len(distinct), np.int64)
+        people[index] = np.unique(who, return_inverse=True)[1]
+    return PairSet(
+        name=path.stem,
+        images=distinct,
+        pairs=index.reshape(-1, 2),
+        same=same,
+        folds=consecutive_folds(len(same)) if folds is None else folds,
+        people=people,
+    )
+
+
+def _distinct(
+    path: Path, images: Sequence[Any], who: list[str] | None
+) -> tuple[list[Image], np.ndarray]:
+    """The images, each once for a person, and the place of each of the 2P among them."""
     seen: dict[Hashable, int] = {}
     distinct: list[Image] = []
     index = np.empty(len(images), np.int64)
@@ -73,18 +91,7 @@ def read(path: Path, names: Path | None = None) -> PairSet:
             seen[key] = len(distinct)
             distinct.append(image)
         index[i] = seen[key]
-    people = None
-    if who is not None:
-        people = np.empty(len(distinct), np.int64)
-        people[index] = np.unique(who, return_inverse=True)[1]
-    return PairSet(
-        name=path.stem,
-        images=distinct,
-        pairs=index.reshape(-1, 2),
-        same=same,
-        folds=consecutive_folds(len(same)) if folds is None else folds,
-        people=people,
-    )
+    return distinct, index
 
 
 def write(path: Path, images: Sequence[bytes | np.ndarray], same: Sequence[bool]) -> None:

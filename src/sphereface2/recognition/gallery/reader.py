@@ -235,15 +235,21 @@ class GalleryReader:
         with self._read() as connection:
             return self._rows.crop(connection, person_key(person_name(person)), image)
 
-    def people(self, offset: int = 0, limit: int | None = None) -> list[Person]:
-        """Everybody by name, or a page: ``limit`` people after the first ``offset``."""
-        with self._read() as connection:
-            return self._rows.page(connection, offset, limit)
+    def people(self, offset: int = 0, limit: int | None = None, *, query: str = "") -> list[Person]:
+        """People by name, or a page of them.
 
-    def count(self) -> int:
-        """How many people there are."""
+        Args:
+            offset: people to pass over.
+            limit: people to return; None: all that follow.
+            query: part of the names, in upper or lower case; empty: everybody.
+        """
         with self._read() as connection:
-            return _count(connection, self._rows.people)
+            return self._rows.page(connection, offset, limit, query)
+
+    def count(self, *, query: str = "") -> int:
+        """How many people there are, or how many of them `people` finds by ``query``."""
+        with self._read() as connection:
+            return _count(connection, self._rows.people, self._rows.named(query))
 
     def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
         """Everybody by name, or those of these names, with their images, oldest first."""
@@ -268,8 +274,9 @@ class GalleryReader:
         return {**facts, "uri": self.uri, "unerased": self.unerased}
 
 
-def _count(connection: Connection, table: sa.Table) -> int:
-    return int(connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
+def _count(connection: Connection, table: sa.Table, *which: sa.ColumnElement[bool]) -> int:
+    query = sa.select(sa.func.count()).select_from(table).where(*which)
+    return int(connection.scalar(query) or 0)
 
 
 def _match(person: Person, score: float) -> Match:

@@ -435,6 +435,8 @@ def _why(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "inline_container" in str(error):  # torch's archives hide what the system said
+        return "the system refuses to write: no room, a quota or a limit on the size of files"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

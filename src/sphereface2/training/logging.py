@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+import threading
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +39,14 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if cuda else None,
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 class RunLog:
@@ -104,9 +112,10 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self.main:
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+            with writing(self._path) if error is None else suppress(OSError):
+                self._file.close()
+                if self._board is not None:
+                    self._board.close()
 
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Log a training step: ``values`` as the trainer makes them."""
@@ -145,9 +154,9 @@ class RunLog:
         with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        for name, value in values.items():
             if self._board is not None:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
 
 def _board(folder: Path, start_step: int) -> Any:
@@ -156,6 +165,12 @@ def _board(folder: Path, start_step: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
+    def quiet(failure: threading.ExceptHookArgs) -> None:
+        # Of TensorBoard's thread, whose failure the next write raises here.
+        if failure.exc_type is None or not issubclass(failure.exc_type, OSError):
+            threading.__excepthook__(failure)
+
+    threading.excepthook = quiet
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
 

@@ -247,7 +247,7 @@ class Checkpointer:
         temporary = self.folder / f".{_name(step)}.tmp"
         world = self._beside
         try:
-            self._together(step, lambda: temporary.mkdir() if world.is_main else None)
+            self._together(step, lambda: temporary.mkdir(parents=True) if world.is_main else None)
 
             def save_state() -> dict[str, Any]:
                 with _quiet():

@@ -167,7 +167,7 @@ def _train(
             resuming.check_done(folder, start["changed"])
         place.on_main(lambda: trainer.checkpointer.go_on_from(found, trainer.progress.best_step))
         _check_best(trainer, place)
-    start = {"step": trainer.progress.step, **start, **environment()}
+    start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
     data = {
         "kind": inputs.located.kind,
         "train": str(inputs.located.train),

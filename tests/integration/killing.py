@@ -6,9 +6,11 @@ A fork server imports torch once; each rank is a child of it in a session of its
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tarfile
@@ -71,18 +73,18 @@ class Run:
         settings: dict[str, object] | None = None,
         ranks: int = 1,
         command: Sequence[object] | None = None,
+        *,
+        largest_file: int | None = None,
+        links: bool = True,
     ) -> None:
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         given = ["--run-folder", folder] if command is None else command
         arguments = [*map(str, given), *words(settings or {})]
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._store = store
+        options = (store.port, arguments, self.log, list(sys.path), largest_file, links)
         self.processes = [
-            _CONTEXT.Process(
-                target=_rank,
-                args=(rank, ranks, store.port, arguments, self.log, list(sys.path)),
-            )
-            for rank in range(ranks)
+            _CONTEXT.Process(target=_rank, args=(rank, ranks, *options)) for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
@@ -126,9 +128,20 @@ class Run:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, arguments: list[str], log: Path, path: list[str]
+    rank: int,
+    ranks: int,
+    port: int,
+    arguments: list[str],
+    log: Path,
+    path: list[str],
+    largest_file: int | None,
+    links: bool,
 ) -> None:
     os.setsid()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if not links:
+        os.symlink = _no_symlink
     sys.path[:] = path
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -150,6 +163,10 @@ def _rank(
     module.report = lambda *_: None  # not part of what is killed, and slow
     sys.argv = ["sphereface2", "fit", *arguments]
     sys.exit(main())
+
+
+def _no_symlink(*_: object, **__: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

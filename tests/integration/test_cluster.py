@@ -19,6 +19,11 @@ from killing import SETTINGS, Run, metrics, unpack_faces, words
 pytestmark = pytest.mark.slow
 
 
+# With the agents' shared store, a node that joins a job later waits for ever for the address that
+# the first one has told before.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 class Node:
     """A torchrun agent and its ranks, which die together as a machine does."""
 
@@ -38,7 +43,7 @@ class Node:
                 [sys.executable, "-m", "torch.distributed.run", *launcher, *fit],
                 stdout=file,
                 stderr=file,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=ENVIRONMENT,
                 start_new_session=True,
             )
 

@@ -16,7 +16,6 @@ leaves the previous one whole. It is written by a thread, from a copy, while tra
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -41,12 +40,18 @@ from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, point, pointed
 from sphereface2.training.distributed import World
+from sphereface2.training.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    PROGRESS,
+    RUN,
+    entries,
+    problem_of,
+    read_json,
+    why_of,
+)
 from sphereface2.version import __version__
-
-FORMAT = "sphereface2-checkpoint"
-FORMAT_VERSION = 2
-"""1, of package version 0.1.0, has no manifest and no ``run.json``."""
-MANIFEST, PROGRESS, RUN = "manifest.json", "progress.json", "run.json"
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step-*.tmp"):
             final = self.folder / leftover.name.removeprefix(".").removesuffix(".tmp")
-            if final.exists() or not (leftover / MANIFEST).exists() or _problem(leftover):
+            if final.exists() or not (leftover / MANIFEST).exists() or problem_of(leftover):
                 shutil.rmtree(leftover)
             else:
                 leftover.rename(final)
@@ -95,11 +100,11 @@ class Checkpointer:
 
     def _adopt(self, copied: Path) -> None:
         """Make a folder that was copied in the place of a link a link again."""
-        if _problem(copied):
-            shutil.rmtree(copied)
+        if problem_of(copied):
+            copied.rename(copied.with_name(f"set-aside-{copied.name}"))
             return
         final = self.folder / _name(json.loads((copied / PROGRESS).read_text())["step"])
-        if final.exists() and not _problem(final):
+        if final.exists() and not problem_of(final):
             shutil.rmtree(copied)
         else:
             shutil.rmtree(final, ignore_errors=True)
@@ -122,13 +127,13 @@ class Checkpointer:
         candidates = sorted(steps, key=lambda path: path.name > first)
         damaged: list[str] = []
         for path in candidates:
-            if problem := _problem(path):
+            if problem := problem_of(path):
                 damaged.append(f"{path} is damaged: {problem}")
                 continue
             return Checkpoint(
                 path,
-                _read_json(path / PROGRESS),
-                _read_json(path / RUN) if (path / RUN).exists() else {},
+                read_json(path / PROGRESS),
+                read_json(path / RUN) if (path / RUN).exists() else {},
                 damaged,
                 [other for other in steps if other.name > path.name],
             )
@@ -162,7 +167,7 @@ class Checkpointer:
     def has_best(self) -> bool:
         """Whether the best checkpoint is there and whole."""
         best = pointed(self.folder / "best")
-        return best is not None and _problem(best) is None
+        return best is not None and problem_of(best) is None
 
     def load(self, found: Checkpoint, state: dict[str, Any]) -> None:
         """Fill ``state``'s tensors in place, whatever the number of ranks that wrote them.
@@ -176,7 +181,7 @@ class Checkpointer:
                 dcp.load(state, checkpoint_id=found.folder / "state", no_dist=self.world.size == 1)
         except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"{found.folder} does not fit the run's settings, or is damaged: {_why(error)}"
+                f"{found.folder} does not fit the run's settings, or is damaged: {why_of(error)}"
             ) from error
 
     def keys(self, found: Checkpoint) -> set[str]:
@@ -258,7 +263,7 @@ class Checkpointer:
                         no_dist=world.size == 1,
                     )
                 # Each rank reads back what it wrote itself.
-                return _entries(temporary, f"state/__{world.rank}_*")
+                return entries(temporary, f"state/__{world.rank}_*")
 
             written = self._together(step, save_state)
 
@@ -283,7 +288,7 @@ class Checkpointer:
         try:
             result = do()
         except (CheckpointException, OSError, RuntimeError, UserError) as error:
-            failure = _why(error)
+            failure = why_of(error)
         for rank, (_, why) in enumerate(told := self._beside.gather((result, failure))):
             if why is not None:
                 where = f" (rank {rank})" if self._beside.size > 1 else ""
@@ -300,7 +305,7 @@ class Checkpointer:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
-            "files": known | _entries(temporary, "**/*", known),
+            "files": known | entries(temporary, "**/*", known),
         }
         atomic_write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         for folder in (temporary / "state", temporary):
@@ -349,96 +354,6 @@ def _sync(folder: Path) -> None:
         with suppress(OSError):
             os.fsync(handle)
         os.close(handle)
-
-
-def _entries(folder: Path, pattern: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size and SHA-256 by name of the files that match and are not ``known``."""
-    entries = {}
-    for path in sorted(folder.glob(pattern)):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (known or {}):
-            entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return found
-
-
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole.
-
-    Raises:
-        UserError: a newer version of the package wrote it.
-    """
-    try:
-        if not (folder / MANIFEST).exists():
-            return _problem_of_old(folder)
-        manifest = _read_json(folder / MANIFEST)
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} has format version {version!r}, of sphereface2 "
-                f"{manifest['package_version']}; this is {__version__}, which reads "
-                f"{FORMAT_VERSION}: use the version that wrote it"
-            )
-        for name, entry in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{name} has changed (its SHA-256 is another)"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
-    except UserError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return f"{MANIFEST} or {PROGRESS} cannot be understood"
-    return None
-
-
-def _problem_of_old(folder: Path) -> str | None:
-    """The same of a checkpoint of 0.1.0, which has no checksums: whether all of it is there."""
-    if (folder / RUN).exists():
-        return f"{MANIFEST} is missing"
-    for name in (PROGRESS, bundle.CONFIG, bundle.WEIGHTS, "state/.metadata"):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-    _read_json(folder / PROGRESS)["step"]
-    try:
-        bundle.load(folder)
-        stored = dcp.FileSystemReader(folder / "state").read_metadata().storage_data
-    except Exception as error:  # a pickle that was cut fails in any way
-        return f"it cannot be read ({_why(error)})"
-    for part in stored.values():
-        path = folder / "state" / part.relative_path
-        if not path.is_file():
-            return f"state/{part.relative_path} is missing"
-        if path.stat().st_size < part.offset + part.length:
-            return f"state/{part.relative_path} has been cut"
-    return None
-
-
-def _why(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if "inline_container" in str(error):  # torch's archives hide what the system said
-        return "the system refuses to write: no room, a quota or a limit on the size of files"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _copied(value: Any) -> Any:

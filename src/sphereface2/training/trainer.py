@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from sphereface2.data.dataset import Batch, FaceDataset
-from sphereface2.data.sampler import BatchKey, BatchSampler
+from sphereface2.data.sampler import BatchSampler
 from sphereface2.errors import Stopped, UserError
 from sphereface2.heads.sharding import local
-from sphereface2.signals import Stopper, in_worker
+from sphereface2.signals import Stopper
 from sphereface2.training import checkpoint as ckpt
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World
+from sphereface2.training.loading import build_loader, loaded
 from sphereface2.training.logging import RunLog
+from sphereface2.training.manifest import PROGRESS
 from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
 from sphereface2.training.step import TrainingStep
 from sphereface2.training.watch import Losses
@@ -106,23 +107,7 @@ class Trainer:
         workers = config.data.workers
         if workers is None:
             workers = 4 if device.type == "cuda" else 0
-        self._check_shared_memory(workers)
-        self.loader = DataLoader(
-            _Told(dataset),  # type: ignore[arg-type]
-            sampler=sampler,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            # Its own generator: starting an epoch must not draw from the one that dropout uses.
-            generator=torch.Generator(),
-            worker_init_fn=_start_worker if workers else None,
-        )
-        labels = dataset.labels
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise UserError(
-                f"labels of the training set must lie in 0 … {num_classes - 1}, got "
-                f"{labels.min()} … {labels.max()}"
-            )
+        self.loader = build_loader(dataset, sampler, world, workers)
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
             raise UserError(
@@ -145,7 +130,7 @@ class Trainer:
         try:
             self.progress = progress = Progress(**found.progress)
         except TypeError as error:
-            raise UserError(f"{found.folder / ckpt.PROGRESS} cannot be understood") from error
+            raise UserError(f"{found.folder / PROGRESS} cannot be understood") from error
         state, stored = self._state(), self.checkpointer.keys(found)
         own_rng = f"rng.{self.world.rank}"
         same_ranks = progress.world_size == self.world.size
@@ -234,18 +219,7 @@ class Trainer:
                     since = now
 
                     if progress.step % settings.log_every == 0 or self.is_done:
-                        seen = self._check_loss()
-                        seconds = progress.seconds - logged.seconds
-                        values = {
-                            "seconds": progress.seconds,
-                            "loss": seen.loss,
-                            "lr": self.optimizers[0].param_groups[0]["lr"],
-                            "gradient_norm": seen.norm,
-                            "images_per_second": (progress.images - logged.images) / seconds,
-                            "seconds_per_step": seconds / (progress.step - logged.step),
-                            "unreadable": len(progress.unreadable),
-                        }
-                        log.train(progress.step, self.epoch, values)
+                        self._log(log, logged)
                         logged = copy.copy(progress)
 
                     pause = time.perf_counter()
@@ -261,6 +235,21 @@ class Trainer:
         finally:
             self.checkpointer.close()
         return progress
+
+    def _log(self, log: RunLog, logged: Progress) -> None:
+        """Log the last step, with means since ``logged``."""
+        progress, seen = self.progress, self._check_loss()
+        seconds = progress.seconds - logged.seconds
+        values = {
+            "seconds": progress.seconds,
+            "loss": seen.loss,
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "gradient_norm": seen.norm,
+            "images_per_second": (progress.images - logged.images) / seconds,
+            "seconds_per_step": seconds / (progress.step - logged.step),
+            "unreadable": len(progress.unreadable),
+        }
+        log.train(progress.step, self.epoch, values)
 
     def _conclude(self, log: RunLog, stopping: bool) -> None:
         """What is due after a step: validation, a checkpoint, the end."""
@@ -325,43 +314,8 @@ class Trainer:
         epoch, position = divmod(consumed, per_epoch)
         while True:
             self.sampler.start(epoch, position)
-            for index, batch in enumerate(self._loaded(), start=position):
-                if index >= per_epoch:
-                    break
-                yield batch
+            yield from islice(loaded(self.loader), per_epoch - position)
             epoch, position = epoch + 1, 0
-
-    def _loaded(self) -> Iterator[Batch]:
-        """The loader's batches; what went wrong in a loader process is one sentence here."""
-        try:
-            for batch in self.loader:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "a loader process was ended from outside, perhaps for want of memory or of shared "
-                f"memory (/dev/shm): lower data.workers ({self.loader.num_workers})"
-            ) from error
-
-    def _check_shared_memory(self, workers: int) -> None:
-        """UserError if loader processes cannot hand over their batches: they would be killed."""
-        room = Path("/dev/shm")
-        if not workers or not room.is_dir():
-            return
-        side = self.config.data.augmentation.size
-        batch = self.sampler.batch_size // self.world.size * side * side * 3
-        # Each worker has two batches ahead and one in the making.
-        needed = self.world.local_size * workers * 3 * batch
-        free = shutil.disk_usage(room).free
-        if needed > free:
-            raise UserError(
-                f"data.workers = {workers}: loader processes need {needed / 1e6:,.0f} MB of shared "
-                f"memory and {room} has {free / 1e6:,.0f} MB; give the container more (docker run "
-                "--shm-size 1g) or lower data.workers, 0 needs none"
-            )
 
     def _check_loss(self) -> Losses:
         """Read the losses so far; UserError, alike on all ranks, if a step went wrong."""
@@ -467,20 +421,3 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         state[f"rng.{self.world.rank}"] = ckpt.rng_state(self.world.device)
         return state
-
-
-class _Told(Dataset[Batch | UserError]):
-    """A data set whose UserErrors are items, which loader processes pass on as they are."""
-
-    def __init__(self, dataset: FaceDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: BatchKey) -> Batch | UserError:
-        try:
-            return self.dataset[key]
-        except UserError as error:
-            return error
-
-
-def _start_worker(_number: int) -> None:
-    in_worker()

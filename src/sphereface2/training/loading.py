@@ -1,0 +1,93 @@
+"""Batches from loader processes, whose failures are one sentence here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sphereface2.data.dataset import Batch, FaceDataset
+from sphereface2.data.sampler import BatchKey, BatchSampler
+from sphereface2.errors import UserError
+from sphereface2.signals import in_worker
+from sphereface2.training.distributed import World
+
+_SHARED = Path("/dev/shm")
+
+
+def build_loader(
+    dataset: FaceDataset, sampler: BatchSampler, world: World, workers: int
+) -> DataLoader[Batch | UserError]:
+    """A loader of this rank's batches.
+
+    Args:
+        dataset: training images.
+        sampler: this rank's.
+        world: its place.
+        workers: loader processes a rank; 0: this one loads.
+
+    Raises:
+        UserError: there is too little shared memory for the loader processes, which the system
+            would kill.
+    """
+    if workers and _SHARED.is_dir():
+        side = dataset.augmentation.size
+        batch = sampler.batch_size // world.size * side * side * 3
+        # Each has two batches ahead and one in the making.
+        needed, free = world.local_size * workers * 3 * batch, shutil.disk_usage(_SHARED).free
+        if needed > free:
+            raise UserError(
+                f"data.workers = {workers}: loader processes need {needed / 1e6:,.0f} MB of shared "
+                f"memory and {_SHARED} has {free / 1e6:,.0f} MB; give the container more (docker "
+                "run --shm-size 1g) or lower data.workers, 0 needs none"
+            )
+    return DataLoader(
+        _Told(dataset),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        # Its own generator: starting an epoch must not draw from the one that dropout uses.
+        generator=torch.Generator(),
+        worker_init_fn=_start_worker if workers else None,
+    )
+
+
+def loaded(loader: DataLoader[Batch | UserError]) -> Iterator[Batch]:
+    """An epoch's batches.
+
+    Raises:
+        UserError: of the data set, or a loader process was ended.
+    """
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a loader process was ended from outside, perhaps for want of memory or of shared "
+            f"memory ({_SHARED}): lower data.workers ({loader.num_workers})"
+        ) from error
+
+
+class _Told(Dataset[Batch | UserError]):
+    """A data set whose UserErrors are items, which loader processes pass on as they are."""
+
+    def __init__(self, dataset: FaceDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: BatchKey) -> Batch | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _start_worker(_number: int) -> None:
+    in_worker()

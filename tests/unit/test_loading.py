@@ -1,0 +1,62 @@
+"""Loader processes: what goes wrong in them is one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from sphereface2.data.dataset import FaceDataset
+from sphereface2.data.sampler import BatchSampler
+from sphereface2.data.transforms import Augmentation
+from sphereface2.errors import UserError
+from sphereface2.training.distributed import World
+from sphereface2.training.loading import build_loader, loaded
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+class Nothing:
+    """A set of eight images, none of which can be read."""
+
+    labels = np.arange(8) // 2
+    num_classes = 4
+    class_names = None
+
+    def __len__(self) -> int:
+        return 8
+
+    def read(self, index: int) -> bytes:
+        raise OSError(f"no image {index}")
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def parts() -> tuple[FaceDataset, BatchSampler]:
+    dataset = FaceDataset(Nothing(), augmentation=Augmentation(size=16), max_unreadable=1)
+    return dataset, BatchSampler(dataset.labels, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_arrives_as_its_sentence(workers: int) -> None:
+    with pytest.raises(UserError) as caught:
+        list(loaded(build_loader(*parts(), ALONE, workers)))
+    assert str(caught.value).startswith("no image of a batch can be read (image ")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_too_little_shared_memory_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64e6, 63.99e6, 9000))
+    with pytest.raises(UserError, match=r"data\.workers = 1: loader processes need 0 MB of shared"):
+        build_loader(*parts(), ALONE, 1)
+    build_loader(*parts(), ALONE, 0)

@@ -143,14 +143,24 @@ def in_worker() -> None:
     """For the start of a worker process: its parent alone takes signals, and decides its end.
 
     A signal to the whole process group would end workers in the middle of a step. They end when
-    their parent does, however that ends.
+    their parent ends them (`Process.terminate`) or dies, however that happens.
     """
     signal.set_wakeup_fd(-1)
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey, daemon=True).start()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+
+def _obey() -> None:
+    while True:
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
+            os._exit(0)
 
 
 def _follow(sentinel: int) -> None:

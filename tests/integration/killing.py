@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import multiprocessing
 import os
@@ -158,7 +159,7 @@ def _rank(
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     from sphereface2.cli import main
-    from sphereface2.training import fit as module
+    module = importlib.import_module("sphereface2.training.fit")
 
     module.report = lambda *_: None  # not part of what is killed, and slow
     sys.argv = ["sphereface2", "fit", *arguments]

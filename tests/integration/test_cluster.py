@@ -48,7 +48,9 @@ class Node:
             )
 
     def die(self) -> None:
-        children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text()
+        children = ""
+        with contextlib.suppress(FileNotFoundError):
+            children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text()
         for process in [self.agent.pid, *map(int, children.split())]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)

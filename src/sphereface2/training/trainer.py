@@ -10,7 +10,8 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -201,7 +202,7 @@ class Trainer:
         since = time.perf_counter()
         self.step.begin(self.sampler.batch_size // self.world.size)
         try:
-            with log, self.stopper.deferred():
+            with log, self.stopper.deferred(), closing(batches):
                 if progress.pending:
                     self._conclude(log, stopping=False)
                 while self.position < self.total_steps:
@@ -308,7 +309,7 @@ class Trainer:
         averaged.load_state_dict(self.average.average)
         return averaged
 
-    def batches(self, consumed: int) -> Iterator[Batch]:
+    def batches(self, consumed: int) -> Generator[Batch, None, None]:
         """Batches without end, from the ``consumed``-th of the run on."""
         per_epoch = self.epoch_steps * self.config.training.accumulate
         epoch, position = divmod(consumed, per_epoch)

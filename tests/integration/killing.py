@@ -159,6 +159,7 @@ def _rank(
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     from sphereface2.cli import main
+
     module = importlib.import_module("sphereface2.training.fit")
 
     module.report = lambda *_: None  # not part of what is killed, and slow

@@ -14,7 +14,7 @@ from sphereface2.data import synthetic
 synthetic.write("faces", people=24, images_per_person=4, pairs_per_fold=2)
 """
 SMALL = (
-    "--data.train faces --data.validation_people 4 --backbone.name sfnet4 --training.epochs 1 "
+    "--data.train faces --data.validation_people 8 --backbone.name sfnet4 --training.epochs 1 "
     "--training.batch_size 16 --training.autocast off --validation.pairs [faces/synthetic.bin]"
 )
 
@@ -60,12 +60,13 @@ def test_the_way_of_a_newcomer_from_the_wheel(place: Path) -> None:
     (model,) = (place / "runs").iterdir()
     run(place, "sphereface2", "evaluate", model, "--pairs", "faces/synthetic.bin")
     run(place, "sphereface2", "calibrate", model, "--all-pairs", "faces", "--far", 0.1)
-    people = sorted(path for path in (place / "faces").iterdir() if path.is_dir())
-    first, second = sorted(people[0].iterdir())[:2]
+    run(place, "sphereface2", "data", "convert", "faces", "people", "--to", "folder")
+    person = sorted((place / "people").iterdir())[0]
+    first, second = sorted(person.iterdir())[:2]
     shown = run(place, "sphereface2", "verify", first, second, "--model", model, "--aligned")
     assert "similarity" in shown
     run(place, "sphereface2", "embed", model, "faces", "--out", "features.parquet", "--aligned")
-    gallery = ["--model", model, "--aligned"]
-    run(place, "sphereface2", "gallery", "add", "g.sqlite", "--folder", "faces", *gallery)
-    found = run(place, "sphereface2", "gallery", "search", "g.sqlite", first, *gallery)
-    assert people[0].name in found
+    use = ["--model", model, "--aligned"]
+    run(place, "sphereface2", "gallery", "add", "g.sqlite", "--folder", "people", *use)
+    found = run(place, "sphereface2", "gallery", "search", "g.sqlite", first, *use)
+    assert person.name in found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
@@ -148,10 +149,10 @@ def _held_out(
 
 def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Table:
     training = found.training
-    table = Table(title=f"{settings.name}", show_header=False)
-    table.add_row("data", found.data.note)
-    table.add_row("loss", _component(settings.head))
-    table.add_row("backbone", _component(settings.backbone))
+    table = Table(title=escape(settings.name), show_header=False)
+    table.add_row("data", escape(found.data.note))
+    table.add_row("loss", escape(_component(settings.head)))
+    table.add_row("backbone", escape(_component(settings.backbone)))
     table.add_row(
         "training",
         f"{settings.training.epochs:g} epochs, {training.steps:,} steps of "
@@ -160,11 +161,11 @@ def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Tabl
     )
     if names := training.unreadable:
         listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        table.add_row("unreadable", f"{len(names)} images replaced by others: {listed}")
+        table.add_row("unreadable", f"{len(names)} images replaced by others: {escape(listed)}")
     synthetic = " (synthetic)" if found.data.synthetic else ""
     for one in found.sets:
         table.add_row(
-            f"{one.name}{synthetic}",
+            escape(f"{one.name}{synthetic}"),
             f"{one.folds}-fold accuracy [bold]{100 * one.accuracy:.2f} ± "
             f"{100 * one.accuracy_std:.2f} %[/bold]; {_tars(one.tar)}",
         )
@@ -172,9 +173,9 @@ def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Tabl
         table.add_row(
             f"{held.people:,} held-out people", f"all {held.pairs:,} pairs: {_tars(held.tar)}"
         )
-    table.add_row("checkpoint", str(run / "checkpoints" / "best"))
-    table.add_row("metrics", f"{run / 'metrics.jsonl'}, {run / FILE}")
-    table.add_row("plots", plots)
+    table.add_row("checkpoint", escape(str(run / "checkpoints" / "best")))
+    table.add_row("metrics", escape(f"{run / 'metrics.jsonl'}, {run / FILE}"))
+    table.add_row("plots", escape(plots))
     return table
 
 

@@ -30,7 +30,5 @@ def resolve(name: str | None = None, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"the device {name!r} cannot be used here; use auto, or cpu, which is always there"
-        ) from error
+        raise UserError(f"the device {name!r} cannot be used here; use auto or cpu") from error
     return device

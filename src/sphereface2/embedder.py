@@ -345,7 +345,7 @@ class _OnnxEngine:
     def __init__(self, network: OnnxNetwork, device: object) -> None:
         if device is not None and str(device) not in ("cpu", "auto"):
             raise UserError(
-                f"an exported network computes on the CPU, not on {device}: leave the device out, "
+                f"an exported network computes on the CPU, not on {device}: leave out the device, "
                 "or give the run that it was exported from"
             )
         self.network = network

@@ -184,7 +184,7 @@ def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
         with pytest.raises(UnknownPersonError):
             gallery.verify("nobody", a)
         assert gallery.get("nobody") is None  # nothing was stored
-        with pytest.raises(PersonExistsError, match="is there already"):
+        with pytest.raises(PersonExistsError, match="is enrolled already"):
             gallery.rename("Zoé", "Bob")
         assert gallery.rename("Zoé", "Zoe\u0301") == gallery.get("Zoé")
         assert gallery.rename("Zoé", " Eve ") == Person("Eve", 1, {"room": 7})
@@ -529,7 +529,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         ({"embeddings": np.zeros(DIM)}, "zero, infinite"),
         ({"embeddings": np.ones(DIM - 1)}, r"gallery takes \(n, 16\)"),
         ({"embeddings": np.ones((0, DIM))}, "without an image"),
-        ({"embeddings": np.ones((1001, DIM))}, "1000 is the most"),
+        ({"embeddings": np.ones((1001, DIM))}, "1000 is the maximum"),
         ({"person": ""}, "1 to 200"),
         ({"person": "  "}, "1 to 200"),
         ({"person": "x" * 201}, "1 to 200"),
@@ -540,7 +540,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         ({"metadata": {"x": ["\ud800"]}}, "not valid Unicode"),
         ({"metadata": {"\ud800": 1}}, "not valid Unicode"),
         ({"metadata": [1]}, "not a JSON object"),
-        ({"metadata": {"x": "y" * 20_000}}, "16,384 is the most"),
+        ({"metadata": {"x": "y" * 20_000}}, "16,384 is the maximum"),
         ({"sources": ["a", "b"]}, "1 images and 2 sources"),
         ({"crops": [b"a", b"b"]}, "1 images and 2 crops"),
         ({"sources": ["a" * 9000]}, "9000 bytes"),

@@ -125,7 +125,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     assert found["person"] == "bob"
     with pytest.raises(UserError, match="by another model"):
         run("add", tmp_path / "other", "--features", table, "--model", world / "new")
-    with pytest.raises(UserError, match="no Parquet file"):
+    with pytest.raises(UserError, match="not a Parquet file"):
         run("add", gallery, "--features", files[0])
     pq.write_table(pa.table({"x": [1]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="name, label and embedding are needed"):
@@ -160,7 +160,7 @@ def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
     nobody = pq.read_table(table).drop_columns(["label", "person"])
     nobody = nobody.append_column("label", pa.nulls(6, pa.int64()))
     pq.write_table(nobody.replace_schema_metadata(told), table)
-    with pytest.raises(UserError, match="nobody was added"):
+    with pytest.raises(UserError, match="no person was added"):
         run("add", tmp_path / "empty", "--features", table)
     assert not (tmp_path / "empty").exists()
 
@@ -219,12 +219,12 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
         ([], "give a person and images"),
         (["ann"], "give a person and images"),
         (["ann", face, "--folder", world], "give a person and images"),
-        (["ann", face], "say by which model"),
+        (["ann", face], "give --model"),
         (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata takes a JSON object"),
         (["--folder", world / "faces", *old, "--replace"], "go with one person"),
         (["ann", tmp_path / "none.png", *old, "--aligned"], "none.png"),
-        (["--folder", tmp_path / "none", *old], "none is no folder"),
-        (["--folder", face, *old], "0.png is no folder"),
+        (["--folder", tmp_path / "none", *old], "none is not a folder"),
+        (["--folder", face, *old], "0.png is not a folder"),
     ):
         with pytest.raises(UserError, match=message):
             run("add", tmp_path / "g", *words)
@@ -235,7 +235,7 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
     (tmp_path / "moved.png").write_bytes(face.read_bytes())
     run("add", tmp_path / "h", "ann", tmp_path / "moved.png", *old, "--aligned")
     (tmp_path / "moved.png").unlink()
-    with pytest.raises(UserError, match="nobody would remain"):
+    with pytest.raises(UserError, match="no person would remain"):
         run("reembed", tmp_path / "h", "--model", world / "new", "--drop-missing")
     assert json.loads(run("stats", tmp_path / "h", "--json").stdout)["people"] == 1
     with pytest.raises(UserError, match="no gallery at"):

@@ -84,7 +84,7 @@ def test_read_only_media_can_be_searched(tmp_path: Path) -> None:
                 file.chmod(0o444)
         told = as_nobody(lambda: read_and_try_to_write(folder / "g.db"))
         assert told[:3] == ["p3", "b'crop'", "5"], told
-        assert "can only be read; nothing was changed" in told[3]
+        assert "is read-only; nothing was changed" in told[3]
         if writer is not None:
             writer.close()
 
@@ -268,7 +268,7 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no 'Nobody'"):
         run("verify", gallery, "Nobody", faces / "one.png")
     assert "is now Eileen Collins" in run("rename", gallery, "Eileen", "Eileen Collins")[0]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is enrolled already"):
         run("rename", gallery, "Blurred", "Eileen Collins")
     assert "HNSW from 1 images on" in run("index", gallery, "--hnsw-from", 1)[0]
     assert "exact" in run("index", gallery, "--exact")[0]

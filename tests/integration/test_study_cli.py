@@ -62,7 +62,7 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     study.write_text(yaml.safe_dump(tree))
     first = run("run", study, "--cells", cells)
     assert first.returncode == 2, first.stdout + first.stderr
-    assert "1 cells failed, the others are done" in first.stderr
+    assert "1 cells failed (the others are done)" in first.stderr
     (done,) = cells.glob("*/cell.json")
     result = json.loads(done.read_text())
     assert result["test"]["people"] == 6
@@ -115,7 +115,7 @@ def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
     synthetic.write(tmp_path / "moved", people=20, images_per_person=6, pairs_per_fold=6, seed=9)
     refused = run("run", study, "--cells", cells)
     assert refused.returncode == 2
-    assert "was trained on other data than tiny is to be" in refused.stderr
+    assert "was trained on different data than tiny uses" in refused.stderr
 
 
 def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def test_the_training_set_gives_its_held_out_people_alone(place, net):
     assert "held out" in used.name
     assert report.shared_bias is None and not report.replaced
     bundle.save(loaded, net, extra={"data": data | {"validation_people": 0}})
-    with pytest.raises(UserError, match="trained on everybody"):
+    with pytest.raises(UserError, match="trained on all people"):
         calibrate(net, all_pairs=[place / "faces"], fars=[0.1])
     for wrong in ({"validation_people": "many"}, {"split_seed": -1}, {"held_out_max_images": 0.5}):
         bundle.save(loaded, net, extra={"data": data | wrong})

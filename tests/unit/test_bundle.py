@@ -151,13 +151,13 @@ def test_truncated_weights(saved: Path, keep: float) -> None:
     file = saved / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else int(keep)])
-    refused(file, "damaged or no safetensors file")
+    refused(file, "damaged or not a safetensors file")
 
 
 def test_foreign_weights(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    refused(file, "damaged or no safetensors file")
+    refused(file, "damaged or not a safetensors file")
 
 
 def test_pickles_are_never_opened(saved: Path, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_pickles_are_never_opened(saved: Path, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     (saved / "model.safetensors").write_bytes(pickle.dumps(Harm()))
-    refused(saved / "model.safetensors", "damaged or no safetensors file")
+    refused(saved / "model.safetensors", "damaged or not a safetensors file")
     (saved / "model.pt").write_bytes(pickle.dumps(Harm()))
-    refused(saved / "model.pt", "is no network")
+    refused(saved / "model.pt", "is not a network")
     assert not (tmp_path / "executed").exists()
 
 
@@ -203,7 +203,7 @@ def test_wrong_architecture(saved: Path) -> None:
         bundle.load(saved)
     preprocessing = json.loads((saved / "config.json").read_text())["preprocessing"]
     edit(saved, backbone=config, preprocessing={**preprocessing, "size": [32, 32]})
-    with pytest.raises(UserError, match="contradicts itself"):
+    with pytest.raises(UserError, match="is inconsistent"):
         bundle.load(saved)
     edit(saved, backbone=config, preprocessing={})
     with pytest.raises(UserError, match="exactly the keys"):
@@ -230,7 +230,9 @@ def test_wrong_architecture(saved: Path) -> None:
 
 def test_metadata_of_another_kind(saved: Path) -> None:
     edit(saved, metadata=[1, 2])
-    with pytest.raises(UserError, match=r"config\.json is damaged: its metadata is no JSON object"):
+    with pytest.raises(
+        UserError, match=r"config\.json is damaged: its metadata is not a JSON object"
+    ):
         bundle.load(saved)
 
 

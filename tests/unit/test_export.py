@@ -200,7 +200,7 @@ def test_a_result_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr(module, "trace", wrong)
     for to, name in (("onnx", "x.onnx"), ("torch_export", "x.pt2")):
-        with pytest.raises(UserError, match="does not agree with PyTorch"):
+        with pytest.raises(UserError, match="differs from PyTorch"):
             export(checkpoint, to=to, out=tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -238,9 +238,9 @@ def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monke
     (tmp_path / "empty.onnx").touch()
     for name, message in [
         ("foreign", "written by `sphereface2 export`"),
-        ("contradictory", "contradicts itself"),
-        ("damaged", "damaged or no ONNX file"),
-        ("empty", "damaged or no ONNX file|does not describe"),
+        ("contradictory", "is inconsistent"),
+        ("damaged", "damaged or not an ONNX file"),
+        ("empty", "damaged or not an ONNX file|does not describe"),
         ("absent", "does not exist"),
     ]:
         with pytest.raises(UserError, match=message):

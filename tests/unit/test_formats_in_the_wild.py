@@ -93,7 +93,7 @@ def test_a_rec_file_that_ends_between_two_records_is_refused(tmp_path):
     (folder / "train.rec").write_bytes(data[:offset])
     with (
         pytest.warns(UserWarning, match="outside the file"),
-        pytest.raises(UserError, match="promises 24 images but there are 11"),
+        pytest.raises(UserError, match="declares 24 images but there are 11"),
     ):
         RecordIOSource(folder)
 

@@ -137,9 +137,9 @@ def test_label_that_is_no_class_is_refused(tmp_path, label):
         RecordIOSource(write(tmp_path, [part(header(0) + b"x"), part(header(label) + b"y")]))
 
 
-def test_record_that_promises_more_labels_than_it_holds(tmp_path):
+def test_record_that_declares_more_labels_than_it_holds(tmp_path):
     liar = struct.pack("<IfQQ", 1000, 0.0, 0, 0) + b"image"
-    with pytest.raises(UserError, match="key 1 promises 1000 labels"):
+    with pytest.raises(UserError, match="key 1 declares 1000 labels"):
         RecordIOSource(write(tmp_path, [part(header(0) + b"x"), part(liar)]))
 
 

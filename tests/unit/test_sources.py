@@ -159,12 +159,12 @@ def test_shards_by_cls_and_json_in_any_member_order(tmp_path):
 def test_shards_that_are_wrong(tmp_path):
     with pytest.raises(UserError, match="no label"):
         WebDatasetSource(tar(tmp_path / "a.tar", [("0.jpg", b"x")]))
-    with pytest.raises(UserError, match=r"0\.cls holds no whole number"):
+    with pytest.raises(UserError, match=r"0\.cls has a label that is not a whole number"):
         WebDatasetSource(tar(tmp_path / "b.tar", [("0.jpg", b"x"), ("0.cls", b"anna")]))
     with pytest.raises(UserError, match="two images"):
         WebDatasetSource(tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.png", b"x")]))
     (tmp_path / "d.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(UserError, match="not a whole tar"):
+    with pytest.raises(UserError, match="not a complete tar"):
         WebDatasetSource(tmp_path / "d.tar")
 
 
@@ -212,7 +212,7 @@ def test_split_people_by_label(tmp_path):
     for part, before in ((fewer.validation, val), (fewer.test, test)):
         assert set(part) == {i for i in before if sizes[source.labels[i]] <= 3}
     assert len(fewer.validation) + len(fewer.test) < len(val) + len(test)
-    with pytest.raises(UserError, match="nobody set aside has 1 images"):
+    with pytest.raises(UserError, match="all held-out people have more than 1 images"):
         split_people(source, 2, seed=1, max_images=1)
     with pytest.raises(UserError, match="5 people aside"):
         split_people(source, 4, seed=0, test_people=1)

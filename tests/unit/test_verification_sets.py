@@ -262,7 +262,7 @@ def test_pairs_txt_problems_are_named(tmp_path):
     with pytest.raises(UserError, match="no image folder"):
         load_pairs(path, images=tmp_path / "nowhere")
     path.write_text("\n".join(text.splitlines()[:-1]))
-    with pytest.raises(UserError, match="promises 12 pairs"):
+    with pytest.raises(UserError, match="announces 12 pairs"):
         load_pairs(path, images=tmp_path / "faces")
     path.write_text(text.replace("\t", " ", 1) + "A\tx\t2\n")
     with pytest.raises(UserError, match="line 14"):

@@ -189,7 +189,8 @@ def _run(jobs: list[Job], settings: Settings, workers: int) -> Iterator[dict[str
                 yield from future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was ended, perhaps for want of memory; run the same command again "
+            "a worker process was killed, perhaps because memory ran out; run the same "
+            "command again "
             "to go on, with fewer --workers"
         ) from error
     finally:

@@ -96,7 +96,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
     except FileNotFoundError as error:
         raise UserError(f"{weights_file} is missing beside {CONFIG}") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{weights_file} is damaged or no safetensors file: {error}") from error
+        raise UserError(f"{weights_file} is damaged or not a safetensors file: {error}") from error
     name = description["backbone"]["name"]
     # A file that asks for timm's weights would make `build` go to the network.
     kwargs = {k: v for k, v in description["backbone"]["kwargs"].items() if k != "pretrained"}
@@ -122,7 +122,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
         raise UserError(f"{config_file} does not describe a known network: {error}") from error
     if net.preprocessing.size != net.input_size:
         raise UserError(
-            f"{config_file} contradicts itself: its preprocessing makes {net.preprocessing.size} "
+            f"{config_file} is inconsistent: its preprocessing makes {net.preprocessing.size} "
             f"images and its network takes {net.input_size}"
         )
     wanted = net.state_dict()
@@ -175,12 +175,16 @@ def resolve(path: str | Path) -> Path:
         return path
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is no network: give a run folder, a bundle or its {WEIGHTS}")
+            raise UserError(
+                f"{path} is not a network: give a run folder, a model folder or its {WEIGHTS}"
+            )
         if path.name != WEIGHTS:
             raise UserError(f"{path} must be named {WEIGHTS} and lie beside its {CONFIG}")
         return path.parent
     if not path.exists():
-        raise UserError(f"{path} does not exist: give a run folder, a bundle or its {WEIGHTS}")
+        raise UserError(
+            f"{path} does not exist: give a run folder, a model folder or its {WEIGHTS}"
+        )
     checkpoints = path / "checkpoints"
     linked = (pointed(checkpoints / name) for name in ("best", "last"))
     newest = sorted(checkpoints.glob("step-*"), reverse=True)  # where the links were lost
@@ -203,7 +207,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing beside {WEIGHTS}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged or no JSON file: {error}") from error
+        raise UserError(f"{file} is damaged or not a JSON file: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f'{file} is not a sphereface2 network: its "format" is not "{FORMAT}"')
     version = description.get("format_version")
@@ -222,7 +226,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{file} lacks the backbone's name, its kwargs or its preprocessing")
     if not isinstance(description.setdefault("metadata", {}), dict):
-        raise UserError(f"{file} is damaged: its metadata is no JSON object")
+        raise UserError(f"{file} is damaged: its metadata is not a JSON object")
     return description
 
 

@@ -76,7 +76,7 @@ class OnnxNetwork:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base but this
             first = str(error).strip().splitlines()[0]
-            raise UserError(f"{label} is damaged or no ONNX file: {first}") from error
+            raise UserError(f"{label} is damaged or not an ONNX file: {first}") from error
 
 
 def _description(session: Any, label: str) -> dict[str, Any]:
@@ -105,5 +105,5 @@ def _description(session: Any, label: str) -> dict[str, Any]:
     except (KeyError, UserError) as error:
         raise UserError(f"{label} lacks its preprocessing, dimension or fingerprint") from error
     if not fits:
-        raise UserError(f"{label} contradicts itself: its description is not of its graph")
+        raise UserError(f"{label} is inconsistent: its description does not match its graph")
     return described

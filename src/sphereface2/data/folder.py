@@ -167,8 +167,8 @@ def images_below(root: Path) -> Found:
 
 def _refuse(error: OSError) -> None:
     raise UserError(
-        f"the folder {error.filename} cannot be entered: {error.strerror}; mend it or take it out "
-        "of the set"
+        f"the folder {error.filename} cannot be entered: {error.strerror}; change its "
+        "permissions, or remove it from the set"
     ) from error
 
 

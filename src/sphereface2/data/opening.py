@@ -90,7 +90,9 @@ def load_pairs(
             raise UserError(f"{path} holds its own images: leave out the image folder")
         return pairbin.read(path, Path(names) if names is not None else None)
     if names is not None:
-        raise UserError(f"a list of names belongs to a .bin, but {path} is a text list")
+        raise UserError(
+            f"names of people can be given for a .bin file only, but {path} is a text list"
+        )
     return pairlist.read(path, Path(images) if images is not None else path.parent)
 
 

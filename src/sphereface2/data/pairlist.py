@@ -171,7 +171,7 @@ def _parse_lfw(
     count = header[0] if len(header) == 2 else 1
     if header and len(entries) != count * per_fold:
         raise UserError(
-            f"{path} promises {count * per_fold} pairs in its first line and has {len(entries)}"
+            f"{path} announces {count * per_fold} pairs in its first line and has {len(entries)}"
         )
     folds = np.arange(count).repeat(per_fold) if count > 1 else consecutive_folds(len(entries))
     return entries, np.array(same), folds

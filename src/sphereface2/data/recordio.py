@@ -101,13 +101,13 @@ class RecordIOSource:
             ) from error
         if not 0 <= classes <= MAX_PEOPLE:
             raise UserError(
-                f"{path} says {classes} classes, expected at most {MAX_PEOPLE:,}; correct it or "
+                f"{path} gives {classes} classes, expected at most {MAX_PEOPLE:,}; correct it or "
                 "delete it"
             )
         if classes <= int(self.labels.max()):
             warnings.warn(
                 f"{path} says {classes} classes but label {int(self.labels.max())} occurs; "
-                "the records are believed",
+                "the records are used",
                 stacklevel=3,
             )
         return classes
@@ -192,7 +192,7 @@ class _Records:
         liars = np.flatnonzero(whole & (self.sizes < 0))
         if len(liars):
             raise UserError(
-                f"{path}: key {keys[liars[0]]} promises {flags[liars[0]]} labels but holds fewer; "
+                f"{path}: key {keys[liars[0]]} declares {flags[liars[0]]} labels but holds fewer; "
                 "copy the set again"
             )
         first = at + np.where(flags > 0, 2 + _HEADER.size // 4, 3)
@@ -224,7 +224,7 @@ class _Records:
             return by_key
         if int(images.sum()) != promised:
             raise UserError(
-                f"{self.path}: the header record promises {promised} images but there are "
+                f"{self.path}: the header record declares {promised} images but there are "
                 f"{int(images.sum())}; copy the set again"
             )
         return images
@@ -236,7 +236,7 @@ def _image_start(payload: bytes, path: Path) -> int:
     flag = struct.unpack_from("<I", payload)[0]
     start = _HEADER.size + 4 * flag
     if start > len(payload):
-        raise UserError(f"{path}: a record promises {flag} labels but holds fewer")
+        raise UserError(f"{path}: a record declares {flag} labels but holds fewer")
     return start
 
 

@@ -87,7 +87,8 @@ class BatchSampler(Sampler[BatchKey]):
                 raise UserError(f"a batch of {people_per_batch} people needs more than {people}")
         elif len(self._labels) < (batch_size if drop_last else 1):
             raise UserError(
-                f"a batch of {batch_size} images needs more than the {len(self._labels)} there are"
+                f"a batch of {batch_size} images needs more images than the "
+                f"{len(self._labels)} there are"
             )
         self._steps = self._count_steps()
         self._next = 0, 0

@@ -44,7 +44,10 @@ def split_people(
     present = int((counts > 0).sum())
     aside = validation_people + test_people
     if min(validation_people, test_people) < 0:
-        raise UserError(f"people set aside must be 0 or more, not {validation_people, test_people}")
+        raise UserError(
+            "the numbers of held-out people must be 0 or more, got "
+            f"{validation_people, test_people}"
+        )
     if aside > len(eligible) or (aside and aside >= present):
         raise UserError(
             f"cannot set {aside} people aside for validation and test: the set has {present} "
@@ -59,7 +62,8 @@ def split_people(
         role[(role > 0) & (counts > max_images)] = -1
         if any(asked and not (role == which).any() for which, asked in asked_for.items()):
             raise UserError(
-                f"nobody set aside has {max_images} images or fewer; allow more (max_images)"
+                f"all held-out people have more than {max_images} images; raise "
+                "data.held_out_max_images"
             )
     of_image = role[labels]
     return Split(*(np.flatnonzero(of_image == which) for which in range(3)))

@@ -67,7 +67,8 @@ def open_suite(name: str, root: str | Path) -> PairSet | TemplateSet | MegaFace:
     root = Path(root)
     if name not in SUITES:
         raise UserError(
-            f"there is no suite {name!r}{did_you_mean(name, SUITES)}: known are {', '.join(SUITES)}"
+            f"there is no suite {name!r}{did_you_mean(name, SUITES)}; available: "
+            f"{', '.join(SUITES)}"
         )
     if not root.is_dir():
         raise UserError(f"there is no folder {root} to look for suite {name} in: give --root")

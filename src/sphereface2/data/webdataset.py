@@ -84,7 +84,7 @@ def _samples(shard: Path) -> list[tuple[str, tuple[int, int], float]]:
                     if label is not None:
                         labels[key] = label
     except tarfile.TarError as error:
-        raise UserError(f"{shard} is not a whole tar file: {error}") from None
+        raise UserError(f"{shard} is not a complete tar file: {error}") from None
     unlabelled = [key for key in images if key not in labels]
     if unlabelled:
         raise UserError(
@@ -103,4 +103,4 @@ def _label(extension: str, data: bytes, where: str) -> float | None:
             value = next((value[key] for key in _LABEL_KEYS if key in value), None)
         return None if value is None else float(value)
     except (ValueError, TypeError):
-        raise UserError(f"{where} holds no whole number as label") from None
+        raise UserError(f"{where} has a label that is not a whole number") from None

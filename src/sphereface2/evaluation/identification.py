@@ -96,7 +96,7 @@ def search(
     """
     probes, gallery = (np.asarray(e).astype(np.float32, copy=False) for e in (probes, gallery))
     if len(probes) != len(probe_people):
-        raise ValueError(f"{len(probes)} probes are given and a person for {len(probe_people)}.")
+        raise ValueError(f"{len(probes)} probes were given, but people for {len(probe_people)}.")
     if not len(gallery):
         raise UserError("the gallery is empty; identification needs at least one person in it")
     order = np.argsort(gallery_people, kind="stable")

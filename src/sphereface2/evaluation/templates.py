@@ -106,7 +106,7 @@ class TemplateAverager:
         Where embeddings cancel out exactly, or all weights are 0, a row is 0.
         """
         if self.done != len(self.template):
-            raise ValueError(f"{self.done} of {len(self.template)} images were added.")
+            raise ValueError(f"{self.done} of {len(self.template)} images have been added.")
         norms = np.linalg.norm(self.sums, axis=1, keepdims=True)
         return (self.sums / np.where(norms > 0, norms, 1)).astype(np.float32)
 

@@ -197,7 +197,7 @@ def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
         check_count(f"{key} in the model's config.json", value, least)
     if not people:
         raise UserError(
-            f"the network was trained on everybody in {path}: calibrate it on other people"
+            f"the network was trained on all people of {path}: calibrate it on other people"
         )
     held_out = split_people(source, people, seed, max_images=most).validation
     count = len(np.unique(np.asarray(source.labels)[held_out]))

@@ -95,7 +95,7 @@ def export(
 
     Raises:
         UserError: a wrong option, a missing package, a file that cannot be written, or a result
-            that does not agree with PyTorch; no file is written then.
+            that differs from PyTorch; no file is written then.
     """
     if to not in SUFFIXES:
         raise UserError(
@@ -157,7 +157,7 @@ def export(
     bad = mean < PARITY_INT8 if int8 else least < PARITY
     if bad or not np.isfinite(mean):
         raise UserError(
-            f"the exported network does not agree with PyTorch: cosine {mean:.6f} on average, "
+            f"the exported network differs from PyTorch: cosine {mean:.6f} on average, "
             f"{least:.6f} at least; nothing was written"
         )
     with writing(path):
@@ -186,7 +186,9 @@ def _target(checkpoint: Path, out: str | Path | None, suffix: str, int8: bool) -
     if path.suffix != suffix:
         raise UserError(f"{path} must end in {suffix}")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: {path.parent} must be a folder, and it a file")
+        raise UserError(
+            f"{path} cannot be written: {path.parent} must be a folder, and the path itself not one"
+        )
     return path
 
 
@@ -217,7 +219,7 @@ def _faces(net: Backbone, source: Source, images: int, seed: int) -> list[Tensor
     if len(found) <= sum(_BATCHES):
         raise UserError(
             f"the calibration set has {len(found)} readable images; "
-            f"it needs more than {sum(_BATCHES)}, and some hundreds are better"
+            f"it needs more than {sum(_BATCHES)}, better some hundreds"
         )
     return found
 

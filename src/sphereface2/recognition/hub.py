@@ -54,7 +54,9 @@ def model_folder(path: str | Path, *, revision: str | None = None, **options: An
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, **options))
     except errors.HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no id of the hub: it should be owner/name") from error
+        raise UserError(
+            f"{repo_id!r} is not the name of a model on the hub: expected owner/name"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"there is neither a folder {repo_id} here, nor that model in the hub's cache, and the "

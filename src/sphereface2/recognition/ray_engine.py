@@ -136,7 +136,7 @@ class _Worker:
         images = open_images(self._job.path)
         if images.fingerprint() != self._job.input:
             raise UserError(
-                f"a worker of the cluster finds other images under {self._job.path}: the set "
+                f"a worker of the cluster finds different images under {self._job.path}: the set "
                 "must lie on storage that all machines share"
             )
         embedder = FaceEmbedder(

@@ -136,6 +136,6 @@ def _print(result: Verification, model: str) -> None:
     console.show(table)
     if result.same is None:
         console.show(
-            "the model has no calibration, so no threshold is known: fit one with sphereface2 "
+            "the model has no calibration, so there is no threshold: run sphereface2 "
             f"calibrate {model} --pairs FILE --far 1e-2, or give --threshold"
         )

@@ -298,9 +298,9 @@ def _check(study: Study, path: Path) -> None:
             )
     counts = {name: len(arm.trials) for name, arm in study.arms.items() if arm.trials}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(
-            f"{path}: arms must be tuned alike, but their numbers of trials differ ({told})"
+            f"{path}: arms must be tuned alike, but their numbers of trials differ ({numbers})"
         )
     for name, arm in study.arms.items():
         for condition in arm.only or []:
@@ -344,7 +344,7 @@ def _check_settings(study: Study, path: Path) -> None:
         "train" in arm.settings.get("data", {}) for arm in study.arms.values()
     ):
         raise UserError(
-            f"{path}: cells are told apart by their settings, not by the data they lie in; give "
+            f"{path}: cells are distinguished by their settings, not by their data; give "
             "data.train under base alone, and other data a study with --cells of its own"
         )
 

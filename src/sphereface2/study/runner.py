@@ -68,7 +68,7 @@ def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
         failed += runner.run("cells", grid, pairs=study.pairs)
     if failed:
         raise UserError(
-            f"{len(failed)} cells failed, the others are done: see {FAILURE} in "
+            f"{len(failed)} cells failed (the others are done); see {FAILURE} in "
             f"{', '.join(str(cells / key) for key in failed[:3])}"
         )
 
@@ -171,8 +171,8 @@ class _Runner:
             result = read(self.cells, cell)
             if result is not None and result.data.fingerprint != self._fingerprint:
                 raise UserError(
-                    f"{self.cells / cell.key} was trained on other data than {self.study.name} is "
-                    f"to be (data.train {self._train}); give it --cells of its own"
+                    f"{self.cells / cell.key} was trained on different data than {self.study.name} "
+                    f"uses (data.train {self._train}); give another folder as --cells"
                 )
 
     @property

@@ -185,7 +185,11 @@ def _check_best(trainer: Trainer, place: World) -> None:
     if math.isinf(progress.best) or place.on_main(trainer.checkpointer.has_best):
         return
     if place.is_main:
-        print("the best checkpoint is lost or damaged; it is chosen anew from here on", flush=True)
+        print(
+            "the best checkpoint is lost or damaged; it is chosen again among the "
+            "checkpoints from here on",
+            flush=True,
+        )
         (trainer.checkpointer.folder / "best").unlink(missing_ok=True)
     progress.best, progress.best_step = -math.inf, None
 

@@ -245,7 +245,10 @@ def write_records(
     path = run / ENVIRONMENT
     before = read_environment(run)
     if path.exists() and not before:
-        print(f"{path} is damaged and begun anew; the checkpoint holds what is needed", flush=True)
+        print(
+            f"{path} is damaged and was started again; the checkpoint holds what is needed",
+            flush=True,
+        )
     record = {"starts": [*before.get("starts", []), start], "data": data}
     for name, text in (
         (PEOPLE, json.dumps(who)),

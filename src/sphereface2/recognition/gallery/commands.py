@@ -73,7 +73,7 @@ def search(
             printed.
     """
     if not (files := [file for probe in probes for file in _files(probe)]):
-        raise UserError("give images to look for, or folders of them")
+        raise UserError("give images to search for, or folders of images")
     with Gallery.open(gallery, create=False) as opened:
         embedder = load_embedder(model, opened, device)
         stats = opened.stats()
@@ -122,7 +122,7 @@ def search(
         print(json.dumps(reports, indent=2))
     if errors:
         raise UserError(
-            f"{len(errors)} of {len(files)} images could not be looked for: "
+            f"{len(errors)} of {len(files)} images could not be searched for: "
             + "; ".join(map(str, errors))
         )
     return reports
@@ -361,7 +361,7 @@ def _line(
 def _far_for(fpir: float, comparisons: int, known: Iterable[float]) -> float:
     """The largest calibrated FAR at which at most ``fpir`` of strangers are named."""
     if not 0 < fpir < 1:
-        raise UserError(f"--fpir must lie between 0 and 1, not at {fpir:g}")
+        raise UserError(f"--fpir must lie between 0 and 1, got {fpir:g}")
     wanted = -math.expm1(math.log1p(-fpir) / comparisons)
     low = [far for far in known if far <= wanted * (1 + 1e-9)]
     if not low:

@@ -155,7 +155,7 @@ def add(
         if features is not None:
             fingerprint, dim, people = _table(features, left_out)
             if embedder is not None and fingerprint not in (None, embedder.fingerprint):
-                raise UserError(f"{features} was embedded by another model than {model}")
+                raise UserError(f"{features} was embedded by a different model, not by {model}")
         elif embedder is not None:
             gate = Gate(quality)
             tolerant = None if person else left_out
@@ -178,8 +178,7 @@ def add(
                 names |= {one.name for one in some}
         if not count + there:
             raise UserError(
-                f"nobody was added to {gallery}: {folder or features} names nobody of whom there "
-                "is an image to use"
+                f"no person was added to {gallery}: {folder or features} has no usable image"
             )
     already = f"; {there:,} images were there already" if there else ""
     console.show(f"added {count:,} images of {len(names):,} people to {shown(gallery)}{already}")
@@ -229,8 +228,8 @@ def reembed(
             some = ", ".join(map(repr, list(dict.fromkeys(lost))[:_LISTED]))
             raise UserError(
                 f"{len(lost)} images have no file and no crop to embed again, among them of "
-                f"{some}: put the files back, enrol these people anew, or leave the images out by "
-                "--drop-missing"
+                f"{some}: put the files back, enrol these people again, or leave out the images "
+                "with --drop-missing"
             )
         remain = False
         todo = [(person.name, image) for person, theirs in stored for image in theirs]
@@ -245,7 +244,7 @@ def reembed(
                     except UserError as error:
                         if not drop_missing:
                             raise UserError(
-                                f"{error}; put it right, or leave such images out by --drop-missing"
+                                f"{error}; repair it, or leave out such images with --drop-missing"
                             ) from error
                         left_out.append(str(error))
                 if crops:
@@ -255,7 +254,8 @@ def reembed(
                     )
         if not remain and len(stored) == opened.count():
             raise UserError(
-                f"nobody would remain in {gallery}, which is as it was: put the files back, or "
+                f"no person would remain in {gallery}, which was not changed: put the files "
+                "back, or "
                 "enrol the people in a new gallery"
             )
 
@@ -351,7 +351,10 @@ def _folder(folder: Path, aligned: bool) -> list[_File]:
     from sphereface2.data.folder import FolderSource
 
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give --folder one that holds a folder a person")
+        raise UserError(
+            f"{folder} is not a folder: give --folder a folder that holds one folder for each "
+            "person"
+        )
     source = FolderSource(folder)
     files = []
     for i, label in enumerate(source.labels):
@@ -372,7 +375,7 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
     try:
         file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is missing or no Parquet file: {error}") from error
+        raise UserError(f"{path} is missing or not a Parquet file: {error}") from error
     names = file.schema_arrow.names
     if not {"name", "label", "embedding"} <= set(names):
         raise UserError(
@@ -384,11 +387,11 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
     except ValueError:
         about = None
     if not isinstance(about, dict):
-        raise UserError(f"{path} says nothing of use about its model; embed the images anew")
+        raise UserError(f"{path} does not name the model that embedded it; embed the images again")
     if about.get("flip") is False:
         raise UserError(
             f"{path} was embedded with --no-flip and a search adds the mirror image: embed the "
-            "images anew, without that"
+            "images again without --no-flip"
         )
     dim = next((len(row) for row in _embeddings(file) if row is not None), 0)
     if not dim:
@@ -402,7 +405,7 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
         for person, group in groupby(rows, key=_whose):
             theirs = [row for row in group if row["embedding"] is not None]
             if not person:
-                left_out.extend(f"{row['name']} of {path}: it names nobody" for row in theirs)
+                left_out.extend(f"{row['name']} of {path}: it has no name" for row in theirs)
             elif theirs:
                 yield Enrolment(person, np.array([row["embedding"] for row in theirs], np.float32))
 

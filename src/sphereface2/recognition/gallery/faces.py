@@ -37,8 +37,8 @@ def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> lis
         raise NoFaceError(f"no face found in {path}; give an image that shows one")
     if len(found) > 1 and faces == "one":
         raise UserError(
-            f"{path} shows {len(found)} faces: crop it to one, or say which to take, the largest "
-            "or all"
+            f"{path} shows {len(found)} faces: crop it to one, or give --faces largest or "
+            "--faces all"
         )
     some = found if faces == "all" else found[:1]
     return [Seen(warp(pixels, face.landmarks, embedder.aligner.size), face) for face in some]
@@ -57,7 +57,7 @@ def load_embedder(model: str | None, gallery: Gallery | None, device: str | None
     if model is None and gallery is not None:
         model = gallery.model
     if model is None:
-        raise UserError("say by which model: --model RUN, a model folder or a hub id")
+        raise UserError("give --model: a run, a model folder or the name of a model on the hub")
     embedder = FaceEmbedder.from_pretrained(model, device=device)
     if gallery is not None:
         gallery.check(embedder.fingerprint, embedder.embedding_dim)

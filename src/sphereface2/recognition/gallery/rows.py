@@ -281,7 +281,7 @@ class Rows:
             return there.get(old)
         if key in there:
             raise PersonExistsError(
-                f"somebody named {name!r} is there already; remove that person first, or choose "
+                f"a person named {name!r} is enrolled already; remove that person first, or choose "
                 "another name"
             )
         person = sa.select(sa.literal(key), sa.literal(name), *list(people.c)[2:])
@@ -356,9 +356,11 @@ def parts(keys: list[Key]) -> Iterator[list[Key]]:
 def _check(item: Checked, before: Person, replace: bool, known: bool | None) -> None:
     """UserError unless somebody who is there as ``before`` can become what ``item`` makes them."""
     if known is False and before.images:
-        raise PersonExistsError(f"{item.name!r} is in the gallery already")
+        raise PersonExistsError(f"{item.name!r} is enrolled already")
     if known and not before.images:
-        raise UnknownPersonError(f"there is no {item.name!r} in the gallery")
+        raise UnknownPersonError(f"no person named {item.name!r} is enrolled")
     if before.name != item.name:
-        raise UserError(f"{item.name!r} cannot be told from {before.name!r}; give another name")
+        raise UserError(
+            f"{item.name!r} cannot be distinguished from {before.name!r}; give another name"
+        )
     check_count(item.name, len(item.vectors) + (0 if replace else before.images))

@@ -171,7 +171,7 @@ class Database:
         When it ends, the change is on the disk.
         """
         if self.read_only:
-            raise UserError(f"the gallery {self.name} can only be read; nothing was changed")
+            raise UserError(f"the gallery {self.name} is read-only; nothing was changed")
         with (
             self._writing,
             self._told("changed"),
@@ -247,7 +247,7 @@ class Database:
             raise self._sentence(what, error.orig or error) from error
         except sa.exc.TimeoutError as error:
             raise GalleryUnavailableError(
-                f"the gallery {self.name} has too much to do; try again later"
+                f"the gallery {self.name} is overloaded; try again later"
             ) from error
 
     def _sentence(self, what: str, error: BaseException) -> UserError:

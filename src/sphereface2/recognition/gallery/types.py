@@ -113,7 +113,7 @@ def checked(item: Enrolment, dim: int) -> Checked:
     name = person_name(item.person)
     vectors = unit(item.embeddings, dim)
     if not len(vectors):
-        raise UserError(f"{name!r} comes without an image; give at least one")
+        raise UserError(f"{name!r} has no image; give at least one")
     check_count(name, len(vectors))
     sources, crops = _each(item.sources, vectors), _each(item.crops, vectors)
     for what, given in (("sources", sources), ("crops", crops)):
@@ -123,7 +123,7 @@ def checked(item: Enrolment, dim: int) -> Checked:
         if source is not None and (size := len(_utf8(source, f"a source of {name!r}"))):
             if size > SOURCE_BYTES:
                 raise UserError(
-                    f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the most"
+                    f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the maximum"
                 )
             if "\0" in source:
                 raise UserError(f"a source of {name!r} contains the character NUL; leave it out")
@@ -139,7 +139,8 @@ def check_count(name: str, images: int) -> None:
     """UserError if a person would have too many images."""
     if images > IMAGES_PER_PERSON:
         raise UserError(
-            f"{name!r} would have {images} images; {IMAGES_PER_PERSON} is the most: leave some out"
+            f"{name!r} would have {images} images; {IMAGES_PER_PERSON} is the maximum: leave "
+            "some out"
         )
 
 
@@ -214,7 +215,7 @@ def metadata_json(name: str, metadata: dict[str, Any]) -> str:
         raise UserError(f"the metadata of {name!r} is not JSON: {error}") from error
     if len(text) > METADATA_BYTES:
         raise UserError(
-            f"the metadata of {name!r} has {len(text):,} bytes; {METADATA_BYTES:,} is the most"
+            f"the metadata of {name!r} has {len(text):,} bytes; {METADATA_BYTES:,} is the maximum"
         )
     return text
 

@@ -32,7 +32,7 @@ async def read(request: Request, model: type[Model]) -> Model:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.query_params:
         # Passed over in silence, a threshold asked for there would not be the one decided by.
-        raise Refusal(422, "invalid", "options belong into the form or the JSON, not the address")
+        raise Refusal(422, "invalid", "options must be in the form or the JSON, not in the address")
     try:
         body = await request.body()
     except ClientDisconnect:

@@ -86,7 +86,7 @@ def read(path: str | Path) -> list[Key]:
             f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no key file: {error}") from error
+        raise UserError(f"{path} is not a key file: {error}") from error
     try:
         if content["format"] != _FORMAT:
             raise ValueError
@@ -98,7 +98,7 @@ def read(path: str | Path) -> list[Key]:
             bytes.fromhex(key.hash)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged or no key file of sphereface2: make a new one"
+            f"{path} is damaged or not a key file of sphereface2: make a new one"
         ) from error
     return keys
 

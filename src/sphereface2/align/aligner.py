@@ -113,8 +113,11 @@ class Aligner:
         """Detect in ``pixels`` resized by ``scale``; faces in coordinates of ``pixels``."""
         height, width = pixels.shape[:2]
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        resized = pixels if size == (width, height) else cv2.resize(pixels, size, interpolation=how)
+        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        if size != (width, height):
+            resized = cv2.resize(pixels, size, interpolation=method)
+        else:
+            resized = pixels
         factor = np.array([width / size[0], height / size[1]], np.float32)
         return [
             Face(

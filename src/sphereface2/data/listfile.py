@@ -32,7 +32,7 @@ _Layout: TypeAlias = Callable[[list[str], str], tuple[str, str] | None]
 class ListSource:
     """Lines of a path and a label; paths relative to the list.
 
-    The layouts of the field are told apart by which of them finds its files: ``path label``,
+    The layouts of the field are distinguished by which of them finds its files: ``path label``,
     ``path label …``, ``label path``, ``index label … path``, ``flag path label …``, and a CSV whose
     first line names its columns. Fields are separated by tabs, commas (with CSV's quotes) or
     blanks. Labels are whole numbers (``3.0`` too), or names, which are numbered in their order.

@@ -156,8 +156,8 @@ class Cell:
         """For a line of progress."""
         what = [self.arm, self.condition, f"seed {self.seed}"]
         if self.changed:
-            told = ", ".join(f"{key} {value}" for key, value in self.changed.items())
-            what.insert(1, f"{self.role}: {told}")
+            changed = ", ".join(f"{key} {value}" for key, value in self.changed.items())
+            what.insert(1, f"{self.role}: {changed}")
         return " · ".join(what)
 
 
@@ -339,8 +339,8 @@ def _check_settings(study: Study, path: Path) -> None:
                 f"{path}: {key}: {value} would replace all of {key}; name single settings, "
                 f"as in {key}.{next(iter(value), 'name')}: …"
             )
-    told = [key for settings in single for key in settings]
-    if "data.train" in told or any(
+    named = [key for settings in single for key in settings]
+    if "data.train" in named or any(
         "train" in arm.settings.get("data", {}) for arm in study.arms.values()
     ):
         raise UserError(

@@ -211,8 +211,8 @@ class _Runner:
             return "stopped"
         if status:
             end = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
-            told = "\n".join([f"exit status {status}", *end])
-            atomic_write(folder / FAILURE, f"{told}\n".encode())
+            text = "\n".join([f"exit status {status}", *end])
+            atomic_write(folder / FAILURE, f"{text}\n".encode())
             return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
         return f"{_summary(read(self.cells, cell))}, {time.monotonic() - start:.0f} s"
 

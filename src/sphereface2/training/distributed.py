@@ -182,13 +182,13 @@ def _lost(error: RuntimeError) -> bool:
 def _end_as_others(store: dist.Store | None, error: RuntimeError | UserError) -> NoReturn:
     """Raise what is to be said of ``error``, unless another rank has said it."""
     mistake = isinstance(error, UserError)
-    told = (
+    sentence = (
         str(error)
         if mistake
         else "lost contact with another rank, which ended or cannot be reached; the last "
         "checkpoint stays: start the same command again to go on"
     )
-    key = hashlib.sha256(told.encode()).hexdigest()
+    key = hashlib.sha256(sentence.encode()).hexdigest()
     try:
         said = store is not None and (
             store.add(key, 1) > 1 or (store.add("said", int(mistake)) > 0 and not mistake)
@@ -197,7 +197,7 @@ def _end_as_others(store: dist.Store | None, error: RuntimeError | UserError) ->
         said = False
     if said:
         raise SystemExit(2) from error
-    raise UserError(told) from error
+    raise UserError(sentence) from error
 
 
 def _fresh_store(rank: int, size: int) -> dist.Store:

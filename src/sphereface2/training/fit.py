@@ -322,9 +322,9 @@ def _announce(
 def _aside(settings: RunConfig) -> str:
     """What else is special about the data."""
     data = settings.data
-    told = f", {data.test_people:,} set aside for test" if data.test_people else ""
+    described = f", {data.test_people:,} set aside for test" if data.test_people else ""
     if data.held_out_max_images is not None:
-        told += f" (those with more than {data.held_out_max_images:,} images left out)"
+        described += f" (those with more than {data.held_out_max_images:,} images left out)"
     if data.label_noise.share:
-        told += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
-    return told
+        described += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
+    return described

@@ -53,7 +53,7 @@ class RunLog:
     """Log of one run; on ranks other than 0 every call does nothing.
 
     ``metrics.jsonl`` has one object a line with ``step``; on resuming, lines past the checkpoint's
-    step are dropped, so that a step is never told twice.
+    step are dropped, so that no step is written twice.
 
     Args:
         folder: the run's.
@@ -141,8 +141,8 @@ class RunLog:
         if not self.main:
             return
         self._write("validation", step, epoch, {"seconds": seconds, **values})
-        told = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
-        self.say(f"epoch {epoch:.2f}: {told}")
+        figures = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
+        self.say(f"epoch {epoch:.2f}: {figures}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

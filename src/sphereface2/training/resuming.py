@@ -83,7 +83,7 @@ def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Ch
     Args:
         checkpointer: the run's.
         wanted: the one that the user names; None: the last.
-        strict: do not go on from an older one without being told to.
+        strict: do not go on from an older one unless that is asked for.
 
     Raises:
         UserError: there is none that is whole; with ``strict`` also if a newer one is damaged.

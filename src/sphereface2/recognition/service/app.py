@@ -57,7 +57,7 @@ class Settings:
 
     Attributes:
         max_body: bytes of a request.
-        max_pixels: of an image, told from its header before it is decoded.
+        max_pixels: of an image, read from its header before it is decoded.
         max_images: in a request.
         max_batch: faces in one forward pass.
         max_wait: seconds a face waits for others to share its forward pass.

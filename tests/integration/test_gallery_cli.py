@@ -98,10 +98,10 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     assert json.loads(run("list", gallery, "--json").stdout)[0]["metadata"] == {"a": 2}
     with pytest.raises(UserError, match="--metadata takes a JSON object"):
         run("set", gallery, "ann", "--metadata", "3")
-    with pytest.raises(UserError, match="there is no 'nobody'"):
+    with pytest.raises(UserError, match="no person named 'nobody'"):
         run("set", gallery, "nobody", "--metadata", "{}")
     assert "2 images" in run("remove", gallery, "ann").stdout
-    with pytest.raises(UserError, match="there is no 'ann'"):
+    with pytest.raises(UserError, match="no person named 'ann'"):
         run("remove", gallery, "ann")
     run("compact", gallery)
 

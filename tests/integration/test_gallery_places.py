@@ -265,7 +265,7 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     out, _ = run("verify", gallery, "Eileen", faces / "one.png", "--far", 0.1, "--json")
     (verified,) = json.loads(out)
     assert verified["same"] == (verified["similarity"] >= verified["threshold"])
-    with pytest.raises(UserError, match="there is no 'Nobody'"):
+    with pytest.raises(UserError, match="no person named 'Nobody'"):
         run("verify", gallery, "Nobody", faces / "one.png")
     assert "is now Eileen Collins" in run("rename", gallery, "Eileen", "Eileen Collins")[0]
     with pytest.raises(UserError, match="is enrolled already"):

@@ -17,6 +17,9 @@ PORT=${PORT:-29500}               # of HEAD, open to the others
 RESTARTS=${RESTARTS:-10}          # before torchrun gives up
 RUN_ID=${RUN_ID:-sphereface2}     # two runs at a time need two names and two ports
 
+# A machine that joins again must be told where the others are.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN_ID" \
     --max-restarts "$RESTARTS" \

@@ -95,8 +95,9 @@ def print_json(report: Mapping[str, Any]) -> None:
 def percent(value: float | None) -> str:
     """A share with two decimals, a dash for None.
 
-    >>> percent(0.98765), percent(None)
-    ('98.77 %', '–')
+    Examples:
+        >>> percent(0.98765), percent(None)
+        ('98.77 %', '–')
     """
     return "–" if value is None else f"{100 * value:.2f} %"
 
@@ -123,8 +124,9 @@ def _likeness(error: UnicodeError) -> tuple[str | bytes, int]:
 def named(what: str, names: Sequence[str], rest: str = "") -> list[str]:
     """Lines that count and name things, the first twenty of them; none if there are none.
 
-    >>> named("images unreadable", ["a.jpg"])
-    ['1 images unreadable:', '  a.jpg']
+    Examples:
+        >>> named("images unreadable", ["a.jpg"])
+        ['1 images unreadable:', '  a.jpg']
     """
     if not names:
         return []

@@ -39,7 +39,8 @@ def require(purpose: str, *modules: str) -> None:
     Raises:
         UserError: one of them cannot be imported.
 
-    >>> require("plots", "matplotlib")
+    Examples:
+        >>> require("plots", "matplotlib")
     """
     for module in modules:
         try:

@@ -15,12 +15,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
 from sphereface2.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: What the temporary names match that a process which was killed leaves behind.
 TEMPORARY = ".*.tmp"
@@ -177,7 +179,7 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     """sha256 of the parts, each preceded by its length so that no two lists collide."""
     hasher = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if not isinstance(part, bytes | str):
             data = part.tobytes()
         else:
             # Names of files come from the system with bytes that are not UTF-8 as surrogates.

@@ -93,9 +93,10 @@ def evaluate_all_pairs(
     Raises:
         UserError: no genuine or no impostor pair, or embeddings that are not finite.
 
-    >>> found = evaluate_all_pairs(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
-    >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
-    (2, 8, 1.0, 1.0)
+    Examples:
+        >>> found = evaluate_all_pairs(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
+        >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
+        (2, 8, 1.0, 1.0)
     """
     rows, people = _sorted_rows(embeddings, labels)
     genuine, impostors = _count_pairs(people)

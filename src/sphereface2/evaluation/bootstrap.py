@@ -42,8 +42,9 @@ def draws(
     Yields:
         float64 (r, units), whole numbers whose rows sum to ``units``.
 
-    >>> [chunk.shape for chunk in draws(5, 3)]
-    [(3, 5)]
+    Examples:
+        >>> [chunk.shape for chunk in draws(5, 3)]
+        [(3, 5)]
     """
     rng = np.random.default_rng(seed)
     chunk = max(1, _NUMBERS // max(units, numbers or 0))
@@ -66,8 +67,10 @@ def pair_weights(counts: np.ndarray, same: np.ndarray, people: np.ndarray | None
     Returns:
         (R, P): c_a for genuine pairs of a, c_a c_b for impostor pairs (a, b).
 
-    >>> pair_weights(np.array([[2.0, 0, 3]]), np.array([True, False]), np.array([[0, 0], [0, 2]]))
-    array([[2., 6.]])
+    Examples:
+        >>> counts, people = np.array([[2.0, 0, 3]]), np.array([[0, 0], [0, 2]])
+        >>> pair_weights(counts, np.array([True, False]), people)
+        array([[2., 6.]])
     """
     if people is None:
         return counts
@@ -98,8 +101,9 @@ def interval(replicates: np.ndarray) -> Interval | None:
     Returns:
         (low, high), or None where no replicate is finite.
 
-    >>> interval(np.array([7.0, np.nan, 7.0]))
-    (7.0, 7.0)
+    Examples:
+        >>> interval(np.array([7.0, np.nan, 7.0]))
+        (7.0, 7.0)
     """
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):

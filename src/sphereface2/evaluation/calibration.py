@@ -176,12 +176,13 @@ class Calibration:
                 `FALSE_ACCEPTS` of them), an unknown method, one kind of pair only, or similarities
                 that are no higher for genuine pairs.
 
-        >>> rng = np.random.default_rng(0)
-        >>> same = np.arange(3000) < 1000
-        >>> scores = rng.normal(np.where(same, 0.6, 0.1), 0.1)
-        >>> calibration = Calibration.fit(scores, same, fingerprint="of the network")
-        >>> calibration.probability([0.1, 0.35, 0.6]).round(1).tolist()
-        [0.0, 0.5, 1.0]
+        Examples:
+            >>> rng = np.random.default_rng(0)
+            >>> same = np.arange(3000) < 1000
+            >>> scores = rng.normal(np.where(same, 0.6, 0.1), 0.1)
+            >>> calibration = Calibration.fit(scores, same, fingerprint="of the network")
+            >>> calibration.probability([0.1, 0.35, 0.6]).round(1).tolist()
+            [0.0, 0.5, 1.0]
         """
         check_choice("method", method, get_args(Method))
         scores, same = check_both(scores, same)
@@ -275,8 +276,9 @@ def file_of(network: Path) -> Path:
 def balance(same: np.ndarray) -> np.ndarray:
     """The weight of each pair that makes genuine and impostor pairs half of the whole each.
 
-    >>> balance(np.array([True, False, False]))
-    array([0.5 , 0.25, 0.25])
+    Examples:
+        >>> balance(np.array([True, False, False]))
+        array([0.5 , 0.25, 0.25])
     """
     return np.where(same, 0.5 / same.sum(), 0.5 / (~same).sum())
 
@@ -290,8 +292,9 @@ def pool(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         The distinct scores (K,), the share (K,) at each, and of each pair (P,) the index of its
         score.
 
-    >>> pool(np.array([0.1, 0.2, 0.3, 0.4]), np.array([False, True, False, True]))[1]
-    array([0. , 0.5, 0.5, 1. ])
+    Examples:
+        >>> pool(np.array([0.1, 0.2, 0.3, 0.4]), np.array([False, True, False, True]))[1]
+        array([0. , 0.5, 0.5, 1. ])
     """
     from scipy.optimize import isotonic_regression
 

@@ -69,10 +69,11 @@ def evaluate_distractors(
     Raises:
         UserError: nobody has two images, there are no distractors, or embeddings are not finite.
 
-    >>> probes, people = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]], np.array([5, 5, 6, 6])
-    >>> found = evaluate_distractors(probes, people, [np.eye(4, dtype=np.float32)[1:]], [1])
-    >>> [(rate.at, rate.value) for rate in found.rank1]
-    [(1, 0.5), (3, 0.5)]
+    Examples:
+        >>> probes, people = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]], np.array([5, 5, 6, 6])
+        >>> found = evaluate_distractors(probes, people, [np.eye(4, dtype=np.float32)[1:]], [1])
+        >>> [(rate.at, rate.value) for rate in found.rank1]
+        [(1, 0.5), (3, 0.5)]
     """
     best = _best_scores(probes, distractors, sizes)
     hits, trials = _count(probes, np.unique(people, return_inverse=True)[1], [*best.values()])

@@ -54,11 +54,12 @@ def evaluate_pairs(
         plots: folder for ``NAME_roc.png``, ``NAME_scores.png`` and, with a calibration,
             ``NAME_reliability.png``.
 
-    >>> pairs, same = np.arange(40).reshape(20, 2), np.arange(20) % 2 == 0
-    >>> pair_set = PairSet("lfw", [b""] * 40, pairs, same, np.arange(20) // 2)
-    >>> found = evaluate_pairs(np.where(same, 0.7, 0.1), pair_set, fars=[0.1])
-    >>> found.accuracy, found.eer.value, found.tar[0].value, found.tar[0].threshold
-    (1.0, 0.0, 1.0, 0.7)
+    Examples:
+        >>> pairs, same = np.arange(40).reshape(20, 2), np.arange(20) % 2 == 0
+        >>> pair_set = PairSet("lfw", [b""] * 40, pairs, same, np.arange(20) // 2)
+        >>> found = evaluate_pairs(np.where(same, 0.7, 0.1), pair_set, fars=[0.1])
+        >>> found.accuracy, found.eer.value, found.tar[0].value, found.tar[0].threshold
+        (1.0, 0.0, 1.0, 0.7)
     """
     same, people = pair_set.same, pair_set.people
     folds = metrics.kfold_accuracy(scores, same, pair_set.folds)
@@ -145,9 +146,10 @@ def sample_pairs(
     Returns:
         int64 (P, 2), indices of images, and bool (P,), True for genuine pairs.
 
-    >>> pairs, same = sample_pairs(np.array([4, 4, 9]), np.random.default_rng(0), most=10)
-    >>> pairs.tolist(), same.tolist()
-    ([[0, 1], [0, 2], [1, 2]], [True, False, False])
+    Examples:
+        >>> pairs, same = sample_pairs(np.array([4, 4, 9]), np.random.default_rng(0), most=10)
+        >>> pairs.tolist(), same.tolist()
+        ([[0, 1], [0, 2], [1, 2]], [True, False, False])
     """
     labels = np.asarray(labels)
     count = len(labels)

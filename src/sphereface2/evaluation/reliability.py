@@ -50,8 +50,9 @@ def cllr(llrs: np.ndarray, same: np.ndarray) -> float:
         llrs: (P,) natural logarithms; may be infinite.
         same: bool (P,), True for genuine pairs.
 
-    >>> cllr(np.array([0.0, 0.0]), np.array([True, False]))
-    1.0
+    Examples:
+        >>> cllr(np.array([0.0, 0.0]), np.array([True, False]))
+        1.0
     """
     llrs, same = np.asarray(llrs, np.float64), np.asarray(same, bool)
     genuine = np.logaddexp(0, -llrs[same]).mean()
@@ -65,8 +66,9 @@ def min_cllr(scores: np.ndarray, same: np.ndarray) -> float:
     It is found by the pool-adjacent-violators algorithm and measures how well the scores tell
     people apart; what a calibration costs beyond it is the calibration's own fault.
 
-    >>> min_cllr(np.array([0.9, 0.1]), np.array([True, False]))
-    0.0
+    Examples:
+        >>> min_cllr(np.array([0.9, 0.1]), np.array([True, False]))
+        0.0
     """
     scores, same = check_both(scores, same)
     _, p, index = pool(scores, same)
@@ -102,9 +104,11 @@ class Reliability:
 def reliability(probabilities: np.ndarray, same: np.ndarray, bins: int = BINS) -> Reliability:
     """Compare probabilities (P,) at prior ½ with the truth.
 
-    >>> found = reliability(np.array([0.75, 0.75, 0.25, 0.25]), np.array([True] * 2 + [False] * 2))
-    >>> found.observed.tolist(), found.ece
-    ([0.0, 1.0], 0.25)
+    Examples:
+        >>> same = np.array([True, True, False, False])
+        >>> found = reliability(np.array([0.75, 0.75, 0.25, 0.25]), same)
+        >>> found.observed.tolist(), found.ece
+        ([0.0, 1.0], 0.25)
     """
     p, same = check_both(probabilities, same)
     where = np.minimum((p * bins).astype(np.int64), bins - 1)

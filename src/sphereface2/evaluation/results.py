@@ -123,8 +123,9 @@ class PairsVerified(Result):
 def far_key(far: float) -> str:
     """The spelling of a FAR, an FPIR or a count in reports.
 
-    >>> far_key(0.001), far_key(2.5e-4), far_key(100)
-    ('1e-3', '2.5e-4', '100')
+    Examples:
+        >>> far_key(0.001), far_key(2.5e-4), far_key(100)
+        ('1e-3', '2.5e-4', '100')
     """
     if isinstance(far, int):
         return str(far)
@@ -135,8 +136,9 @@ def far_key(far: float) -> str:
 def unmeasured(figure: str, rates: Sequence[Rate], count: int, kind: str) -> list[str]:
     """The note on rates that are None, if there are any.
 
-    >>> unmeasured("TAR at FAR", [Rate(0.1, 0.9), Rate(0.01, None)], 50, "impostor pairs")
-    ['TAR at FAR 1e-2 and below cannot be measured with 50 impostor pairs']
+    Examples:
+        >>> unmeasured("TAR at FAR", [Rate(0.1, 0.9), Rate(0.01, None)], 50, "impostor pairs")
+        ['TAR at FAR 1e-2 and below cannot be measured with 50 impostor pairs']
     """
     missing = [rate.at for rate in rates if rate.value is None]
     if not missing:
@@ -151,8 +153,9 @@ def to_dict(result: Any) -> dict[str, Any]:
     ``x_ci``; several `Rate`s become ``x``, ``x_threshold`` and ``x_ci``, each an object by the
     rates' conditions. Where a result has ``intervals`` that are None, there is no ``_ci``.
 
-    >>> to_dict(OperatingPoint(0.1, 0.8, (0.7, 0.9), 0.25))
-    {'at': 0.1, 'value': 0.8, 'ci': [0.7, 0.9], 'threshold': 0.25}
+    Examples:
+        >>> to_dict(OperatingPoint(0.1, 0.8, (0.7, 0.9), 0.25))
+        {'at': 0.1, 'value': 0.8, 'ci': [0.7, 0.9], 'threshold': 0.25}
     """
     found: dict[str, Any] = {}
     resampled = getattr(result, "intervals", None) is not None

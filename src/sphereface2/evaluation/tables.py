@@ -35,8 +35,9 @@ def render(result: Result) -> Iterator[Table | str]:
 def interval(ci: Interval | None, spell: Callable[[float], str] = percent) -> str:
     """An interval in a cell; nothing where there is none.
 
-    >>> interval((0.1, 0.25)), interval(None)
-    ('10.00 % – 25.00 %', '')
+    Examples:
+        >>> interval((0.1, 0.25)), interval(None)
+        ('10.00 % – 25.00 %', '')
     """
     return "" if ci is None else f"{spell(ci[0])} – {spell(ci[1])}"
 

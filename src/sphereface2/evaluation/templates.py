@@ -71,10 +71,11 @@ class TemplateAverager:
         weights: (N,), factors on the images' embeddings (the detector's scores); by default 1. The
             mean stays that over the number of images, so that a doubtful medium counts for less.
 
-    >>> averager = TemplateAverager(np.array([0, 0, 1]), np.array([7, 8, 9]))
-    >>> averager.add(np.array([[1.0, 0], [0, 1], [1, 0]]))
-    >>> averager.features().round(2).tolist()
-    [[0.7099999785423279, 0.7099999785423279], [1.0, 0.0]]
+    Examples:
+        >>> averager = TemplateAverager(np.array([0, 0, 1]), np.array([7, 8, 9]))
+        >>> averager.add(np.array([[1.0, 0], [0, 1], [1, 0]]))
+        >>> averager.features().round(2).tolist()
+        [[0.7099999785423279, 0.7099999785423279], [1.0, 0.0]]
     """
 
     def __init__(
@@ -130,8 +131,9 @@ def template_pair_scores(
         block: templates on the left of a product.
         progress: called with the share of the work done since the last call.
 
-    >>> template_pair_scores(np.eye(2, dtype=np.float32), np.array([[0, 0], [0, 1]])).tolist()
-    [1.0, 0.0]
+    Examples:
+        >>> template_pair_scores(np.eye(2, dtype=np.float32), np.array([[0, 0], [0, 1]])).tolist()
+        [1.0, 0.0]
     """
     scores = np.empty(len(pairs), np.float32)
     left, right = pairs[:, 0], pairs[:, 1]

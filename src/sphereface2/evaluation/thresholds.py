@@ -42,8 +42,9 @@ class Threshold:
 def pairs_needed(far: float) -> int:
     """Impostor pairs that a threshold for ``far`` needs: enough for `FALSE_ACCEPTS`.
 
-    >>> pairs_needed(1e-3)
-    10000
+    Examples:
+        >>> pairs_needed(1e-3)
+        10000
     """
     needed = math.ceil(FALSE_ACCEPTS / far)
     while allowed_accepts(far, needed) < FALSE_ACCEPTS:
@@ -89,11 +90,12 @@ def find_thresholds(
         replicates: number of resamples.
         seed: of the resampling.
 
-    >>> rng = np.random.default_rng(0)
-    >>> same = np.arange(3000) < 1000
-    >>> found = find_thresholds(rng.normal(np.where(same, 0.6, 0.1), 0.1), same, [0.01])[0.01]
-    >>> bool(0.3 < found.threshold < 0.35), found.impostors
-    (True, 2000)
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> same = np.arange(3000) < 1000
+        >>> found = find_thresholds(rng.normal(np.where(same, 0.6, 0.1), 0.1), same, [0.01])[0.01]
+        >>> bool(0.3 < found.threshold < 0.35), found.impostors
+        (True, 2000)
     """
     points = tar_at_far(scores, same, fars)
     limits = [np.inf if point.threshold is None else point.threshold for point in points]

@@ -43,8 +43,9 @@ class Folds:
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine of each pair: embeddings (N, d) of length 1, pairs (P, 2) -> float64 (P,).
 
-    >>> pair_scores(np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[0, 1], [1, 2]]))
-    array([0. , 0.8])
+    Examples:
+        >>> pair_scores(np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[0, 1], [1, 2]]))
+        array([0. , 0.8])
     """
     scores = np.empty(len(pairs))
     for start in range(0, len(pairs), 16384):
@@ -89,9 +90,10 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     Raises:
         UserError: there is only one fold.
 
-    >>> same = np.array([True, False] * 4)
-    >>> kfold_accuracy(np.where(same, 0.7, 0.1), same, np.arange(8) // 4).accuracy
-    1.0
+    Examples:
+        >>> same = np.array([True, False] * 4)
+        >>> kfold_accuracy(np.where(same, 0.7, 0.1), same, np.arange(8) // 4).accuracy
+        1.0
     """
     scores, same = _check(scores, same)
     folds = np.asarray(folds)
@@ -137,9 +139,10 @@ def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
     One point for each distinct score, none dropped, starting at (0, 0).
 
-    >>> far, tar, thresholds = roc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
-    >>> far.tolist(), tar.tolist(), thresholds.tolist()
-    ([0.0, 0.0, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0], [inf, 0.9, 0.8, 0.3])
+    Examples:
+        >>> far, tar, thresholds = roc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
+        >>> far.tolist(), tar.tolist(), thresholds.tolist()
+        ([0.0, 0.0, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0], [inf, 0.9, 0.8, 0.3])
     """
     scores, same = check_both(scores, same)
     order, last = _descending(scores)
@@ -163,8 +166,9 @@ def _descending(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def auc(scores: np.ndarray, same: np.ndarray) -> float:
     """Area under the ROC: how often a genuine pair outscores an impostor pair (ties count half).
 
-    >>> auc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
-    0.5
+    Examples:
+        >>> auc(np.array([0.9, 0.8, 0.3]), np.array([True, False, True]))
+        0.5
     """
     far, tar, _ = roc(scores, same)
     return float(np.trapezoid(tar, far))
@@ -173,8 +177,9 @@ def auc(scores: np.ndarray, same: np.ndarray) -> float:
 def eer(scores: np.ndarray, same: np.ndarray) -> float:
     """Equal error rate: where FAR = 1 - TAR on the ROC, linear between its points.
 
-    >>> eer(np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, False, True, False]))
-    0.5
+    Examples:
+        >>> eer(np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, False, True, False]))
+        0.5
     """
     far, tar, _ = roc(scores, same)
     return float(_eer(far[None], tar[None])[0])
@@ -226,10 +231,11 @@ def curve_figures(
     Raises:
         UserError: no resample had pairs of both kinds.
 
-    >>> same = np.arange(40) < 20
-    >>> found = curve_figures(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
-    >>> found.tar[0].ci, found.eer
-    ((1.0, 1.0), Estimate(value=0.0, ci=(0.0, 0.0)))
+    Examples:
+        >>> same = np.arange(40) < 20
+        >>> found = curve_figures(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
+        >>> found.tar[0].ci, found.eer
+        ((1.0, 1.0), Estimate(value=0.0, ci=(0.0, 0.0)))
     """
     found = CurveFigures(
         eer=Estimate(eer(scores, same)),
@@ -285,8 +291,9 @@ def _resample(
 def allowed_accepts(far: float, impostors: int) -> int:
     """The largest k with ``k / impostors <= far``, free of rounding in ``far * impostors``.
 
-    >>> allowed_accepts(0.01, 3000), allowed_accepts(1e-4, 3000)
-    (30, 0)
+    Examples:
+        >>> allowed_accepts(0.01, 3000), allowed_accepts(1e-4, 3000)
+        (30, 0)
     """
     k = min(int(far * impostors), impostors)
     while k < impostors and (k + 1) / impostors <= far:
@@ -333,9 +340,10 @@ def tar_at_far(
     The threshold is the smallest observed score t with FAR(score >= t) <= far. A FAR below
     1 / (number of impostor pairs) cannot be measured on the set, and its TAR is None.
 
-    >>> scores, same = np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, True, False, False])
-    >>> [point.value for point in tar_at_far(scores, same, [0.5, 0.1])]
-    [1.0, None]
+    Examples:
+        >>> scores, same = np.array([0.9, 0.8, 0.7, 0.3]), np.array([True, True, False, False])
+        >>> [point.value for point in tar_at_far(scores, same, [0.5, 0.1])]
+        [1.0, None]
     """
     scores, same = check_both(scores, same)
     genuine = np.sort(scores[same])

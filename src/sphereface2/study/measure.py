@@ -201,8 +201,9 @@ def describe_pairs(pair_set: PairSet) -> PairSetFacts:
 def bits(packed: str, count: int) -> np.ndarray:
     """The first ``count`` bits of a hexadecimal text, bool (count,).
 
-    >>> bits("a0", 4).tolist()
-    [True, False, True, False]
+    Examples:
+        >>> bits("a0", 4).tolist()
+        [True, False, True, False]
     """
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)
 

@@ -26,9 +26,10 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
 
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
 
-    >>> values = torch.linalg.svdvals(orthogonalize(torch.diag(torch.tensor([5.0, 4.0, 3.0]))))
-    >>> bool((values > 0.6).all() and (values < 1.3).all())
-    True
+    Examples:
+        >>> values = torch.linalg.svdvals(orthogonalize(torch.diag(torch.tensor([5.0, 4.0, 3.0]))))
+        >>> bool((values > 0.6).all() and (values < 1.3).all())
+        True
     """
     a, b, c = QUINTIC
     transposed = matrices.shape[-2] > matrices.shape[-1]

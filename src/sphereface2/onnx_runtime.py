@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sphereface2.errors import UserError
+
 
 def load() -> ModuleType:
     """Import the module ``onnxruntime``; every import of it in the package goes through here.
@@ -14,10 +16,16 @@ def load() -> ModuleType:
     ONNX Runtime 1.32 and later writes a device identifier below ``$HOME`` and asks a telemetry host
     when it starts, unless this environment variable is set before the import.
 
+    Raises:
+        UserError: it cannot be imported.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime"
+        ) from error
     return onnxruntime
 
 
@@ -29,6 +37,7 @@ def session(model: bytes | Path, *, threads: int | None = None) -> Any:
         threads: of one operator; by default ``OMP_NUM_THREADS``, else one a core of this process.
 
     Raises:
+        UserError: ONNX Runtime cannot be imported.
         Exception: of ONNX Runtime, which has no common base class: the model is damaged.
     """
     runtime = load()

@@ -261,7 +261,7 @@ def test_a_change_cut_short_leaves_nothing(address: str, monkeypatch: pytest.Mon
         assert gallery.stats()["images"] == 2 and gallery.get("new") is None
         # Of many people those before stay, and of the batch that fails nobody does.
         good = [Enrolment(f"p{i}", vectors(i, 1000)) for i in range(3)]
-        with pytest.raises(UserError, match="without an image"):
+        with pytest.raises(UserError, match="'bad' has no image; give at least one"):
             list(gallery.add_many([*good, Enrolment("bad", np.zeros((0, DIM)))]))
         assert [p.name for p in gallery.people()] == ["old", "p0", "p1"]
 
@@ -528,7 +528,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         ({"embeddings": np.full(DIM, np.nan)}, "zero, infinite or not a number"),
         ({"embeddings": np.zeros(DIM)}, "zero, infinite"),
         ({"embeddings": np.ones(DIM - 1)}, r"gallery takes \(n, 16\)"),
-        ({"embeddings": np.ones((0, DIM))}, "without an image"),
+        ({"embeddings": np.ones((0, DIM))}, "'x' has no image; give at least one"),
         ({"embeddings": np.ones((1001, DIM))}, "1000 is the maximum"),
         ({"person": ""}, "1 to 200"),
         ({"person": "  "}, "1 to 200"),

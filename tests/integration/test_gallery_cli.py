@@ -123,7 +123,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     assert "6 images of 3 people" in added.stdout and "unknown.png" in added.stderr
     (found,) = answer(gallery, files[3], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "bob"
-    with pytest.raises(UserError, match="by another model"):
+    with pytest.raises(UserError, match=r"by a different model, not by .*: give that model"):
         run("add", tmp_path / "other", "--features", table, "--model", world / "new")
     with pytest.raises(UserError, match="not a Parquet file"):
         run("add", gallery, "--features", files[0])

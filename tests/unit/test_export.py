@@ -249,10 +249,12 @@ def test_missing_packages_and_foreign_files(checkpoint, float32, tmp_path, monke
         export(float32, to="onnx")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(UserError, match=r"sphereface2\[export\]"):
+        with pytest.raises(
+            UserError, match=r"ONNX Runtime cannot be imported .*: pip install onnxruntime"
+        ):
             OnnxNetwork(float32)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"needs onnxscript.*sphereface2\[export\]"):
+    with pytest.raises(UserError, match=r"exports to ONNX need onnxscript.*sphereface2\[export\]"):
         export(checkpoint, to="onnx")
 
 

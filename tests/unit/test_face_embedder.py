@@ -329,7 +329,7 @@ def test_damaged_and_foreign_weights(saved: Path, tmp_path: Path) -> None:
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged or no safetensors"):
+    with pytest.raises(UserError, match="damaged or not a safetensors file"):
         FaceEmbedder.from_pretrained(saved, device="cpu")
     torch.manual_seed(0)
     other = tmp_path / "other"

@@ -110,11 +110,22 @@ def test_a_rec_file_cut_while_it_is_read_is_an_error_and_no_bus_fault(tmp_path):
         dataset[BatchKey(0, 0, np.arange(24))]
 
 
-@pytest.mark.parametrize("text", ["2147483647,112,112", "-3,1,1", "many", "99999999999999999999"])
-def test_a_property_that_no_set_has_is_a_sentence(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "2147483647,112,112",
+            "property gives 2147483647 classes, expected 0 to 67,108,864; correct",
+        ),
+        ("-3,1,1", "property gives -3 classes, expected 0 to"),
+        ("99999999999999999999", "property gives 99999999999999999999 classes, expected 0 to"),
+        ("many", "property should read 'classes,height,width'; correct"),
+    ],
+)
+def test_a_property_that_no_set_has_is_a_sentence(tmp_path, text, message):
     folder, _ = packed(tmp_path / "set", header="first", people=[2, 2])
     (folder / "property").write_text(text)
-    with pytest.raises(UserError, match=r"property (says|should read)"):
+    with pytest.raises(UserError, match=message):
         RecordIOSource(folder)
 
 

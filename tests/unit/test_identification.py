@@ -125,8 +125,12 @@ def test_what_cannot_be_searched():
         search(np.eye(2), [0, 1], np.zeros((0, 2)), [])
     with pytest.raises(UserError, match="NaN"):
         search(np.eye(2) * np.nan, [0, 1], np.eye(2), [0, 1])
-    with pytest.raises(ValueError, match="person"):
+    with pytest.raises(
+        ValueError, match="2 probes were given, but people for 3; expected one person"
+    ):
         search(np.eye(2), [0, 1, 2], np.eye(2), [0, 1])
+    with pytest.raises(ValueError, match="2 gallery rows were given, but people for 1;"):
+        search(np.eye(2), [0, 1], np.eye(2), [0])
     found = search(np.eye(2), [0, 1], np.eye(2), [0, 2])
     with pytest.raises(ValueError, match="FPIR"):
         tpir_at_fpir(found, [0.0])

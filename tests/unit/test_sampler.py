@@ -31,7 +31,9 @@ def flat(keys):
 def test_ranks_together_hand_out_the_whole_epoch_once(count, share, world, shuffle, drop, seed):
     size = share * world
     if drop and count < size:
-        with pytest.raises(UserError, match="needs more than"):
+        with pytest.raises(
+            UserError, match=f"a batch of {size} images needs as many, but there are {count}:"
+        ):
             BatchSampler(np.zeros(count), size, world_size=world)
         return
     samplers = [
@@ -156,7 +158,14 @@ def test_people_meet_different_people():
         ({"batch_size": 8, "world_size": 2, "rank": 2}, "rank 2"),
         ({"batch_size": 8, "people_per_batch": 4}, "together"),
         ({"batch_size": 8, "people_per_batch": 4, "images_per_person": 3}, "make 12"),
-        ({"batch_size": 41}, "needs more than the 40"),
+        (
+            {"batch_size": 41},
+            "41 images needs as many, but there are 40: give a smaller batch size",
+        ),
+        (
+            {"batch_size": 9, "people_per_batch": 9, "images_per_person": 1},
+            "9 people needs as many, but there are 8: give fewer people",
+        ),
     ],
 )
 def test_mistakes_are_named(options, message):

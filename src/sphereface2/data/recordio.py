@@ -101,7 +101,7 @@ class RecordIOSource:
             ) from error
         if not 0 <= classes <= MAX_PEOPLE:
             raise UserError(
-                f"{path} gives {classes} classes, expected at most {MAX_PEOPLE:,}; correct it or "
+                f"{path} gives {classes} classes, expected 0 to {MAX_PEOPLE:,}; correct it or "
                 "delete it"
             )
         if classes <= int(self.labels.max()):

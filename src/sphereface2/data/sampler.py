@@ -84,11 +84,16 @@ class BatchSampler(Sampler[BatchKey]):
                 )
             people = len(np.unique(self._labels))
             if people < people_per_batch:
-                raise UserError(f"a batch of {people_per_batch} people needs more than {people}")
-        elif len(self._labels) < (batch_size if drop_last else 1):
+                raise UserError(
+                    f"a batch of {people_per_batch} people needs as many, but there are {people}: "
+                    "give fewer people per batch"
+                )
+        elif not len(self._labels):
+            raise UserError("there are no images to make batches of")
+        elif drop_last and len(self._labels) < batch_size:
             raise UserError(
-                f"a batch of {batch_size} images needs more images than the "
-                f"{len(self._labels)} there are"
+                f"a batch of {batch_size} images needs as many, but there are "
+                f"{len(self._labels)}: give a smaller batch size"
             )
         self._steps = self._count_steps()
         self._next = 0, 0

@@ -89,6 +89,7 @@ def search(
 
     Raises:
         UserError: the gallery is empty, or embeddings are not finite.
+        ValueError: not one person for each probe, or for each gallery row.
 
     Examples:
         >>> found = search(np.eye(3), ["a", "b", "x"], np.eye(3)[:2], ["a", "b"])
@@ -96,8 +97,15 @@ def search(
         ([True, True, False], [1, 1, 0])
     """
     probes, gallery = (np.asarray(e).astype(np.float32, copy=False) for e in (probes, gallery))
-    if len(probes) != len(probe_people):
-        raise ValueError(f"{len(probes)} probes were given, but people for {len(probe_people)}.")
+    for what, rows, owners in (
+        ("probes", probes, probe_people),
+        ("gallery rows", gallery, gallery_people),
+    ):
+        if len(rows) != len(owners):
+            raise ValueError(
+                f"{len(rows)} {what} were given, but people for {len(owners)}; "
+                "expected one person for each."
+            )
     if not len(gallery):
         raise UserError("the gallery is empty; identification needs at least one person in it")
     order = np.argsort(gallery_people, kind="stable")

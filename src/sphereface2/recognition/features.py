@@ -92,13 +92,13 @@ def embed_set(
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: give --out a file in a folder that exists")
     path = Path(source).resolve()
-    images = open_images(path)
     embedder = FaceEmbedder.from_pretrained(
         checkpoint,
         device="cpu" if engine == "ray" else device,  # where Ray's workers each have their own
         flip=flip,
         batch_size=batch_size,
     )
+    images = open_images(path)  # after the model: a wrong one is named before a long walk
     job = Job(
         path=path,
         images=len(images),

@@ -401,5 +401,6 @@ def _files(probe: Path) -> list[Path]:
 
 def _nobody(person: str, gallery: str) -> UserError:
     return UserError(
-        f"there is no {person!r} in {shown(gallery)}; `sphereface2 gallery list` names everybody"
+        f"there is no person named {person!r} in {shown(gallery)}; "
+        "`sphereface2 gallery list` names everybody"
     )

@@ -155,7 +155,10 @@ def add(
         if features is not None:
             fingerprint, dim, people = _table(features, left_out)
             if embedder is not None and fingerprint not in (None, embedder.fingerprint):
-                raise UserError(f"{features} was embedded by a different model, not by {model}")
+                raise UserError(
+                    f"{features} was embedded by a different model, not by {model}: give that "
+                    "model, or embed the images again with this one"
+                )
         elif embedder is not None:
             gate = Gate(quality)
             tolerant = None if person else left_out

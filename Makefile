@@ -32,8 +32,10 @@ else
 	$(BIN)/sphereface2 fit --config $(CONFIG) --ranks auto
 endif
 
+# By the names of the files, not by their numbers of tests: tests/unit, of short files, comes last,
+# and no worker is left alone with a long one.
 test: install  ## run the tests
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## run the tests that take minutes
 	$(BIN)/pytest -m slow --timeout 1800

@@ -26,7 +26,13 @@ import torch.distributed.checkpoint as dcp
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["sphereface2.training.fit", "torch.utils.tensorboard", "torch.distributed.tensor"]
+    [
+        "sphereface2.cli",
+        "sphereface2.training.fit",
+        "torch._dynamo",  # which the first step imports, in seconds
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+    ]
 )
 ARCHIVE = Path(__file__).parents[1] / "assets" / "0.1.0.tar.xz"
 STEPS = 24

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from command_line import ran
+from killing import Run
 
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
@@ -154,7 +156,7 @@ def test_kill_and_resume_gives_the_same_weights_bit_for_bit(
     "options",
     [
         {},
-        {"head.sharded": "true"},
+        pytest.param({"head.sharded": "true"}, marks=pytest.mark.slow),
         {
             "head.sharded": "true",
             "training.fused_head": "true",
@@ -174,19 +176,18 @@ def test_two_ranks_train_as_one(faces: Path, tmp_path: Path, options: dict[str, 
         "training.epochs": 1,
         "training.ema": 0,
     }
-    runs = {}
-    for ranks in (1, 2):
-        output = tmp_path / str(ranks)
-        done = run("--ranks", str(ranks), **settings, output=output)
-        assert done.returncode == 0, done.stderr
-        runs[ranks] = only_run(output)
-    one, two = weights(runs[1]), weights(runs[2])
+    single, double = tmp_path / "1", tmp_path / "2"
+    alone = Run(single, settings)
+    assert alone.wait() == [0], alone.told()
+    done = run("--ranks", "2", "--run-folder", double, **settings)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(single), weights(double)
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
     # A checkpoint of two ranks goes on with one.
-    longer = run("--resume", runs[2], "--training.epochs", "2")
-    assert longer.returncode == 0, longer.stderr
-    assert metrics(runs[2])[-1]["step"] == 20
+    longer = Run(double, {"training.epochs": 2}, command=["--resume", double])
+    assert longer.wait() == [0], longer.told()
+    assert metrics(double)[-1]["step"] == 20
 
 
 def test_a_killed_rank_ends_the_run_with_a_message(faces: Path, tmp_path: Path) -> None:
@@ -250,38 +251,36 @@ def test_divergence_stops_with_one_sentence_and_keeps_the_last_checkpoint(
     settings = {
         **SETTINGS,
         "data.train": faces,
-        "output": tmp_path,
         "training.lr": 1e30,
         "training.clip_norm": "null",
         "training.warmup": 0,
         "training.checkpoint_every": 1,
     }
-    done = run(**settings)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "the loss became" in done.stderr or "diverges" in done.stderr
-    kept = weights(only_run(tmp_path))
-    assert kept
+    diverging = Run(tmp_path / "run", settings)
+    assert diverging.wait() == [2]
+    assert "Traceback" not in diverging.told()
+    assert "the loss became" in diverging.told() or "diverges" in diverging.told()
+    assert weights(tmp_path / "run")
 
 
 def test_bad_settings_and_missing_data_are_one_sentence(tmp_path: Path) -> None:
-    done = run("--training.epoch", "3")
+    done = ran("fit", "--training.epoch", 3)
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "did you mean 'epochs'" in done.stderr
-    done = run("--training.fused_head", "true", "--head.streaming", "true")
+    done = ran("fit", "--training.fused_head", "true", "--head.streaming", "true")
     assert done.returncode == 2
     assert "training.clip_norm must be null with training.fused_head, got 5.0" in done.stderr
-    done = run("--training.fused_head", "true", "--training.clip_norm", "null")
+    done = ran("fit", "--training.fused_head", "true", "--training.clip_norm", "null")
     assert done.returncode == 2
     assert "a fused update needs a head with streaming=True" in done.stderr
-    fused = {"training.fused_head": "true", "head.streaming": "true", "training.clip_norm": "null"}
-    done = run(**fused, **{"training.autocast": "fp16"})
+    fused = ("--training.fused_head", "true", "--training.clip_norm", "null")
+    done = ran("fit", *fused, "--head.streaming", "true", "--training.autocast", "fp16")
     assert done.returncode == 2
     assert "set it to bf16" in done.stderr
-    done = run("--head.name", "cosface", "--head.sharded", "true")
+    done = ran("fit", "--head.name", "cosface", "--head.sharded", "true")
     assert done.returncode == 2
     assert "cosface cannot be sharded" in done.stderr
-    done = run("--data.train", tmp_path / "none", "--output", tmp_path)
+    done = ran("fit", "--data.train", tmp_path / "none", "--output", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

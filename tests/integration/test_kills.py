@@ -86,7 +86,7 @@ def kill_and_resume(
     return True
 
 
-@pytest.mark.parametrize("kind", ["workers, muon", "two ranks", "two ranks, sharded"])
+@pytest.mark.parametrize("kind", ["workers, muon", "two ranks, sharded"])
 def test_a_killed_run_goes_on_bit_for_bit(
     kind: str, whole: dict[str, Path], faces: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,7 @@
-"""What is damaged is named; what changes at a resumption takes effect or is refused."""
+"""What is damaged is named; what changes at a resumption takes effect or is refused.
+
+``make test`` tries one of each kind, ``make test-slow`` the variants too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +21,11 @@ from killing import SETTINGS, STEPS, Run, assert_equal, metrics, unpack_faces, w
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.split import split_people
+
+
+def variant(*values: object) -> Any:
+    """One more of a kind of which ``make test`` has a member."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +101,22 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink], ids=["flipped", "cut", "missing"])
 @pytest.mark.parametrize(
-    "name", ["state/__0_0.distcp", "progress.json", "run.json", "manifest.json"]
+    ("name", "damage"),
+    [
+        ("state/__0_0.distcp", _flip),
+        ("state/__0_0.distcp", _cut),
+        ("state/__0_0.distcp", Path.unlink),
+        ("progress.json", _cut),
+        variant("progress.json", _flip),
+        variant("progress.json", Path.unlink),
+        ("run.json", _flip),
+        variant("run.json", _cut),
+        variant("run.json", Path.unlink),
+        ("manifest.json", _flip),
+        ("manifest.json", Path.unlink),
+        variant("manifest.json", _cut),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_with_the_one_before(
     name: str, damage: Callable[[Path], None], folder: Path, whole: Path
@@ -133,8 +155,17 @@ def test_nothing_is_begun_anew_where_checkpoints_are_damaged(folder: Path) -> No
     assert checkpoints(folder) and metrics(folder)
 
 
-@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl", "people.json"])
-@pytest.mark.parametrize("damage", [_cut, Path.unlink], ids=["cut", "missing"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("environment.json", _cut),
+        variant("environment.json", Path.unlink),
+        ("metrics.jsonl", _cut),
+        variant("metrics.jsonl", Path.unlink),
+        ("people.json", Path.unlink),
+        variant("people.json", _cut),
+    ],
+)
 def test_records_beside_the_checkpoints_may_be_damaged(
     name: str, damage: Callable[[Path], None], folder: Path, whole: Path
 ) -> None:
@@ -266,14 +297,14 @@ def test_another_batch_size_trains_the_same_epochs(folder: Path) -> None:
     [
         ("seed", 1),
         ("backbone.width", 0.125),
-        ("backbone.embedding_dim", 16),
-        ("backbone.batch_norm", "false"),
+        variant("backbone.embedding_dim", 16),
+        variant("backbone.batch_norm", "false"),
         ("head", "{name: cosface}"),
-        ("head.r", 20),
+        variant("head.r", 20),
         ("data.validation_people", 3),
-        ("data.split_seed", 1),
+        variant("data.split_seed", 1),
         ("data.subset.people", 4),
-        ("data.label_noise.share", 0.2),
+        variant("data.label_noise.share", 0.2),
         ("training.optimizer", "adamw"),
         ("training.momentum", 0),
     ],
@@ -289,7 +320,11 @@ def test_what_cannot_change_is_refused_by_name(folder: Path, key: str, value: ob
 
 @pytest.mark.parametrize(
     "change",
-    [{"training.ema": 0.9}, {"training.autocast": "bf16"}, {"data.augmentation.rotation": 5}],
+    [
+        {"training.ema": 0.9},
+        variant({"training.autocast": "bf16"}),
+        variant({"data.augmentation.rotation": 5}),
+    ],
 )
 def test_what_may_change_is_recorded(folder: Path, change: dict[str, object]) -> None:
     run = Run(folder, change, command=["--resume", folder])

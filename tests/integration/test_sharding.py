@@ -28,7 +28,7 @@ def torchrun(ranks: int, task: str, argument: str | Path = "-") -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_the_dense_head_over_20_steps_with_uneven_batches(ranks: int) -> None:
     torchrun(ranks, "equality")
 

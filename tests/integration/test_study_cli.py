@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import ran
 
 from sphereface2.data import synthetic
 from sphereface2.signals import STOPPED
@@ -21,7 +22,14 @@ COMMAND = [sys.executable, "-m", "sphereface2", "study"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are not broken, in processes of their own and in this one."""
+    monkeypatch.setenv("COLUMNS", ENVIRONMENT["COLUMNS"])
+
+
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A study in a process of its own; `ran` spares the start where that is not tried."""
     return subprocess.run(
         [*COMMAND, *map(str, words)],
         capture_output=True,
@@ -69,7 +77,7 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     (sets,) = cells.glob("sets/*.json")
     assert result["pairs"][0]["fingerprint"] == sets.stem
 
-    told = run("report", study, "--cells", cells, "--out", tmp_path / "out")
+    told = ran("study", "report", study, "--cells", cells, "--out", tmp_path / "out")
     assert told.returncode == 0, told.stderr
     assert told.stdout.strip() == str(tmp_path / "out" / "report.md")
     text = (tmp_path / "out" / "report.md").read_text()
@@ -78,7 +86,7 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert "1 of 2 done" in text and "- broken · all data · seed 0: error: " in text
 
     before = done.stat().st_mtime_ns
-    assert "2 cells, 1 done before" in run("run", study, "--cells", cells).stdout
+    assert "2 cells, 1 done before" in ran("study", "run", study, "--cells", cells).stdout
     assert done.stat().st_mtime_ns == before
 
 
@@ -94,17 +102,17 @@ def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
         study.write_text(yaml.safe_dump(tree | sections))
 
     write()
-    assert "does not exist" in run("run", study, "--cells", cells).stdout
+    assert "does not exist" in ran("study", "run", study, "--cells", cells).stdout
     # Where the data lie is no part of what a cell is; the place that is told now counts.
     (tmp_path / "moved").symlink_to(data)
-    assert run("run", study, "--cells", cells).returncode == 0
+    assert ran("study", "run", study, "--cells", cells).returncode == 0
     (done,) = cells.glob("*/cell.json")
     first = json.loads(done.read_text())
 
     other = tmp_path / "other.bin"
     other.write_bytes((data / "synthetic.bin").read_bytes())
     write(pairs=[str(other)])
-    again = run("run", study, "--cells", cells)
+    again = ran("study", "run", study, "--cells", cells)
     assert again.returncode == 0 and "1 cells, 0 done before" in again.stdout
     result = json.loads(done.read_text())
     assert [one["name"] for one in result["pairs"]] == ["synthetic", "other"]
@@ -113,7 +121,7 @@ def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
 
     (tmp_path / "moved").unlink()
     synthetic.write(tmp_path / "moved", people=20, images_per_person=6, pairs_per_fold=6, seed=9)
-    refused = run("run", study, "--cells", cells)
+    refused = ran("study", "run", study, "--cells", cells)
     assert refused.returncode == 2
     assert "was trained on different data than tiny uses" in refused.stderr
 
@@ -136,7 +144,7 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
         while not list(cells.glob("*/checkpoints/last/model.safetensors")):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        refused = run("run", study, "--cells", cells)
+        refused = ran("study", "run", study, "--cells", cells)
         assert refused.returncode == 2
         assert "another study is being run" in refused.stderr
         process.send_signal(signal.SIGTERM)

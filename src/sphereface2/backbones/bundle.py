@@ -104,7 +104,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
         net = None
         if name in available():
             # Shapes first, without memory: a config may claim a network of any size.
-            with torch.device("meta"), _uninitialised():
+            with torch.device("meta"), uninitialised():
                 net = build(name, **kwargs)
             _check_weights(weights, net.state_dict(), weights_file, name)
             stored = net.state_dict().keys()
@@ -230,7 +230,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return description
 
 
-def _uninitialised() -> TorchFunctionMode:
+def uninitialised() -> TorchFunctionMode:
     """A context in which modules draw no initial weights, which on the device meta costs seconds.
 
     There torch's random functions are written in Python and load torch's compiler.

@@ -22,6 +22,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field
 
 from sphereface2 import backbones, heads
+from sphereface2.backbones import bundle
 from sphereface2.backbones.preprocessing import as_size
 from sphereface2.data.conditions import LabelNoise, Subset
 from sphereface2.data.transforms import Augmentation
@@ -296,7 +297,7 @@ def _check_backbone(text: str) -> None:
     backbones.parameters(options["name"])
     as_size(options.get("input_size", 112))
     if options["name"] in backbones.available():
-        with torch.device("meta"):
+        with torch.device("meta"), bundle.uninitialised():
             backbones.build(**options)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sphereface2 import backbones, heads
+from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 from sphereface2.training import config as configuration
@@ -168,7 +169,7 @@ def _same_network(first: dict[str, Any], second: dict[str, Any]) -> bool:
         return True
     if first["name"] != second["name"] or first["name"] not in backbones.available():
         return False
-    with torch.device("meta"):
+    with torch.device("meta"), bundle.uninitialised():
         networks = [backbones.build(**options) for options in (first, second)]
     one, other = (
         (str(n), n.preprocessing, {k: v.shape for k, v in n.state_dict().items()}) for n in networks

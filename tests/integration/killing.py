@@ -145,6 +145,8 @@ def _rank(
     links: bool,
 ) -> None:
     os.setsid()
+    # Loader processes start as from the command line: here the default is another fork server.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if not links:

@@ -52,19 +52,19 @@ def serve(
     checkpoint: str,
     gallery: str,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    keys: Path | None = None,
-    behind_proxy: bool = False,
-    insecure: bool = False,
-    allow_hosts: Sequence[str] = (),
-    allow_origins: Sequence[str] = (),
-    audit: Path | None = None,
-    drain_seconds: float = 5.0,
-    device: str | None = None,
-    settings: Settings | None = None,
+    host: str,
+    port: int,
+    keys: Path | None,
+    behind_proxy: bool,
+    insecure: bool,
+    allow_hosts: Sequence[str],
+    allow_origins: Sequence[str],
+    audit: Path | None,
+    drain_seconds: float,
+    device: str | None,
+    settings: Settings,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `service.serve` describes the arguments.
+    """Serve until SIGTERM or SIGINT; `commands.serve` describes the arguments and has defaults.
 
     On SIGTERM `/readyz` answers 503 at once while requests are still served for ``drain_seconds``,
     so that a load balancer can turn away; then no connection is accepted any more and what is in

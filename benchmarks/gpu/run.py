@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/run.py                         # all parts on the first GPU
     python benchmarks/gpu/run.py --parts heads,capacity
-    python benchmarks/gpu/run.py --skip speedrun --out reports/gpu
+    python benchmarks/gpu/run.py --skip speedrun --limits heads=60,tests=90 --out reports/gpu
     python benchmarks/gpu/run.py --device cpu --tiny     # every part at toy size, anywhere
 
 Each part runs in a process of its own, with a limit on its time; a part that fails or takes too
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="limit on all parts together")
+    parser.add_argument("--limits", default="", help="of single parts: heads=60,speedrun=45")
     parser.add_argument("--data", type=Path, default=CARRIED / "faces")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "reports" / "gpu"))
@@ -61,6 +62,9 @@ def main() -> None:
         sys.exit(child(arguments))
     chosen = split(parser, arguments.parts)
     skipped = split(parser, arguments.skip)
+    limits = dict(word.split("=") for word in arguments.limits.split(",") if word)
+    split(parser, ",".join(limits))
+    arguments.limits = {**PARTS, **{name: float(limit) for name, limit in limits.items()}}
     sys.exit(run([name for name in PARTS if name in chosen and name not in skipped], arguments))
 
 
@@ -84,7 +88,7 @@ def run(names: list[str], arguments: argparse.Namespace) -> int:
         results: dict[str, Any] = {"tiny": arguments.tiny, "parts": {}}
         for name in names:
             left = arguments.seconds - (time.monotonic() - started)
-            seconds = min(PARTS[name], left - GRACE)
+            seconds = min(arguments.limits[name], left - GRACE)
             if seconds < 5:
                 results["parts"][name] = {"status": "not run", "error": "no time was left"}
             else:

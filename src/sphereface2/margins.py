@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,18 @@ class Terms(NamedTuple):
     loss: Tensor
     dcos: Tensor
     dbias: Tensor
+
+
+class ClassTerms(Protocol):
+    """A loss that is a sum of one term a class, as `BinaryMargin` describes its methods."""
+
+    def positive(self, cos: Tensor, bias: Tensor) -> Terms:
+        """The samples' terms of their own class."""
+
+    def negatives_(
+        self, cos: Tensor, bias: Tensor, own: Own | None = None, weight: float = 1.0
+    ) -> Terms:
+        """The samples' terms of a block of other classes, in place."""
 
 
 @dataclass(frozen=True)

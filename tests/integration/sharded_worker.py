@@ -41,9 +41,10 @@ def batch(step: int, classes: int, even: bool = False) -> list[tuple[torch.Tenso
     ]
 
 
-def build(classes: int, **options: Any) -> heads.Head:
+def build(classes: int, name: str = "sphereface2", **options: Any) -> heads.Head:
     torch.manual_seed(7)
-    return heads.SphereFace2(DIM, classes, r=8, **options).double()
+    options = {"r": 8, **options} if name == "sphereface2" else options
+    return heads.build(name, DIM, classes, **options).double()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,6 +161,8 @@ def main() -> None:
         equality(53, 20, detach="margin", bias="per_class")
         equality(5, 5)
         equality(53, 20, fused=True)
+        equality(53, 20, name="siglip")
+        equality(53, 20, name="sface")
         # A sample of everybody: the weights and own classes of a rank's share are right.
         equality(53, 20, scaling={"negatives": "uniform", "negative_share": 1.0})
     elif task == "bytes":

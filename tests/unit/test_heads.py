@@ -23,7 +23,8 @@ def batch(size=6, dim=8, classes=5, seed=0):
 def test_the_family_is_complete():
     assert set(NAMES) == {
         "adaface", "arcface", "bce", "circle", "cocoloss", "combined", "cosface",
-        "curricularface", "normface", "softmax", "sphereface", "sphereface2", "sphereface_r",
+        "curricularface", "normface", "sface", "siglip", "softmax", "sphereface", "sphereface2",
+        "sphereface_r", "uce",
     }  # fmt: skip
 
 

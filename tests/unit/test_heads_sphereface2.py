@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2 import heads
-from sphereface2.heads.sphereface2 import OneVersusAll
+from sphereface2.heads.one_vs_all import OneVersusAll
 from sphereface2.margins import BinaryMargin
 
 F64 = torch.float64

@@ -13,11 +13,14 @@ from sphereface2.heads.fixed_margins import (
     SphereFaceR,
 )
 from sphereface2.heads.fused import FusedSGD
+from sphereface2.heads.one_vs_all import OneVersusAllHead
 from sphereface2.heads.registry import available, build, defaults, parameters, register
+from sphereface2.heads.sigmoid import UCE, SFace, SigmoidLoss
 from sphereface2.heads.softmax import SoftmaxHead
 from sphereface2.heads.sphereface2 import OneVersusAllBCE, SphereFace2
 
 __all__ = [
+    "UCE",
     "AdaFace",
     "ArcFace",
     "CircleLoss",
@@ -29,7 +32,10 @@ __all__ = [
     "Head",
     "NormFace",
     "OneVersusAllBCE",
+    "OneVersusAllHead",
+    "SFace",
     "Scaling",
+    "SigmoidLoss",
     "Softmax",
     "SoftmaxHead",
     "SphereFace",

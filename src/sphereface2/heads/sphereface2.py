@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+import math
 from typing import Any, Literal, Unpack, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sphereface2.errors import UserError, check_choice, check_number
-from sphereface2.heads.base import Head, Scaling, unit_rows
-from sphereface2.heads.blocks import Block, RowUpdate, all_rows
+from sphereface2.errors import check_choice, check_number
+from sphereface2.heads.base import Scaling
+from sphereface2.heads.one_vs_all import OneVersusAllHead
 from sphereface2.heads.registry import register
-from sphereface2.heads.sampling import HardNegatives
-from sphereface2.heads.sampling import uniform as sampled_uniformly
-from sphereface2.heads.sharding import local
-from sphereface2.heads.streaming import Work, streamed_one_vs_all
-from sphereface2.heads.terms import block_terms_
-from sphereface2.margins import BinaryMargin, Detach, MarginType, Own
+from sphereface2.margins import BinaryMargin, Detach, MarginType
 
 Bias = Literal["learned", "fixed", "zero", "per_class"]
+BiasStart = Literal["balanced", "log_classes"]
 
 
 @register("sphereface2")
-class SphereFace2(Head):
+class SphereFace2(OneVersusAllHead):
     """C independent binary classifiers with one shared bias, the universal threshold.
 
     For an embedding x with label y and unit prototypes W_i, cos θ_i = <x/|x|, W_i>,
@@ -55,6 +50,8 @@ class SphereFace2(Head):
         bias: "learned" (default): a scalar parameter that starts where positive and negative
             gradients balance at cos θ = 0. Ablations: "fixed" stays there, "zero" is fixed at 0,
             "per_class" learns one for each class.
+        bias_start: "balanced" (default) as just said; "log_classes", where every negative logit is
+            -log(10·C·(1-λ)/λ) at cos θ = 0; or a number.
         scaling: `streaming`, `chunk_size`, `process_group`, `negatives`, `negative_share` and
             `weight_dtype` of `Head`.
 
@@ -71,8 +68,7 @@ class SphereFace2(Head):
         torch.Size([10, 8])
     """
 
-    bias: Tensor
-    scaling = frozenset(Scaling.__annotations__)
+    margin: BinaryMargin
 
     def __init__(
         self,
@@ -87,65 +83,34 @@ class SphereFace2(Head):
         loss_weight: float = 50.0,
         detach: Detach = "all",
         bias: Bias = "learned",
+        bias_start: BiasStart | float = "balanced",
         **scaling: Unpack[Scaling],
     ) -> None:
-        super().__init__(embedding_dim, num_classes, **scaling)
-        self.margin = BinaryMargin(margin_type, lam, r, m, t, detach)
-        check_number("loss_weight", loss_weight, above=0)
+        margin = BinaryMargin(margin_type, lam, r, m, t, detach)
+        super().__init__(embedding_dim, num_classes, margin, loss_weight, **scaling)
         check_choice("bias", bias, get_args(Bias))
-        self.loss_weight = loss_weight
         self.bias_mode = bias
-        value = 0.0 if bias == "zero" else self.margin.initial_bias(num_classes)
-        start = torch.tensor(value)
+        start = torch.tensor(0.0 if bias == "zero" else self._bias_start(bias_start))
         if bias == "per_class":
             start = self.shard.distribute(start.repeat(self.shard.rows), num_classes)
         if bias in ("learned", "per_class"):
             self.bias = nn.Parameter(start)
         else:
             self.register_buffer("bias", start)
-        hard = self.negatives == "hard"
-        self.hard_negatives = HardNegatives(self.negative_share) if hard else None
 
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        x = unit_rows(embeddings)
-        if self.streaming:
-            return self._streamed(x, labels)
-        w = self.unit_weight(x.dtype)
-        losses = OneVersusAll.apply(x, w, self.bias.to(x.dtype), labels, self.margin)
-        return losses.mean() * self.loss_weight
-
-    def _streamed(self, x: Tensor, labels: Tensor) -> Tensor:
-        update = self.fused if self.training and torch.is_grad_enabled() else None
-        weight = local(self.weight if self.fused is None else self.weight.detach())
-        if update is not None:
-            update.begin_step()
-        work = Work(
-            self.margin,
-            self.shard,
-            self._plan,
-            visits_all=self.negatives == "all" or not self.training,
-            scale=self.loss_weight,
-            even=self.trust_batches,
-            update=update,
-        )
-        return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
-
-    def _plan(self, x: Tensor, labels: Tensor) -> Iterable[Block]:
-        """The blocks to visit; all of them for a loss that nobody learns from."""
-        rows, chunk = self.shard.rows, self.chunk(x.device)
-        if self.training and self.hard_negatives is not None:
-            return self.hard_negatives.blocks(x, labels, local(self.weight), chunk)
-        if self.training and self.negatives == "uniform":
-            return sampled_uniformly(labels, rows, self.negative_share, chunk)
-        return all_rows(labels, rows, chunk)
-
-    def fuse(self, optimizer: RowUpdate) -> None:
-        if not self.streaming:
-            raise UserError("a fused update needs a head with streaming=True")
-        self.fused = optimizer
+    def _bias_start(self, start: BiasStart | float) -> float:
+        if isinstance(start, str):
+            check_choice("bias_start", start, get_args(BiasStart))
+            if start == "balanced":
+                return self.margin.initial_bias(self.num_classes)
+            at_right_angle = self.margin.negative_logit(torch.zeros((), device="cpu")).item()
+            weighed = self.num_classes * (1 - self.margin.lam) / self.margin.lam
+            return -math.log(10 * weighed) - at_right_angle
+        check_number("bias_start", start)
+        return float(start)
 
     def summary(self) -> dict[str, Any]:
-        facts = super().summary() | asdict(self.margin)
+        facts = super().summary()
         return facts if self.bias.ndim else facts | {"bias": self.bias.item()}
 
     def extra_repr(self) -> str:
@@ -193,37 +158,3 @@ class OneVersusAllBCE(SphereFace2):
         check_number("r", r, above=0)
         plain: dict[str, Any] = {"lam": 0.5, "r": r, "m": 0.0, "t": 1.0, "loss_weight": 2 * r}
         super().__init__(embedding_dim, num_classes, bias=bias, **plain, **scaling)
-
-
-class OneVersusAll(torch.autograd.Function):
-    """L of each sample, (B,), from unit embeddings (B, d) and unit prototypes (C, d).
-
-    The derivatives by the cosines are known as soon as the cosines are, so the forward pass
-    writes them over the cosines: one (B, C) tensor is all that is held.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor,
-        labels: Tensor,
-        margin: BinaryMargin,
-    ) -> Tensor:
-        cos = x @ w.T
-        loss, dcos, dbias = block_terms_(margin, cos, bias, Own(labels))
-        ctx.save_for_backward(x, w, dcos, dbias)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("SphereFace2's loss can be differentiated once only (create_graph)")
-        x, w, dcos, dbias = ctx.saved_tensors
-        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_x = (dcos @ w) * grad[:, None] if need_x else None
-            grad_w = dcos.T @ (x * grad[:, None]) if need_w else None
-            grad_bias = grad @ dbias if need_bias else None
-        return grad_x, grad_w, grad_bias, None, None

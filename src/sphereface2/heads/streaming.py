@@ -17,7 +17,7 @@ from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, RowUpdate
 from sphereface2.heads.sharding import Shard
 from sphereface2.heads.terms import block_terms_
-from sphereface2.margins import BinaryMargin
+from sphereface2.margins import ClassTerms
 
 ONCE = "the loss can be differentiated once only (no create_graph, no second backward)"
 
@@ -36,7 +36,7 @@ class Work:
         update: consumes the gradient of W in the forward pass, which then yields none.
     """
 
-    margin: BinaryMargin
+    margin: ClassTerms
     shard: Shard
     plan: Callable[[Tensor, Tensor], Iterable[Block]]
     visits_all: bool

@@ -8,16 +8,16 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sphereface2.margins import BinaryMargin, Own, Terms
+from sphereface2.margins import BinaryMargin, ClassTerms, Own, Terms
 
 
 def block_terms_(
-    margin: BinaryMargin, cos: Tensor, bias: Tensor, own: Own, weight: float = 1.0
+    margin: ClassTerms, cos: Tensor, bias: Tensor, own: Own, weight: float = 1.0
 ) -> Terms:
     """Loss terms and derivatives of a block of c classes, in place.
 
-    On CUDA one kernel does it (`kernels`), where Triton is installed; elsewhere, for a bias of each
-    class and in float64 the equations of `BinaryMargin` do, one operation after another.
+    On CUDA one kernel does `BinaryMargin`'s (`kernels`), where Triton is installed; elsewhere, for
+    a bias of each class and in float64 the margin's own methods do, one operation after another.
 
     Args:
         margin: the equations.
@@ -29,7 +29,8 @@ def block_terms_(
     Returns:
         `Terms` with loss (B,), dcos the given ``cos`` itself, dbias (B,) or (B, c).
     """
-    if cos.is_cuda and bias.ndim == 0 and cos.dtype != torch.float64 and has_kernel():
+    plain = bias.ndim == 0 and cos.dtype != torch.float64
+    if isinstance(margin, BinaryMargin) and cos.is_cuda and plain and has_kernel():
         from sphereface2.heads import kernels
 
         return kernels.block_terms_(margin, cos, bias, own, weight)

@@ -318,6 +318,8 @@ class _TorchEngine:
         import torch
         from torch.nn.functional import normalize
 
+        from sphereface2.device import exact_convolutions
+
         preprocess = self.network.preprocessing
         with torch.inference_mode():
             if len({image.shape for image in images}) == 1:
@@ -330,7 +332,7 @@ class _TorchEngine:
                         for image in images
                     ]
                 )
-            with torch.autocast(inputs.device.type, enabled=False):
+            with torch.autocast(inputs.device.type, enabled=False), exact_convolutions():
                 embeddings = self.network(inputs).float()
                 if flip:
                     embeddings = embeddings + self.network(inputs.flip(3)).float()

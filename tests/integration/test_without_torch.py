@@ -32,7 +32,7 @@ class Forbid:
 
 sys.meta_path.insert(0, Forbid())
 """
-COMMAND = FORBID + "from sphereface2.cli import main; main()"
+COMMAND = FORBID + "from sphereface2.cli import main; sys.exit(main())"
 
 
 def run(*words: object, program: str = COMMAND, home: Path | None = None) -> str:

@@ -177,6 +177,27 @@ def test_mode_and_statistics_are_left_alone(net):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+def test_float32_is_not_tf32_while_any_thread_embeds(net, monkeypatch):
+    seen, inside = [], threading.Barrier(2, timeout=20)
+
+    def embed(pixels):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        inside.wait()  # both threads are in a forward pass; then one leaves before the other looks
+        if threading.current_thread() is not first:
+            first.join()
+            seen.append(torch.backends.cudnn.allow_tf32)
+        return torch.ones(len(pixels), 24)
+
+    monkeypatch.setattr(net, "embed", embed)
+    embedder = Embedder(net, flip=False)
+    first, second = (threading.Thread(target=embedder.embed, args=(images(2),)) for _ in range(2))
+    before = torch.backends.cudnn.allow_tf32
+    first.start(), second.start()
+    second.join()
+    assert before and torch.backends.cudnn.allow_tf32
+    assert seen == [False, False, False]
+
+
 def test_images_are_taken_as_they_are_needed(net):
     """A lazy iterable is never more than two batches ahead of what is done."""
     taken = done = 0

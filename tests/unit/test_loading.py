@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.training.distributed import World
-from sphereface2.training.loading import build_loader, loaded
+from sphereface2.training.loading import EveryEpoch, build_loader, loaded
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -39,9 +40,9 @@ class Nothing:
         return ""
 
 
-def parts() -> tuple[FaceDataset, BatchSampler]:
+def parts() -> tuple[FaceDataset, EveryEpoch]:
     dataset = FaceDataset(Nothing(), augmentation=Augmentation(size=16), max_unreadable=1)
-    return dataset, BatchSampler(dataset.labels, 4)
+    return dataset, EveryEpoch(BatchSampler(dataset.labels, 4), 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -60,3 +61,14 @@ def test_too_little_shared_memory_is_said_before_anything_starts(
     with pytest.raises(UserError, match=r"data\.workers = 1: loader processes need 0 MB of shared"):
         build_loader(*parts(), ALONE, 1)
     build_loader(*parts(), ALONE, 0)
+
+
+def test_one_epoch_follows_another_from_any_place() -> None:
+    sampler = BatchSampler(np.arange(12), 4)
+    whole = EveryEpoch(sampler, 2)  # of three batches: two make a step
+    keys = [(key.epoch, key.step, *key.indices) for key in islice(whole, 7)]
+    assert [key[:2] for key in keys] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+    expected = np.random.default_rng((0, 1)).permutation(12)[4:8]
+    assert keys[3][2:] == tuple(expected)
+    whole.consumed = 3
+    assert [(key.epoch, key.step, *key.indices) for key in islice(whole, 4)] == keys[3:]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
@@ -18,14 +19,36 @@ from sphereface2.training.distributed import World
 _SHARED = Path("/dev/shm")
 
 
+class EveryEpoch(Sampler[BatchKey]):
+    """The keys of one epoch after another without end, so that loader processes live as long as
+    the run: to end and start them takes as long as dozens of steps of a fast device.
+
+    Args:
+        sampler: this rank's.
+        per_epoch: keys to take of each epoch.
+    """
+
+    def __init__(self, sampler: BatchSampler, per_epoch: int) -> None:
+        self.sampler, self.per_epoch = sampler, per_epoch
+        #: Keys of the run to leave out; the next iteration begins there.
+        self.consumed = 0
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        epoch, position = divmod(self.consumed, self.per_epoch)
+        while True:
+            self.sampler.start(epoch, position)
+            yield from islice(self.sampler, self.per_epoch - position)
+            epoch, position = epoch + 1, 0
+
+
 def build_loader(
-    dataset: FaceDataset, sampler: BatchSampler, world: World, workers: int
+    dataset: FaceDataset, keys: EveryEpoch, world: World, workers: int
 ) -> DataLoader[Batch | UserError]:
     """A loader of this rank's batches.
 
     Args:
         dataset: training images.
-        sampler: this rank's.
+        keys: of the batches.
         world: its place.
         workers: loader processes a rank; 0: this one loads.
 
@@ -35,7 +58,7 @@ def build_loader(
     """
     if workers and _SHARED.is_dir():
         side = dataset.augmentation.size
-        batch = sampler.batch_size // world.size * side * side * 3
+        batch = keys.sampler.batch_size // world.size * side * side * 3
         # Each has two batches ahead and one in the making.
         needed, free = world.local_size * workers * 3 * batch, shutil.disk_usage(_SHARED).free
         if needed > free:
@@ -46,18 +69,18 @@ def build_loader(
             )
     return DataLoader(
         _Told(dataset),
-        sampler=sampler,
+        sampler=keys,
         batch_size=None,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
-        # Its own generator: starting an epoch must not draw from the one that dropout uses.
+        # Its own generator: starting must not draw from the one that dropout uses.
         generator=torch.Generator(),
         worker_init_fn=_start_worker if workers else None,
     )
 
 
 def loaded(loader: DataLoader[Batch | UserError]) -> Iterator[Batch]:
-    """An epoch's batches.
+    """The run's batches, without end.
 
     Raises:
         UserError: of the data set, or a loader process was ended.

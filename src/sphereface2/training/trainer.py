@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from sphereface2.signals import Stopper
 from sphereface2.training import checkpoint as ckpt
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World
-from sphereface2.training.loading import build_loader, loaded
+from sphereface2.training.loading import EveryEpoch, build_loader, loaded
 from sphereface2.training.logging import RunLog
 from sphereface2.training.manifest import PROGRESS
 from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
@@ -105,16 +104,17 @@ class Trainer:
         self.optimizers, self.scaler = self.step.optimizers, self.step.scaler
         self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
 
-        workers = config.data.workers
-        if workers is None:
-            workers = 4 if device.type == "cuda" else 0
-        self.loader = build_loader(dataset, sampler, world, workers)
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
             raise UserError(
                 f"{len(dataset)} training images make no batch of "
                 f"{settings.batch_size}; lower training.batch_size"
             )
+        workers = config.data.workers
+        if workers is None:
+            workers = 4 if device.type == "cuda" else 0
+        self.keys = EveryEpoch(sampler, self.epoch_steps * settings.accumulate)
+        self.loader = build_loader(dataset, self.keys, world, workers)
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
         self.progress = Progress(world_size=world.size, epoch_steps=self.epoch_steps)
         self.checkpointer = ckpt.Checkpointer(run, world)
@@ -311,12 +311,8 @@ class Trainer:
 
     def batches(self, consumed: int) -> Generator[Batch, None, None]:
         """Batches without end, from the ``consumed``-th of the run on."""
-        per_epoch = self.epoch_steps * self.config.training.accumulate
-        epoch, position = divmod(consumed, per_epoch)
-        while True:
-            self.sampler.start(epoch, position)
-            yield from islice(loaded(self.loader), per_epoch - position)
-            epoch, position = epoch + 1, 0
+        self.keys.consumed = consumed
+        yield from loaded(self.loader)
 
     def _check_loss(self) -> Losses:
         """Read the losses so far; UserError, alike on all ranks, if a step went wrong."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 """Takes the number of images done since the last call."""
+Change = Callable[[np.ndarray, int], np.ndarray]
+"""Makes another image of a set's decoded image and its index there, as `data.hardening` does."""
 
 
 class Embedder:
@@ -187,8 +189,15 @@ class Embedder:
                     progress(len(futures))
         return np.concatenate(rows) if rows else np.zeros((0, self.embedding_dim), np.float32)
 
-    def embed_pairs(self, pair_set: PairSet, *, progress: Progress | None = None) -> np.ndarray:
+    def embed_pairs(
+        self, pair_set: PairSet, *, change: Change | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
         """Embed the N images of a verification set: float32 (N, d).
+
+        Args:
+            pair_set: the set.
+            change: of each image, after it was read.
+            progress: called after each batch.
 
         Raises:
             UserError: an image cannot be read. Leaving it out would change the protocol.
@@ -196,7 +205,7 @@ class Embedder:
         images = pair_set.images
         return self.embed(
             range(len(images)),
-            read=lambda index: self.read(images[index]),
+            read=lambda index: self._changed(images[index], index, change),
             name=pair_set.image_name,
             progress=progress,
         )
@@ -207,6 +216,7 @@ class Embedder:
         indices: Sequence[int] | np.ndarray | None = None,
         *,
         unreadable: list[int] | None = None,
+        change: Change | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """Embed a labelled set: float32 (N, d).
@@ -215,6 +225,7 @@ class Embedder:
             source: of `open_source`.
             indices: of the images wanted, in this order; by default all.
             unreadable: as of `embed`; positions in ``indices``.
+            change: of each image, after it was read.
             progress: called after each batch.
 
         Raises:
@@ -223,11 +234,15 @@ class Embedder:
         chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
         return self.embed(
             chosen,
-            read=lambda index: self.read(source.read(int(index))),
+            read=lambda index: self._changed(source.read(int(index)), int(index), change),
             name=lambda position: source.name(int(chosen[position])),
             unreadable=unreadable,
             progress=progress,
         )
+
+    def _changed(self, image: Any, index: int, change: Change | None) -> np.ndarray:
+        decoded = self.read(image)
+        return decoded if change is None else change(decoded, index)
 
     def close(self) -> None:
         """End the threads. The Embedder cannot be used afterwards."""

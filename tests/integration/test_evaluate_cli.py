@@ -14,11 +14,13 @@ import torch
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
-from sphereface2.data.opening import load_pairs
+from sphereface2.data.hardening import Hardening
+from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
+from sphereface2.images import read_image
 from sphereface2.recognition.evaluate import evaluate
 from sphereface2.training import report as training_report
 
@@ -166,6 +168,10 @@ def test_a_malicious_bin_ends_in_one_sentence_and_runs_nothing(place, tmp_path):
         ({"pairs": ["unreadable.bin"]}, "unreadable: image 1 of pair 0 cannot be read"),
         ({"pairs": ["empty.bin"]}, "empty: image 1 of pair 0 cannot be read"),
         ({"pairs": ["set.bin"], "seed": -1}, "--seed must be an integer ≥ 0, got -1"),
+        (
+            {"pairs": ["set.bin"], "conditions": "yaw,lihgt"},
+            "no condition .lihgt. .did you mean .light.",
+        ),
     ],
 )
 def test_mistakes_are_named(place, monkeypatch, options, message):
@@ -211,3 +217,32 @@ def test_figures_that_say_little_are_noted(place, tmp_path, capsys):
     assert "all images have the same embedding" in found.results[1].notes[-1]
     shown = capsys.readouterr().out
     assert "all pairs have the same score" in shown and "folds hold pairs of one kind" in shown
+
+
+def test_conditions_score_every_set_again_on_images_made_harder(place):
+    """Against images hardened and embedded here; the clean figures stay those without."""
+    options = {"pairs": [place / "set.bin"], "all_pairs": place / "faces", "seed": 3}
+    found = evaluate(place / "net", **options, conditions="occlusion,yaw").to_dict()
+    clean = evaluate(place / "net", **options).to_dict()
+    assert [one["name"] for one in found["sets"]] == ["set", "set-occlusion", "set-yaw"]
+    assert [one.get("condition") for one in found["sets"]] == [None, "occlusion", "yaw"]
+    assert found["sets"][0] == clean["sets"][0] and found["all_pairs"] == clean["all_pairs"]
+    assert list(found["hardened"]) == ["occlusion", "yaw"]
+
+    embedder = Embedder(bundle.load(place / "net"))
+    pair_set = load_pairs(place / "set.bin")
+    harden = Hardening("yaw", 3)
+    images = [harden(read_image(image), i) for i, image in enumerate(pair_set.images)]
+    e = embedder.embed(images).astype(np.float64)
+    scores = (e[pair_set.pairs[:, 0]] * e[pair_set.pairs[:, 1]]).sum(1)
+    expected = kfold_accuracy(scores, pair_set.same, np.repeat(np.arange(10), 6)).accuracy
+    assert found["sets"][2]["accuracy"] == pytest.approx(expected)
+
+    source = open_source(place / "faces")
+    paths = [place / "faces" / source.name(i) for i in range(len(source))]
+    e = embedder.embed([harden(read_image(p), i) for i, p in enumerate(paths)])
+    i, j = np.triu_indices(len(paths), 1)
+    same = np.array([paths[a].parent == paths[b].parent for a, b in zip(i, j, strict=True)])
+    tar = tar_at_far((e @ e.T)[i, j], same, [0.1])[0].value
+    assert found["hardened"]["yaw"]["tar"]["1e-1"] == pytest.approx(tar, abs=0.02)
+    assert found["hardened"]["yaw"]["tar"] != clean["all_pairs"]["tar"]

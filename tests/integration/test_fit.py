@@ -86,9 +86,10 @@ def trained(run_folder: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def uninterrupted(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    done = run(**SETTINGS, **{"data.train": faces, "output": output})
+    settings = {"data.train": faces, "output": output, "validation.conditions": "[yaw, light]"}
+    done = run(**SETTINGS, **settings)
     assert done.returncode == 0, done.stderr
-    assert "held-out" in done.stdout
+    assert "held-out" in done.stdout and "one lamp" in done.stdout
     return only_run(output)
 
 
@@ -108,8 +109,17 @@ def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) ->
     results = json.loads((uninterrupted / "results.json").read_text())
     assert results["held_out"]["people"] == 4
     assert 0 <= results["held_out"]["tar"]["1e-1"] <= 1
-    steps = [line["step"] for line in metrics(uninterrupted) if line["kind"] == "train"]
-    assert steps == [*range(3, 40, 3), 40]
+    lined = lines(uninterrupted)
+    assert [line["step"] for line in lined if line["kind"] == "train"] == [*range(3, 40, 3), 40]
+    # Each condition stands beside the clean figures, in the report as at the validation before it.
+    best = int(results["checkpoint"].split("-")[-1])
+    (at_best,) = [one for one in lined if one["kind"] == "validation" and one["step"] == best]
+    for condition, found in zip(
+        (None, "yaw", "light"), (results["held_out"], *results["hardened"]), strict=True
+    ):
+        assert found.get("condition") == condition
+        key = f"held-out {condition} TAR@0.1" if condition else "held-out TAR@0.1"
+        assert found["tar"]["1e-1"] == pytest.approx(at_best[key], abs=1e-6)
 
 
 @pytest.mark.parametrize(("kill_after", "workers"), [(3, 0), (24, 2)])

@@ -89,6 +89,7 @@ class Result:
         intervals: how those of the figures were made, or None.
         plots: files written.
         path: where the set lies.
+        condition: that its images were put under, see `data.hardening`; None: as they are.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Result:
     intervals: Resampling | None = None
     plots: tuple[str, ...] = ()
     path: str | None = None
+    condition: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, see `to_dict`."""

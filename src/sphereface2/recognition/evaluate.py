@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from sphereface2 import console
 from sphereface2.align import warp
 from sphereface2.align.unaligned import image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
+from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.opening import open_source
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
@@ -64,7 +65,10 @@ class Evaluation:
         found: dict[str, Any] = {"checkpoint": self.checkpoint, "flip": self.flip}
         found["sets"] = [result.to_dict() for result in self.of(PairsResult)]
         for result in self.of(AllPairsResult):
-            found["all_pairs"] = result.to_dict()
+            if result.condition is None:
+                found["all_pairs"] = result.to_dict()
+            else:
+                found.setdefault("hardened", {})[result.condition] = result.to_dict()
         for key, kind in (("templates", TemplatesResult), ("distractors", DistractorResult)):
             if results := self.of(kind):
                 found[key] = [result.to_dict() for result in results]
@@ -82,6 +86,7 @@ def evaluate(
     suites: Sequence[str] = (),
     root: Path | None = None,
     detector_weights: bool = False,
+    conditions: str | None = None,
     align: bool = False,
     flip: bool = True,
     batch_size: int = 128,
@@ -103,10 +108,12 @@ def evaluate(
             repeatable.
         root: Folder that holds the suites.
         detector_weights: IJB: weight images by the detector's score.
+        conditions: Score `--pairs` and `--all-pairs` again with all images made harder: `all`, or
+            names separated by commas of yaw, low_resolution, light, occlusion and age.
         align: The images are photographs: find and crop their faces.
         flip: Add the embedding of the mirror image; without it a calibration is not judged.
         batch_size: Number of images in one forward pass.
-        seed: Seed of the bootstrap and of the distractors' order.
+        seed: Seed of the bootstrap, the distractors' order and the conditions.
         plots: Folder for PNG files of ROC curves and score histograms.
         device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of tables.
@@ -114,7 +121,8 @@ def evaluate(
     check_count("--seed", seed, 0)
     if plots is not None:
         require("plots", "matplotlib")
-    _check_options(pairs, all_pairs, suites, root, detector_weights)
+    _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
+    harder = hardenings(conditions.split(",") if conditions is not None else (), seed)
     sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
@@ -135,7 +143,9 @@ def evaluate(
         if flip:
             folder = bundle.resolve(checkpoint).resolve()
             judge.calibration = Calibration.load(folder, fingerprint=embedder.fingerprint)
-        found = Evaluation(str(checkpoint), flip, [judge(path, one) for path, one in sets])
+        found = Evaluation(
+            str(checkpoint), flip, [r for path, one in sets for r in judge.all(path, one, harder)]
+        )
     if as_json:
         console.print_json(found.to_dict())
     else:
@@ -149,6 +159,7 @@ def _check_options(
     suites: Sequence[str],
     root: Path | None,
     detector_weights: bool,
+    conditions: str | None,
 ) -> None:
     if not pairs and all_pairs is None and not suites:
         raise UserError(
@@ -158,6 +169,8 @@ def _check_options(
         raise UserError(f"--suite {suites[0]} needs --root, the folder that holds it")
     if root is not None and not suites:
         raise UserError(f"--root belongs to --suite, one of {', '.join(SUITES)}")
+    if conditions is not None and (without := {"ijbb", "ijbc", "megaface"} & set(suites)):
+        raise UserError(f"--conditions hardens pairs and all pairs, not suite {min(without)}")
     if detector_weights and not {"ijbb", "ijbc"} & set(suites):
         raise UserError("--detector-weights belongs to --suite ijbb or ijbc")
 
@@ -173,21 +186,29 @@ class _Judge:
     detector_weights: bool
     calibration: Calibration | None = None
 
-    def __call__(self, path: Path, opened: Set) -> Result:
+    def all(self, path: Path, opened: Set, harder: Sequence[Hardening]) -> Iterator[Result]:
+        """The set as it is, then under each condition, of which templates have none."""
+        yield self(path, opened)
+        if isinstance(opened, PairSet | Source):
+            yield from (self(path, opened, harden) for harden in harder)
+
+    def __call__(self, path: Path, opened: Set, harden: Hardening | None = None) -> Result:
         result: Result
         if isinstance(opened, PairSet):
-            result = self._pairs(opened)
+            result = self._pairs(opened, harden)
         elif isinstance(opened, TemplateSet):
             result = self._templates(opened)
         elif isinstance(opened, MegaFace):
             result = self._distractors(opened)
         else:
-            result = self._all_pairs(path.resolve().stem, opened)
-        return replace(result, path=str(path))
+            result = self._all_pairs(path.resolve().stem, opened, harden)
+        return replace(result, path=str(path), condition=harden.name if harden else None)
 
-    def _pairs(self, pair_set: PairSet) -> PairsResult:
+    def _pairs(self, pair_set: PairSet, harden: Hardening | None) -> PairsResult:
+        if harden is not None:
+            pair_set = replace(pair_set, name=f"{pair_set.name}-{harden.name}")
         advance = console.advance(self.bars, pair_set.name, len(pair_set.images))
-        embeddings = self.embedder.embed_pairs(pair_set, progress=advance)
+        embeddings = self.embedder.embed_pairs(pair_set, change=harden, progress=advance)
         return evaluate_pairs(
             pair_scores(embeddings, pair_set.pairs),
             pair_set,
@@ -197,10 +218,14 @@ class _Judge:
             plots=self.plots,
         )
 
-    def _all_pairs(self, name: str, source: Source) -> AllPairsResult:
+    def _all_pairs(self, name: str, source: Source, harden: Hardening | None) -> AllPairsResult:
+        if harden is not None:
+            name = f"{name}-{harden.name}"
         lost: list[int] = []
         advance = console.advance(self.bars, f"{name}: images", len(source))
-        embeddings = self.embedder.embed_source(source, unreadable=lost, progress=advance)
+        embeddings = self.embedder.embed_source(
+            source, unreadable=lost, change=harden, progress=advance
+        )
         return evaluate_all_pairs(
             embeddings,
             np.delete(np.asarray(source.labels), lost),

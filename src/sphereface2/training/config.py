@@ -25,6 +25,7 @@ from sphereface2 import backbones, heads
 from sphereface2.backbones import bundle
 from sphereface2.backbones.preprocessing import as_size
 from sphereface2.data.conditions import LabelNoise, Subset
+from sphereface2.data.hardening import hardenings
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.training import sections
@@ -173,6 +174,12 @@ class ValidationConfig:
     """A pairs.txt that names the people of a .bin, for intervals over people."""
     flip: bool = True
     fars: list[FalseAcceptRate] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+    conditions: list[Text] = field(default_factory=list)
+    """Conditions under which the held-out people are scored too, made of their images: ``all``, or
+    some of ``yaw``, ``low_resolution``, ``light``, ``occlusion``, ``age`` (`data.hardening`)."""
+
+    def __post_init__(self) -> None:
+        hardenings(self.conditions)
 
 
 @dataclass

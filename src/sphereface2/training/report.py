@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.backbones import bundle
+from sphereface2.data.hardening import CONDITIONS, Hardening, hardenings
 from sphereface2.data.locate import TrainingData
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
@@ -69,6 +70,7 @@ class RunReport:
         checkpoint: name of the one that was evaluated.
         sets: a result for each verification set.
         held_out: of all pairs of the held-out people, or None.
+        hardened: the same under each condition of ``validation.conditions``.
     """
 
     data: DataFacts
@@ -76,6 +78,7 @@ class RunReport:
     training: TrainingFacts
     sets: tuple[PairsResult, ...]
     held_out: AllPairsResult | None = None
+    hardened: tuple[AllPairsResult, ...] = ()
 
 
 def report(
@@ -97,9 +100,13 @@ def report(
             )
             for pair_set in pairs
         ]
-        people = None
+        people: list[AllPairsResult] = []
         if len(held_out):
-            people = _held_out(embedder, source, held_out, settings.validation.fars, options)
+            conditions = hardenings(settings.validation.conditions)
+            people = [
+                _held_out(embedder, source, held_out, harden, settings.validation.fars, options)
+                for harden in (None, *conditions)
+            ]
     found = RunReport(
         data=DataFacts(located.kind, located.note, located.is_synthetic),
         checkpoint=bundle.resolve(run).resolve().name,
@@ -112,7 +119,8 @@ def report(
             unreadable=list(progress.unreadable),
         ),
         sets=tuple(sets),
-        held_out=people,
+        held_out=people[0] if people else None,
+        hardened=tuple(people[1:]),
     )
     atomic_write(run / FILE, json.dumps(to_dict(found), indent=1).encode())
     console.show(_table(run, settings, found, where))
@@ -132,19 +140,21 @@ def _held_out(
     embedder: Embedder,
     source: Source,
     held_out: np.ndarray,
+    harden: Hardening | None,
     fars: Sequence[float],
     options: Mapping[str, Any],
 ) -> AllPairsResult:
     lost: list[int] = []
-    embeddings = embedder.embed_source(source, held_out, unreadable=lost)
-    return evaluate_all_pairs(
+    embeddings = embedder.embed_source(source, held_out, unreadable=lost, change=harden)
+    found = evaluate_all_pairs(
         embeddings,
         np.delete(np.asarray(source.labels)[held_out], lost),
-        name="held-out",
+        name="held-out" if harden is None else f"held-out-{harden.name}",
         unreadable=[source.name(int(held_out[index])) for index in lost],
         fars=fars,
         **options,
     )
+    return replace(found, condition=harden.name if harden else None)
 
 
 def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Table:
@@ -173,6 +183,8 @@ def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Tabl
         table.add_row(
             f"{held.people:,} held-out people", f"all {held.pairs:,} pairs: {_tars(held.tar)}"
         )
+    for harder in found.hardened:
+        table.add_row(f"  {CONDITIONS[harder.condition or '']}", _tars(harder.tar))
     table.add_row("checkpoint", escape(str(run / "checkpoints" / "best")))
     table.add_row("metrics", escape(f"{run / 'metrics.jsonl'}, {run / FILE}"))
     table.add_row("plots", escape(plots))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from sphereface2.backbones.base import Backbone
+from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
@@ -57,25 +59,15 @@ class Validation:
         try:
             with Embedder(network, flip=self.config.flip, device=self.world.device) as embedder:
                 if len(self.held_out):
-                    labels = self.source.labels[self.held_out]
-                    embeddings, read = self._embed(
-                        embedder,
-                        len(labels),
-                        lambda i: self.source.read(int(self.held_out[i])),
-                        None,
-                        stopping,
-                    )
-                    lost = np.flatnonzero(~read)
-                    unreadable = [self.source.name(int(self.held_out[i])) for i in lost]
-                    found = evaluate_all_pairs(embeddings[read], labels[read], self.config.fars)
-                    resolved = {p.at: p.value for p in found.tar if p.value is not None}
-                    for far in sorted(resolved, key=lambda far: (far < 1e-3, far)):
-                        figures[f"held-out TAR@{far:g}"] = resolved[far]
+                    for harden in (None, *hardenings(self.config.conditions)):
+                        found, unreadable = self._held_out(embedder, harden, stopping)
+                        figures |= found
                 for pair_set in self.pairs:
+                    images = pair_set.images
                     embeddings, _ = self._embed(
                         embedder,
-                        len(pair_set.images),
-                        pair_set.images.__getitem__,
+                        len(images),
+                        partial(_read, images),
                         pair_set.image_name,
                         stopping,
                     )
@@ -86,11 +78,33 @@ class Validation:
             return None
         return figures, unreadable
 
+    def _held_out(
+        self, embedder: Embedder, harden: Hardening | None, stopping: Callable[[], bool]
+    ) -> tuple[dict[str, float], list[str]]:
+        """Figures of the held-out people under a condition; the names of unreadable images."""
+
+        def read(position: int) -> np.ndarray:
+            index = int(self.held_out[position])
+            image = read_image(self.source.read(index))
+            return image if harden is None else harden(image, index)
+
+        labels = self.source.labels[self.held_out]
+        embeddings, readable = self._embed(embedder, len(labels), read, None, stopping)
+        lost = np.flatnonzero(~readable)
+        found = evaluate_all_pairs(embeddings[readable], labels[readable], self.config.fars)
+        resolved = {p.at: p.value for p in found.tar if p.value is not None}
+        what = "held-out" if harden is None else f"held-out {harden.name}"
+        figures = {
+            f"{what} TAR@{far:g}": resolved[far]
+            for far in sorted(resolved, key=lambda far: (far < 1e-3, far))
+        }
+        return figures, [self.source.name(int(self.held_out[i])) for i in lost]
+
     def _embed(
         self,
         embedder: Embedder,
         count: int,
-        read: Callable[[int], bytes | np.ndarray],
+        read: Callable[[int], np.ndarray],
         name: Callable[[int], str] | None,
         stopping: Callable[[], bool],
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +124,7 @@ class Validation:
         try:
             part = embedder.embed(
                 mine,
-                read=lambda i: read_image(read(i)),
+                read=read,
                 name=(lambda k: name(mine[k])) if name else None,
                 unreadable=None if name else lost,
                 progress=go_on,
@@ -131,6 +145,10 @@ class Validation:
             theirs = np.arange(rank, count, self.world.size)
             embeddings[theirs[readable[theirs]]] = rows
         return embeddings, readable
+
+
+def _read(images: Sequence[bytes | np.ndarray], index: int) -> np.ndarray:
+    return read_image(images[index])
 
 
 class _StopError(Exception):

@@ -38,8 +38,6 @@ def step_of(
 ) -> Callable[[], None]:
     """One forward and backward pass over a fixed batch."""
     torch.manual_seed(0)
-    if name.startswith("sfnet"):
-        options.setdefault("batch_norm", True)
     net = backbones.build(name, input_size=size, **options)
     if torch_prelu:
         for module in net.modules():
@@ -70,23 +68,21 @@ def rates(steps: dict[str, Callable[[], None]], batch: int, rounds: int) -> dict
     return {name: batch / seconds for name, seconds in fastest.items()}
 
 
-def cost(name: str, size: int, **options) -> tuple[float, float]:
-    """Parameters and multiply-adds of one forward pass, in millions."""
-    if name.startswith("sfnet"):
-        options.setdefault("batch_norm", True)
-    net = backbones.build(name, input_size=size, **options).eval()
-    total = 0
+def cost(name: str, **options: object) -> tuple[int, int]:
+    """Parameters, and multiply-adds of one image's forward pass (convolutions, linear layers)."""
+    with torch.device("meta"):
+        net = backbones.build(name, **options).eval()
+        total = 0
 
-    def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        nonlocal total
-        total += output.numel() * module.weight[0].numel()
+        def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            nonlocal total
+            total += output.numel() * module.weight[0].numel()
 
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        net(torch.zeros(1, 3, size, size))
-    return sum(parameter.numel() for parameter in net.parameters()) / 1e6, total / 1e6
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        net(torch.zeros(1, 3, *net.input_size))
+    return sum(parameter.numel() for parameter in net.parameters()), total
 
 
 def main() -> None:
@@ -101,7 +97,7 @@ def main() -> None:
     if arguments.what == "variants":
         bf16, fp32 = torch.bfloat16, torch.float32
         steps = {
-            label: step_of("sfnet20", 64, batch, dtype, width=0.25, **options)
+            label: step_of("sfnet20", 64, batch, dtype, width=0.25, batch_norm=True, **options)
             for label, dtype, options in [
                 ("fp32, torch's PReLU", fp32, {"activation": "prelu", "torch_prelu": True}),
                 ("fp32, PReLU", fp32, {"activation": "prelu"}),
@@ -124,15 +120,16 @@ def main() -> None:
         f"{'M mul-add':>9s} {'img/s':>5s}"
     )
     for name, size, options in NETWORKS:
+        options |= {"batch_norm": True} if name.startswith("sfnet") else {}
         steps = {
             activation: step_of(name, size, batch, torch.bfloat16, activation=activation, **options)
             for activation in ("relu", "prelu")
         }
-        parameters, operations = cost(name, size, **options)
+        parameters, operations = cost(name, input_size=size, **options)
         for activation, rate in rates(steps, batch, arguments.rounds).items():
             print(
                 f"{name:16s} {size:4d} {options['width']:5.3g} {activation:>5s} "
-                f"{parameters:7.2f} {operations:9.1f} {rate:5.0f}",
+                f"{parameters / 1e6:7.2f} {operations / 1e6:9.1f} {rate:5.0f}",
                 flush=True,
             )
 

@@ -47,13 +47,14 @@ _lock = threading.Lock()
 def exact_convolutions() -> Iterator[None]:
     """Convolutions of float32 values in float32; torch's default on CUDA is TF32, of 10 bits.
 
-    The switch is the whole process's: it stays while any thread is inside, so a thread that trains
-    meanwhile is slower and more exact.
+    Nor does cuDNN try its algorithms, which pays only for batches of one size. The switches are the
+    whole process's: they stay while any thread is inside, so a thread that trains meanwhile is
+    slower and more exact.
     """
     global _inside, _restore
     with _lock:
         if not _inside:
-            _restore = _forbid_tf32()
+            _restore = _switch()
         _inside += 1
     try:
         yield
@@ -64,13 +65,14 @@ def exact_convolutions() -> Iterator[None]:
                 _restore()
 
 
-def _forbid_tf32() -> Callable[[], None]:
+def _switch() -> Callable[[], None]:
     """Returns what undoes it."""
     cudnn = torch.backends.cudnn
     try:
-        before = cudnn.allow_tf32
-    except RuntimeError:  # the program uses the newer switches, and torch wants no mixture
-        precision, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
-        return lambda: setattr(cudnn.conv, "fp32_precision", precision)
-    cudnn.allow_tf32 = False
-    return lambda: setattr(cudnn, "allow_tf32", before)
+        before = {(cudnn, "benchmark"): cudnn.benchmark, (cudnn, "allow_tf32"): cudnn.allow_tf32}
+    except RuntimeError:  # the program uses torch's newer switches, and torch wants no mixture
+        before = {(cudnn, "benchmark"): cudnn.benchmark}
+        before[cudnn.conv, "fp32_precision"] = cudnn.conv.fp32_precision
+    for where, name in before:
+        setattr(where, name, "ieee" if name == "fp32_precision" else False)
+    return lambda: [setattr(*switch, value) for switch, value in before.items()] and None

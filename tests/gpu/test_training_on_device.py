@@ -142,3 +142,18 @@ def test_networks_give_the_cpus_embeddings(device, name):
     expected = Embedder(network, device="cpu").embed(images)
     found = Embedder(network, device=device, batch_size=4).embed(images)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_compiled_step_takes_the_same_step(cuda, faces, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        settings = {**SETTINGS, "data.train": faces, "data.workers": 0, "training.device": "cuda"}
+        settings |= {"backbone.dropout": 0, "training.compile": compiled}
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        config = configuration.load(None, words)
+        with world("cuda") as place:
+            trainer = build_trainer(config, tmp_path, place, open_inputs(config, place))
+            trainer.step.begin(16)
+            batches = trainer.batches(0)
+            losses[compiled] = [trainer.step([next(batches)])[0].item() for _ in range(4)]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)

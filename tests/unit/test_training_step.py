@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from sphereface2 import heads
+from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch
 from sphereface2.training import config, sections
 from sphereface2.training.distributed import World
-from sphereface2.training.step import TrainingStep
+from sphereface2.training.step import TrainingStep, compile_units
 from sphereface2.training.watch import SMOOTHING, LossWatch
 
 PEOPLE, BATCH = 40, 6
@@ -153,3 +154,12 @@ def test_a_scaler_may_meet_an_overflow() -> None:
     watch = LossWatch(torch.device("cpu"), max_ratio=2.0, check_norm=False)
     assert not watch.observe(torch.tensor(1.0), torch.tensor(math.inf), 1)
     assert watch.observe(torch.tensor(math.nan), torch.tensor(1.0), 2)
+
+
+def test_units_are_compiled_in_place_and_copies_are_not() -> None:
+    network = backbones.build("iresnet18", input_size=32, width=0.125)
+    compile_units(network)
+    compiled = {name for name, part in network.named_modules() if part._compiled_call_impl}
+    units = {f"layer{stage}.{unit}" for stage in range(1, 5) for unit in range(2)}
+    assert compiled == {"prelu", *units}
+    assert not any(part._compiled_call_impl for part in copy.deepcopy(network).modules())

@@ -303,11 +303,12 @@ class Trainer:
 
     def evaluated_network(self) -> nn.Module:
         """The network that is validated and shipped: the moving average where one is kept."""
-        if self.average is None:
+        if self.average is None and not self.config.training.compile:
             return self.network
-        averaged = copy.deepcopy(self.network)
-        averaged.load_state_dict(self.average.average)
-        return averaged
+        copied = copy.deepcopy(self.network)  # not compiled: evaluation has batches of any size
+        if self.average is not None:
+            copied.load_state_dict(self.average.average)
+        return copied
 
     def batches(self, consumed: int) -> Generator[Batch, None, None]:
         """Batches without end, from the ``consumed``-th of the run on."""

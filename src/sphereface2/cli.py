@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "sphereface2.recognition.verify:verify",
     "embed": "sphereface2.recognition.features:embed_set",
     "export": "sphereface2.recognition.export:export",
+    "import": "sphereface2.recognition.importing:import_weights",
     "align": "sphereface2.align.folder:align",
     "serve": "sphereface2.recognition.service.commands:serve",
 }

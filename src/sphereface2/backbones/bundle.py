@@ -28,6 +28,7 @@ FORMAT = "sphereface2-network"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+ONNX = "model.onnx"
 
 
 def save(net: nn.Module, directory: str | Path, *, extra: dict[str, Any] | None = None) -> None:
@@ -106,7 +107,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
             # Shapes first, without memory: a config may claim a network of any size.
             with torch.device("meta"), uninitialised():
                 net = build(name, **kwargs)
-            _check_weights(weights, net.state_dict(), weights_file, name)
+            check_weights(weights, net.state_dict(), weights_file, name)
             stored = net.state_dict().keys()
             if any(key not in stored for key, _ in net.named_buffers()):
                 net = None  # it computes some of its buffers when it is built
@@ -114,7 +115,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Backbone:
             # Building draws initial weights; a caller in the midst of training keeps its generator.
             with torch.random.fork_rng(devices=[]):
                 net = build(name, **kwargs)
-            _check_weights(weights, net.state_dict(), weights_file, name)
+            check_weights(weights, net.state_dict(), weights_file, name)
         net.preprocessing = Preprocessing.from_dict(description["preprocessing"])
     except _MismatchError:
         raise
@@ -168,7 +169,8 @@ def run_of(path: str | Path) -> Path:
 def resolve(path: str | Path) -> Path:
     """The bundle folder that `path` (bundle, weights file or run folder) stands for.
 
-    An ``.onnx`` file stands for itself, and ``latest`` for the newest finished run, see `run_of`.
+    An ``.onnx`` file stands for itself and for the folder in which it is ``model.onnx`` and there
+    are no other weights; ``latest`` stands for the newest finished run, see `run_of`.
     """
     path = run_of(path)
     if path.suffix == ".onnx":
@@ -195,6 +197,8 @@ def resolve(path: str | Path) -> Path:
     for folder in candidates:
         if (folder / WEIGHTS).is_file():
             return folder
+    if (path / ONNX).is_file():
+        return path / ONNX
     raise UserError(
         f"{path} holds no network: expected {WEIGHTS} and {CONFIG} in it, "
         "in checkpoints/best or in checkpoints/last"
@@ -252,9 +256,11 @@ class _MismatchError(UserError):
     """The weights are another network's."""
 
 
-def _check_weights(
+def check_weights(
     weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], file: Path, name: str
 ) -> None:
+    """UserError unless ``weights``, read from ``file``, are those of the network ``name``."""
+
     def some(keys: set[str]) -> str:
         return f"{len(keys)} tensors, for example {min(keys)!r}"
 
@@ -265,6 +271,6 @@ def _check_weights(
     for key, tensor in wanted.items():
         if weights[key].shape != tensor.shape:
             raise _MismatchError(
-                f"{file} does not fit its {CONFIG}: {key!r} has shape "
+                f"{file} does not hold a {name}: {key!r} has shape "
                 f"{tuple(weights[key].shape)}, the network needs {tuple(tensor.shape)}"
             )

@@ -19,7 +19,7 @@ METADATA_KEY = "sphereface2"
 
 
 class OnnxNetwork:
-    """A file written by ``sphereface2 export --to onnx``, in evaluation only, on the CPU.
+    """A file written by ``sphereface2 export --to onnx`` or ``import``, evaluated on the CPU.
 
     Called with normalised images, float32 (B, 3, h, w), it gives embeddings, float32
     (B, embedding_dim), not L2-normalised, as the network does that it was exported from. It pickles
@@ -32,6 +32,7 @@ class OnnxNetwork:
     Attributes:
         embedding_dim, input_size, preprocessing, metadata: of the network that it was
             exported from.
+        content: of the file.
         fingerprint: of what the file computes: the checkpoint's for float32, its own for int8.
         description: all that the file says about itself.
 
@@ -43,7 +44,7 @@ class OnnxNetwork:
         label = "the exported network" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes) and not Path(source).is_file():
             raise UserError(f"{label} does not exist or is no file: give an .onnx file")
-        self._content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        self.content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._threads = threads
         self._session = self._start(label)
         self.description = _description(self._session, label)
@@ -59,8 +60,10 @@ class OnnxNetwork:
                 f"the network takes float32 images of shape (B, 3, {self.input_size[0]}, "
                 f"{self.input_size[1]}), not {images.dtype} of shape {images.shape}"
             )
-        (embeddings,) = self._session.run(None, {self._session.get_inputs()[0].name: images})
-        return embeddings
+        place = self._session.get_inputs()[0]
+        # Foreign graphs may be for one image at a time.
+        parts = np.split(images, len(images)) if place.shape[0] == 1 else [images]
+        return np.concatenate([self._session.run(None, {place.name: part})[0] for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}  # which does not pickle
@@ -71,7 +74,7 @@ class OnnxNetwork:
 
     def _start(self, label: str) -> Any:
         try:
-            return onnx_runtime.session(self._content, threads=self._threads)
+            return onnx_runtime.session(self.content, threads=self._threads)
         except UserError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base but this
@@ -88,7 +91,8 @@ def _description(session: Any, label: str) -> dict[str, Any]:
         described = None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise UserError(
-            f"{label} does not describe its inputs: give a file written by `sphereface2 export`"
+            f"{label} does not describe its inputs: give a file written by `sphereface2 export`, "
+            "or make a model of it with `sphereface2 import FILE OUT --from onnx`"
         )
     if (version := described.get("format_version")) != FORMAT_VERSION:
         raise UserError(

@@ -92,7 +92,7 @@ def model_card(
         MARK,
         f"# {_title(network, facts)}",
         _use(network, synthetic),
-        _data(data, facts),
+        _data(data, facts, network.metadata.get("imported") or {}),
         _figures_text(facts, synthetic),
         _calibration(calibration),
         _LIMITS,
@@ -134,7 +134,7 @@ def _use(network: Backbone, synthetic: bool) -> str:
     )
 
 
-def _data(data: dict[str, Any], facts: dict[str, Any]) -> str:
+def _data(data: dict[str, Any], facts: dict[str, Any], imported: dict[str, Any]) -> str:
     lines = ["## Training"]
     if data:
         size = (
@@ -148,6 +148,11 @@ def _data(data: dict[str, Any], facts: dict[str, Any]) -> str:
         )
     else:
         lines.append("Nothing is recorded about the data that this network was trained on.")
+    if imported:
+        lines.append(
+            f"Imported from weights of {imported['from']}: `{imported['file']}`, SHA-256 "
+            f"`{imported['sha256']}`."
+        )
     if steps := facts.get("steps"):
         lines.append(f"Length: {steps:,} steps.")
     if settings := facts.get("settings"):

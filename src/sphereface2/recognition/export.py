@@ -110,12 +110,15 @@ def export(
     if images < 1:
         raise UserError(f"the number of calibration images must be at least 1, not {images}")
     checkpoint = bundle.run_of(checkpoint)
-    if checkpoint.suffix in SUFFIXES.values():
+    if checkpoint.suffix in SUFFIXES.values() or (
+        checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
+    ):
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
     path = _target(checkpoint, out, SUFFIXES[to], int8)
     source = open_source(calibration) if calibration is not None else None
     if to == "onnx":
         _require_onnx()
+        import onnx
     net = bundle.load(checkpoint)
     if to == "onnx" and (size := _bytes(net)) > _LIMIT:
         raise UserError(
@@ -151,7 +154,8 @@ def export(
                     "images": len(faces) - sum(_BATCHES),
                     "seed": seed,
                 }
-            content = _with_metadata(model, description)
+            onnx.checker.check_model(model)
+            content = described(model, description)
         cosines = _cosines(net, _runner(content, to), faces[-sum(_BATCHES) :])
     least, mean = float(cosines.min()), float(cosines.mean())
     bad = mean < PARITY_INT8 if int8 else least < PARITY
@@ -268,12 +272,12 @@ def _onnx(program: torch.export.ExportedProgram) -> Any:
     return model
 
 
-def _with_metadata(model: Any, description: dict[str, Any]) -> bytes:
+def described(model: Any, description: dict[str, Any]) -> bytes:
+    """The file of an onnx.ModelProto that says about itself what `description` does."""
     import onnx
 
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(description)})
     model.producer_name, model.producer_version = "sphereface2", __version__
-    onnx.checker.check_model(model)
     return model.SerializeToString()
 
 

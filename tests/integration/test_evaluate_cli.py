@@ -19,6 +19,7 @@ from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import AllPairsResult
+from sphereface2.evaluation.one_threshold import OneThresholdResult
 from sphereface2.evaluation.verification import kfold_accuracy, tar_at_far
 from sphereface2.images import read_image
 from sphereface2.recognition.evaluate import evaluate
@@ -246,3 +247,28 @@ def test_conditions_score_every_set_again_on_images_made_harder(place):
     tar = tar_at_far((e @ e.T)[i, j], same, [0.1])[0].value
     assert found["hardened"]["yaw"]["tar"]["1e-1"] == pytest.approx(tar, abs=0.02)
     assert found["hardened"]["yaw"]["tar"] != clean["all_pairs"]["tar"]
+
+
+def test_a_fixed_threshold_is_judged_on_the_set_and_on_its_groups(place, tmp_path, capsys):
+    groups = tmp_path / "groups.csv"
+    lines = [f"P{p},{'even' if p % 2 == 0 else 'odd'}" for p in range(PEOPLE)]
+    groups.write_text("\n".join(["# who, group", *lines]))
+    found = evaluate(place / "net", all_pairs=place / "faces", groups=groups)
+    (judged,) = found.of(OneThresholdResult)
+    (whole,) = found.of(AllPairsResult)
+    assert set(judged.groups) == {"even", "odd"}
+    at = judged.thresholds[0]
+    assert at.far.value <= at.asked == 0.01
+    assert at.tar.value == next(p.value for p in whole.tar if p.at == 0.01)
+    assert sum(one.genuine for (one, *_) in judged.groups.values()) == whole.genuine
+    shown = capsys.readouterr().out
+    assert "even" in shown
+    assert "one threshold" in shown
+    groups.write_text("nobody,a\n")
+    with pytest.raises(UserError, match=r"names no person and no image of the set; .*'P0'"):
+        evaluate(place / "net", all_pairs=place / "faces", groups=groups)
+    groups.write_text("P1\n")
+    with pytest.raises(UserError, match=r"groups\.csv:1 must hold a person or an image, a comma"):
+        evaluate(place / "net", all_pairs=place / "faces", groups=groups)
+    with pytest.raises(UserError, match="--groups belongs to --all-pairs"):
+        evaluate(place / "net", pairs=[place / "set.bin"], groups=groups)

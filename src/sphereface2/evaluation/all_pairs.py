@@ -98,8 +98,8 @@ def evaluate_all_pairs(
         >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
         (2, 8, 1.0, 1.0)
     """
-    rows, people = _sorted_rows(embeddings, labels)
-    genuine, impostors = _count_pairs(people)
+    rows, people = sorted_rows(embeddings, labels)
+    genuine, impostors = count_pairs(people)
     tiles = Tiles(rows, people, block, workers)
     curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
     points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)
@@ -122,7 +122,7 @@ def evaluate_all_pairs(
     )
 
 
-def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings, float32, and people numbered from 0, sorted by person."""
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
@@ -137,7 +137,7 @@ def _sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     return rows, people[order]
 
 
-def _count_pairs(people: np.ndarray) -> tuple[int, int]:
+def count_pairs(people: np.ndarray) -> tuple[int, int]:
     """Genuine and impostor pairs; UserError unless there are both."""
     images = np.bincount(people).astype(np.int64)
     genuine = int((images * (images - 1) // 2).sum())

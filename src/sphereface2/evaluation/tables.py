@@ -10,6 +10,7 @@ from sphereface2.console import percent, table
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.bootstrap import LEVEL, Interval
 from sphereface2.evaluation.distractors import DistractorResult
+from sphereface2.evaluation.one_threshold import OneThresholdResult
 from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.evaluation.results import PairsVerified, Result, far_key
 from sphereface2.evaluation.templates import TemplatesResult
@@ -21,6 +22,8 @@ def render(result: Result) -> Iterator[Table | str]:
         yield from _templates(result)
     elif isinstance(result, DistractorResult):
         yield from _distractors(result)
+    elif isinstance(result, OneThresholdResult):
+        yield from _one_threshold(result)
     elif isinstance(result, PairsVerified):
         yield _pairs(result)
         yield _counts(result)
@@ -110,3 +113,41 @@ def _distractors(result: DistractorResult) -> Iterator[Table | str]:
     )
     if result.unreadable:
         yield f"{result.unreadable:,} unreadable images left out"
+
+
+def _one_threshold(result: OneThresholdResult) -> Iterator[Table | str]:
+    title = f"{result.name}: one threshold for {result.people:,} people"
+    header = f"{LEVEL:.0%} interval" if result.intervals else ""
+    columns = ["threshold", "FAR", header, "TAR", "log10"]
+    place = table(title, ["group", *columns] if result.groups else columns)
+    for name, found in {"all": result.thresholds, **result.groups}.items():
+        place.add_section()
+        for one in found:
+            asked, transfer = one.asked, one.transfer
+            cells = [
+                f"{one.threshold:.3f}" + (f" for {far_key(asked)}" if asked is not None else ""),
+                _short(one.far.value),
+                interval(one.far.ci, _short),
+                percent(one.tar.value),
+                "" if transfer is None else f"{transfer.value:+.2f}",
+            ]
+            place.add_row(*([name, *cells] if result.groups else cells))
+    if result.thresholds:
+        yield place
+        yield "log10 is that of the FAR reached over the FAR asked for; 0 carries over"
+    share = result.uniform.share
+    ci = f" ({interval(share.ci)})" if share.ci else ""
+    yield (
+        f"uniform accuracy {percent(share.value)}{ci}: the share of {result.uniform.images:,} "
+        f"images that one threshold, {result.uniform.threshold:.3f}, serves"
+    )
+
+
+def _short(share: float) -> str:
+    """Two digits of a small share.
+
+    Examples:
+        >>> _short(0.0283), _short(0.0)
+        ('2.8e-2', '0')
+    """
+    return far_key(float(f"{share:.1e}")) if share else "0"

@@ -123,6 +123,28 @@ class Tiles:
 
         self._run(self.all, work, progress)
 
+    def impostors_from(
+        self,
+        limit: float,
+        work: Callable[[int, int, np.ndarray, np.ndarray, np.ndarray], None],
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Call ``work(i, j, a, b, scores)`` with a tile's impostor pairs that score ``limit``.
+
+        Pair k is of rows ``i + a[k]`` and ``j + b[k]``; it runs in several threads at once.
+        """
+        mixed = set(self.mixed)
+
+        def select(i: int, j: int, scores: np.ndarray) -> None:
+            if (i, j) in mixed:
+                scores[self._genuine(i, j)] = -np.inf
+            if i == j:
+                scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+            a, b = np.nonzero(scores >= limit)
+            work(i, j, a, b, scores[a, b])
+
+        self._run(self.all, select, progress)
+
     def genuine_hits(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Genuine pairs that score above each bound, int64 (bounds, people), and all, (people,).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +32,13 @@ from sphereface2.evaluation import tables
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
+from sphereface2.evaluation.one_threshold import OneThresholdResult, judge_thresholds
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
+from sphereface2.files import read_lines
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -69,6 +72,8 @@ class Evaluation:
                 found["all_pairs"] = result.to_dict()
             else:
                 found.setdefault("hardened", {})[result.condition] = result.to_dict()
+        if judged := self.of(OneThresholdResult):
+            found["one_threshold"] = [result.to_dict() for result in judged]
         for key, kind in (("templates", TemplatesResult), ("distractors", DistractorResult)):
             if results := self.of(kind):
                 found[key] = [result.to_dict() for result in results]
@@ -83,6 +88,7 @@ def evaluate(
     images: Path | None = None,
     names: Path | None = None,
     all_pairs: Path | None = None,
+    groups: Path | None = None,
     suites: Sequence[str] = (),
     root: Path | None = None,
     detector_weights: bool = False,
@@ -104,6 +110,8 @@ def evaluate(
         names: A `pairs.txt` that names the people of a `.bin` file; default: `X_pairs.txt` beside
             `X.bin`.
         all_pairs: Score every pair of this folder, list or RecordIO file.
+        groups: CSV of a person or an image and its group: rates of each group of `--all-pairs` at
+            one threshold.
         suites: lfw, agedb30, calfw, cplfw, cfp_ff, cfp_fp, combined, ijbb, ijbc or megaface;
             repeatable.
         root: Folder that holds the suites.
@@ -122,11 +130,16 @@ def evaluate(
     if plots is not None:
         require("plots", "matplotlib")
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
+    if groups is not None and all_pairs is None:
+        raise UserError("--groups belongs to --all-pairs, the set whose groups it names")
     harder = hardenings(conditions.split(",") if conditions is not None else (), seed)
     sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
     sets += [(root, open_suite(name, root)) for name in suites if root is not None]
+    group_of = None
+    if groups is not None:
+        group_of = _read_groups(groups, next(one for _, one in sets if isinstance(one, Source)))
     if not align:
         for path, one in sets:
             if isinstance(one, PairSet):
@@ -139,17 +152,38 @@ def evaluate(
         ) as embedder,
         console.bars() as bars,
     ):
-        judge = _Judge(embedder, bars, seed, plots, detector_weights)
+        judge = _Judge(embedder, bars, seed, plots, detector_weights, group_of)
         if flip:
             folder = bundle.resolve(checkpoint).resolve()
             judge.calibration = Calibration.load(folder, fingerprint=embedder.fingerprint)
-        found = Evaluation(
-            str(checkpoint), flip, [r for path, one in sets for r in judge.all(path, one, harder)]
-        )
+        results = [r for path, one in sets for r in judge.all(path, one, harder)]
+        found = Evaluation(str(checkpoint), flip, results)
     if as_json:
         console.print_json(found.to_dict())
     else:
         console.show(*(part for one in found.results for part in (*tables.render(one), "")))
+    return found
+
+
+def _read_groups(path: Path, source: Source) -> list[str | None]:
+    """The group of each image of a source, from a CSV of people or images and their groups."""
+    group_of: dict[str, str] = {}
+    for number, line in read_lines(path):
+        fields = [field.strip() for field in next(csv.reader([line]))]
+        if len(fields) != 2 or not all(fields):
+            raise UserError(f"{path}:{number} must hold a person or an image, a comma and a group")
+        group_of[fields[0]] = fields[1]
+    names = source.class_names
+    found = [
+        group_of.get(source.name(index))
+        or group_of.get(names[label] if names is not None else str(label))
+        for index, label in enumerate(source.labels.tolist())
+    ]
+    if not any(found):
+        raise UserError(
+            f"{path} names no person and no image of the set; its first image is called "
+            f"{source.name(0)!r}, its person {names[source.labels[0]] if names else 0!r}"
+        )
     return found
 
 
@@ -184,32 +218,35 @@ class _Judge:
     seed: int
     plots: Path | None
     detector_weights: bool
+    groups: list[str | None] | None = None
     calibration: Calibration | None = None
 
     def all(self, path: Path, opened: Set, harder: Sequence[Hardening]) -> Iterator[Result]:
         """The set as it is, then under each condition, of which templates have none."""
-        yield self(path, opened)
+        yield from self(path, opened)
         if isinstance(opened, PairSet | Source):
-            yield from (self(path, opened, harden) for harden in harder)
+            for harden in harder:
+                yield from self(path, opened, harden)
 
-    def __call__(self, path: Path, opened: Set, harden: Hardening | None = None) -> Result:
-        result: Result
+    def __call__(self, path: Path, opened: Set, harden: Hardening | None = None) -> list[Result]:
+        results: list[Result]
         if isinstance(opened, PairSet):
-            result = self._pairs(opened, harden)
+            results = self._pairs(opened, harden)
         elif isinstance(opened, TemplateSet):
-            result = self._templates(opened)
+            results = [self._templates(opened)]
         elif isinstance(opened, MegaFace):
-            result = self._distractors(opened)
+            results = [self._distractors(opened)]
         else:
-            result = self._all_pairs(path.resolve().stem, opened, harden)
-        return replace(result, path=str(path), condition=harden.name if harden else None)
+            results = self._all_pairs(path.resolve().stem, opened, harden)
+        condition = harden.name if harden else None
+        return [replace(result, path=str(path), condition=condition) for result in results]
 
-    def _pairs(self, pair_set: PairSet, harden: Hardening | None) -> PairsResult:
+    def _pairs(self, pair_set: PairSet, harden: Hardening | None) -> list[Result]:
         if harden is not None:
             pair_set = replace(pair_set, name=f"{pair_set.name}-{harden.name}")
         advance = console.advance(self.bars, pair_set.name, len(pair_set.images))
         embeddings = self.embedder.embed_pairs(pair_set, change=harden, progress=advance)
-        return evaluate_pairs(
+        result = evaluate_pairs(
             pair_scores(embeddings, pair_set.pairs),
             pair_set,
             replicates=REPLICATES,
@@ -217,8 +254,11 @@ class _Judge:
             calibration=self.calibration,
             plots=self.plots,
         )
+        if self.calibration is None or pair_set.people is None:
+            return [result]
+        return [result, self._one_threshold(pair_set.name, embeddings, pair_set.people)]
 
-    def _all_pairs(self, name: str, source: Source, harden: Hardening | None) -> AllPairsResult:
+    def _all_pairs(self, name: str, source: Source, harden: Hardening | None) -> list[Result]:
         if harden is not None:
             name = f"{name}-{harden.name}"
         lost: list[int] = []
@@ -226,15 +266,36 @@ class _Judge:
         embeddings = self.embedder.embed_source(
             source, unreadable=lost, change=harden, progress=advance
         )
-        return evaluate_all_pairs(
+        labels = np.delete(np.asarray(source.labels), lost)
+        result = evaluate_all_pairs(
             embeddings,
-            np.delete(np.asarray(source.labels), lost),
+            labels,
             name=name,
             unreadable=[source.name(index) for index in lost],
             replicates=REPLICATES,
             seed=self.seed,
             plots=self.plots,
             progress=console.advance(self.bars, f"{name}: pairs", 1),
+        )
+        groups = self.groups and [group for at, group in enumerate(self.groups) if at not in lost]
+        own = {p.at: p.threshold for p in result.tar if p.threshold is not None and p.at <= 0.01}
+        return [result, self._one_threshold(name, embeddings, labels, groups, own)]
+
+    def _one_threshold(
+        self,
+        name: str,
+        embeddings: np.ndarray,
+        labels: np.ndarray,
+        groups: list[str | None] | None = None,
+        own: dict[float, float] | None = None,
+    ) -> Result:
+        """At the calibration's thresholds; groups without one at the set's own."""
+        thresholds = own if groups and own else {}
+        if self.calibration is not None:
+            thresholds = {far: t.threshold for far, t in self.calibration.thresholds.items()}
+        resampled: Any = {"replicates": REPLICATES, "seed": self.seed}
+        return judge_thresholds(
+            embeddings, labels, thresholds, name=name, groups=groups, **resampled
         )
 
     def _templates(self, templates: TemplateSet) -> TemplatesResult:

@@ -1,0 +1,359 @@
+"""One threshold for everybody: what a fixed threshold does on a set, and whether one can serve it.
+
+A threshold is chosen on some people and used on others. `all_pairs_at` measures what becomes of it
+there: the FAR that is reached, beside the one that was asked for, and the TAR, over all pairs of a
+labelled set or of one group of it. `uniform_accuracy` asks how many images a single threshold can
+serve at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from sphereface2.errors import UserError
+from sphereface2.evaluation.all_pairs import count_pairs, sorted_rows
+from sphereface2.evaluation.bootstrap import draws, interval, ratio_intervals
+from sphereface2.evaluation.results import Estimate, Resampling, Result, to_dict
+from sphereface2.evaluation.tiles import Tiles
+
+_KEPT = 4_000_000  # accepted impostor pairs that are held before they are counted
+
+
+@dataclass(frozen=True)
+class AtThreshold:
+    """What a fixed threshold does on all pairs of a set.
+
+    Attributes:
+        threshold: a pair is accepted at a similarity of at least this.
+        far: share of the impostor pairs that are accepted; interval over people.
+        tar: share of the genuine pairs that are accepted; interval over people.
+        genuine, impostor: numbers of pairs.
+        accepted: impostor pairs among them that are accepted.
+        asked: the FAR that the threshold was chosen for elsewhere, or None.
+    """
+
+    threshold: float
+    far: Estimate
+    tar: Estimate
+    genuine: int
+    impostor: int
+    accepted: int
+    asked: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, with ``transfer``."""
+        found = to_dict(self)
+        if (transfer := self.transfer) is not None:
+            found |= {"transfer": transfer.value, "transfer_ci": transfer.ci}
+        return found
+
+    @property
+    def transfer(self) -> Estimate | None:
+        """log10 of the FAR reached over the FAR asked for: 0 is a threshold that carries over.
+
+        Where no impostor pair was accepted, half a pair is counted. None without ``asked``.
+
+        Examples:
+            >>> far, tar = Estimate(1e-2, (5e-3, 2e-2)), Estimate(0.9)
+            >>> found = AtThreshold(0.4, far, tar, 10, 1000, 10, asked=1e-3).transfer
+            >>> round(found.value, 6), [round(end, 3) for end in found.ci]
+            (1.0, [0.699, 1.301])
+        """
+        if self.asked is None:
+            return None
+        least, asked = 0.5 / self.impostor, self.asked
+
+        def decades(far: float) -> float:
+            return math.log10(max(far, least) / asked)
+
+        ci = self.far.ci and (decades(self.far.ci[0]), decades(self.far.ci[1]))
+        return Estimate(decades(self.far.value), ci)
+
+
+def all_pairs_at(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Mapping[float, float] | Sequence[float],
+    *,
+    block: int = 1024,
+    workers: int | None = None,
+    replicates: int = 0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> list[AtThreshold]:
+    """FAR and TAR at each threshold over all N(N-1)/2 pairs, exact.
+
+    Args:
+        embeddings: float32 (N, d), rows of length 1.
+        labels: int (N,), the person of each row.
+        thresholds: similarities, or by the FAR that each was chosen for.
+        block: rows of a tile.
+        workers: threads; by default the CPUs this process may use.
+        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over people.
+        seed: of the bootstrap.
+        progress: called with the share of the work done since the last call.
+
+    Memory grows with the pairs of people that share a false accept, not with the pairs.
+
+    Raises:
+        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+
+    Examples:
+        >>> found, = all_pairs_at(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
+        >>> found.far.value, found.tar.value, found.impostor
+        (0.0, 1.0, 8)
+    """
+    rows, people = sorted_rows(embeddings, labels)
+    genuine, impostor = count_pairs(people)
+    asked = list(thresholds) if isinstance(thresholds, Mapping) else [None] * len(thresholds)
+    values = thresholds.values() if isinstance(thresholds, Mapping) else thresholds
+    limits = np.array([*values], np.float32)
+    tiles = Tiles(rows, people, block, workers)
+    accepted = _accepted_impostors(tiles, limits, progress)
+    hits, trials = tiles.genuine_hits(np.nextafter(limits, np.float32(-np.inf)))
+    tar_cis = ratio_intervals(hits, trials, replicates, seed)
+    far_cis = _far_intervals(accepted, np.bincount(people), replicates, seed)
+    return [
+        AtThreshold(
+            float(limit),
+            Estimate(float(pairs[2].sum() / impostor), far_ci),
+            Estimate(float(hit.sum() / genuine), tar_ci),
+            genuine,
+            impostor,
+            int(pairs[2].sum()),
+            far,
+        )
+        for limit, pairs, hit, far_ci, tar_ci, far in zip(
+            limits, accepted, hits, far_cis, tar_cis, asked, strict=True
+        )
+    ]
+
+
+def _accepted_impostors(
+    tiles: Tiles, limits: np.ndarray, progress: Callable[[float], None] | None
+) -> list[np.ndarray]:
+    """By limit, pairs of people with accepted impostor pairs: int64 (3, K), a, b, their number."""
+    lock, order = Lock(), np.argsort(limits)
+    people = int(tiles.people[-1]) + 1
+    kept: list[list[np.ndarray]] = [[] for _ in limits]
+    counted = [np.zeros((2, 0), np.int64) for _ in limits]
+
+    def tally(k: int) -> None:
+        keys = np.concatenate([counted[k][0], *kept[k]])
+        weights = np.concatenate([counted[k][1], np.ones(len(keys) - counted[k].shape[1], int)])
+        found, at = np.unique(keys, return_inverse=True)
+        counted[k] = np.stack([found, np.bincount(at, weights, len(found)).astype(np.int64)])
+        kept[k] = []
+
+    def work(i: int, j: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
+        keys = tiles.people[i + a].astype(np.int64) * people + tiles.people[j + b]
+        with lock:
+            for k in order:
+                inside = scores >= limits[k]
+                keys, scores = keys[inside], scores[inside]
+                if len(keys):
+                    kept[k].append(keys)
+                if sum(map(len, kept[k])) > _KEPT:
+                    tally(k)
+
+    tiles.impostors_from(float(limits.min()), work, progress)
+    for k in range(len(limits)):
+        tally(k)
+    return [np.stack([keys // people, keys % people, count]) for keys, count in counted]
+
+
+def _far_intervals(
+    accepted: list[np.ndarray], images: np.ndarray, replicates: int, seed: int
+) -> list[tuple[float, float] | None]:
+    """The interval of each FAR over people: impostor pairs (a, b) count c_a·c_b times."""
+    if not replicates:
+        return [None] * len(accepted)
+    rates: list[list[np.ndarray]] = [[] for _ in accepted]
+    for counts in draws(len(images), replicates, seed):
+        drawn = counts * images
+        total = (drawn.sum(1) ** 2 - (drawn**2).sum(1)) / 2
+        total[total == 0] = np.nan
+        for k, (a, b, weight) in enumerate(accepted):
+            sums = np.zeros(len(counts))
+            for part in np.array_split(np.arange(len(a)), max(1, len(a) // 20_000)):
+                sums += (counts[:, a[part]] * counts[:, b[part]]) @ weight[part].astype(float)
+            rates[k].append(sums / total)
+    return [interval(np.concatenate(parts)) for parts in rates]
+
+
+@dataclass(frozen=True)
+class UniformAccuracy:
+    """How many images one threshold can serve.
+
+    Attributes:
+        share: of the images of people with several: those that a single threshold serves, which
+            has every other image of the person at least at it and everybody else below it.
+        threshold: the one that serves most.
+        images: number of images judged.
+    """
+
+    share: Estimate
+    threshold: float
+    images: int
+
+
+def uniform_accuracy(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    *,
+    block: int = 1024,
+    workers: int | None = None,
+    replicates: int = 0,
+    seed: int = 0,
+) -> UniformAccuracy:
+    """The largest share of images that one threshold serves (arXiv 2403.07289, on images).
+
+    Args:
+        embeddings: float32 (N, d), rows of length 1.
+        labels: int (N,), the person of each row.
+        block: rows of a tile.
+        workers: threads.
+        replicates: with R > 0 the share gets a 95 % interval over people; each resample finds its
+            own threshold.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+
+    Examples:
+        >>> found = uniform_accuracy(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]))
+        >>> found.share.value, found.threshold, found.images
+        (1.0, 1.0, 4)
+    """
+    rows, people = sorted_rows(embeddings, labels)
+    count_pairs(people)
+    tiles = Tiles(rows, people, block, workers)
+    tiles.count([])
+    starts = np.searchsorted(people, np.arange(people[-1] + 2))
+    lowest = np.full(len(rows), np.inf, np.float32)
+    for first, last in pairwise(starts):
+        if last - first > 1:
+            scores = rows[first:last] @ rows[first:last].T
+            np.fill_diagonal(scores, np.inf)
+            lowest[first:last] = scores.min(axis=1)
+    judged = np.isfinite(lowest)
+    return _best_threshold(
+        lowest[judged], tiles.nearest_other[judged], people[judged], replicates, seed
+    )
+
+
+def _best_threshold(
+    lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, replicates: int, seed: int
+) -> UniformAccuracy:
+    """The threshold t that most images have in (highest impostor, lowest genuine]."""
+    served = highest < lowest
+    places = np.unique(lowest[served]) if served.any() else lowest[:1]
+    # Images whose interval opens at or below the place, less those that it has closed before.
+    opens = np.searchsorted(places, highest[served], side="right")
+    closes = np.searchsorted(places, lowest[served], side="right")
+    numbers, who = np.unique(people, return_inverse=True)
+
+    def shares(counts: np.ndarray) -> np.ndarray:
+        """(R, places), from how often each person counts (R, people)."""
+        weights = counts[:, who[served]]
+        change = np.zeros((len(counts), len(places) + 1))
+        for row, weight in zip(change, weights, strict=True):
+            row += np.bincount(opens, weight, len(row)) - np.bincount(closes, weight, len(row))
+        return np.cumsum(change[:, :-1], axis=1) / np.maximum(counts @ np.bincount(who), 1)[:, None]
+
+    whole = shares(np.ones((1, len(numbers))))[0]
+    best = int(whole.argmax())
+    ci = None
+    if replicates:
+        found = [
+            shares(counts).max(axis=1)
+            for counts in draws(len(numbers), replicates, seed, numbers=len(places))
+        ]
+        ci = interval(np.concatenate(found))
+    return UniformAccuracy(Estimate(float(whole[best]), ci), float(places[best]), len(lowest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneThresholdResult(Result):
+    """How well one threshold serves a labelled set.
+
+    Attributes:
+        images, people: of the set.
+        uniform: accuracy of the best single threshold.
+        thresholds: the fixed thresholds on all pairs of the set.
+        groups: the same within each group.
+    """
+
+    images: int
+    people: int
+    uniform: UniformAccuracy
+    thresholds: tuple[AtThreshold, ...]
+    groups: dict[str, tuple[AtThreshold, ...]]
+
+
+def judge_thresholds(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Mapping[float, float],
+    *,
+    name: str,
+    groups: Sequence[str | None] | None = None,
+    replicates: int = 0,
+    seed: int = 0,
+) -> OneThresholdResult:
+    """`all_pairs_at`, `uniform_accuracy` and, where there are groups, `by_group` of a set."""
+    resampled: Any = {"replicates": replicates, "seed": seed}
+    at = all_pairs_at(embeddings, labels, thresholds, **resampled) if thresholds else []
+    return OneThresholdResult(
+        name=name,
+        images=len(labels),
+        people=len(np.unique(labels)),
+        uniform=uniform_accuracy(embeddings, labels, **resampled),
+        thresholds=tuple(at),
+        groups=by_group(groups, embeddings, labels, thresholds, **resampled) if groups else {},
+        notes=[],
+        intervals=Resampling.fixed(replicates, seed),
+    )
+
+
+def by_group(
+    groups: Sequence[str | None],
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Mapping[float, float],
+    *,
+    replicates: int = 0,
+    seed: int = 0,
+) -> dict[str, tuple[AtThreshold, ...]]:
+    """`all_pairs_at` within each group at the same thresholds.
+
+    Pairs are of two images of the group: a threshold that serves all can fail a group whose people
+    look more alike to the network than others do.
+
+    Args:
+        groups: the group of each of the N images; None is in no group.
+        embeddings, labels, thresholds, replicates, seed: as in `all_pairs_at`.
+
+    Raises:
+        UserError: a group without genuine or without impostor pairs.
+    """
+    names = np.array([group or "" for group in groups])
+    found = {}
+    for name in sorted(set(names.tolist()) - {""}):
+        inside = names == name
+        try:
+            found[name] = tuple(
+                all_pairs_at(
+                    embeddings[inside], labels[inside], thresholds, replicates=replicates, seed=seed
+                )
+            )
+        except UserError as error:
+            raise UserError(f"group {name!r} cannot be judged: {error}") from error
+    return found

@@ -155,10 +155,26 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         file = error.filename2 or error.filename  # of a renaming, the name that was wanted
         message = f"{file}: {error.strerror}" if file is not None else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if (why := _memory_wanted(error)) is None:
+            raise
+        message = f"there is not enough memory ({why}): choose a smaller batch, image or network"
     else:
         return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _memory_wanted(error: BaseException) -> str | None:
+    """What an error says of memory that could not be had, on a device or not; None: it is another.
+
+    torch is not imported for its class: many commands do without.
+    """
+    first = str(error).partition("\n")[0]
+    told = ("out of memory", "allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in first for words in told):
+        return first.rpartition("Allocator: ")[2].partition(". ")[0] or "the system refuses it"
+    return None
 
 
 def _warn(message: Warning | str, *_: object) -> None:

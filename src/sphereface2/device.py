@@ -32,7 +32,7 @@ def resolve(name: str | None = None, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"the device {name!r} cannot be used here; use auto or cpu") from error
     return device

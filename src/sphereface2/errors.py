@@ -40,6 +40,12 @@ def check_count(name: str, value: object, least: int) -> None:
         raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise a UserError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a UserError unless ``value`` is one of ``choices``."""
     if value not in choices:

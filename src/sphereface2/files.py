@@ -233,8 +233,8 @@ def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] | None = None) -> 
         loader: a subclass of PyYAML's safe loader, which is the default.
 
     Raises:
-        UserError: the file cannot be read or is no YAML, or its anchors and aliases repeat so much
-            that it stands for more than a million nodes.
+        UserError: the file cannot be read or is no YAML, a key is given twice, or its anchors and
+            aliases repeat so much that it stands for more than a million nodes.
     """
     try:
         reader = (loader or yaml.SafeLoader)(read_text(path))
@@ -260,10 +260,22 @@ def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] | None = None) -> 
 _MOST_NODES = 1_000_000
 
 
+def _check_keys(mapping: yaml.MappingNode) -> None:
+    """Refuse a key that stands twice, of which PyYAML would take the last."""
+    known = set()
+    for key, _ in mapping.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in known:
+            problem = f"the key {key.value!r} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        known.add(str(key.value))
+
+
 def _nodes(node: Any, known: dict[int, int]) -> int:
     """The number of nodes that a YAML node stands for once its aliases are written out."""
     if id(node) not in known:
         parts = node.value if isinstance(node.value, list) else ()
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
         flat = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
         known[id(node)] = 1 + sum(_nodes(part, known) for part in flat)
     return known[id(node)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
-from sphereface2.errors import UserError, did_you_mean
+from sphereface2.errors import UserError, check_flag, did_you_mean
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 B = TypeVar("B", bound=Callable[..., Any])
@@ -68,20 +68,23 @@ class Registry(Generic[Builder]):
             )
         return self._builders[name]
 
-    def check_options(self, name: str, given: Iterable[str], known: Iterable[str]) -> None:
-        """Refuse options that the component does not have.
+    def check_options(self, name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+        """Refuse options that the component does not have, and switches that are neither on nor off.
 
         Raises:
-            UserError: an option of ``given`` is not among ``known``; the message suggests the
-                nearest.
+            UserError: an option of ``given`` is not among ``known`` (the message suggests the
+                nearest), or is not a bool where the component's default is one.
         """
         known = list(known)
-        for option in given:
+        defaults = keyword_defaults(self.find(name))
+        for option, value in given.items():
             if option not in known:
                 raise UserError(
                     f"the {self.kind} {name} has no parameter {option!r}"
                     f"{did_you_mean(option, known)}; available: {', '.join(known) or 'none'}"
                 )
+            if isinstance(defaults.get(option), bool):
+                check_flag(option, value)
 
 
 def keyword_defaults(builder: Callable[..., Any]) -> dict[str, Any]:

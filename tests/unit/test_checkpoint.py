@@ -24,11 +24,12 @@ def network() -> torch.nn.Module:
     return backbones.build("sfnet4", width=0.125, input_size=64, embedding_dim=8)
 
 
-def save(folder: Path, step: int, best: bool = False) -> None:
+def save(folder: Path, step: int, best: bool = False, **progress: float) -> None:
     state = {"value": torch.full((4,), float(step))}
     checkpointer = Checkpointer(folder, ALONE)
     checkpointer.tidy()
-    checkpointer.save(step, model=network(), state=state, progress={"step": step}, best=best)
+    told = {"step": step, **progress}
+    checkpointer.save(step, model=network(), state=state, progress=told, best=best)
     checkpointer.close()
     checkpointer.wait()
 
@@ -84,6 +85,21 @@ def test_last_the_one_before_and_best_are_kept_and_the_others_go(tmp_path: Path)
     assert kept == ["step-00000002", "step-00000004", "step-00000005"]
     assert (folder / "best").resolve().name == "step-00000002"
     assert stored(tmp_path) == (5, 5)
+
+
+def test_the_last_one_from_before_the_loss_rose_is_kept(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, ALONE)
+    assert checkpointer.last_good() is None
+    for step, smoothed in enumerate((4.0, 1.0, 1.9, 2.1, 3.0, 8.0), 1):
+        save(tmp_path, step, smoothed_loss=smoothed, lowest_loss=min(smoothed, 1 + 3 * (step < 2)))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000003", "step-00000005", "step-00000006"]
+    good = checkpointer.last_good()
+    assert good is not None and good.name == "step-00000003"
+    save(tmp_path, 7, smoothed_loss=1.5, lowest_loss=1)  # the loss has come down again
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
+        "step-00000006", "step-00000007",
+    ]  # fmt: skip
 
 
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:

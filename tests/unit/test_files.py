@@ -65,6 +65,7 @@ def test_yaml_is_plain_data_and_small(tmp_path):
         ("a: 1\n b: 2", "line 2 is not valid YAML"),
         ("a: 1\n---\nb: 1", "not valid YAML"),
         ("when: 2024-99-99", "cannot be read"),
+        ("a: 1\nb: {c: 1,\n  c: 2}", "line 3 is not valid YAML: the key 'c' is given twice"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ):
         path.write_text(text)

@@ -143,6 +143,7 @@ def test_the_watch_follows_the_mean_and_stops_once() -> None:
         assert seen.first == 4.0
         assert seen.smoothed == pytest.approx(smoothed)
         assert seen.wrong_step == (4 if number >= 4 else 0)
+        assert seen.lowest == pytest.approx(4.0 if number == 1 else 3.95)
     assert seen.loss == 90.0
     resumed = LossWatch(torch.device("cpu"), max_ratio=2.0)
     resumed.resume(4.0, 7.99)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def as_size(value: int | Sequence[int], what: str = "input_size") -> tuple[int, int]:
     """``112`` or ``(112, 96)`` as (height, width); anything else is a UserError."""
-    sides = (value, value) if isinstance(value, int) else tuple(value)
+    sides = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(sides) != 2 or not all(
         isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides
     ):

@@ -80,7 +80,7 @@ def build(
         raise UserError(
             f"options of a backbone are stored as JSON and one of these is not: {kwargs!r}"
         ) from error
-    size = as_size(input_size if isinstance(input_size, int) else tuple(input_size))
+    size = as_size(input_size)
     builder = _find(name)
     if name in _BACKBONES:
         _BACKBONES.check_options(name, options, keyword_defaults(builder))

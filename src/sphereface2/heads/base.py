@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sphereface2.errors import UserError, check_choice, check_count, check_number
+from sphereface2.errors import UserError, check_choice, check_count, check_flag, check_number
 from sphereface2.heads.blocks import CHUNK, RowUpdate
 from sphereface2.heads.sharding import Shard
 
@@ -94,9 +94,8 @@ class Head(nn.Module):
         self.chunk_size = scaling.get("chunk_size")
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size, 1)
-        self.streaming = (
-            scaling.get("streaming", False) or group is not None or self.negatives != "all"
-        )
+        check_flag("streaming", streaming := scaling.get("streaming", False))
+        self.streaming = streaming or group is not None or self.negatives != "all"
         self.shard = Shard.of(num_classes, group)
         kept = scaling.get("weight_dtype", "float32")
         check_choice("weight_dtype", kept, get_args(WeightType))

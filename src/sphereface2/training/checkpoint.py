@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import warnings
@@ -52,6 +53,9 @@ from sphereface2.training.manifest import (
     why_of,
 )
 from sphereface2.version import __version__
+
+RISE = 2.0
+"""A checkpoint whose smoothed loss is a greater multiple of its least value so far is not good."""
 
 
 @dataclass
@@ -164,6 +168,12 @@ class Checkpointer:
         found = pointed(self.folder / "last")
         return None if found is None else self.folder / found.resolve().name
 
+    def last_good(self) -> Path | None:
+        """The last checkpoint that was saved before the loss rose, if there is one."""
+        last = self.last()
+        steps = sorted(self.folder.glob("step-*"), reverse=True) if last else []
+        return next((path for path in steps if last and path <= last and _is_good(path)), None)
+
     def has_best(self) -> bool:
         """Whether the best checkpoint is there and whole."""
         best = pointed(self.folder / "best")
@@ -204,8 +214,8 @@ class Checkpointer:
     ) -> None:
         """Copy what checkpoint ``step`` is to hold, and begin to write it.
 
-        Once it is whole, ``last`` (and ``best``) lead to it, and all go but these and the one
-        before.
+        Once it is whole, ``last`` (and ``best``) lead to it, and all go but these, the one before
+        and the last good one.
 
         Args:
             model: the network to ship (its moving average where one is kept).
@@ -331,8 +341,9 @@ class Checkpointer:
         _sync(self.folder)
         best_one = pointed(self.folder / "best")
         kept = {final.name, self._previous, best_one.resolve().name if best_one else None}
+        good = self.last_good()
         for old in self.folder.glob("step-*"):
-            if old.name not in kept:
+            if old.name not in kept and old != good:
                 shutil.rmtree(old)
 
 
@@ -341,6 +352,16 @@ def has_checkpoints(run: Path) -> bool:
     folder = run / "checkpoints"
     whole = (*folder.glob("step-*"), *folder.glob(f".step-*.tmp/{MANIFEST}"))
     return bool(whole) or (folder / "last").is_dir()
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether a checkpoint's loss was not far above the least before it, as in a divergence."""
+    try:
+        progress = read_json(folder / PROGRESS)
+        # Version 0.1.0 did not note the least.
+        return bool(progress["smoothed_loss"] <= RISE * progress.get("lowest_loss", math.inf))
+    except (OSError, KeyError, TypeError, ValueError):  # it is damaged
+        return False
 
 
 def _name(step: int) -> str:

@@ -33,12 +33,25 @@ from sphereface2.training import sections
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+# Torch's numbers are float32, whose greatest is 3.4e38.
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NotNegative = Annotated[float, Field(ge=0, le=1e38)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 FalseAcceptRate = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _without(*characters: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if found := [one for one in characters if one in text]:
+            raise ValueError(f"must not contain {found[0]!r}")
+        return text
+
+    return AfterValidator(check)
+
+
+Text = Annotated[str, Field(min_length=1), _without("\0")]
+FolderName = Annotated[Text, _without("/", "\n")]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path; ``~`` in it is the home folder."""
 
@@ -132,6 +145,11 @@ class TrainingConfig:
     """Stop as diverging once the smoothed loss exceeds this multiple of its first value."""
 
     def __post_init__(self) -> None:
+        if self.lr * self.head_lr_multiplier > 1e38:
+            raise UserError(
+                "training.lr times training.head_lr_multiplier must be ≤ 1e38, got "
+                f"{self.lr * self.head_lr_multiplier:g}"
+            )
         if self.nesterov and not self.momentum:
             raise UserError("training.nesterov needs training.momentum above 0")
         if self.fused_head:
@@ -190,7 +208,7 @@ class RunConfig:
         extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
-    name: Text = "run"
+    name: FolderName = "run"
     output: PathText = "runs"
     """Folder under which the run gets a folder of its own, NAME-DATE-TIME."""
     seed: Seed = 0
@@ -295,6 +313,8 @@ def _check_components(config: RunConfig) -> None:
             raise UserError(f"{section}{dot}{error}") from error
         except TypeError as error:
             raise UserError(f"{section} has an option of the wrong type: {error}") from error
+        except RuntimeError as error:  # of torch, though the tensors take no memory here
+            raise UserError(f"{section} is too large for any machine: {error}") from error
 
 
 @functools.lru_cache

@@ -51,8 +51,9 @@ class TrainingStep:
 
     A step whose loss or gradient is not finite, or by which training diverges, is decided on the
     device, alike on all ranks: its gradient, and that of every step after it, counts as 0, so that
-    the weights stay finite until the host reads of it in `watch`. A fused head has then moved its
-    prototypes already: they are as the last checkpoint has them.
+    the weights stay finite until the host reads of it in `watch`. Momentum and weight decay move
+    them until then, and a fused head has taken the step already. None of it lasts: who validates
+    or saves the weights must read `watch` before, and a run goes on from its last checkpoint.
 
     Args:
         config: the whole configuration.

@@ -51,6 +51,8 @@ class Progress:
     """Best first figure of a validation so far."""
     first_loss: float = math.nan
     smoothed_loss: float = math.nan
+    lowest_loss: float = math.nan
+    """Least value of ``smoothed_loss`` so far."""
     images: int = 0
     """Images trained on, over all ranks."""
     seconds: float = 0.0
@@ -150,7 +152,8 @@ class Trainer:
             }
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-        self.step.watch.resume(progress.first_loss, progress.smoothed_loss)
+        losses = progress.first_loss, progress.smoothed_loss, progress.lowest_loss
+        self.step.watch.resume(*losses)
         if same_ranks:
             ckpt.set_rng_state(state[own_rng], self.world.device)
         else:
@@ -319,6 +322,7 @@ class Trainer:
         """Read the losses so far; UserError, alike on all ranks, if a step went wrong."""
         progress, seen = self.progress, self.step.watch.read()
         progress.first_loss, progress.smoothed_loss = seen.first, seen.smoothed
+        progress.lowest_loss = seen.lowest
         if not seen.wrong_step:
             return seen
         if math.isfinite(seen.loss) and math.isfinite(seen.norm):
@@ -330,17 +334,21 @@ class Trainer:
         what = "gradient's norm" if math.isfinite(seen.loss) else "loss"
         value = seen.norm if math.isfinite(seen.loss) else seen.loss
         raise UserError(
-            f"the {what} became {value} at step {seen.wrong_step}; {self._last_good()}: lower "
-            "training.lr or training.autocast"
+            f"the {what} became {value} at step {seen.wrong_step}; lower training.lr or "
+            f"training.autocast; {self._last_good()}"
         )
 
     def _last_good(self) -> str:
         """What is left of a run that goes wrong."""
         self.checkpointer.wait()
-        last = self.checkpointer.last()
+        last, good = self.checkpointer.last(), self.checkpointer.last_good()
         if last is None:
             return "there is no checkpoint yet"
-        return f"the last good checkpoint is {last}, which --resume {self.run} goes on from"
+        if good is None:
+            return "no checkpoint is from before the loss rose: start a new run"
+        if good == last:
+            return f"the last good checkpoint is {good}, which --resume {self.run} goes on from"
+        return f"the last good checkpoint, from before the loss rose, is {good}: --resume {good}"
 
     def _validate(self, log: RunLog) -> bool:
         """Log the figures; whether they are the best so far. A stop leaves the step pending."""
@@ -381,7 +389,7 @@ class Trainer:
         if self.world.count(not finite)[0]:
             raise UserError(
                 f"training diverges: the weights are not finite at step {self.progress.step}; "
-                f"{self._last_good()}: lower training.lr"
+                f"lower training.lr; {self._last_good()}"
             )
         self.checkpointer.save(
             self.progress.step,

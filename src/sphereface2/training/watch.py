@@ -21,6 +21,7 @@ class Losses(NamedTuple):
         first: loss of the first step.
         smoothed: exponential moving average of the losses.
         wrong_step: number of the first step that went wrong, from 1; 0: none.
+        lowest: the smoothed loss's least value.
     """
 
     loss: float = math.nan
@@ -28,6 +29,7 @@ class Losses(NamedTuple):
     first: float = math.nan
     smoothed: float = math.nan
     wrong_step: int = 0
+    lowest: float = math.nan
 
 
 class LossWatch:
@@ -46,9 +48,10 @@ class LossWatch:
         self.max_ratio, self.check_norm = max_ratio, check_norm
         self._state = torch.tensor(Losses(), dtype=torch.float32, device=device)
 
-    def resume(self, first: float, smoothed: float) -> None:
+    def resume(self, first: float, smoothed: float, lowest: float = math.nan) -> None:
         """Go on from what a checkpoint tells."""
-        self._state.copy_(torch.tensor(Losses(first=first, smoothed=smoothed)))
+        told = Losses(first=first, smoothed=smoothed, lowest=lowest)
+        self._state.copy_(torch.tensor(told))
 
     def observe(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
         """Take in a step before its update.
@@ -62,17 +65,19 @@ class LossWatch:
             () bool on the device: whether this step or one before it went wrong.
         """
         loss, norm = loss.float(), norm.float()
-        _, _, first, smoothed, wrong_step = self._state.unbind()
+        _, _, first, smoothed, wrong_step, lowest = self._state.unbind()
         first = torch.where(first.isnan(), loss, first)
         smoothed = torch.where(smoothed.isnan(), loss, smoothed.lerp(loss, SMOOTHING))
+        lowest = torch.fmin(lowest, smoothed)
         fine = loss.isfinite() & (smoothed <= self.max_ratio * first.abs())
         if self.check_norm:
             fine &= norm.isfinite()
-        seen = torch.stack([loss, norm, first, smoothed, torch.where(fine, 0.0, float(step))])
+        wrong = torch.where(fine, 0.0, float(step))
+        seen = torch.stack([loss, norm, first, smoothed, wrong, lowest])
         self._state = torch.where(wrong_step > 0, self._state, seen)
         return self._state[4] > 0
 
     def read(self) -> Losses:
         """What was seen; waits for the device."""
-        loss, norm, first, smoothed, wrong_step = self._state.tolist()
-        return Losses(loss, norm, first, smoothed, int(wrong_step))
+        seen = Losses(*self._state.tolist())
+        return seen._replace(wrong_step=int(seen.wrong_step))

@@ -69,7 +69,7 @@ class Registry(Generic[Builder]):
         return self._builders[name]
 
     def check_options(self, name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-        """Refuse options that the component does not have, and switches that are neither on nor off.
+        """Refuse options that the component does not have, and what is no bool where it must be.
 
         Raises:
             UserError: an option of ``given`` is not among ``known`` (the message suggests the

@@ -19,6 +19,8 @@ from sphereface2.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+# Without it a node that joins a job later waits for ever (test_cluster.py has such a job).
+NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 FIT = ["--config", "configs/ms1m_iresnet100.yaml", "--run-folder", "runs/ms1m"]
 
 
@@ -43,7 +45,8 @@ def started(command: list[str], folder: Path, **environment: str) -> list[list[s
     """The arguments of every torchrun that a script starts, with stand-ins for what is not here."""
     log = folder / "started"
     stubs = {
-        "torchrun": f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}',
+        "torchrun": f'printf "%s\\0" "$@" >> {log}; printf "\\n" >> {log}; '
+        f'[ "${NO_SHARED_STORE}" = 1 ]',
         "srun": 'while [[ "$1" == -* ]]; do shift; done; "$@"; "$@"',
         "scontrol": "echo node0; echo node1",
     }
@@ -134,6 +137,7 @@ def test_kubeflow_trainjob() -> None:
     trainer = job["spec"]["trainer"]
     assert trainer["command"] == ["torchrun"]
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert {"name": NO_SHARED_STORE, "value": "1"} in trainer["env"]
     check_fit(trainer["args"])
 
 
@@ -151,6 +155,7 @@ def test_kubeflow_pytorchjob() -> None:
     (container,) = template["spec"]["containers"]
     assert (container["name"], container["command"]) == ("pytorch", ["torchrun"])
     assert spec["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert {"name": NO_SHARED_STORE, "value": "1"} in container["env"]
     check_fit(container["args"])
 
 

@@ -307,6 +307,8 @@ def test_another_batch_size_trains_the_same_epochs(folder: Path) -> None:
         variant("data.label_noise.share", 0.2),
         ("training.optimizer", "adamw"),
         ("training.momentum", 0),
+        ("training.muon_lr", 0.1),
+        variant("training.gamma", 0.5),
     ],
 )
 def test_what_cannot_change_is_refused_by_name(folder: Path, key: str, value: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch
 from sphereface2.training import config, sections
+from sphereface2.training.checkpoint import restore_training_state, training_state
 from sphereface2.training.distributed import World
 from sphereface2.training.step import TrainingStep, compile_units
 from sphereface2.training.watch import SMOOTHING, LossWatch
@@ -128,6 +129,21 @@ def test_what_is_not_finite_never_reaches_the_weights(wrong: str) -> None:
     assert math.isfinite(seen.loss) == (wrong == "gradient")
     assert not math.isfinite(seen.norm)
     assert math.isfinite(seen.smoothed) == (wrong == "gradient")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
+def test_optimizers_go_on_from_their_state(optimizer: str, momentum: float) -> None:
+    settings = {"training__optimizer": optimizer, "training__momentum": momentum}
+    whole, cut = training_step(**settings), training_step(**settings, seed=1)
+    whole(batches(seed=1), 1)
+    state = copy.deepcopy(training_state(whole.network, whole.head, whole.optimizers))
+    restore_training_state(state, cut.network, cut.head, cut.optimizers)
+    for step in (whole, cut):
+        torch.manual_seed(0)
+        step(batches(seed=2), 2)
+    for one, other in zip(weights(whole), weights(cut), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_watch_follows_the_mean_and_stops_once() -> None:

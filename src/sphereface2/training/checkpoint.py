@@ -33,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -425,7 +426,9 @@ def restore_training_state(
         [{key: value for key, value in group.items() if key != "params"} for group in one]
         for one in (optimizer.param_groups for optimizer in optimizers)
     ]
-    set_optimizer_state_dict(both, optimizers, state["optimizer"])
+    # Not strict: SGD without momentum has no state beside Muon's. `load` has missed none.
+    relaxed = StateDictOptions(strict=False)
+    set_optimizer_state_dict(both, optimizers, state["optimizer"], options=relaxed)
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, kept in zip(optimizer.param_groups, groups, strict=True):
             group.update(kept)

@@ -258,7 +258,7 @@ def from_dict(
             tree = {**tree, section: {"name": name, **tree[section]}}
     config = sections.validated(RunConfig, tree, where, overridden)
     _check_components(config)
-    config.data.augmentation = _sized(tree, config)
+    config.data.augmentation = _sized(tree, config, frozenset(overridden))
     return config
 
 
@@ -283,7 +283,7 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
+def _sized(tree: dict[str, Any], config: RunConfig, overridden: frozenset[str]) -> Augmentation:
     """The augmentation with the backbone's input size, which it must agree with if it is given."""
     height, width = as_size(config.backbone.get("input_size", 112))
     if height != width:
@@ -292,6 +292,8 @@ def _sized(tree: dict[str, Any], config: RunConfig) -> Augmentation:
             f"{height} × {width}"
         )
     given = tree.get("data", {}).get("augmentation", {}).get("size")
+    if "backbone.input_size" in overridden and "data.augmentation.size" not in overridden:
+        given = None  # of a file that was written when it agreed
     if given not in (None, height):
         raise UserError(
             f"data.augmentation.size must be backbone.input_size, {height}, got {given}; leave it "

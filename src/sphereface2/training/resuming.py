@@ -19,7 +19,7 @@ from sphereface2.files import atomic_write
 from sphereface2.training import config as configuration
 from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
-from sphereface2.training.config import RunConfig
+from sphereface2.training.config import RunConfig, TrainingConfig
 from sphereface2.version import __version__
 
 CONFIG, ENVIRONMENT, PEOPLE = "config.yaml", "environment.json", "people.json"
@@ -122,7 +122,13 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
         # A setting that the older version did not have is not a change.
         if old.get(key) != new.get(key) and (key in old or key.startswith(("backbone.", "head.")))
     }
-    if 0 in changed.get("training.momentum", ()) and settings.training.optimizer == "sgd":
+    for key in changed:
+        if needed := _idle(key, settings.training):
+            raise UserError(
+                f"{key} = {changed[key][1]!r} would have no effect on {run}, which has {needed}: "
+                f"leave it as it was, {changed[key][0]!r}"
+            )
+    if 0 in changed.get("training.momentum", ()):
         fixed = ["training.momentum"]
     else:
         fixed = [
@@ -139,6 +145,21 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
             f"{before!r}: leave it as it was, or start a new run"
         )
     return changed
+
+
+def _idle(key: str, training: TrainingConfig) -> str | None:
+    """Why a setting that was changed has no effect, if so."""
+    choice, values = {
+        "training.muon_lr": ("optimizer", ["muon"]),
+        "training.momentum": ("optimizer", ["sgd", "muon"]),
+        "training.nesterov": ("optimizer", ["sgd", "muon"]),
+        "training.milestones": ("schedule", ["step"]),
+        "training.gamma": ("schedule", ["step"]),
+        "training.power": ("schedule", ["polynomial"]),
+    }.get(key, (None, []))
+    if choice is None or (value := getattr(training, choice)) in values:
+        return None
+    return f"training.{choice} {value}"
 
 
 def check_done(run: Path, changed: dict[str, list[Any]]) -> None:

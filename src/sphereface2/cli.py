@@ -153,8 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (UserError, CycloptsError) as error:
         message = str(error)
     except OSError as error:
-        file = error.filename2 or error.filename  # of a renaming, the name that was wanted
-        message = f"{file}: {error.strerror}" if file is not None else str(error)
+        message = _refusal(error)
     except (MemoryError, RuntimeError) as error:
         if (why := _memory_wanted(error)) is None:
             raise
@@ -163,6 +162,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _refusal(error: OSError) -> str:
+    """What the system refuses, and of what file."""
+    file = error.filename2 or error.filename  # of a renaming, the name that was wanted
+    if file is not None:
+        return f"{file}: {error.strerror}"
+    try:
+        print(flush=True)
+    except OSError as refused:
+        return f"standard output cannot be written: {refused.strerror}"
+    return str(error)
 
 
 def _memory_wanted(error: BaseException) -> str | None:

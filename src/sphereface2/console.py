@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from io import TextIOWrapper
@@ -106,8 +107,11 @@ def accept_any_encoding() -> None:
     """Let standard output and error write every character, whatever their encoding.
 
     What an encoding such as cp1252, cp437, cp932 or cp949 lacks becomes the nearest ASCII character
-    or "?", instead of a UnicodeEncodeError. Bars and boxes are drawn in ASCII there by rich.
+    or "?", instead of a UnicodeEncodeError. Bars and boxes are drawn in ASCII there by rich. What
+    is written to a stream that was closed (``>&-``) is lost.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     codecs.register_error("ascii-likeness", _likeness)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not stream.encoding.lower().startswith("utf"):

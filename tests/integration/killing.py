@@ -83,13 +83,15 @@ class Run:
         *,
         largest_file: int | None = None,
         links: bool = True,
+        encoding: str = "utf-8",
+        log: Path | None = None,
     ) -> None:
-        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
+        self.folder, self.log = folder, log or folder.with_name(f"{folder.name}.log")
         given = ["--run-folder", folder] if command is None else command
         arguments = [*map(str, given), *words(settings or {})]
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._store = store
-        options = (store.port, arguments, self.log, list(sys.path), largest_file, links)
+        options = (store.port, arguments, self.log, list(sys.path), largest_file, links, encoding)
         self.processes = [
             _CONTEXT.Process(target=_rank, args=(rank, ranks, *options)) for rank in range(ranks)
         ]
@@ -143,6 +145,7 @@ def _rank(
     path: list[str],
     largest_file: int | None,
     links: bool,
+    encoding: str,
 ) -> None:
     os.setsid()
     # Loader processes start as from the command line: here the default is another fork server.
@@ -155,7 +158,9 @@ def _rank(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(output), "w", buffering=1, encoding=encoding) for _ in range(2)
+    )
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from killing import SETTINGS, Run, metrics, unpack_faces, words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 # With the agents' shared store, a node that joins a job later waits for ever for the address that

@@ -97,6 +97,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("writing", [False, True], ids=["any moment", "while writing"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kill_is_made_good(

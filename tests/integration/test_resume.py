@@ -101,6 +101,12 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def _forget(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["progress.json"]
+    path.write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -116,6 +122,7 @@ def _cut(path: Path) -> None:
         ("manifest.json", _flip),
         ("manifest.json", Path.unlink),
         variant("manifest.json", _cut),
+        variant("manifest.json", _forget),
     ],
 )
 def test_a_damaged_checkpoint_is_named_with_the_one_before(
@@ -239,6 +246,15 @@ def test_an_older_checkpoint_is_gone_on_from_and_newer_ones_are_not_trusted(
     assert_equal(weights(folder), weights(whole))
     assert metrics(folder) == metrics(whole)
     assert (folder / "checkpoints" / f"set-aside-{newer.name}").is_dir()
+
+
+def test_a_checkpoint_that_is_named_must_be_there(folder: Path) -> None:
+    run = Run(folder, command=["--resume", folder / "checkpoints/step-9"])
+    assert run.wait() == [2]
+    there = ", ".join(path.name for path in checkpoints(folder))
+    assert run.told() == (
+        f"error: {folder}/checkpoints/step-9 does not exist; the run has {there}\n"
+    )
 
 
 # -- one owner -----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class Checkpointer:
             UserError: there is none, or none that is whole.
         """
         steps = sorted(self.folder.glob("step-*"), reverse=True)
-        last = wanted or pointed(self.folder / "last")
+        last = pointed(wanted or self.folder / "last")
         first = last.resolve().name if last is not None else "step-~"
         # Newer ones come last: they were left behind when ``last`` was set back.
         candidates = sorted(steps, key=lambda path: path.name > first)

@@ -59,6 +59,9 @@ def problem_of(folder: Path) -> str | None:
                 f"{manifest['package_version']}; this is {__version__}, which reads "
                 f"{FORMAT_VERSION}: use the version that wrote it"
             )
+        needed = {PROGRESS, RUN, bundle.CONFIG, bundle.WEIGHTS, "state/.metadata"}
+        if manifest["format"] != FORMAT or needed - manifest["files"].keys():
+            return f"{MANIFEST} is not that of a whole checkpoint"
         for name, entry in manifest["files"].items():
             path = folder / name
             if not path.is_file():

@@ -15,7 +15,7 @@ import torch
 from sphereface2 import backbones, heads
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, pointed
 from sphereface2.training import config as configuration
 from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
@@ -89,6 +89,9 @@ def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Ch
     Raises:
         UserError: there is none that is whole; with ``strict`` also if a newer one is damaged.
     """
+    if wanted is not None and pointed(wanted) is None:
+        there = ", ".join(path.name for path in sorted(checkpointer.folder.glob("step-*")))
+        raise UserError(f"{wanted} does not exist; the run has {there or 'no checkpoint'}")
     found = checkpointer.find(wanted)
     if found.damaged:
         damage = "; ".join(found.damaged)

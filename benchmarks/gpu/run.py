@@ -31,9 +31,9 @@ CARRIED = ROOT / ".gpu"
 
 PARTS = {
     "tests": 110,
-    "heads": 100,
-    "capacity": 50,
-    "partial_fc": 90,
+    "heads": 60,
+    "capacity": 25,
+    "partial_fc": 70,
     "backbones": 100,
     "speedrun": 130,
 }

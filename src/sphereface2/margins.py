@@ -11,6 +11,7 @@ of the blocks add up. Nothing here knows about parameters, devices or the whole 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -62,21 +63,40 @@ def clamped_angle(cos: Tensor) -> Tensor:
     return cos.clamp(-COSINE_LIMIT, COSINE_LIMIT).acos()
 
 
-class Own(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Own:
     """Where each sample's own class lies in a block of c classes.
 
     Attributes:
-        columns: (B,) int64, the column of its class; any valid column where the block lacks it.
-        present: (B,) bool, whether the block has it; None: always.
+        places: (B,) int64, the place of its class in a sequence of classes.
+        start: the block's first place in that sequence.
+        width: c; None: every sample's class is in the block.
 
     Example:
         >>> own = Own(torch.tensor([2, 0]))
         >>> own.take(torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
         tensor([0.3000, 0.4000])
+        >>> Own(torch.tensor([2, 0]), start=2, width=3).present
+        tensor([ True, False])
     """
 
-    columns: Tensor
-    present: Tensor | None = None
+    places: Tensor
+    start: int = 0
+    width: int | None = None
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        """(B,) int64, the column of its class; any valid column where the block lacks it."""
+        if self.width is None:
+            return self.places - self.start
+        return (self.places - self.start).clamp(0, self.width - 1)
+
+    @functools.cached_property
+    def present(self) -> Tensor | None:
+        """(B,) bool, whether the block has it; None: always."""
+        if self.width is None:
+            return None
+        return (self.places >= self.start) & (self.places < self.start + self.width)
 
     def take(self, values: Tensor) -> Tensor:
         """(B,), each sample's entry of ``values`` (B, c) at its column."""
@@ -115,7 +135,12 @@ class ClassTerms(Protocol):
         """The samples' terms of their own class."""
 
     def negatives_(
-        self, cos: Tensor, bias: Tensor, own: Own | None = None, weight: float = 1.0
+        self,
+        cos: Tensor,
+        bias: Tensor,
+        own: Own | None = None,
+        weight: float = 1.0,
+        skip: Tensor | None = None,
     ) -> Terms:
         """The samples' terms of a block of other classes, in place."""
 
@@ -204,6 +229,7 @@ class BinaryMargin:
         bias: Tensor,
         own: Own | None = None,
         weight: float = 1.0,
+        skip: Tensor | None = None,
     ) -> Terms:
         """((1-λ)/r)·Σ_i softplus(n_i) over a block of c classes, for each sample, in place.
 
@@ -213,6 +239,7 @@ class BinaryMargin:
             own: the entries that are some sample's own class, to be left out: they get neither
                 loss nor derivative.
             weight: factor of loss and derivatives; a sample of the negatives weighs more than 1.
+            skip: (c,) bool, classes that get neither loss nor derivative.
 
         Returns:
             `Terms` with loss (B,), dcos the given `cos` itself, dbias (B,) or (B, c).
@@ -228,6 +255,8 @@ class BinaryMargin:
         torch.add(constant, n, alpha=2 * self.r, out=n)
         if own is not None:
             own.put_(n, -math.inf)
+        if skip is not None:
+            n.masked_fill_(skip, -math.inf)
         share = (1 - self.lam) * weight
         loss = softplus_sum(n) * (share / self.r)
         push = n.sigmoid_().mul_(share)

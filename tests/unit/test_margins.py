@@ -78,8 +78,7 @@ def test_blocks_of_classes_add_up(margin, batch, classes, data):
     for start, end in itertools.pairwise(cuts):
         if start == end:
             continue
-        present = (labels >= start) & (labels < end)
-        own = Own((labels - start).clamp(0, end - start - 1), present)
+        own = Own(labels, start, end - start)
         part = margin.negatives_(cos[:, start:end].clone(), bias, own)
         loss, dbias = loss + part.loss, dbias + part.dbias
         dcos.append(part.dcos)

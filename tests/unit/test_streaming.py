@@ -193,7 +193,7 @@ def test_blocks_cover_all_rows_and_know_every_own_class(labels, rows, chunk):
         numbers = list(range(rows))[block.rows]
         assert 1 <= len(block) == len(numbers) <= chunk
         seen += numbers
-        columns, present = (part.tolist() for part in block.own)
+        columns, present = (block.own.columns.tolist(), block.own.present.tolist())
         assert set(columns) <= set(range(len(numbers)))
         own |= {(s, numbers[c]) for s, c in enumerate(columns) if present[s]}
     assert seen == list(range(rows))

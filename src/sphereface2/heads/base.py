@@ -20,6 +20,7 @@ SMALLEST_NORM = 1e-12
 
 Negatives = Literal["all", "uniform", "hard"]
 WeightType = Literal["float32", "bfloat16"]
+Compute = Literal["float32", "bf16"]
 
 
 class Scaling(TypedDict, total=False):
@@ -31,6 +32,7 @@ class Scaling(TypedDict, total=False):
     negatives: Negatives
     negative_share: float
     weight_dtype: WeightType
+    compute: Compute
 
 
 class Head(nn.Module):
@@ -52,6 +54,10 @@ class Head(nn.Module):
         negative_share: share of the classes that a sample of negatives visits, in (0, 1].
         weight_dtype: "float32" (default), or "bfloat16" for W in half the memory, which needs a
             `FusedSGD`: it rounds stochastically, so that small steps are not lost on average.
+        compute: "float32" (default), or "bf16" for products of bfloat16 numbers with float32 sums:
+            faster where matrix units have them. Prototypes are cast a block at a time; cosines
+            with other classes and all derivatives are rounded to 8 bits, those with the own class,
+            the losses and the sums over blocks are not. Batches in float64 stay in float64.
 
     A head supports those of these options that `parameters` lists for it.
 
@@ -94,8 +100,11 @@ class Head(nn.Module):
         self.chunk_size = scaling.get("chunk_size")
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size, 1)
+        self.compute: Compute = scaling.get("compute", "float32")
+        check_choice("compute", self.compute, get_args(Compute))
         check_flag("streaming", streaming := scaling.get("streaming", False))
-        self.streaming = streaming or group is not None or self.negatives != "all"
+        implied = group is not None or self.negatives != "all" or self.compute != "float32"
+        self.streaming = streaming or implied
         self.shard = Shard.of(num_classes, group)
         kept = scaling.get("weight_dtype", "float32")
         check_choice("weight_dtype", kept, get_args(WeightType))

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sphereface2.margins import Own
@@ -25,14 +24,17 @@ class Block:
     """Some rows of W.
 
     Attributes:
-        rows: a range, or ascending int64 indices.
+        rows: a range, or int64 indices.
         own: the column of each sample's own class among them.
         weight: factor of the negatives in the block.
+        skip: (c,) bool, rows that do not count and are not trained: a plan whose shapes depend on
+            no value may name a row twice and skip it once. None: all count.
     """
 
     rows: slice | Tensor
     own: Own
     weight: float = 1.0
+    skip: Tensor | None = None
 
     def __len__(self) -> int:
         if isinstance(self.rows, slice):
@@ -46,13 +48,14 @@ class RowUpdate(Protocol):
     def begin_step(self) -> None:
         """A pass over the blocks begins."""
 
-    def update_(self, rows: slice | Tensor, unit: Tensor, gradient: Tensor) -> None:
-        """Take a step with the rows ``rows`` of W, which are ``unit`` (c, d) after normalisation.
+    def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
+        """Take a step with the block's rows of W.
 
         Args:
-            rows: a range or indices among this rank's rows.
-            unit: (c, d), may be overwritten.
-            gradient: (c, d) gradient by these rows, may be overwritten.
+            block: rows among this rank's.
+            unit: (c, d) those rows after normalisation, may be overwritten; None where the
+                kernels are used, which normalise the rows on their way.
+            gradient: (c, d) gradient by the normalised rows, may be overwritten.
         """
 
 
@@ -63,6 +66,7 @@ def all_rows(labels: Tensor, rows: int, chunk: int) -> Iterator[Block]:
         labels: (B,) int64 rows of the local W; those outside it are in no block.
 
     Example:
+        >>> import torch
         >>> for block in all_rows(torch.tensor([0, 5]), rows=6, chunk=4):
         ...     print(block.rows, block.own.present.tolist())
         slice(0, 4, None) [True, False]
@@ -70,17 +74,23 @@ def all_rows(labels: Tensor, rows: int, chunk: int) -> Iterator[Block]:
     """
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
-        present = (labels >= start) & (labels < stop)
-        columns = (labels - start).clamp(0, stop - start - 1)
-        yield Block(slice(start, stop), Own(columns, present))
+        yield Block(slice(start, stop), Own(labels, start, stop - start))
 
 
-def chosen_rows(labels: Tensor, rows: Tensor, chunk: int, weight: float = 1.0) -> Iterator[Block]:
-    """The ascending ``rows`` (k,), each of which may be some samples' own.
+def chosen_rows(
+    places: Tensor,
+    rows: Tensor,
+    chunk: int,
+    weight: float = 1.0,
+    skip: Tensor | None = None,
+) -> Iterator[Block]:
+    """The ``rows`` (k,) in blocks of ``chunk``.
 
     Args:
-        labels: (B,) int64 rows of the local W, on the device of ``rows``.
+        places: (B,) int64, where each sample's own class lies among ``rows``; -1: nowhere.
+        skip: (k,) bool, as in `Block`.
     """
-    for part in rows.split(chunk):
-        columns = torch.searchsorted(part, labels).clamp_max(len(part) - 1)
-        yield Block(part, Own(columns, part[columns] == labels), weight)
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        own = Own(places, start, len(part))
+        yield Block(part, own, weight, None if skip is None else skip[start : start + chunk])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.heads.base import Head
+from sphereface2.heads.blocks import Block
 from sphereface2.heads.sharding import local
 
 MomentumType = Literal["full", "bfloat16"]
@@ -20,8 +21,9 @@ class FusedSGD(torch.optim.Optimizer):
 
     The gradient of a block of prototypes is consumed as soon as it is known, so that nothing of
     the size of W is held but W itself and its momentum. With full momentum the step is that of
-    ``torch.optim.SGD`` to the last bit. Rows that a step does not visit (sampled negatives) keep
-    their momentum and are not decayed.
+    ``torch.optim.SGD``, on a CPU to the last bit. Rows that a step does not visit (sampled
+    negatives) keep their momentum and are not decayed. On CUDA one kernel takes the step of a
+    block, where Triton is installed.
 
     The step happens when the head is called in training mode with gradients enabled, before
     ``backward``; ``step`` does nothing more and ``zero_grad`` has nothing to do. So the step cannot
@@ -81,23 +83,25 @@ class FusedSGD(torch.optim.Optimizer):
             if momentum_dtype == "full":
                 dtype = torch.promote_types(head.weight.dtype, torch.float32)
             self.state[head.weight]["momentum_buffer"] = torch.zeros_like(head.weight, dtype=dtype)
-        self.noise = _Noise()
+        self.begin_step()
 
     def begin_step(self) -> None:
         """The head begins a pass."""
         self.noise = _Noise()
+        self.seed: Tensor | None = None
 
     @torch.no_grad()
-    def update_(self, rows: slice | Tensor, unit: Tensor, gradient: Tensor) -> None:
-        """Take the step of some rows of W.
-
-        Args:
-            rows: a range or indices among this rank's rows.
-            unit: (c, d) those rows, normalised; overwritten.
-            gradient: (c, d); overwritten.
-        """
+    def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
+        """Take the step of some rows of W; see `RowUpdate`."""
         (group,) = self.param_groups
         (weight,) = group["params"]
+        if unit is None:
+            self._step_by_kernel(block, gradient)
+            return
+        rows, gradient = block.rows, gradient.to(unit.dtype)
+        if block.skip is not None and isinstance(rows, Tensor):
+            counts = ~block.skip
+            rows, unit, gradient = rows[counts], unit[counts], gradient[counts]
         if group["weight_decay"]:
             gradient.add_(unit, alpha=group["weight_decay"])
         buffer = self.state[weight].get("momentum_buffer")
@@ -118,6 +122,25 @@ class FusedSGD(torch.optim.Optimizer):
         stored = local(weight.data)
         if not (isinstance(rows, slice) and stored.dtype == unit.dtype):
             self._store(unit, stored, rows)
+
+    def _step_by_kernel(self, block: Block, gradient: Tensor) -> None:
+        from sphereface2.heads import kernels
+
+        (group,) = self.param_groups
+        (weight,) = group["params"]
+        velocity = self.state[weight].get("momentum_buffer")
+        if self.seed is None:
+            # On the device, so that nothing waits; from its generator, which checkpoints keep.
+            self.seed = torch.randint(2**62, (1,), device=gradient.device)
+        kernels.step_rows_(
+            local(weight.data),
+            None if velocity is None else local(velocity),
+            gradient,
+            block.rows,
+            block.skip,
+            self.seed,
+            **{k: group[k] for k in ("lr", "momentum", "weight_decay", "nesterov")},
+        )
 
     def _store(self, values: Tensor, into: Tensor, rows: slice | Tensor) -> None:
         if into.dtype == values.dtype:

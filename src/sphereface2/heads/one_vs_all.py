@@ -76,6 +76,8 @@ class OneVersusAllHead(Head):
             self._plan,
             visits_all=self.negatives == "all" or not self.training,
             scale=self.loss_weight,
+            chunk=self.chunk(x.device),
+            half=self.compute == "bf16",
             even=self.trust_batches,
             update=update,
         )

@@ -14,46 +14,32 @@ from sphereface2.heads.blocks import Block, chosen_rows
 
 
 def uniform(labels: Tensor, rows: int, share: float, chunk: int) -> Iterator[Block]:
-    """The batch's own classes, and a uniform sample of the others weighted by its rarity.
+    """The batch's own classes, and a random sample of the others weighted by its rarity.
 
-    Of the ``rows`` rows of W about ``share`` are visited, at least one besides the own classes. The
-    expectation of the loss and of its gradient is that of all rows: own classes are always there
-    and weigh 1, each other is drawn with probability k/n, without replacement, and weighs n/k.
-
-    How many own classes there are decides how many others are drawn: with labels on a GPU a plan
-    waits for it once.
+    Own classes are always visited and weigh 1. Of all ``rows`` rows of W, k = ``share``·rows are
+    drawn, each with probability k/rows: one of each of k equally long ranges, which begin at a
+    random row and go round the end. Those that are nobody's own weigh rows/k. So the expectation
+    of the loss and of its gradient is that of all rows. Time and memory are those of the sample,
+    and nothing waits for a device: rows that came twice are skipped, not taken out.
 
     Args:
         labels: (B,) int64 rows of the local W; those outside it never match.
     """
-    present = _present(labels, rows)
-    others = rows - len(present)
-    drawn = min(others, max(1, round(share * rows) - len(present)))
-    if len(present):
-        yield from chosen_rows(labels, present.to(labels.device), chunk)
-    if drawn:
-        chosen = _distinct(drawn, others)
-        # The k-th row that is not present: present[i] - i rows below present[i] are not.
-        gaps = present - torch.arange(len(present))
-        chosen += torch.searchsorted(gaps, chosen, right=True)
-        yield from chosen_rows(labels, chosen.to(labels.device), chunk, others / drawn)
-
-
-def _present(labels: Tensor, rows: int) -> Tensor:
-    """Ascending rows below ``rows`` that are some sample's own class, each once; on the CPU."""
-    labels = labels.cpu()
-    return labels[(labels >= 0) & (labels < rows)].unique()
-
-
-def _distinct(count: int, below: int) -> Tensor:
-    """``count`` distinct numbers below ``below``, ascending, every set as likely as any other."""
-    if 4 * count > below:
-        return torch.randperm(below)[:count].sort().values
-    # Drawing again what came twice treats all numbers alike, and costs nothing of size ``below``.
-    chosen = torch.randint(below, (count,)).unique()
-    while len(chosen) < count:
-        chosen = torch.cat([chosen, torch.randint(below, (count - len(chosen),))]).unique()
-    return chosen
+    if not rows:
+        return
+    beyond = labels.new_full((), rows)  # sorts last
+    own = torch.where((labels >= 0) & (labels < rows), labels, beyond).sort().values
+    again = own == torch.cat([own.new_full((1,), -1), own[:-1]])
+    places = torch.searchsorted(own, labels).where((labels >= 0) & (labels < rows), -1)
+    yield from chosen_rows(places, own.clamp_max(rows - 1), chunk, skip=again | (own == beyond))
+    count = max(1, round(share * rows))
+    length = rows // count
+    start = torch.randint(rows, (1,), device=labels.device)
+    within = torch.randint(length, (count,), device=labels.device)
+    drawn = (torch.arange(0, count * length, length, device=labels.device) + within + start) % rows
+    nearest = own[torch.searchsorted(own, drawn).clamp_max_(len(own) - 1)]
+    nowhere = torch.full_like(labels, -1)
+    yield from chosen_rows(nowhere, drawn, chunk, rows / count, skip=nearest == drawn)
 
 
 class HardNegatives:
@@ -85,8 +71,10 @@ class HardNegatives:
         each = max(1, round(self.share * len(weight) / len(x)))
         _, found = self.index.search(x.detach().float().cpu().numpy(), min(each, len(weight)))
         near = torch.from_numpy(found).flatten()
-        rows = torch.cat([near[near >= 0], _present(labels, len(weight))]).unique()
-        yield from chosen_rows(labels, rows.to(labels.device), chunk)
+        present = labels[(labels >= 0) & (labels < len(weight))]
+        rows = torch.cat([near[near >= 0].to(labels.device), present]).unique()
+        places = torch.searchsorted(rows, labels).clamp_max_(len(rows) - 1)
+        yield from chosen_rows(places.where(rows[places] == labels, -1), rows, chunk)
 
     def _build(self, weight: Tensor) -> None:
         rows = renormalise_(weight.detach().float().clone()).cpu().numpy()

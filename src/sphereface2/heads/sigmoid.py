@@ -165,12 +165,19 @@ class SFaceTerms:
 
     @torch.no_grad()
     def negatives_(
-        self, cos: Tensor, bias: Tensor, own: Own | None = None, weight: float = 1.0
+        self,
+        cos: Tensor,
+        bias: Tensor,
+        own: Own | None = None,
+        weight: float = 1.0,
+        skip: Tensor | None = None,
     ) -> Terms:
         """Σ_i r_inter(θ_i)·cos θ_i over a block (B, c), whose derivatives overwrite ``cos``."""
         push = torch.sigmoid(self.k * (self.b - clamped_angle(cos))).mul_(self.s * weight)
         if own is not None:
             own.put_(push, 0.0)
+        if skip is not None:
+            push.masked_fill_(skip, 0.0)
         loss = (push * cos).sum(1)
         return Terms(loss, cos.copy_(push), torch.zeros_like(loss))
 

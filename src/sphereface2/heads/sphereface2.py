@@ -52,8 +52,8 @@ class SphereFace2(OneVersusAllHead):
             "per_class" learns one for each class.
         bias_start: "balanced" (default) as just said; "log_classes", where every negative logit is
             -log(10·C·(1-λ)/λ) at cos θ = 0; or a number.
-        scaling: `streaming`, `chunk_size`, `process_group`, `negatives`, `negative_share` and
-            `weight_dtype` of `Head`.
+        scaling: `streaming`, `chunk_size`, `process_group`, `negatives`, `negative_share`,
+            `weight_dtype` and `compute` of `Head`.
 
     Attributes:
         weight: (C, d) parameter.

@@ -16,7 +16,7 @@ from torch import Tensor
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, RowUpdate
 from sphereface2.heads.sharding import Shard
-from sphereface2.heads.terms import block_terms_
+from sphereface2.heads.terms import Totals, fits_kernels
 from sphereface2.margins import ClassTerms
 
 ONCE = "the loss can be differentiated once only (no create_graph, no second backward)"
@@ -32,6 +32,8 @@ class Work:
         plan: the blocks of W to visit, from the samples and their labels among these rows.
         visits_all: whether these are all rows.
         scale: factor of the mean loss.
+        chunk: most rows a block.
+        half: whether the products of float32 embeddings are made of bfloat16 numbers.
         even: all ranks are known to have equally many samples.
         update: consumes the gradient of W in the forward pass, which then yields none.
     """
@@ -41,6 +43,8 @@ class Work:
     plan: Callable[[Tensor, Tensor], Iterable[Block]]
     visits_all: bool
     scale: float
+    chunk: int
+    half: bool = False
     even: bool = False
     update: RowUpdate | None = None
 
@@ -86,49 +90,43 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         need_x, need_weight, need_bias = needs
-        margin, shard, update = work.margin, work.shard, work.update
+        shard, update = work.shard, work.update
         batch = shard.gather(x, labels, even=work.even)
         x, own_class = batch.x, batch.labels - shard.start
         mean = work.scale / len(x)
-        scaled_x = x * mean
-        # One tensor, so that one message carries the gradients by x and the losses.
-        sums = x.new_zeros(len(x), x.shape[1] + 1)
-        grad_x, losses = sums[:, :-1], sums[:, -1]
+        half = work.half and x.dtype == torch.float32
+        dtype = torch.bfloat16 if half else x.dtype
+        narrow_x, scaled_x = x.to(dtype), (x * mean).to(dtype)
+        own_cos = _own_cosines(x, weight, own_class) if half else None
+        grad_x = torch.zeros_like(x)
         empty = torch.empty_like if work.visits_all else torch.zeros_like
         grad_weight = empty(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias)
-        buffers = _Buffers(x)
+        totals = Totals(work.margin, bias, len(x), work.chunk)
+        buffers = _Buffers(x, dtype)
         for block in work.plan(x, own_class):
-            unit = unit_block(weight, block, x.dtype)
-            cos = torch.mm(x, unit.T, out=buffers.take("cos", len(x), len(block)))
-            block_bias = bias[block.rows] if bias.ndim else bias
-            loss, dcos, dbias = block_terms_(margin, cos, block_bias, block.own, block.weight)
-            losses += loss
-            if need_bias:
-                if bias.ndim:
-                    grad_bias[block.rows] = dbias.sum(0) * mean
-                else:
-                    grad_bias += dbias.sum() * mean
+            exact, unit = _prototypes(weight, block, x.dtype, buffers, update is None)
+            cos = torch.mm(narrow_x, unit.T, out=buffers.take("cos", len(x), len(block)))
+            dcos = totals.add_(cos, block, own_cos)
             if need_x:
-                grad_x.addmm_(dcos, unit)
+                _add_product_(grad_x, dcos, unit)
             if update is not None:
                 gradient = buffers.take("gradient", *unit.shape)
-                update.update_(block.rows, unit, torch.mm(dcos.T, scaled_x, out=gradient))
+                update.update_(block, exact, torch.mm(dcos.T, scaled_x, out=gradient))
             elif grad_weight is not None:
-                if isinstance(block.rows, slice) and weight.dtype == x.dtype:
-                    torch.mm(dcos.T, scaled_x, out=grad_weight[block.rows])
-                else:
-                    grad_weight[block.rows] = (dcos.T @ scaled_x).to(weight.dtype)
+                _put_product_(grad_weight, block.rows, dcos.T, scaled_x)
+        losses, dbias = totals.sums()
         if need_bias and not bias.ndim:
-            shard.sum(grad_bias)
-        mine = shard.scatter_sum(sums, batch)
+            shard.sum(dbias)
+        if shard.group is not None:  # one message carries the gradients by x and the losses
+            mine = shard.scatter_sum(torch.cat([grad_x, losses[:, None]], 1), batch)
+            grad_x, losses = mine[:, :-1], mine[:, -1]
         share = mean * shard.size
         ctx.grads = (
-            mine[:, :-1] * share if need_x else None,
+            grad_x * share if need_x else None,
             grad_weight,
-            grad_bias if need_bias else None,
+            dbias * mean if need_bias else None,
         )
-        return mine[:, -1].sum() * share
+        return losses.sum() * share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,27 +142,80 @@ class _StreamedOneVersusAll(torch.autograd.Function):
 class _Buffers:
     """Scratch memory that the blocks of one pass share."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype = like, dtype
         self.flat: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int) -> Tensor:
         """An uninitialised contiguous (rows, columns)."""
         size = rows * columns
         if name not in self.flat or self.flat[name].numel() < size:
-            self.flat[name] = self.like.new_empty(size)
+            self.flat[name] = self.like.new_empty(size, dtype=self.dtype)
         return self.flat[name][:size].view(rows, columns)
+
+
+def _prototypes(
+    weight: Tensor, block: Block, exact: torch.dtype, buffers: _Buffers, store: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The block's rows at unit length, (c, d), in full precision and in that of the products.
+
+    The first is None where the kernels are used: nothing but the products needs it.
+    """
+    if not fits_kernels(weight) or exact != torch.float32:
+        unit = unit_block(weight, block, exact)
+        return unit, unit.to(buffers.dtype)
+    if isinstance(block.rows, slice) and weight.dtype == buffers.dtype == exact:
+        return None, unit_block(weight, block, exact)
+    from sphereface2.heads import kernels
+
+    unit = buffers.take("unit", len(block), weight.shape[1])
+    store = store and weight.dtype == exact
+    kernels.unit_rows(weight.data, block.rows, unit, store=store)
+    return None, unit
 
 
 def unit_block(weight: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """The block's rows of W at unit length, (c, d); stored back where W keeps that precision."""
     if isinstance(block.rows, slice):
         rows = weight.data[block.rows]
+        if fits_kernels(weight) and weight.dtype == dtype == torch.float32:
+            from sphereface2.heads import kernels
+
+            kernels.unit_rows(weight.data, block.rows, None, store=True)
+            return rows
         return renormalise_(rows if rows.dtype == dtype else rows.to(dtype))
     rows = renormalise_(weight.data[block.rows].to(dtype))
     if weight.dtype == dtype:
         weight.data[block.rows] = rows
     return rows
+
+
+def _own_cosines(x: Tensor, weight: Tensor, own_class: Tensor) -> Tensor:
+    """(B,) cosines with the own classes; of any value where these rows of W lack the class."""
+    if not len(weight):
+        return x.new_zeros(len(x))
+    rows = weight.data[own_class.clamp(0, len(weight) - 1)]
+    return (x * renormalise_(rows.to(x.dtype))).sum(1)
+
+
+def _add_product_(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into`` += a·b, with sums in the precision of ``into``."""
+    if a.dtype == into.dtype:
+        into.addmm_(a, b)
+    elif a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+        into += torch.mm(a, b, out_dtype=into.dtype)
+    else:
+        into.addmm_(a.to(into.dtype), b.to(into.dtype))
+
+
+def _put_product_(into: Tensor, rows: slice | Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a·b to rows of ``into``; a row that is named twice gets the sum."""
+    if not isinstance(rows, slice):
+        into.index_add_(0, rows, (a @ b).to(into.dtype))
+    elif into.dtype == a.dtype:
+        torch.mm(a, b, out=into[rows])
+    else:
+        into[rows] = a @ b
 
 
 def take_once(ctx: Any) -> tuple[Tensor | None, ...]:

@@ -79,6 +79,7 @@ def main() -> None:
             torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
             torch.randint(arguments.people, (count,)),
             [],
+            torch.arange(count),
         )
 
         def steps() -> None:

@@ -435,3 +435,36 @@ def test_where_there_are_no_symbolic_links_training_goes_on(faces: Path, tmp_pat
     assert run.wait() == [0], run.told()
     assert (folder / "checkpoints/last").read_text() == f"step-{STEPS:08}\n"
     bundle.load(folder)
+
+
+# -- a teacher -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, variant(2)])
+def test_a_run_with_a_teacher_is_resumed_bit_for_bit(
+    faces: Path, whole: Path, tmp_path: Path, ranks: int
+) -> None:
+    """The teacher is a model, of another dimension, whose table stays in the run's folder."""
+    distilled = {
+        **SETTINGS,
+        "data.train": faces,
+        "teacher.path": whole,
+        "backbone.embedding_dim": 6,
+        "training.ema": 0.5,
+    }
+    uncut = Run(tmp_path / "uncut", distilled, ranks)
+    assert uncut.wait() == [0] * ranks, uncut.told()
+    cut = Run(tmp_path / "cut", distilled, ranks)
+    assert cut.signal_when(signal.SIGKILL, lambda: cut.steps() >= STEPS // 2, 0)
+    cut.wait()
+    table = tmp_path / "cut/teacher.npz"
+    embedded = table.stat().st_mtime_ns
+    assert resume(tmp_path / "cut", ranks)[0] == 0
+    assert table.stat().st_mtime_ns == embedded  # it is made once
+    assert_equal(weights(tmp_path / "cut"), weights(tmp_path / "uncut"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "uncut")
+    if ranks == 1:
+        other = Run(tmp_path / "other", {**SETTINGS, "data.train": faces, "seed": 5})
+        assert other.wait() == [0], other.told()
+        code, told = resume(tmp_path / "cut", teacher__path=other.folder)
+        assert code == 2 and "the teacher is not the one that" in told

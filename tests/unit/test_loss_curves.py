@@ -113,7 +113,8 @@ def training_curve(settings: dict[str, Any]) -> list[float]:
         for _ in range(accumulate):
             images = generator.integers(256, size=(BATCH // accumulate, 3, 32, 32), dtype=np.uint8)
             labels = generator.integers(PEOPLE, size=BATCH // accumulate)
-            batches.append(Batch(torch.from_numpy(images), torch.from_numpy(labels), []))
+            places = torch.arange(len(labels))
+            batches.append(Batch(torch.from_numpy(images), torch.from_numpy(labels), [], places))
         values += [float(value) for value in step(batches)]
     return values
 

@@ -41,6 +41,7 @@ def batches(count: int = 1, seed: int = 0) -> list[Batch]:
             torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator),
             torch.randint(PEOPLE, (BATCH,), generator=generator),
             [],
+            torch.randint(PEOPLE, (BATCH,), generator=generator),
         )
         for _ in range(count)
     ]

@@ -21,12 +21,14 @@ from sphereface2.images import decode
 class Batch(NamedTuple):
     """``images`` uint8 (B, 3, S, S) RGB in channels-last memory, ``labels`` int64 (B,).
 
-    ``unreadable`` are the source's indices of images that could not be read and were replaced.
+    ``unreadable`` are the source's indices of images that could not be read and were replaced;
+    ``positions``, int64 (B,), are those of the images in the data set.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     unreadable: list[int]
+    positions: torch.Tensor
 
 
 class FaceDataset(Dataset[Batch]):
@@ -81,8 +83,8 @@ class FaceDataset(Dataset[Batch]):
 
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of ``key``."""
-        wanted = self.indices[key.indices]
-        labels = self.labels[key.indices]
+        positions = np.asarray(key.indices, np.int64)
+        wanted = self.indices[positions]
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
         size = self.augmentation.size
@@ -98,9 +100,14 @@ class FaceDataset(Dataset[Batch]):
                 raise UserError(f"no image of a batch can be read ({names}, …)")
             stand_in = good[np.searchsorted(good, bad) % len(good)]
             images[torch.as_tensor(bad)] = images[torch.from_numpy(stand_in)]
-            labels = labels.copy()
-            labels[bad] = labels[stand_in]
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels), unreadable)
+            positions = positions.copy()
+            positions[bad] = positions[stand_in]
+        return Batch(
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(self.labels[positions]),
+            unreadable,
+            torch.from_numpy(positions),
+        )
 
     def _decoded(self, wanted: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
         """The images ``wanted``; the places of unreadable ones, given as black, go to ``bad``."""

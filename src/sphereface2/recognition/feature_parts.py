@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sphereface2.align import Face
+from sphereface2.data.embedding_table import METADATA
 from sphereface2.data.folder import ImageSource, is_image
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
@@ -34,8 +35,6 @@ from sphereface2.version import __version__
 
 FORMAT = "sphereface2-features"
 FORMAT_VERSION = 1
-#: The key of the file's metadata, a JSON object: model, embedding_dim, flip and so on.
-METADATA = b"sphereface2"
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 _SKIPPED = b"skipped"  # key of a part's metadata: [[name, reason], …]
 #: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.

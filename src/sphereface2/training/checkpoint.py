@@ -398,36 +398,31 @@ def _quiet() -> Iterator[None]:
 
 
 def training_state(
-    backbone: nn.Module, head: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    modules: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Parameters, buffers and optimiser state, keyed by name so that rank counts may change."""
-    both = nn.ModuleDict({"backbone": backbone, "head": head})
-    return {
-        "backbone": backbone.state_dict(),
-        "head": head.state_dict(),
-        "optimizer": get_optimizer_state_dict(both, optimizers),
-    }
+    state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
+    return {**state, "optimizer": get_optimizer_state_dict(nn.ModuleDict(modules), optimizers)}
 
 
 def restore_training_state(
     state: dict[str, Any],
-    backbone: nn.Module,
-    head: nn.Module,
+    modules: dict[str, nn.Module],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Inverse of ``training_state`` after ``Checkpointer.load`` filled it.
 
     The optimisers keep the settings they were built with: only their tensors and counts return.
     """
-    both = nn.ModuleDict({"backbone": backbone, "head": head})
-    backbone.load_state_dict(state["backbone"])
-    head.load_state_dict(state["head"])
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
     settings = [
         [{key: value for key, value in group.items() if key != "params"} for group in one]
         for one in (optimizer.param_groups for optimizer in optimizers)
     ]
     # Not strict: SGD without momentum has no state beside Muon's. `load` has missed none.
     relaxed = StateDictOptions(strict=False)
+    both = nn.ModuleDict(modules)
     set_optimizer_state_dict(both, optimizers, state["optimizer"], options=relaxed)
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, kept in zip(optimizer.param_groups, groups, strict=True):

@@ -15,12 +15,13 @@ from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 from sphereface2.training.fit import fit as train
 
-OPTIONS = ("config", "resume", "run-folder", "ranks", "print-config")
+OPTIONS = ("config", "teacher", "resume", "run-folder", "ranks", "print-config")
 
 
 def fit(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     config: str | None = None,
+    teacher: Path | None = None,
     resume: Path | None = None,
     run_folder: Path | None = None,
     ranks: str | None = None,
@@ -35,16 +36,22 @@ def fit(
       a folder of aligned images for each person.
     - `sphereface2 fit --config small --head.name cosface --training.epochs 20`: another loss, and
       longer.
+    - `sphereface2 fit --config small --teacher runs/large`: a small network that follows a large
+      one's embeddings.
     - `sphereface2 fit --resume runs/small-20250101-120000`: go on with an interrupted run.
 
     Args:
         config: Name of a recipe, or a YAML file of settings.
+        teacher: Model or table of embeddings that the network's embeddings follow; short for
+            `--teacher.path`.
         resume: Run folder to continue from its last checkpoint, with its own settings.
         run_folder: Folder of the run: it is started there, or continued if it has a checkpoint.
         ranks: Number of processes on this machine, or "auto": one per GPU or CPU core.
         print_config: Print all settings as YAML and exit, instead of training.
     """
     overrides = list(settings)
+    if teacher is not None:
+        overrides += ["--teacher.path", str(teacher)]
     _check_names(overrides)
     if config is None and resume is None and run_folder is None and not overrides:
         raise UserError(

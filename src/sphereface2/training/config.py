@@ -181,6 +181,23 @@ class TrainingConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """Distillation: embeddings follow a teacher's, see `training.teacher`."""
+
+    path: PathText | None = None
+    """The teacher: a table that ``sphereface2 embed`` made of the training set (Parquet), an npz
+    file with ``name`` and ``embedding``, or a model, which embeds the training images first;
+    ``null``: none."""
+    weight: NotNegative = 1.0
+    """Weight of the teacher's loss, the mean of 1 - cosine."""
+    labels: NotNegative = 1.0
+    """Weight of the head's loss beside it; 0: the labels are not used."""
+    prototypes: Literal["random", "start", "fixed"] = "random"
+    """``start``: prototypes start at the class means of the teacher's embeddings, which must have
+    the dimension of the run's; ``fixed``: they stay there."""
+
+
+@dataclass
 class ValidationConfig:
     """Periodic evaluation on the held-out people and on verification sets."""
 
@@ -219,6 +236,7 @@ class RunConfig:
     """``name`` and the keyword arguments of ``heads.build``; ``sharded: true`` splits the
     prototypes over the ranks."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 

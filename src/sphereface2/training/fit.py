@@ -33,6 +33,7 @@ from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
+from sphereface2.training.teacher import Teacher, open_teacher
 from sphereface2.training.trainer import Progress, Trainer
 from sphereface2.training.validation import Validation
 
@@ -152,8 +153,12 @@ def _train(
     stopper: Stopper,
 ) -> Progress:
     """Apart from ``fit`` so that nothing of the training is left when the group is destroyed."""
-    trainer = build_trainer(settings, folder, place, inputs)
+    teacher = open_teacher(
+        settings, folder, place, inputs.source, inputs.train_indices, inputs.train_labels
+    )
+    trainer = build_trainer(settings, folder, place, inputs, teacher)
     trainer.record = {
+        "teacher": None if teacher is None else teacher.fingerprint,
         "settings": configuration.to_dict(settings),
         "fingerprint": trainer.data_fingerprint,
         "people": resuming.digest(
@@ -257,7 +262,9 @@ def open_inputs(settings: RunConfig, place: World) -> Inputs:
     )
 
 
-def build_trainer(settings: RunConfig, run: Path, place: World, inputs: Inputs) -> Trainer:
+def build_trainer(
+    settings: RunConfig, run: Path, place: World, inputs: Inputs, teacher: Teacher | None = None
+) -> Trainer:
     """A trainer at step 0, with its data set, sampler and validation; every rank calls it."""
     training, data = settings.training, settings.data
     share = place.size * training.accumulate
@@ -295,6 +302,7 @@ def build_trainer(settings: RunConfig, run: Path, place: World, inputs: Inputs) 
         inputs.num_classes,
         validate,
         held_out=len(inputs.held_out_indices),
+        teacher=teacher,
     )
     if place.is_main:
         _announce(settings, run, place, inputs, trainer)
@@ -312,11 +320,19 @@ def _announce(
         f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
         f"input {trainer.network.preprocessing.size}\n"
         f"head       {settings.head['name']}\n"
+        f"{_teacher(settings)}"
         f"schedule   {trainer.total_steps:,} steps of {settings.training.batch_size} images on "
         f"{place.size} rank(s), {place.device.type}\n"
         f"run        {run}",
         flush=True,
     )
+
+
+def _teacher(settings: RunConfig) -> str:
+    """Whom the embeddings follow, as a line of its own."""
+    teacher = settings.teacher
+    labels = f"with labels × {teacher.labels:g}" if teacher.labels else "without labels"
+    return f"teacher    {teacher.path} × {teacher.weight:g}, {labels}\n" if teacher.path else ""
 
 
 def _aside(settings: RunConfig) -> str:

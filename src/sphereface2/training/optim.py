@@ -34,15 +34,17 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
 
 
 def build_optimizers(
-    config: TrainingConfig, backbone: nn.Module, head: Head
+    config: TrainingConfig, backbone: nn.Module, head: Head, teacher: nn.Module | None = None
 ) -> list[torch.optim.Optimizer]:
     """SGD or AdamW with one parameter group a kind; Muon for filters and a fused head's own after.
 
     Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
+    A teacher's map is trained like the backbone.
     """
-    decayed = [p for p in backbone.parameters() if p.ndim > 1]
-    spared = [p for p in backbone.parameters() if p.ndim <= 1]
+    body = [*backbone.parameters(), *(teacher.parameters() if teacher is not None else ())]
+    decayed = [p for p in body if p.ndim > 1]
+    spared = [p for p in body if p.ndim <= 1]
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
     orthogonal: list[torch.optim.Optimizer] = []

@@ -35,6 +35,7 @@ _FIXED = (
     "data.split_seed",
     "data.subset",
     "data.label_noise",
+    "teacher.prototypes",
     "training.optimizer",
     "training.fused_head",
     "training.fused_momentum",
@@ -235,6 +236,11 @@ def check_data(run: Path, found: Checkpoint, record: dict[str, Any], train: Path
         raise UserError(
             f"{train} is not what {run} was trained on (its fingerprint changed); resume with the "
             "original data or start a new run"
+        )
+    if found.run.get("teacher") != record["teacher"]:
+        raise UserError(
+            f"the teacher is not the one that {run} was trained with (its embeddings differ): give "
+            "that one, or start a new run"
         )
     if found.run.get("people", record["people"]) != record["people"]:
         raise UserError(

@@ -15,6 +15,7 @@ from sphereface2.errors import UserError
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
 from sphereface2.training.optim import build_optimizers, clip_gradients, drop_gradients
+from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import LossWatch
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,17 +60,20 @@ class TrainingStep:
         config: the whole configuration.
         world: this process's place.
         num_classes: labels are 0 … ``num_classes`` - 1, which is not checked again.
+        teacher: whose embeddings those of the network follow, if any.
 
     Attributes:
-        network, head: bare modules, on the device.
-        forward, loss: the same as they are called: replicated over the ranks. With
+        network, head, teacher: bare modules, on the device.
+        forward, loss, distil: the same as they are called: replicated over the ranks. With
             ``training.compile`` the network's units are compiled in place; a deep copy's are not.
         optimizers: of all parameters.
         scaler: of gradients, for fp16.
         watch: the losses.
     """
 
-    def __init__(self, config: RunConfig, world: World, num_classes: int) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, num_classes: int, teacher: Teacher | None = None
+    ) -> None:
         self.config, self.world = config, world
         settings = config.training
         device = world.device
@@ -91,7 +95,10 @@ class TrainingStep:
         self.network = network.to(device).to(memory_format=self.memory_format)
         self.head = head.to(device)
         self.head.trust_batches = True
-        self.optimizers = build_optimizers(settings, self.network, self.head)
+        self.teacher = None if teacher is None else teacher.to(device)
+        if self.teacher is not None:
+            self.teacher.place_prototypes(self.head)
+        self.optimizers = build_optimizers(settings, self.network, self.head, self.teacher)
         self.dtype = AUTOCAST[settings.autocast]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
 
@@ -103,6 +110,7 @@ class TrainingStep:
         self.forward = self._replicate(self.network)
         # A sharded head does its own communication.
         self.loss = self.head if self.head.shard.group else self._replicate(self.head)
+        self.distil = None if self.teacher is None else self._replicate(self.teacher)
         if settings.fused_head and isinstance(self.loss, DistributedDataParallel):
             raise UserError(
                 "training.fused_head on several ranks needs head.sharded true: replicas of the "
@@ -118,6 +126,18 @@ class TrainingStep:
             return module
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def _replicas(self) -> list[DistributedDataParallel]:
+        modules = (self.forward, self.loss, self.distil)
+        return [one for one in modules if isinstance(one, DistributedDataParallel)]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The bare modules that are trained, by name."""
+        found = {"backbone": self.network, "head": self.head}
+        if self.teacher is not None and any(True for _ in self.teacher.parameters()):
+            found["teacher"] = self.teacher
+        return found
 
     def begin(self, batch_size: int) -> None:
         """Training mode; to be called before the first step.
@@ -135,9 +155,7 @@ class TrainingStep:
         It does so after its first backward pass. The sum over three ranks or more depends on the
         order in its last bits, and so would a resumed run.
         """
-        replicated = [
-            m for m in (self.forward, self.loss) if isinstance(m, DistributedDataParallel)
-        ]
+        replicated = self._replicas()
         if self.world.size < 3 or not replicated:
             return
         tensors = [
@@ -151,11 +169,15 @@ class TrainingStep:
             pixels = self.network.preprocessing(images).contiguous(memory_format=self.memory_format)
             with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                 embeddings = self.forward(pixels)
+                loss = embeddings.sum()
                 if self.loss in replicated:
-                    embeddings = self.loss(
+                    loss = loss + self.loss(
                         embeddings, torch.zeros(count, dtype=torch.int64).to(device)
                     )
-            embeddings.sum().backward()
+                if self.distil in replicated and self.teacher is not None:
+                    targets = self.teacher.of(torch.zeros(count, dtype=torch.int64))
+                    loss = loss + self.distil(embeddings, targets.to(device))
+            loss.backward()
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
@@ -176,9 +198,8 @@ class TrainingStep:
         for index, batch in enumerate(batches):
             with contextlib.ExitStack() as stack:
                 if index + 1 < len(batches):
-                    for module in (self.forward, self.loss):
-                        if isinstance(module, DistributedDataParallel):
-                            stack.enter_context(module.no_sync())
+                    for module in self._replicas():
+                        stack.enter_context(module.no_sync())
                 images = batch.images.to(device, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
                 pixels = self.network.preprocessing(images).contiguous(
@@ -188,14 +209,14 @@ class TrainingStep:
                     embeddings = self.forward(pixels)
                     if settings.clip_embedding_norm is not None:
                         embeddings.register_hook(self._clip_embedding_gradient)
-                    loss = self.loss(embeddings, labels) / len(batches)
+                    loss = self._losses(embeddings, labels, batch) / len(batches)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         total = self.world.sum(total) / self.world.size
         eager = [one for one in self.optimizers if not isinstance(one, heads.FusedSGD)]
         for optimizer in eager:
             self.scaler.unscale_(optimizer)
-        parameters = [*self.network.parameters(), *self.head.parameters()]
+        parameters = [p for module in self.modules.values() for p in module.parameters()]
         norm = clip_gradients(parameters, settings.clip_norm)
         drop_gradients(parameters, self.watch.observe(total, norm, step))
         for optimizer in eager:
@@ -204,6 +225,15 @@ class TrainingStep:
         for optimizer in eager:
             optimizer.zero_grad(set_to_none=True)
         return total, norm
+
+    def _losses(self, embeddings: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        """The head's loss and the teacher's, weighted; one that weighs nothing is left out."""
+        if self.distil is None or self.teacher is None:
+            return self.loss(embeddings, labels)
+        weights = self.config.teacher
+        targets = self.teacher.of(batch.positions).to(self.world.device, non_blocking=True)
+        loss: Tensor = weights.weight * self.distil(embeddings, targets)
+        return loss + weights.labels * self.loss(embeddings, labels) if weights.labels else loss
 
     def _clip_embedding_gradient(self, gradient: Tensor) -> Tensor:
         """Scale the batch's gradient by its embeddings (of all ranks) down to the limit."""

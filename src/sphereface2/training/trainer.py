@@ -33,6 +33,7 @@ from sphereface2.training.logging import RunLog
 from sphereface2.training.manifest import PROGRESS
 from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
 from sphereface2.training.step import TrainingStep
+from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import Losses
 
 Validate = Callable[[Any, Callable[[], bool]], tuple[dict[str, float], list[str]] | None]
@@ -82,6 +83,7 @@ class Trainer:
         sampler: the batches of an epoch for this rank.
         validate: called on every rank with the network to evaluate (in eval mode).
         held_out: images that ``validate`` reads, which share in the allowance of unreadable ones.
+        teacher: of ``dataset``, if there is one.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Trainer:
         num_classes: int,
         validate: Validate,
         held_out: int = 0,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config, self.world, self.validate = config, world, validate
         self.images = len(dataset) + held_out
@@ -101,7 +104,7 @@ class Trainer:
         settings = config.training
         device = world.device
 
-        self.step = TrainingStep(config, world, num_classes)
+        self.step = TrainingStep(config, world, num_classes, teacher)
         self.network, self.head = self.step.network, self.step.head
         self.optimizers, self.scaler = self.step.optimizers, self.step.scaler
         self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
@@ -145,7 +148,7 @@ class Trainer:
         if not any(key.startswith("scaler") for key in stored):
             state.pop("scaler", None)
         self.checkpointer.load(found, state)
-        ckpt.restore_training_state(state, self.network, self.head, self.optimizers)
+        ckpt.restore_training_state(state, self.step.modules, self.optimizers)
         if self.average is not None:
             self.average.average = state.get("average") or {
                 key: value.clone() for key, value in self.network.state_dict().items()
@@ -384,7 +387,7 @@ class Trainer:
         self._check_loss()
         self._share_buffers()
         # An update may overflow, and a fused head has taken its step before anything is known.
-        parameters = [*self.network.parameters(), *self.head.parameters()]
+        parameters = [p for module in self.step.modules.values() for p in module.parameters()]
         finite = all(bool(local(p.detach()).isfinite().all()) for p in parameters)
         if self.world.count(not finite)[0]:
             raise UserError(
@@ -420,7 +423,7 @@ class Trainer:
         }
 
     def _state(self) -> dict[str, Any]:
-        state = ckpt.training_state(self.network, self.head, self.optimizers)
+        state = ckpt.training_state(self.step.modules, self.optimizers)
         if self.average is not None:
             state["average"] = self.average.average
         if self.scaler.is_enabled():

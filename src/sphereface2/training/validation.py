@@ -64,12 +64,13 @@ class Validation:
                         figures |= found
                 for pair_set in self.pairs:
                     images = pair_set.images
-                    embeddings, _ = self._embed(
+                    embeddings, _ = embed_together(
                         embedder,
+                        self.world,
                         len(images),
                         partial(_read, images),
-                        pair_set.image_name,
-                        stopping,
+                        name=pair_set.image_name,
+                        stopping=stopping,
                     )
                     scores = pair_scores(embeddings, pair_set.pairs)
                     folds = kfold_accuracy(scores, pair_set.same, pair_set.folds)
@@ -89,7 +90,9 @@ class Validation:
             return image if harden is None else harden(image, index)
 
         labels = self.source.labels[self.held_out]
-        embeddings, readable = self._embed(embedder, len(labels), read, None, stopping)
+        embeddings, readable = embed_together(
+            embedder, self.world, len(labels), read, stopping=stopping
+        )
         lost = np.flatnonzero(~readable)
         found = evaluate_all_pairs(embeddings[readable], labels[readable], self.config.fars)
         resolved = {p.at: p.value for p in found.tar if p.value is not None}
@@ -100,51 +103,53 @@ class Validation:
         }
         return figures, [self.source.name(int(self.held_out[i])) for i in lost]
 
-    def _embed(
-        self,
-        embedder: Embedder,
-        count: int,
-        read: Callable[[int], np.ndarray],
-        name: Callable[[int], str] | None,
-        stopping: Callable[[], bool],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """float32 (count, d), and bool (count,): which images could be read.
 
-        Each rank embeds its share and receives the others'. With ``name`` all must be readable.
-        """
-        mine = range(self.world.rank, count, self.world.size)
-        lost: list[int] = []
-        part: np.ndarray | None = None
-        failure: str | None = None
+def embed_together(
+    embedder: Embedder,
+    world: World,
+    count: int,
+    read: Callable[[int], np.ndarray],
+    *,
+    name: Callable[[int], str] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embed images on all ranks, each its share: float32 (count, d), bool (count,): readable ones.
 
-        def go_on(_count: int) -> None:
-            if stopping():
-                raise _StopError
+    Every rank receives all. With ``name`` an unreadable image is an error, alike on all ranks.
+    """
+    mine = range(world.rank, count, world.size)
+    lost: list[int] = []
+    part: np.ndarray | None = None
+    failure: str | None = None
 
-        try:
-            part = embedder.embed(
-                mine,
-                read=read,
-                name=(lambda k: name(mine[k])) if name else None,
-                unreadable=None if name else lost,
-                progress=go_on,
-            )
-        except _StopError:
-            pass
-        except UserError as error:
-            failure = str(error)
-        shares = self.world.gather((part, lost, failure))
-        if failures := [failure for *_, failure in shares if failure is not None]:
-            raise UserError(failures[0])
-        if any(part is None for part, *_ in shares):
+    def go_on(_count: int) -> None:
+        if stopping():
             raise _StopError
-        embeddings = np.zeros((count, embedder.embedding_dim), np.float32)
-        readable = np.ones(count, bool)
-        for rank, (rows, lost, _) in enumerate(shares):
-            readable[rank :: self.world.size][lost] = False
-            theirs = np.arange(rank, count, self.world.size)
-            embeddings[theirs[readable[theirs]]] = rows
-        return embeddings, readable
+
+    try:
+        part = embedder.embed(
+            mine,
+            read=read,
+            name=(lambda k: name(mine[k])) if name else None,
+            unreadable=None if name else lost,
+            progress=go_on,
+        )
+    except _StopError:
+        pass
+    except UserError as error:
+        failure = str(error)
+    shares = world.gather((part, lost, failure))
+    if failures := [failure for *_, failure in shares if failure is not None]:
+        raise UserError(failures[0])
+    if any(part is None for part, *_ in shares):
+        raise _StopError
+    embeddings = np.zeros((count, embedder.embedding_dim), np.float32)
+    readable = np.ones(count, bool)
+    for rank, (rows, lost, _) in enumerate(shares):
+        readable[rank :: world.size][lost] = False
+        theirs = np.arange(rank, count, world.size)
+        embeddings[theirs[readable[theirs]]] = rows
+    return embeddings, readable
 
 
 def _read(images: Sequence[bytes | np.ndarray], index: int) -> np.ndarray:

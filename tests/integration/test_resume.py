@@ -379,6 +379,23 @@ def test_a_finished_run_is_not_reported_as_trained_otherwise(whole: Path, tmp_pa
     assert metrics(folder)[-1]["epoch"] == 10
 
 
+def test_a_step_that_goes_wrong_leaves_nothing_behind(folder: Path, whole: Path) -> None:
+    """The host reads of it ten steps later; weights that moved meanwhile are saved nowhere."""
+    kept, before = last(folder), weights(folder)
+    late = {key: 1000 for key in ("training.log_every", "training.checkpoint_every")}
+    wild = {"training.lr": 1e30, "training.clip_norm": "null", "validation.every": 0, **late}
+    run = Run(folder, wild, command=["--resume", folder])
+    assert run.wait() == [2]
+    told = run.told().splitlines()[-1]
+    assert f"the last good checkpoint is {kept}, which --resume {folder} goes on from" in told
+    assert last(folder) == kept == checkpoints(folder)[-1]
+    assert_equal(weights(folder), before)
+    tame = {key: SETTINGS.get(key, 5.0) for key in wild}
+    run = Run(folder, tame, command=["--resume", folder])
+    assert run.wait() == [0], run.told()
+    assert_equal(weights(folder), weights(whole))
+
+
 # -- bad data ------------------------------------------------------------------------------------
 
 

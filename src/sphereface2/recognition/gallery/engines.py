@@ -18,7 +18,7 @@ from sphereface2.recognition.gallery.rows import Rows, parts, person_of
 from sphereface2.recognition.gallery.search import Resident, exact
 from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.stamps import check_moved, stamp
-from sphereface2.recognition.gallery.types import Person
+from sphereface2.recognition.gallery.types import Person, packed
 
 _CANDIDATES = 16
 _STATE = (
@@ -159,9 +159,7 @@ def _pgvector(
         mean: compare with people's templates, not with their images.
         every: look at every row, not at the index.
     """
-    text = "[" + ",".join(map(repr, probe.tolist())) + "]"
-    # Two parameters, or PostgreSQL would round the one to halfvec before it scores.
-    values: dict[str, Any] = {"probe": text, "coarse": text, "k": k}
+    values = {"probe": packed(probe, "float32"), "coarse": packed(probe, "float16"), "k": k}
     table, owner, vector = (
         ("people", "id", "template") if mean else ("images", "person", "embedding")
     )

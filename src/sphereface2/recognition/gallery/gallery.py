@@ -100,6 +100,7 @@ class Gallery(GalleryReader):
             UserError: as `add`, without ``refused``; what was yielded before stays.
         """
         waiting: dict[int, Checked] = {}
+        size = 0
         for item in people:
             try:
                 one = checked(item, self.dim)
@@ -108,10 +109,10 @@ class Gallery(GalleryReader):
                     raise
                 refused(item, error)
                 continue
-            size = sum(len(other.vectors) for other in waiting.values()) + len(one.vectors)
+            size += len(one.vectors)
             if waiting and (size > BATCH_IMAGES or one.key in waiting):
                 yield self._add_batch(waiting, replace, refused)
-                waiting = {}
+                waiting, size = {}, len(one.vectors)
             waiting[one.key] = one
         if waiting:
             yield self._add_batch(waiting, replace, refused)

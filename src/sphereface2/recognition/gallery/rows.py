@@ -26,6 +26,7 @@ from sphereface2.recognition.gallery.types import (
     UnknownPersonError,
     check_count,
     image_ids,
+    packed,
     person_key,
     template,
 )
@@ -57,13 +58,19 @@ class Embedding(sa.types.TypeDecorator[np.ndarray]):
             return sa.LargeBinary()
         from pgvector.sqlalchemy import HALFVEC, VECTOR
 
-        return HALFVEC() if self.storage == "float16" else VECTOR()
+        class Type(HALFVEC if self.storage == "float16" else VECTOR):  # type: ignore[misc]
+            def bind_processor(self, dialect: Dialect) -> None:
+                """None: values are packed already."""
 
-    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> Any:
+        return Type()
+
+    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> bytes | None:
         """To the database."""
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astype(bytes_type(self.storage)).tobytes()
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return value.astype(bytes_type(self.storage)).tobytes()
+        return packed(value, self.storage)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray | None:
         """From the database, float32."""
@@ -107,6 +114,7 @@ class Rows:
 
     def __init__(self, is_file: bool, storage: str) -> None:
         self._dialect: Any = sqlite if is_file else postgresql
+        self._storage = storage
         key: dict[str, Any] = {"primary_key": True, "autoincrement": False}
         metadata = sa.MetaData()
         self.people = people = sa.Table(
@@ -263,11 +271,24 @@ class Rows:
                 changed.append(
                     {"key": item.key, "metadata": metadata, "template": template(vectors)}
                 )
-        if added:
+        if added and self._dialect is postgresql:
+            self._copy(connection, added)
+        elif added:
             connection.execute(sa.insert(images), added)
         if changed:
             connection.execute(sa.update(people).where(people.c.id == sa.bindparam("key")), changed)
         return ids
+
+    def _copy(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
+        """Insert images by COPY, several times as fast as INSERT."""
+        driver: Any = connection.connection.driver_connection
+        with (
+            driver.cursor() as cursor,
+            cursor.copy("COPY images FROM STDIN (FORMAT BINARY)") as copy,
+        ):
+            copy.set_types(["int8", "int8", "bytea", "text", "bytea"])
+            for person, image, vector, *rest in (row.values() for row in rows):
+                copy.write_row((person, image, packed(vector, self._storage), *rest))
 
     def set(self, connection: Connection, key: int, **values: Any) -> None:
         """Put values in the place of a person's, and lock the row."""

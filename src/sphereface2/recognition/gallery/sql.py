@@ -19,9 +19,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from sphereface2.errors import UserError
 from sphereface2.extras import require
-from sphereface2.recognition.gallery.types import GalleryUnavailableError
+from sphereface2.recognition.gallery.types import GalleryUnavailableError, Packed
 
 BUSY_SECONDS = 30  # to wait for another process's change
+CONNECT_SECONDS = 10  # to wait for a server
 ERASE_SECONDS = 5  # to wait for other processes' reads before bytes can be overwritten
 # An image's row of 512 float32 fills half a page of 4 KB, the default, and wastes the rest.
 _PAGE_BYTES = 16_384
@@ -71,7 +72,15 @@ class Database:
                     f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
                 )
             require("galleries on PostgreSQL", "psycopg", "pgvector")
-            engine = sa.create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24)
+            # Unless the address says otherwise: a server that is cut off would hang for minutes.
+            patience = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * BUSY_SECONDS}
+            engine = sa.create_engine(
+                url,
+                connect_args={key: patience[key] for key in patience.keys() - url.query.keys()},
+                pool_pre_ping=True,
+                pool_size=8,
+                max_overflow=24,
+            )
             sa.event.listen(engine, "connect", _tune)
         except (ArgumentError, NoSuchModuleError, ValueError) as error:
             if isinstance(error, UserError):
@@ -241,10 +250,10 @@ class Database:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
-            raise self._sentence(what, error) from error
         except DBAPIError as error:
             raise self._sentence(what, error.orig or error) from error
+        except self.engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
+            raise self._sentence(what, error) from error  # of statements past SQLAlchemy
         except sa.exc.TimeoutError as error:
             raise GalleryUnavailableError(
                 f"the gallery {self.name} is overloaded; try again later"
@@ -276,7 +285,17 @@ class Database:
 
 
 def _tune(connection: Any, _: Any) -> None:
-    """Have pgvector's index go on until it has found as many rows as were asked for."""
+    """Have pgvector take packed embeddings, and its index go on until it has found enough rows."""
+    from psycopg.adapt import Dumper
+    from psycopg.pq import Format
+
+    class PackedDumper(Dumper):
+        format = Format.BINARY  # of no type: the server takes that of the column or the cast
+
+        def dump(self, obj: Packed) -> Packed:
+            return obj
+
+    connection.adapters.register_dumper(Packed, PackedDumper)
     with connection.cursor() as cursor:
         cursor.execute(
             "SET hnsw.iterative_scan = strict_order; SET hnsw.ef_search = 100; "

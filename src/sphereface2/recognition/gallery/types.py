@@ -237,6 +237,17 @@ def unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
     return (vectors / np.sqrt(squares)[:, None]).astype(np.float32)
 
 
+class Packed(bytes):
+    """An embedding in pgvector's binary format; as text it would take a hundred times as long."""
+
+
+def packed(vector: np.ndarray, storage: str) -> Packed:
+    """A vector (d,) in pgvector's binary format."""
+    from pgvector import HalfVector, Vector
+
+    return Packed((HalfVector if storage == "float16" else Vector)(vector).to_binary())
+
+
 def template(vectors: np.ndarray) -> np.ndarray:
     """The normalised mean of unit vectors (k, d); the first of them if they cancel out."""
     total = vectors.sum(0, dtype=np.float64)

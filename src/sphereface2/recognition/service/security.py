@@ -49,7 +49,7 @@ class Access:
             self._limit = RateLimitItemPerSecond(max(1, round(rate * seconds)), seconds)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    def __call__(self, request: Request) -> None:
+    async def __call__(self, request: Request) -> None:
         """Name the caller in ``request.state.caller``.
 
         Raises:

@@ -142,7 +142,8 @@ class Service:
                     )
 
 
-def _service(request: Request) -> Service:
+# Dependencies are coroutines: FastAPI would run each plain function in a thread of its pool.
+async def _service(request: Request) -> Service:
     found: Service = request.app.state.service
     return found
 
@@ -153,7 +154,7 @@ Current = Annotated[Service, Depends(_service)]
 def doing(action: str) -> Any:
     """Dependencies that name the request for the audit log before anything can go wrong."""
 
-    def name(request: Request) -> None:
+    async def name(request: Request) -> None:
         request.state.action = action
         if person := request.path_params.get("name"):
             request.state.person = person[: schemas.MAX_NAME]

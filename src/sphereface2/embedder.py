@@ -184,10 +184,24 @@ class Embedder:
                             label = name(index) if name else f"image {index}"
                             raise UserError(f"{label} cannot be read: {error}") from error
                 if batch:
-                    rows.append(self._engine.forward(batch, self.flip))
+                    rows.append(self._engine.forward(batch, self.flip, None))
                 if progress is not None:
                     progress(len(futures))
         return np.concatenate(rows) if rows else np.zeros((0, self.embedding_dim), np.float32)
+
+    def forward(self, images: list[np.ndarray], *, threads: int | None = None) -> np.ndarray:
+        """Embed decoded images, uint8 RGB (H, W, 3), in one pass: float32 (B, d), of length 1.
+
+        Args:
+            images: the batch.
+            threads: cores that this pass of a torch network on the CPU uses, for callers that run
+                several passes at once; it holds for the calling thread's later passes too.
+
+        Raises:
+            UserError: the network gives NaN or infinity.
+        """
+        with self._engine.evaluating():
+            return self._engine.forward(images, self.flip, threads)
 
     def embed_pairs(
         self, pair_set: PairSet, *, change: Change | None = None, progress: Progress | None = None
@@ -302,7 +316,7 @@ class _Engine(Protocol):
     def evaluating(self) -> Any:
         """A context in which the network is in evaluation mode."""
 
-    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+    def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         """uint8 RGB (H, W, 3) each to float32 (B, d), rows of length 1."""
 
 
@@ -329,12 +343,14 @@ class _TorchEngine:
         finally:
             self.network.train()
 
-    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+    def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         import torch
         from torch.nn.functional import normalize
 
         from sphereface2.device import exact_convolutions
 
+        if threads is not None and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         preprocess = self.network.preprocessing
         with torch.inference_mode():
             if len({image.shape for image in images}) == 1:
@@ -370,7 +386,7 @@ class _OnnxEngine:
     def evaluating(self) -> Any:
         return nullcontext()
 
-    def forward(self, images: list[np.ndarray], flip: bool) -> np.ndarray:
+    def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         inputs = self.network.preprocessing.arrays(images)
         embeddings = self.network(inputs)
         if flip:

@@ -27,12 +27,11 @@ from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
-from sphereface2.recognition.gallery.quality import Gate
 from sphereface2.recognition.service import bodies, keys
-from sphereface2.recognition.service.app import Settings, create_app
+from sphereface2.recognition.service.app import create_app
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.commands import serve
-from sphereface2.recognition.service.security import LOOPBACK_NAMES
+from sphereface2.recognition.service.settings import Settings
 
 BASE = "http://127.0.0.1:8000"
 ALIGNED = {"aligned": "true"}
@@ -56,10 +55,13 @@ def client(embedder: FaceEmbedder, folder: Path) -> Iterator[TestClient]:
     app = create_app(
         embedder,
         gallery,
-        hosts=LOOPBACK_NAMES,
-        audit=Audit(folder / "audit.jsonl"),
-        settings=Settings(
-            max_pixels=2_000_000, max_images=4, max_body=3_000_000, rate=0, keep_crops=True
+        Settings(
+            audit=folder / "audit.jsonl",
+            max_megapixels=2,
+            max_images=4,
+            max_body_mb=3,
+            rate=0,
+            keep_crops=True,
         ),
     )
     with TestClient(app, base_url=BASE, raise_server_exceptions=True) as client:
@@ -257,8 +259,8 @@ def test_a_poor_image_is_warned_of_or_refused(embedder: FaceEmbedder, tmp_path: 
     grey = encoded(np.full((112, 112, 3), 128, np.uint8), "PNG")
     for action, status in (("warn", 201), ("refuse", 422), ("off", 201)):
         gallery = Gallery.open(tmp_path / f"{action}.db", embedder=embedder)
-        settings = Settings(rate=0, quality=Gate(action=action))
-        app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+        settings = Settings(audit=tmp_path / "a", rate=0, quality=action)
+        app = create_app(embedder, gallery, settings)
         with TestClient(app, base_url=BASE) as client:
             answer = client.post("/v1/people", data={"name": "x", **ALIGNED}, files=files(grey))
             assert answer.status_code == status, answer.text
@@ -268,6 +270,24 @@ def test_a_poor_image_is_warned_of_or_refused(embedder: FaceEmbedder, tmp_path: 
                 assert answer.json()["code"] == "poor_image" and "blurred" in answer.json()["error"]
             assert client.get("/v1/people").json()["total"] == (status == 201)
             assert client.get("/v1/model").json()["quality"] == action
+
+
+def test_people_look_alike_at_the_calibration_s_own_rate_whatever_the_service_decides_by(
+    embedder: FaceEmbedder, tmp_path: Path
+) -> None:
+    assert embedder.calibration is not None
+    low, high = (embedder.calibration.threshold(far) for far in (1e-1, 1e-2))
+    assert embedder.calibration.far_default == 1e-2 and low < high
+    settings = Settings(audit=tmp_path / "a", rate=0, far=1e-1)
+    gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
+    with TestClient(create_app(embedder, gallery, settings), base_url=BASE) as client:
+        (row,) = embedder.embed([drawn(1)], aligned=True)
+        other = np.random.default_rng(0).standard_normal(len(row))
+        other -= (other @ row) * row
+        cosine = (low + high) / 2  # alike at one false accept in ten, not at one in a hundred
+        gallery.add("Ada", cosine * row + (1 - cosine**2) ** 0.5 * other / np.linalg.norm(other))
+        person = {"name": "Bob", "lookalikes": "refuse", **ALIGNED}
+        assert client.post("/v1/people", data=person, files=files(drawn(1))).status_code == 201
 
 
 def test_a_face_under_a_second_name_is_refused_where_asked(client: TestClient) -> None:
@@ -297,7 +317,7 @@ def test_the_service_recovers_when_its_database_does(
     embedder: FaceEmbedder, server: Postgres, tmp_path: Path
 ) -> None:
     gallery = Gallery.open(server.database(), embedder=embedder)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(rate=0))
+    app = create_app(embedder, gallery, Settings(audit=tmp_path / "a", rate=0))
     with TestClient(app, base_url=BASE) as client:
         person = {"name": "Ada", **ALIGNED}
         assert client.post("/v1/people", data=person, files=files(drawn(1))).status_code == 201
@@ -338,9 +358,7 @@ def test_head_answers_wherever_get_does_and_other_sites_only_where_allowed(
     app = create_app(
         embedder,
         gallery,
-        hosts=LOOPBACK_NAMES,
-        origins=["https://intranet.example"],
-        audit=Audit(tmp_path / "a"),
+        Settings(allow_origin=["https://intranet.example"], audit=tmp_path / "a"),
     )
     with TestClient(app, base_url=BASE) as client:
         for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/people", "/v1/model"):
@@ -370,11 +388,8 @@ def test_a_person_enrolled_anew_never_has_the_face_of_the_one_deleted_before(
 ) -> None:
     def started(crops: bool) -> TestClient:
         gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
-        settings = Settings(keep_crops=crops)
-        return TestClient(
-            create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings),
-            base_url=BASE,
-        )
+        settings = Settings(keep_crops=crops, audit=tmp_path / "a")
+        return TestClient(create_app(embedder, gallery, settings), base_url=BASE)
 
     def enrol(client: TestClient, name: str, seed: int) -> None:
         answer = client.post("/v1/people", data={"name": name, **ALIGNED}, files=files(drawn(seed)))
@@ -408,9 +423,7 @@ def test_whom_the_gallery_holds_under_any_name_can_be_read_and_deleted(
     row = embedder.embed([drawn(1)], aligned=True)
     for name in names:
         gallery.add(name, row)
-    app = create_app(
-        embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(keep_crops=True)
-    )
+    app = create_app(embedder, gallery, Settings(audit=tmp_path / "a", keep_crops=True))
     with TestClient(app, base_url=BASE) as client:
         for name in names:
             path = f"/v1/people/{quote(name, safe='')}"
@@ -720,9 +733,14 @@ def test_keys_rates_and_hosts_of_a_server_in_the_open(
     app = create_app(
         embedder,
         gallery,
-        keys=keys.KeyFile(tmp_path / "keys.json"),
-        audit=Audit(tmp_path / "audit.jsonl"),
-        settings=Settings(rate=0.6, max_images=1, max_queue=1),
+        Settings(
+            host="0.0.0.0",
+            keys=tmp_path / "keys.json",
+            audit=tmp_path / "audit.jsonl",
+            rate=0.6,
+            max_images=1,
+            max_queue=1,
+        ),
     )
     with TestClient(app, base_url="http://faces.example") as client:
         for path in ("/", "/healthz", "/readyz", "/openapi.json", "/static/main.js"):
@@ -752,7 +770,7 @@ def test_a_rate_below_one_lets_a_first_request_in_and_the_page_s_files_do_not_co
     embedder: FaceEmbedder, tmp_path: Path
 ) -> None:
     gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=Settings(rate=0.05))
+    app = create_app(embedder, gallery, Settings(audit=tmp_path / "a", rate=0.05))
     with TestClient(app, base_url=BASE) as client:
         loaded = [client.get("/static/main.js").status_code for _ in range(100)]
         assert loaded == [200] * 100
@@ -765,8 +783,8 @@ def test_what_is_too_much_is_refused_with_a_time_to_return(
     embedder: FaceEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
-    settings = Settings(max_images=1, max_queue=2, rate=0)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+    settings = Settings(audit=tmp_path / "a", max_images=1, max_queue=2, rate=0)
+    app = create_app(embedder, gallery, settings)
     entered, gate = threading.Event(), threading.Event()
     with TestClient(app, base_url=BASE) as client:
         original = app.state.service.recogniser.batcher._forward
@@ -808,8 +826,8 @@ def test_images_in_work_count_until_the_last_of_them_is_done(
     embedder: FaceEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
-    settings = Settings(max_images=3, max_queue=3, rate=0, threads=2)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"), settings=settings)
+    settings = Settings(audit=tmp_path / "a", max_images=3, max_queue=3, rate=0)
+    app = create_app(embedder, gallery, settings)
     entered, gate, looked = threading.Event(), threading.Event(), []
     with TestClient(app, base_url=BASE) as client:
         original = embedder.aligner.detect
@@ -849,13 +867,16 @@ def test_images_in_work_count_until_the_last_of_them_is_done(
 def test_without_calibration_there_is_a_similarity_and_no_verdict(tmp_path: Path) -> None:
     embedder = FaceEmbedder.from_pretrained(make_model(tmp_path / "m", calibrated=False))
     gallery = Gallery.open(tmp_path / "g.db", embedder=embedder)
-    app = create_app(embedder, gallery, audit=Audit(tmp_path / "a"))
+    app = create_app(embedder, gallery, Settings(audit=tmp_path / "a"))
     with TestClient(app, base_url=BASE) as client:
         form = {"a": ("a", drawn(1)), "b": ("b", drawn(2))}
         verdict = client.post("/v1/verify", files=form, data=ALIGNED).json()
         assert verdict["same"] is None and verdict["probability"] is None
         far = client.post("/v1/verify", files=form, data={**ALIGNED, "far": "0.1"})
         assert far.json()["code"] == "not_calibrated"
+        person = {"name": "Ada", "lookalikes": "refuse", **ALIGNED}
+        enrolled = client.post("/v1/people", data=person, files=files(drawn(1)))
+        assert enrolled.json()["code"] == "not_calibrated"
         assert client.get("/v1/model").json()["curve"] is None
 
 
@@ -890,25 +911,28 @@ def test_the_audit_log_is_private_after_it_was_moved_away(tmp_path: Path) -> Non
 def test_an_unsafe_start_is_refused(tmp_path: Path) -> None:
     model = str(make_model(tmp_path / "m"))
     keys.add("desk", tmp_path / "keys.json")
-    place = {"gallery": str(tmp_path / "g.db")}
+
+    def start(**options: Any) -> None:
+        serve(model, gallery=str(tmp_path / "g.db"), settings=Settings(**options))
+
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
         with pytest.raises(UserError, match="keys"):
-            serve(model, **place, host=host)
+            start(host=host)
         with pytest.raises(UserError, match="--behind-proxy"):
-            serve(model, **place, host=host, keys=tmp_path / "keys.json")
+            start(host=host, keys=tmp_path / "keys.json")
     with pytest.raises(UserError, match="keys"):  # a proxy brings others to a loopback address
-        serve(model, **place, behind_proxy=True)
+        start(behind_proxy=True)
     with pytest.raises(UserError, match="does not exist"):
-        serve(model, **place, keys=tmp_path / "none.json")
+        start(keys=tmp_path / "none.json")
     for options in ({"max_queue": 3}, {"far": 0.5}, {"audit": tmp_path}):
         with pytest.raises(UserError):
-            serve(model, **place, **options)
+            start(**options)
     for option in ("max_megapixels", "max_body_mb", "rate", "drain_seconds"):
         with pytest.raises(UserError, match=option.replace("_", "-")):
-            serve(model, **place, **{option: math.inf})
+            start(**{option: math.inf})
     (tmp_path / "evil.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
     with pytest.raises(UserError):
-        serve(str(tmp_path / "evil.bin"), **place)
+        serve(str(tmp_path / "evil.bin"), gallery=str(tmp_path / "g.db"))
 
 
 # --- rubbish -------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ def test_what_arrives_while_the_network_is_busy_shares_a_pass_and_gets_its_own_r
     sizes: list[int] = []
     entered, gate = threading.Event(), threading.Event()
 
-    def forward(items: list[np.ndarray]) -> np.ndarray:
+    def forward(items: list[np.ndarray], batches: int) -> np.ndarray:
         sizes.append(len(items))
         entered.set()
         gate.wait(10)
         return np.stack(items) * 2
 
-    batcher = Batcher(forward, max_batch=4, max_wait=0.01, on_the_way=lambda: 1)
+    batcher = Batcher(forward, max_batch=4, max_wait=0.01, on_the_way=lambda: 0)
     futures = [batcher.submit(np.array([0]))]
     assert entered.wait(10)
     futures += [batcher.submit(np.array([i])) for i in range(1, 10)]
@@ -39,31 +39,51 @@ def test_what_arrives_while_the_network_is_busy_shares_a_pass_and_gets_its_own_r
 def test_a_lone_item_does_not_wait_and_company_is_waited_for() -> None:
     sizes: list[int] = []
 
-    def forward(items: list[np.ndarray]) -> np.ndarray:
+    def forward(items: list[np.ndarray], batches: int) -> np.ndarray:
         sizes.append(len(items))
         return np.stack(items)
 
-    on_the_way = 1
+    on_the_way = 0
     batcher = Batcher(forward, max_batch=8, max_wait=5.0, on_the_way=lambda: on_the_way)
     started = time.monotonic()
     batcher.submit(np.zeros(1)).result(10)
     assert time.monotonic() - started < 2
-    on_the_way = 2
+    on_the_way = 1
     first = batcher.submit(np.zeros(1))
     time.sleep(0.05)
+    on_the_way = 0
     batcher.submit(np.zeros(1)).result(10)
     first.result(10)
     assert sizes == [1, 2]
     batcher.close()
 
 
+def test_two_threads_share_the_work_and_know_it() -> None:
+    both, seen = threading.Barrier(2), []
+
+    def forward(items: list[np.ndarray], batches: int) -> np.ndarray:
+        both.wait(10)  # as long as one batch waits for the other, nobody passes
+        seen.append((len(items), batches))
+        return np.stack(items)
+
+    batcher = Batcher(forward, max_batch=2, max_wait=0, on_the_way=lambda: 0, workers=2)
+    first = batcher.submit(np.zeros(1))
+    time.sleep(0.05)
+    futures = [first, batcher.submit(np.ones(1)), batcher.submit(np.ones(1))]
+    assert [future.result(10)[0] for future in futures[:2]] == [0, 1]
+    assert {batches for _, batches in seen} == {1, 2}
+    both.abort()
+    batcher.close()
+    assert not batcher.alive
+
+
 def test_a_failed_pass_fails_its_items_and_no_other() -> None:
-    def forward(items: list[np.ndarray]) -> np.ndarray:
+    def forward(items: list[np.ndarray], batches: int) -> np.ndarray:
         if items[0][0] < 0:
             raise ArithmeticError
         return np.stack(items)
 
-    batcher = Batcher(forward, max_batch=1, max_wait=0, on_the_way=lambda: 1)
+    batcher = Batcher(forward, max_batch=1, max_wait=0, on_the_way=lambda: 0)
     bad, good = batcher.submit(np.array([-1])), batcher.submit(np.array([1]))
     assert isinstance(bad.exception(10), ArithmeticError)
     assert good.result(10)[0] == 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import fastapi_offline
@@ -24,7 +22,6 @@ from sphereface2.recognition.gallery import (
     PersonExistsError,
     UnknownPersonError,
 )
-from sphereface2.recognition.gallery.quality import Gate
 from sphereface2.recognition.service import people, routes
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.bodies import sentence
@@ -34,12 +31,15 @@ from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.observer import Observer
 from sphereface2.recognition.service.recogniser import Recogniser
 from sphereface2.recognition.service.security import (
+    LOOPBACK_NAMES,
     Access,
     BodyLimit,
     HeadAsGet,
     Hosts,
     SameOrigin,
+    is_loopback,
 )
+from sphereface2.recognition.service.settings import Settings
 from sphereface2.recognition.service.state import Service
 from sphereface2.version import __version__
 
@@ -51,85 +51,29 @@ _GALLERY_ERRORS = (
 _STATIC = Path(__file__).parent / "static"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The service's limits and choices.
-
-    Attributes:
-        max_body: bytes of a request.
-        max_pixels: of an image, read from its header before it is decoded.
-        max_images: in a request.
-        max_batch: faces in one forward pass.
-        max_wait: seconds a face waits for others to share its forward pass.
-        max_queue: images in work; requests beyond are refused with 503.
-        rate: requests a second of one key, or of one address where no keys are used, on average
-            over ten seconds; 0: any.
-        threads: that decode images and find faces.
-        far: false accept rate to decide at; None: the calibration's default.
-        keep_crops: whether the aligned faces of people enrolled are stored in the gallery.
-        quality: what a face must have to be enrolled or verified.
-    """
-
-    max_body: int = 20_000_000
-    max_pixels: int = 50_000_000
-    max_images: int = 16
-    max_batch: int = 32
-    max_wait: float = 0.005
-    max_queue: int = 128
-    rate: float = 50.0
-    threads: int = os.cpu_count() or 1
-    far: float | None = None
-    keep_crops: bool = False
-    quality: Gate = field(default_factory=Gate)
-
-    def __post_init__(self) -> None:
-        if self.max_queue < self.max_images:
-            raise UserError(
-                f"--max-queue {self.max_queue} is less than the {self.max_images} images that one "
-                "request may hold: give at least as many"
-            )
-
-
 def create_app(
-    embedder: FaceEmbedder,
-    gallery: Gallery,
-    *,
-    keys: KeyFile | None = None,
-    hosts: Collection[str] | None = None,
-    origins: Collection[str] = (),
-    audit: Audit | None = None,
-    settings: Settings | None = None,
+    embedder: FaceEmbedder, gallery: Gallery, settings: Settings | None = None
 ) -> FastAPI:
     """The service as an ASGI application; its ``state.service`` can be told to drain.
 
     Args:
         embedder: the model.
         gallery: of that model; closed with the application.
-        keys: who is admitted; None: anybody who reaches it.
-        hosts: names that the Host header may give; None: any.
-        origins: origins of other sites whose pages may call the API (CORS).
-        audit: where the audit log goes; by default to standard output.
-        settings: the limits.
+        settings: all but ``port``, ``insecure``, ``drain_seconds`` and ``device``, which are the
+            server's.
 
     Raises:
-        UserError: the calibration has no threshold for ``settings.far``.
+        UserError: the calibration has no threshold for ``settings.far``, or the file of keys or
+            the audit log cannot be used.
     """
     settings = settings or Settings()
-    audit = audit or Audit()
-    metrics = Metrics()
     if settings.far is not None:
         if embedder.calibration is None:
             raise UserError("--far needs a calibrated model: run sphereface2 calibrate on it first")
         embedder.calibration.threshold(settings.far)
-    recogniser = Recogniser(
-        embedder,
-        metrics,
-        max_batch=settings.max_batch,
-        max_wait=settings.max_wait,
-        max_queue=settings.max_queue,
-        max_pixels=settings.max_pixels,
-        threads=settings.threads,
-    )
+    keys = None if settings.keys is None else KeyFile(settings.keys)
+    audit, metrics = Audit(settings.audit), Metrics()
+    recogniser = Recogniser(embedder, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -148,15 +92,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = Service(
-        recogniser,
-        gallery,
-        metrics,
-        max_images=settings.max_images,
-        far=settings.far,
-        keep_crops=settings.keep_crops,
-        gate=settings.quality,
-    )
+    app.state.service = Service(recogniser, gallery, metrics, settings)
     access = Depends(Access(keys, settings.rate))
     app.include_router(people.router, dependencies=[access])
     app.include_router(routes.api, dependencies=[access])
@@ -164,29 +100,26 @@ def create_app(
     app.include_router(routes.probes)
     _add_page(app)
     _add_errors(app)
-    _add_layers(app, settings, hosts, origins, metrics, audit)
+    _add_layers(app, settings, metrics, audit)
     return app
 
 
-def _add_layers(
-    app: FastAPI,
-    settings: Settings,
-    hosts: Collection[str] | None,
-    origins: Collection[str],
-    metrics: Metrics,
-    audit: Audit,
-) -> None:
+def _add_layers(app: FastAPI, settings: Settings, metrics: Metrics, audit: Audit) -> None:
     """What a request passes on its way in; the last one added is the outermost."""
+    hosts = list(settings.allow_host)
+    if is_loopback(settings.host) and not settings.behind_proxy:
+        hosts += [*LOOPBACK_NAMES, settings.host]
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=settings.max_body)
-    app.add_middleware(SameOrigin, origins=origins)
-    app.add_middleware(
-        Hosts, allowed_hosts=None if hosts is None else sorted(hosts), www_redirect=False
-    )
+    app.add_middleware(SameOrigin, origins=settings.allow_origin)
+    app.add_middleware(Hosts, allowed_hosts=hosts or None, www_redirect=False)
     app.add_middleware(Observer, metrics=metrics, audit=audit)
-    if origins:
+    if settings.allow_origin:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.allow_origin),
+            allow_methods=["*"],
+            allow_headers=["*"],
         )
 
 

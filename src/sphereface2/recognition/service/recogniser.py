@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import cv2
 import numpy as np
 
+from sphereface2 import onnx_runtime
 from sphereface2.align import Face, warp
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
@@ -25,8 +26,10 @@ from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.service.batching import Batcher
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
+from sphereface2.recognition.service.settings import Settings
 
 MAX_ALIGNED_SIDE = 1024
+_BATCHES_AT_ONCE = 4  # more would be smaller ones
 Result = TypeVar("Result")
 Which = Literal["one", "largest", "all"]
 """The faces of an image to take: "one" refuses an image with several."""
@@ -48,28 +51,18 @@ class Seen:
 class Recogniser:
     """An embedder behind queues."""
 
-    def __init__(
-        self,
-        embedder: FaceEmbedder,
-        metrics: Metrics,
-        *,
-        max_batch: int,
-        max_wait: float,
-        max_queue: int,
-        max_pixels: int,
-        threads: int,
-    ) -> None:
-        """Start the threads; see ``app.Settings`` for the numbers."""
-        self.embedder = embedder
-        self.max_queue = max_queue
-        self.max_pixels = max_pixels
-        self._accepted = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
+    def __init__(self, embedder: FaceEmbedder, metrics: Metrics, settings: Settings) -> None:
+        """Start the threads."""
+        self.embedder, self._settings = embedder, settings
+        self._accepted = self._arriving = 0
+        self._cores = onnx_runtime.default_threads()
+        self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="images")
         self.batcher = Batcher(
-            embedder.embedder.embed,
-            max_batch=max_batch,
-            max_wait=max_wait,
-            on_the_way=lambda: self._accepted,
+            self._forward,
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait_ms / 1000,
+            on_the_way=lambda: self._arriving,
+            workers=min(self._cores, _BATCHES_AT_ONCE) if embedder.device == "cpu" else 1,
             observe=metrics.batch,
         )
         metrics.watch("sphereface2_images", "Images in work.", lambda: self._accepted)
@@ -77,10 +70,13 @@ class Recogniser:
             "sphereface2_queue", "Faces before the network.", lambda: self.batcher.waiting
         )
 
+    def _forward(self, crops: list[np.ndarray], batches: int) -> np.ndarray:
+        return self.embedder.embedder.forward(crops, threads=max(1, self._cores // batches))
+
     def warm_up(self) -> None:
         """Load the detector and run the network once, so that the first request is as fast."""
         grey = np.full((112, 112, 3), 128, np.uint8)
-        self.embedder.embedder.embed([grey])
+        self.batcher.submit(grey).result()
         self.embedder.aligner.detect(grey)
 
     async def embed(
@@ -99,12 +95,16 @@ class Recogniser:
             if sniff(data) is None:
                 raise Refusal(415, "not_an_image", f"{name} is no JPEG, PNG or WebP file")
         with self._admitted(len(images)):
-            found = await _all(
-                [
-                    self._pool.submit(self._look, name, data, aligned, which)
-                    for name, data in zip(names, images, strict=True)
-                ]
-            )
+            self._arriving += len(images)
+            try:
+                found = await _all(
+                    [
+                        self._pool.submit(self._look, name, data, aligned, which)
+                        for name, data in zip(names, images, strict=True)
+                    ]
+                )
+            finally:
+                self._arriving -= len(images)
             rows = iter(
                 await _all([self.batcher.submit(crop) for faces in found for crop, _ in faces])
             )
@@ -117,7 +117,7 @@ class Recogniser:
 
     @contextmanager
     def _admitted(self, count: int) -> Iterator[None]:
-        if self._accepted + count > self.max_queue:
+        if self._accepted + count > self._settings.max_queue:
             raise Refusal(
                 503, "overloaded", "the server is busy: try again in a second", retry_after=1
             )
@@ -132,7 +132,7 @@ class Recogniser:
     ) -> list[tuple[np.ndarray, Face | None]]:
         """The aligned faces of an encoded image."""
         try:
-            pixels = read_image(data, max_pixels=self.max_pixels)
+            pixels = read_image(data, max_pixels=self._settings.max_pixels)
             if not aligned:
                 faces = self.embedder.aligner.detect(pixels, thorough=which == "all")
         except UserError as error:
@@ -168,11 +168,12 @@ async def _all(futures: Sequence[Future[Result]]) -> list[Result]:
     """The results, or the first failure once nothing of it is at work: what waits is dropped."""
     waiting = [asyncio.wrap_future(future) for future in futures]
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for future in futures:
             future.cancel()  # of no effect on what is done or has begun
-    await asyncio.wait(waiting)
+    if pending:
+        await asyncio.wait(pending)
     failures = [None if one.cancelled() else one.exception() for one in waiting]
     for failure in failures:
         if failure is not None:

@@ -57,8 +57,8 @@ def model(service: Current) -> schemas.ModelOut:
         operating=operating,
         curve=curve,
         people=service.gallery.count(),
-        keeps_crops=service.keep_crops,
-        quality=service.gate.action,
+        keeps_crops=service.settings.keep_crops,
+        quality=service.settings.quality,
     )
 
 

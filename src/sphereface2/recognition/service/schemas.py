@@ -139,7 +139,7 @@ class ImagesRequest(_Request):
     lookalikes: Literal["allow", "refuse"] = Field(
         "allow",
         description="Whether to refuse a face whose similarity with another enrolled person is at "
-        "or above the threshold.",
+        "or above the threshold of the calibration's default FAR.",
     )
 
 

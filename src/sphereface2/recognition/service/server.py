@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,32 +13,36 @@ import uvicorn
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
-from sphereface2.recognition.service.app import Settings, create_app
-from sphereface2.recognition.service.audit import Audit
+from sphereface2.recognition.service.app import create_app
 from sphereface2.recognition.service.keys import KeyFile
-from sphereface2.recognition.service.security import LOOPBACK_NAMES, is_loopback
+from sphereface2.recognition.service.security import is_loopback
+from sphereface2.recognition.service.settings import Settings
 from sphereface2.recognition.service.state import Service
 
 #: Requests and connections at once; beyond them uvicorn answers 503.
 CONCURRENCY = 1_000
 
 
-def check_binding(host: str, *, keys: bool, behind_proxy: bool, insecure: bool) -> None:
+def check_binding(settings: Settings) -> None:
     """Refuse an address that others can reach and nothing protects.
 
     Raises:
-        UserError: ``host`` is no loopback address and there are no keys, or neither a proxy stands
-            before the service nor is it told to do without.
+        UserError: the file of keys is missing, damaged or empty; or ``host`` is no loopback
+            address and there are no keys, or neither a proxy stands before the service nor is it
+            told to do without.
     """
-    if is_loopback(host) and not behind_proxy:
+    if settings.keys is not None:
+        KeyFile(settings.keys)
+    host, loopback = settings.host, is_loopback(settings.host)
+    if loopback and not settings.behind_proxy:
         return
-    if not keys:
-        reached = "a proxy" if is_loopback(host) else f"--host {host}"
+    if settings.keys is None:
         raise UserError(
-            f"other machines can reach the service through {reached}, so it needs keys: make one "
-            "with sphereface2 keys add NAME --file keys.json and give --keys keys.json"
+            f"other machines can reach the service through {'a proxy' if loopback else host!r}, so "
+            "it needs keys: make one with sphereface2 keys add NAME --file keys.json and give "
+            "--keys keys.json"
         )
-    if not (behind_proxy or insecure):
+    if not (settings.behind_proxy or settings.insecure):
         raise UserError(
             f"--host {host} can be reached from other machines, and the service itself has no TLS "
             "and no defence against slow clients: put a proxy before it (deploy/proxy has one) and "
@@ -48,59 +50,34 @@ def check_binding(host: str, *, keys: bool, behind_proxy: bool, insecure: bool) 
         )
 
 
-def serve(
-    checkpoint: str,
-    gallery: str,
-    *,
-    host: str,
-    port: int,
-    keys: Path | None,
-    behind_proxy: bool,
-    insecure: bool,
-    allow_hosts: Sequence[str],
-    allow_origins: Sequence[str],
-    audit: Path | None,
-    drain_seconds: float,
-    device: str | None,
-    settings: Settings,
-) -> None:
-    """Serve until SIGTERM or SIGINT; `commands.serve` describes the arguments and has defaults.
+def run(checkpoint: str, gallery: str, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
 
-    On SIGTERM `/readyz` answers 503 at once while requests are still served for ``drain_seconds``,
-    so that a load balancer can turn away; then no connection is accepted any more and what is in
-    work is finished. SIGINT skips the wait.
+    On SIGTERM `/readyz` answers 503 at once while requests are still served for
+    ``drain_seconds``, so that a load balancer can turn away; then no connection is accepted any
+    more and what is in work is finished. SIGINT skips the wait.
     """
-    check_binding(host, keys=keys is not None, behind_proxy=behind_proxy, insecure=insecure)
-    key_file = KeyFile(keys) if keys is not None else None
-    local = is_loopback(host) and not behind_proxy
-    hosts = {*(LOOPBACK_NAMES if local else ()), *([host] if local else ()), *allow_hosts}
-    embedder = FaceEmbedder.from_pretrained(checkpoint, device=device)
+    check_binding(settings)
+    embedder = FaceEmbedder.from_pretrained(checkpoint, device=settings.device)
     if embedder.calibration is not None:
         embedder.calibration.check_for_crops()
     with Gallery.open(gallery, embedder=embedder, model=str(checkpoint)) as people:
-        app = create_app(
-            embedder,
-            people,
-            keys=key_file,
-            hosts=hosts or None,
-            origins=allow_origins,
-            audit=Audit(audit),
-            settings=settings,
-        )
+        app = create_app(embedder, people, settings)
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
+            host=settings.host,
+            port=settings.port,
             access_log=False,  # it would name people; the audit log and the metrics take its place
             server_header=False,
-            proxy_headers=behind_proxy,  # else a client could choose the address it is limited by
-            forwarded_allow_ips="*" if behind_proxy else None,
+            # Without a proxy a client could choose the address it is limited by.
+            proxy_headers=settings.behind_proxy,
+            forwarded_allow_ips="*" if settings.behind_proxy else None,
             ws="none",
             limit_concurrency=CONCURRENCY,
-            timeout_keep_alive=65 if behind_proxy else 30,  # longer than the proxy's own
+            timeout_keep_alive=65 if settings.behind_proxy else 30,  # longer than the proxy's own
             timeout_graceful_shutdown=30,
         )
-        server = DrainingServer(config, app.state.service, drain_seconds)
+        server = DrainingServer(config, app.state.service, settings.drain_seconds)
         server.run()
     if not server.started:
         sys.exit(1)  # uvicorn has said why

@@ -25,6 +25,7 @@ from sphereface2.recognition.service import schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which, encode
+from sphereface2.recognition.service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.ErrorOut, "description": "What was wrong with the request."},
@@ -39,10 +40,7 @@ class Service:
     recogniser: Recogniser
     gallery: Gallery
     metrics: Metrics
-    max_images: int
-    far: float | None
-    keep_crops: bool
-    gate: Gate
+    settings: Settings
     draining: bool = False
 
     @property
@@ -61,7 +59,7 @@ class Service:
                     "calibrate first",
                 )
             return None, None
-        far = far or self.far or self.calibration.far_default
+        far = far or self.settings.far or self.calibration.far_default
         try:
             return far, self.calibration.threshold(far)
         except UserError as error:
@@ -77,8 +75,9 @@ class Service:
         self, request: Request, images: Sequence[bytes], aligned: bool, which: Which
     ) -> list[list[Seen]]:
         """The faces of each of a request's images."""
-        if len(images) > self.max_images:
-            raise Refusal(422, "too_many_images", f"at most {self.max_images} images a request")
+        most = self.settings.max_images
+        if len(images) > most:
+            raise Refusal(422, "too_many_images", f"at most {most} images a request")
         request.state.images = len(images)
         return await self.recogniser.embed(images, aligned=aligned, which=which)
 
@@ -88,11 +87,11 @@ class Service:
         Raises:
             Refusal: 422 for one that the quality gate refuses.
         """
-        warnings = []
+        gate, warnings = Gate(self.settings.quality), []
         for number, one in enumerate(seen, 1):
             name = "the image" if len(seen) == 1 else f"image {number}"
             try:
-                warnings += self.gate.check(measure(one.crop, one.face), name)
+                warnings += gate.check(measure(one.crop, one.face), name)
             except UserError as error:
                 raise Refusal(422, "poor_image", str(error)) from None
         return warnings
@@ -108,13 +107,20 @@ class Service:
         self, request: Request, name: str, asked: schemas.ImagesRequest, **options: Any
     ) -> schemas.Enrolled:
         """Add a request's images to the gallery; ``options`` are of `Gallery.add`."""
+        if asked.lookalikes == "refuse" and self.calibration is None:
+            raise Refusal(
+                422,
+                "not_calibrated",
+                "the model is not calibrated, so nobody can be said to look alike: run sphereface2 "
+                "calibrate first, or leave out lookalikes",
+            )
         seen = [
             faces[0]
             for faces in await self.embed(request, asked.images, asked.aligned, asked.faces)
         ]
         warnings = self.check(seen)
         rows = np.stack([one.embedding for one in seen])
-        if self.keep_crops:
+        if self.settings.keep_crops:
             options["crops"] = [encode(one.crop, ".jpg") for one in seen]
 
         def work() -> tuple[list[int], Person]:
@@ -128,12 +134,11 @@ class Service:
         )
 
     def _refuse_lookalikes(self, name: str, rows: np.ndarray) -> None:
-        _, threshold = self.decide(None)
+        assert self.calibration is not None
+        threshold = self.calibration.threshold()
         for number, matches in enumerate(self.gallery.search(rows, k=2), 1):
             for match in matches:
-                if threshold is None or match.person == person_name(name):
-                    continue
-                if match.score >= threshold:
+                if match.person != person_name(name) and match.score >= threshold:
                     raise Refusal(
                         409,
                         "looks_like",

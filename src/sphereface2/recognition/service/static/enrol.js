@@ -14,11 +14,13 @@ export async function enrol(name, images, aligned, known = false) {
       const questions = {
         exists: [`${name} is enrolled already. Add the images?`, "Add", () => (known = true)],
         several_faces: [`${error.message} Take the largest face?`, "Take the largest", () => (fields.faces = "largest")],
+        // Without a calibration there is no threshold to call people alike by.
+        not_calibrated: [null, null, () => (fields.lookalikes = "allow")],
         looks_like: [`${error.message} Enrol ${name} all the same?`, "Enrol all the same", () => (fields.lookalikes = "allow")],
       };
       if (!(error.code in questions)) throw error;
       const [question, yes, change] = questions[error.code];
-      if (!(await confirm(question, yes))) return null;
+      if (question && !(await confirm(question, yes))) return null;
       change();
     }
   }

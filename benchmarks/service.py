@@ -1,9 +1,10 @@
 """The service's requests a second and latency, what batching brings, and its memory over time.
 
 Servers are processes of their own on 127.0.0.1, the clients threads of this one, each with one
-connection that it keeps; all share the machine's cores. A request embeds one aligned JPEG crop.
-The server with batches of one is the alternative, measured in turns with the default; the bound is
-the embedder alone, called in this process with batches of the same images.
+connection that it keeps; all share the machine's cores. A request embeds one aligned JPEG crop; the
+network is in PyTorch or exported to ONNX; the server with batches of one is the alternative. The
+bound is the embedder alone, called in this process with batches of 64 of the same images, in turns
+with the server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ import torch
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.synthetic import person
+from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
 
 CLIENTS = (1, 8, 64)
@@ -107,42 +109,54 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def compare(model: Path, folder: Path, images: list[bytes], seconds: float) -> None:
-    """Requests a second of batches up to 32 and of one, and of the embedder alone."""
-    embedder = FaceEmbedder.from_pretrained(model, device="cpu")
+def compare(models: dict[str, Path], folder: Path, images: list[bytes], seconds: float) -> None:
+    """Requests a second, in turns with the embedder alone, which calls nobody and decodes ahead."""
+    alone = {
+        name: FaceEmbedder.from_pretrained(path, device="cpu") for name, path in models.items()
+    }
+    with ExitStack() as stack:
+
+        def serve(name: str, *options: str) -> str:
+            file = folder / f"{name}{len(options)}.db"
+            return stack.enter_context(server(models[name], file, *options))[0]
+
+        urls = {(name, 32): serve(name) for name in models}
+        urls["PyTorch", 1] = serve("PyTorch", "--max-batch", "1")
+        for url in urls.values():
+            load(url, images, 8, 2)
+        print(
+            f"{'clients':>7}  {'network':>12}  {'max batch':>9}  {'requests/s':>10}  "
+            f"{'p50 ms':>7}  {'p99 ms':>7}  {'alone, images/s':>15}  {'ratio':>5}"
+        )
+        for clients in CLIENTS:
+            taken: dict[tuple[str, int], list[float]] = {key: [] for key in urls}
+            bounds: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(ROUNDS):
+                for name, embedder in alone.items():
+                    bounds[name].append(rate(embedder, images, seconds))
+                    for key in urls:
+                        if key[0] == name:
+                            taken[key] += load(urls[key], images, clients, seconds)
+            for (name, size), latencies in taken.items():
+                served = clients / statistics.mean(latencies)
+                bound = statistics.mean(bounds[name])
+                print(
+                    f"{clients:>7}  {name:>12}  {size:>9}  {served:>10,.0f}  "
+                    f"{1000 * percentile(latencies, 0.5):>7.1f}  "
+                    f"{1000 * percentile(latencies, 0.99):>7.1f}  {bound:>15,.0f}  "
+                    f"{served / bound:>5.2f}",
+                    flush=True,
+                )
+
+
+def rate(embedder: FaceEmbedder, images: list[bytes], seconds: float) -> float:
+    """Images a second of an embedder in this process, in batches of all of them."""
     embedder.embed(images, aligned=True)
-    started = time.perf_counter()
-    repeats = 0
+    started, repeats = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         embedder.embed(images, aligned=True)
         repeats += 1
-    bound = repeats * len(images) / (time.perf_counter() - started)
-    print(f"the embedder alone, batches of 32: {bound:,.0f} images/s")
-    print(f"{'clients':>7}  {'max batch':>9}  {'requests/s':>10}  {'p50 ms':>7}  {'p99 ms':>7}")
-    with (
-        server(model, folder / "one.db", "--max-batch", "1") as (single, _),
-        server(model, folder / "many.db") as (batched, _),
-    ):
-        for url in (single, batched):
-            load(url, images, 8, 2)
-        for clients in CLIENTS:
-            rates = {}
-            taken: dict[str, list[float]] = {single: [], batched: []}
-            for _ in range(ROUNDS):
-                for url in taken:
-                    taken[url] += load(url, images, clients, seconds)
-            for url, size in ((single, "1"), (batched, "32")):
-                latencies = taken[url]
-                rates[url] = clients / statistics.mean(latencies)
-                print(
-                    f"{clients:>7}  {size:>9}  {rates[url]:>10,.0f}  "
-                    f"{1000 * percentile(latencies, 0.5):>7.1f}  "
-                    f"{1000 * percentile(latencies, 0.99):>7.1f}"
-                )
-            print(
-                f"{clients:>7}  batching: {rates[batched] / rates[single]:.2f}× the requests/s; "
-                f"{rates[batched] / bound:.2f} of the embedder alone"
-            )
+    return repeats * len(images) / (time.perf_counter() - started)
 
 
 def resident(process: int) -> float:
@@ -242,7 +256,8 @@ def main() -> None:
         if arguments.soak:
             soak(model, folder, images, arguments.soak)
         else:
-            compare(model, folder, images, arguments.seconds)
+            exported = export(model, to="onnx").path
+            compare({"PyTorch": model, "ONNX Runtime": exported}, folder, images, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def session(model: bytes | Path, *, threads: int | None = None) -> Any:
     runtime = load()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
+    # Threads that spin while they wait take the cores from whatever else runs, here and elsewhere.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors arrive as exceptions
     source = model if isinstance(model, bytes) else str(model)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

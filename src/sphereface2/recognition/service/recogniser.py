@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from sphereface2.recognition.service.settings import Settings
 
 MAX_ALIGNED_SIDE = 1024
 _BATCHES_AT_ONCE = 4  # more would be smaller ones
+_TRIALS = 8
+_WORTH_IT = 0.7  # of one core's time
 Result = TypeVar("Result")
 Which = Literal["one", "largest", "all"]
 """The faces of an image to take: "one" refuses an image with several."""
@@ -55,7 +58,7 @@ class Recogniser:
         """Start the threads."""
         self.embedder, self._settings = embedder, settings
         self._accepted = self._arriving = 0
-        self._cores = onnx_runtime.default_threads()
+        self._cores = self._useful = onnx_runtime.default_threads()
         self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="images")
         self.batcher = Batcher(
             self._forward,
@@ -71,12 +74,26 @@ class Recogniser:
         )
 
     def _forward(self, crops: list[np.ndarray], batches: int) -> np.ndarray:
-        return self.embedder.embedder.forward(crops, threads=max(1, self._cores // batches))
+        return self.embedder.embedder.forward(crops, threads=max(1, self._useful // batches))
 
     def warm_up(self) -> None:
-        """Load the detector and run the network once, so that the first request is as fast."""
+        """Load the detector and run the network, so that the first request is as fast.
+
+        On all cores, which wait for each other after every layer, a small network takes as long for
+        a face as on one, or longer: the better number is found here.
+        """
         grey = np.full((112, 112, 3), 128, np.uint8)
-        self.batcher.submit(grey).result()
+        seconds = {}
+        for threads in (self._cores, 1):
+            self._useful = threads
+            times = []
+            for _ in range(_TRIALS):
+                started = time.perf_counter()
+                self.batcher.submit(grey).result()
+                times.append(time.perf_counter() - started)
+            seconds[threads] = min(times)
+        if seconds[self._cores] < _WORTH_IT * seconds[1]:
+            self._useful = self._cores
         self.embedder.aligner.detect(grey)
 
     async def embed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -40,6 +39,8 @@ _FIXED = (
     "training.fused_head",
     "training.fused_momentum",
 )
+# Those that the configuration of every run has had, of whatever version.
+_SECTIONS = ("name", "output", "seed", "data", "backbone", "head", "training", "validation")
 # How a head computes, not what.
 _HOW = ("streaming", "sharded", "chunk_size")
 # What still has an effect when everything is trained.
@@ -61,7 +62,7 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
     """
     path = run / CONFIG
     tree = sections.read(path, "run's configuration", RunConfig)
-    for section in (one.name for one in dataclasses.fields(RunConfig)):
+    for section in _SECTIONS:
         if section not in tree:
             raise UserError(
                 f"{path} has no {section} and so is not the configuration of a run, or was cut; "

@@ -1,16 +1,15 @@
 """Training images a second, everything included, against the bare backbone; and the share of the
 card's arithmetic that is used.
 
-``full`` is the training loop: batches from the loader's processes, decoding and augmentation
-included, the head over all people of the set, the optimiser. ``bare`` is the same network's forward
-and backward pass over one batch that stays on the device. MFU counts the multiply-adds of the
+``full`` is the training loop: batches made of the images that ``data.cache`` keeps on the device,
+augmentation and resizing included, the head over all people of the set, the optimiser. ``bare`` is
+the same network's forward and backward pass over one batch. MFU counts the multiply-adds of the
 convolutions and linear layers, forward and twice that backward, against the bf16 product rate that
 the card reached in this run.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def one(
     settings = configuration.load(ROOT / "configs" / "small.yaml")
     tree = configuration.to_dict(settings)
     tree["data"] |= {"train": str(data), "validation_people": 0}
-    tree["data"]["workers"] = 0 if part.tiny else max(2, (os.cpu_count() or 2) - 2)
+    tree["data"]["cache"] = "device"
     tree["data"]["augmentation"] = {"flip": 0.5}
     tree["backbone"] = backbone
     tree["training"] |= {

@@ -50,7 +50,7 @@ def run(part: Part) -> None:
         data = faces(part, Path(folder))
         settings: dict[str, object] = {
             "training.device": part.device.type,
-            "data.workers": 0 if part.tiny else max(2, (os.cpu_count() or 2) - 2),
+            "data.cache": "device",
             **(TINY if part.tiny else {}),
         }
         if part.data is None and not part.tiny:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -67,12 +68,17 @@ def exact_convolutions() -> Iterator[None]:
 
 def _switch() -> Callable[[], None]:
     """Returns what undoes it."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     try:
-        before = {(cudnn, "benchmark"): cudnn.benchmark, (cudnn, "allow_tf32"): cudnn.allow_tf32}
+        before = [(cudnn, "benchmark", cudnn.benchmark), (cudnn, "allow_tf32", cudnn.allow_tf32)]
     except RuntimeError:  # the program uses torch's newer switches, and torch wants no mixture
-        before = {(cudnn, "benchmark"): cudnn.benchmark}
-        before[cudnn.conv, "fp32_precision"] = cudnn.conv.fp32_precision
-    for where, name in before:
+        precision = cudnn.conv.fp32_precision
+        before = [(cudnn, "benchmark", cudnn.benchmark), (cudnn.conv, "fp32_precision", precision)]
+    for where, name, _ in before:
         setattr(where, name, "ieee" if name == "fp32_precision" else False)
-    return lambda: [setattr(*switch, value) for switch, value in before.items()] and None
+
+    def restore() -> None:
+        for where, name, value in before:
+            setattr(where, name, value)
+
+    return restore

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from sphereface2.data.batched import augment, upload
+from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source
 from sphereface2.data.transforms import Augmentation
@@ -75,11 +79,43 @@ class FaceDataset(Dataset[Batch]):
         self.augmentation = augmentation
         self.seed = seed
         self.max_unreadable = max_unreadable
+        #: The decoded images, where they are kept.
+        self.cache: ImageCache | None = None
+        #: uint8 (n, H, W, 3), where they are kept on a device; those that cannot be read are black.
+        self.pixels: torch.Tensor | None = None
+        self._readable = np.ones(0, bool)
         self._unreadable: set[int] = set()
         self._buffers = _Buffers()
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def put_on(self, device: torch.device, cache: ImageCache) -> None:
+        """Keep the decoded images on a device, and augment them there.
+
+        Raises:
+            UserError: they are of several sizes, or take more memory than there is.
+        """
+        shapes = cache.shapes
+        if len(shapes) != 1:
+            sizes = ", ".join(f"{height}×{width}" for height, width in shapes[:3])
+            raise UserError(
+                f"data.cache device needs images of one size, and there are {len(shapes)} ({sizes}"
+                ", …): set it to ram, or make them alike with sphereface2 data convert --size"
+            )
+        shape = (len(self), *shapes[0], 3)
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        check_room(math.prod(shape), room, len(self), f"the memory of {device}")
+        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._readable = np.ones(len(self), bool)
+        chunk = np.empty((1024, *shape[1:]), np.uint8)
+        for start in range(0, len(self), len(chunk)):
+            count = min(len(chunk), len(self) - start)
+            for row in range(count):
+                image = cache[start + row]
+                self._readable[start + row] = image is not None
+                chunk[row] = 0 if image is None else image
+            self.pixels[start : start + count] = torch.from_numpy(chunk[:count]).to(device)
 
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of ``key``."""
@@ -87,10 +123,16 @@ class FaceDataset(Dataset[Batch]):
         wanted = self.indices[positions]
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
-        size = self.augmentation.size
-        images = self._buffers.take((len(wanted), size, size, 3))
-        bad: list[int] = []
-        self.augmentation.apply_into(images, self._decoded(wanted, bad), draws)
+        if self.pixels is not None:
+            bad = np.flatnonzero(~self._readable[key.indices]).tolist()
+            where = upload(key.indices, self.pixels.device)
+            kept = self.pixels.index_select(0, where).permute(0, 3, 1, 2)
+            images = augment(self.augmentation, kept, draws).permute(0, 2, 3, 1)
+        else:
+            size = self.augmentation.size
+            images = self._buffers.take((len(wanted), size, size, 3))
+            bad = []
+            self.augmentation.apply_into(images, self._decoded(key.indices, bad), draws)
         unreadable = wanted[bad].tolist()
         if unreadable:
             self.note_unreadable(unreadable)
@@ -109,17 +151,19 @@ class FaceDataset(Dataset[Batch]):
             torch.from_numpy(positions),
         )
 
-    def _decoded(self, wanted: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
-        """The images ``wanted``; the places of unreadable ones, given as black, go to ``bad``."""
-        size = self.augmentation.size
-        read = self.source.read
-        for place, index in enumerate(wanted.tolist()):
-            try:
-                image = decode(read(index))
-            except (UserError, OSError):
+    def _decoded(self, positions: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
+        """Images by position; the places of unreadable ones, given as black, go to ``bad``."""
+        black = np.zeros((self.augmentation.size, self.augmentation.size, 3), dtype=np.uint8)
+        for place, position in enumerate(positions.tolist()):
+            image: np.ndarray | None = None
+            if self.cache is not None:
+                image = self.cache[position]
+            else:
+                with contextlib.suppress(UserError, OSError):
+                    image = decode(self.source.read(int(self.indices[position])))
+            if image is None:
                 bad.append(place)
-                image = np.zeros((size, size, 3), dtype=np.uint8)
-            yield image
+            yield black if image is None else image
 
     def note_unreadable(self, indices: list[int]) -> None:
         """Count unreadable images (source indices); UserError once their share is too large."""

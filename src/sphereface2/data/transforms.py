@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,11 +22,13 @@ from sphereface2.errors import UserError, check_number
 cv2.setNumThreads(0)
 
 # Columns of the matrix of draws: seven decisions, then the parameters.
-_FLIP, _AFFINE, _CROP, _LOW, _PHOTO, _JPEG, _ERASE = range(7)
+_STEPS = ("flip", "affine", "crop", "low", "photometric", "jpeg", "erase")
+_AFFINE, _CROP, _LOW = 1, 2, 3
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
 _DRAWS = 23
-_GREY = np.array([0.299, 0.587, 0.114])
+#: Weights of red, green and blue in grey.
+GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
 _CHUNK = 16
 
@@ -105,10 +108,10 @@ class Augmentation:
 
         ``images`` may be a generator: each image is placed while it is fresh in the cache.
         """
-        hits = draws[:, : len(self._probabilities)] < self._probabilities
+        plan = self.plan(draws)
         array = out.numpy()
-        flips = hits[:, _FLIP].tolist()
-        moves = (hits[:, _AFFINE] | hits[:, _CROP]).tolist()
+        flips = plan.flip.tolist()
+        moves = (plan.affine | plan.crop).tolist()
         resizer = _Resizer(out)
         whole = array.shape[1:]
         for i, image in enumerate(images):
@@ -119,8 +122,13 @@ class Augmentation:
                     array[i] = image
                 continue
             room = resizer.room_for(i, image.shape, array)
-            if moves[i]:
-                self._move(room, image, hits[i], draws[i])
+            height, width = image.shape[:2]
+            if moves[i] and plan.affine[i]:
+                matrix = plan.matrix(i, height, width)
+                cv2.warpAffine(image, matrix, (width, height), dst=room, flags=cv2.INTER_LINEAR)
+            elif moves[i]:
+                right, down = plan.shifts(i, height, width)
+                _shift(room, image, int(right), int(down), flips[i])
             else:
                 room[...] = image
                 if flips[i]:  # cheaper after the resizing
@@ -129,7 +137,7 @@ class Augmentation:
         for i in resizer.mirrored:
             array[i] = cv2.flip(array[i], 1)
         if self._any_pixel_step:
-            self._pixel_steps(array, hits, draws)
+            self._pixel_steps(array, plan)
 
     @cached_property
     def _probabilities(self) -> np.ndarray:
@@ -151,58 +159,134 @@ class Augmentation:
     def _any_pixel_step(self) -> bool:
         return bool((self._probabilities[_LOW:] > 0).any())
 
-    def _move(self, out: np.ndarray, image: np.ndarray, hit: np.ndarray, draw: np.ndarray) -> None:
-        """Write ``image`` into ``out`` (H, W, 3), mirrored, turned, scaled and shifted."""
-        height, width = out.shape[:2]
-        flip = bool(hit[_FLIP])
-        dx = dy = 0
-        if hit[_CROP]:
-            dx = _steps(float(draw[_SHIFT_X]), round(self.crop_pad * width))
-            dy = _steps(float(draw[_SHIFT_Y]), round(self.crop_pad * height))
-        if not hit[_AFFINE]:
-            _shift(out, image, dx, dy, flip)
-            return
-        angle = float(2 * draw[_ANGLE] - 1) * self.rotation
-        scale = 1 + float(2 * draw[_SCALE] - 1) * self.scale
-        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale)
-        if flip:
-            matrix = matrix @ np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]])
-        matrix[:, 2] += dx, dy
-        cv2.warpAffine(image, matrix, (width, height), dst=out, flags=cv2.INTER_LINEAR)
+    def plan(self, draws: np.ndarray) -> Plan:
+        """What draws (B, 23) do to the images of a batch."""
+        hits = (draws[:, : len(self._probabilities)] < self._probabilities).T
+        u = draws.T.astype(np.float64)
+        angle = np.radians((2 * u[_ANGLE] - 1) * self.rotation)
+        scale = 1 + (2 * u[_SCALE] - 1) * self.scale
+        side, low = self.size, self.low_resolution_min
+        smallest, largest = self.erase_area
+        area = (smallest + (largest - smallest) * u[_AREA]) * side * side
+        aspect = 4 ** (u[_ASPECT] - 0.5)  # height / width in [1/2, 2]
+        height = np.clip(np.rint((area * aspect) ** 0.5), 1, side)
+        width = np.clip(np.rint((area / aspect) ** 0.5), 1, side)
+        best = 95 - self.jpeg_quality
+        return Plan(
+            **dict(zip(_STEPS, hits, strict=True)),
+            cos=np.where(hits[_AFFINE], scale * np.cos(angle), 1.0),
+            sin=np.where(hits[_AFFINE], scale * np.sin(angle), 0.0),
+            shift=np.where(hits[_CROP], u[_SHIFT_X : _SHIFT_Y + 1], np.nan),
+            small=np.maximum(4, np.rint(side * (low + (1 - low) * u[_LOW_SIDE]))).astype(int),
+            brightness=1 + (2 * u[_BRIGHT] - 1) * self.brightness,
+            contrast=1 + (2 * u[_CONTRAST] - 1) * self.contrast,
+            saturation=1 + (2 * u[_SATURATE] - 1) * self.saturation,
+            quality=np.rint(self.jpeg_quality + best * u[_QUALITY]).astype(int),
+            top=(u[_ERASE_Y] * (side - height + 1)).astype(int),
+            left=(u[_ERASE_X] * (side - width + 1)).astype(int),
+            height=height.astype(int),
+            width=width.astype(int),
+            colour=(256 * u[_RED:]).astype(int).T,
+            crop_pad=self.crop_pad,
+        )
 
-    def _pixel_steps(self, out: np.ndarray, hits: np.ndarray, draws: np.ndarray) -> None:
+    def _pixel_steps(self, out: np.ndarray, plan: Plan) -> None:
         """Low resolution, photometric jitter, JPEG and erasing, in place on (B, S, S, 3)."""
         side = self.size
-        for i in np.flatnonzero(hits[:, _LOW:].any(axis=1)).tolist():
-            image, draw = out[i], draws[i].tolist()
-            if hits[i, _LOW]:
-                low = self.low_resolution_min
-                small = max(4, round(side * (low + (1 - low) * draw[_LOW_SIDE])))
+        for i in np.flatnonzero(plan.low | plan.photometric | plan.jpeg | plan.erase).tolist():
+            image = out[i]
+            if plan.low[i]:
+                small = int(plan.small[i])
                 reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
                 cv2.resize(reduced, (side, side), dst=image, interpolation=cv2.INTER_LINEAR)
-            if hits[i, _PHOTO]:
-                brightness = 1 + (2 * draw[_BRIGHT] - 1) * self.brightness
-                contrast = 1 + (2 * draw[_CONTRAST] - 1) * self.contrast
-                saturation = 1 + (2 * draw[_SATURATE] - 1) * self.saturation
-                mean = float(_GREY @ np.array(cv2.mean(image)[:3]))
-                cv2.transform(
-                    image, _colour_matrix(brightness, contrast, saturation, mean), dst=image
-                )
-            if hits[i, _JPEG]:
-                quality = round(self.jpeg_quality + (95 - self.jpeg_quality) * draw[_QUALITY])
+            if plan.photometric[i]:
+                mean = float(GREY @ np.array(cv2.mean(image)[:3]))
+                cv2.transform(image, plan.colours(i, mean), dst=image)
+            if plan.jpeg[i]:
                 bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-                encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+                quality = [cv2.IMWRITE_JPEG_QUALITY, int(plan.quality[i])]
+                encoded = cv2.imencode(".jpg", bgr, quality)[1]
                 image[...] = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-            if hits[i, _ERASE]:
-                low, high = self.erase_area
-                area = (low + (high - low) * draw[_AREA]) * side * side
-                aspect = 4 ** (draw[_ASPECT] - 0.5)  # height / width in [1/2, 2]
-                height = min(side, max(1, round((area * aspect) ** 0.5)))
-                width = min(side, max(1, round((area / aspect) ** 0.5)))
-                top = int(draw[_ERASE_Y] * (side - height + 1))
-                left = int(draw[_ERASE_X] * (side - width + 1))
-                colour = [int(256 * draw[c]) for c in (_RED, _GREEN, _BLUE)]
-                image[top : top + height, left : left + width] = colour
+            if plan.erase[i]:
+                top, left = plan.top[i], plan.left[i]
+                box = image[top : top + plan.height[i], left : left + plan.width[i]]
+                box[...] = plan.colour[i]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each of B images; arrays of B, the fields in `Augmentation`'s order."""
+
+    flip: np.ndarray
+    affine: np.ndarray
+    crop: np.ndarray
+    low: np.ndarray
+    photometric: np.ndarray
+    jpeg: np.ndarray
+    erase: np.ndarray
+    cos: np.ndarray
+    """Of the rotation, times the scale."""
+    sin: np.ndarray
+    shift: np.ndarray
+    """(2, B) in [0, 1): right and down, from all to the left or up to all to the right or down;
+    NaN: none."""
+    small: np.ndarray
+    """Side of the low resolution."""
+    brightness: np.ndarray
+    contrast: np.ndarray
+    saturation: np.ndarray
+    quality: np.ndarray
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    colour: np.ndarray
+    """int (B, 3)."""
+    crop_pad: float
+
+    def shifts(self, which: int | slice, height: int, width: int) -> tuple[Any, Any]:
+        """Pixels to the right and down."""
+        most = round(self.crop_pad * width), round(self.crop_pad * height)
+        right, down = (
+            np.nan_to_num(np.floor(self.shift[axis, which] * (2 * most[axis] + 1)) - most[axis])
+            for axis in range(2)
+        )
+        return right, down
+
+    def matrix(self, which: int | slice, height: int, width: int) -> np.ndarray:
+        """float64 (2, 3) or (2, 3, B): where the pixels (x, y, 1) of an image go: mirrored, turned
+        and scaled about the middle, shifted."""
+        cos, sin, flip = self.cos[which], self.sin[which], self.flip[which]
+        x, y = (width - 1) / 2, (height - 1) / 2
+        right, down = self.shifts(which, height, width)
+        sign, mirrored = 1 - 2 * flip, flip * (width - 1)
+        return np.array(
+            [
+                [sign * cos, sin, cos * mirrored + (1 - cos) * x - sin * y + right],
+                [-sign * sin, cos, -sin * mirrored + sin * x + (1 - cos) * y + down],
+            ]
+        )
+
+    def colours(self, which: int | np.ndarray, mean: Any) -> Any:
+        """The colour map of brightness, then contrast about the mean, then saturation.
+
+        x -> saturate(contrast·(brightness·x - μ) + μ) with μ = brightness·mean, the mean grey of
+        the brightened image, and saturate(y) = s·y + (1 - s)·grey(y).
+
+        Args:
+            which: an image, or an array of them.
+            mean: grey of the image, or 0.
+
+        Returns:
+            float32 (3, 4), or (N, 3, 4).
+        """
+        s, c, b = (
+            np.asarray(v[which])[..., None, None]
+            for v in (self.saturation, self.contrast, self.brightness)
+        )
+        mix = c * b * (s * np.eye(3) + (1 - s) * np.tile(GREY, (3, 1)))
+        offset = np.broadcast_to((1 - c) * b * mean, (*mix.shape[:-1], 1))
+        return np.concatenate([mix, offset], axis=-1).astype(np.float32)
 
 
 class _Resizer:
@@ -246,11 +330,6 @@ class _Resizer:
         self.waiting = 0
 
 
-def _steps(draw: float, most: int) -> int:
-    """A whole number from -most to most, each as likely."""
-    return int(draw * (2 * most + 1)) - most
-
-
 def _shift(out: np.ndarray, image: np.ndarray, dx: int, dy: int, flip: bool) -> None:
     """``image``, mirrored if asked, moved dx right and dy down into ``out``, zeros around it."""
     height, width = image.shape[:2]
@@ -266,19 +345,3 @@ def _shift(out: np.ndarray, image: np.ndarray, dx: int, dy: int, flip: bool) -> 
         cv2.flip(source, 1, dst=out[top:bottom, left:right])
     else:
         out[top:bottom, left:right] = image[rows, left - dx : right - dx]
-
-
-def _colour_matrix(
-    brightness: float, contrast: float, saturation: float, mean: float
-) -> np.ndarray:
-    """The 3×4 colour map of brightness, then contrast about the mean, then saturation.
-
-    x -> saturate(contrast·(brightness·x - μ) + μ) with μ = brightness·mean, the mean grey of the
-    brightened image, and saturate(y) = s·y + (1 - s)·grey(y).
-    """
-    mix = saturation * np.eye(3) + (1 - saturation) * np.tile(_GREY, (3, 1))
-    offset = (1 - contrast) * brightness * mean
-    matrix = np.empty((3, 4), dtype=np.float32)
-    matrix[:, :3] = contrast * brightness * mix
-    matrix[:, 3] = offset
-    return matrix

@@ -46,7 +46,7 @@ settings no longer give equal results.
 
 WITHOUT_EFFECT = {
     "": ("name", "output"),
-    "data": ("train", "workers"),
+    "data": ("train", "workers", "cache"),
     "training": ("threads", "checkpoint_every", "log_every"),
 }
 """The settings that change neither what is learned nor what is measured, by section."""

@@ -77,6 +77,9 @@ class DataConfig:
     label_noise: LabelNoise = field(default_factory=LabelNoise)
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Loader processes a rank; default 0 on the CPU (its cores train) and 4 with CUDA."""
+    cache: Literal["none", "ram", "device"] = "none"
+    """Where images are kept once they are decoded: ``ram``, shared by the loader processes and
+    ranks of a machine, or ``device``, where they are augmented too (images of one size)."""
     max_unreadable: Share = 0.01
     """Share of unreadable images above which the run stops."""
     people_per_batch: Count | None = None
@@ -88,6 +91,11 @@ class DataConfig:
         if (self.people_per_batch is None) != (self.images_per_person is None):
             raise UserError(
                 "data.people_per_batch and data.images_per_person go together; give both"
+            )
+        if self.cache == "device" and self.workers:
+            raise UserError(
+                f"data.workers must be 0 with data.cache device, got {self.workers}: batches are "
+                "made on the device; leave it out"
             )
 
 

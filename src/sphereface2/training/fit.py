@@ -31,6 +31,7 @@ from sphereface2.training import resuming
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
+from sphereface2.training.loading import cache_images
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
 from sphereface2.training.teacher import Teacher, open_teacher
@@ -281,6 +282,7 @@ def build_trainer(
         seed=settings.seed,
         max_unreadable=data.max_unreadable,
     )
+    cached = cache_images(dataset, data.cache, place) if data.cache != "none" else None
     sampler = BatchSampler(
         dataset.labels,
         training.batch_size // training.accumulate,
@@ -305,19 +307,25 @@ def build_trainer(
         teacher=teacher,
     )
     if place.is_main:
-        _announce(settings, run, place, inputs, trainer)
+        _announce(settings, run, place, inputs, trainer, cached)
     return trainer
 
 
 def _announce(
-    settings: RunConfig, run: Path, place: World, inputs: Inputs, trainer: Trainer
+    settings: RunConfig,
+    run: Path,
+    place: World,
+    inputs: Inputs,
+    trainer: Trainer,
+    cached: str | None,
 ) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
         f"data       {inputs.located.note}\n"
         f"           {len(inputs.train_indices):,} images of {inputs.num_classes:,} people; "
         f"{settings.data.validation_people:,} people held out{_aside(settings)}\n"
-        f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
+        + (f"cache      {cached}\n" if cached else "")
+        + f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
         f"input {trainer.network.preprocessing.size}\n"
         f"head       {settings.head['name']}\n"
         f"{_teacher(settings)}"

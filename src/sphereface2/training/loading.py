@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sphereface2.data.cache import DecodedPart, ImageCache
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.errors import UserError
@@ -39,6 +42,49 @@ class EveryEpoch(Sampler[BatchKey]):
             self.sampler.start(epoch, position)
             yield from islice(self.sampler, self.per_epoch - position)
             epoch, position = epoch + 1, 0
+
+
+def cache_images(dataset: FaceDataset, kind: str, world: World) -> str:
+    """Decode the images of a set, each on one rank of this machine; every rank calls it.
+
+    Args:
+        dataset: training images.
+        kind: ``ram`` or ``device``.
+        world: this rank's place.
+
+    Returns:
+        What was done, for people.
+
+    Raises:
+        UserError: alike on all ranks: they take more memory than there is; for the device, they
+            are of several sizes.
+    """
+    started = time.monotonic()
+    ranks = world.local_size
+    part = failure = None
+    try:
+        part = DecodedPart(
+            dataset.source,
+            dataset.indices[world.local_rank :: ranks],
+            of=len(dataset),
+            threads=max(1, (os.cpu_count() or 1) // ranks),
+        )
+    except UserError as error:
+        failure = str(error)
+    found = world.gather((part and part.table, failure))
+    tables = [table for table, _ in found]
+    if failure := next((why for _, why in found if why), None):
+        raise UserError(failure)
+    first = world.rank - world.local_rank
+    cache = ImageCache(tables[first : first + ranks], keep=part)
+    world.barrier()
+    if kind == "ram":
+        dataset.cache = cache
+    else:
+        dataset.put_on(world.device, cache)
+    size = sum(int(table.ends[-1]) for table in cache.tables if len(table.ends))
+    seconds = time.monotonic() - started
+    return f"{size / 1e6:,.0f} MB of pixels ({kind}), decoded in {seconds:.1f} s"
 
 
 def build_loader(
@@ -72,7 +118,7 @@ def build_loader(
         sampler=keys,
         batch_size=None,
         num_workers=workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=world.device.type == "cuda" and dataset.pixels is None,
         # Its own generator: starting must not draw from the one that dropout uses.
         generator=torch.Generator(),
         worker_init_fn=_start_worker if workers else None,

@@ -49,6 +49,7 @@ _AFTERWARDS = (
     "validation",
     "data.train",
     "data.workers",
+    "data.cache",
     "training.device",
     "training.threads",
 )

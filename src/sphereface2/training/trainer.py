@@ -117,7 +117,8 @@ class Trainer:
             )
         workers = config.data.workers
         if workers is None:
-            workers = 4 if device.type == "cuda" else 0
+            ready = config.data.cache == "device" or device.type != "cuda"
+            workers = 0 if ready else 4
         self.keys = EveryEpoch(sampler, self.epoch_steps * settings.accumulate)
         self.loader = build_loader(dataset, self.keys, world, workers)
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))

@@ -1,0 +1,204 @@
+"""`Augmentation` as tensor operations over a whole batch, on whichever device holds its pixels.
+
+The draws are the same and so is what they mean. The pixels are those of the path of single images
+to about a grey level: it computes in whole numbers, and this in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sphereface2.data.transforms import GREY, Augmentation, Plan
+
+
+def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Tensor:
+    """Augment a batch of images of one size.
+
+    Args:
+        augmentation: what may happen to them.
+        images: uint8 (B, 3, H, W).
+        draws: float32 (B, 23), of `Augmentation.draw`.
+
+    Returns:
+        uint8 (B, 3, S, S) in channels-last memory, on the device of ``images``. The host does not
+        wait for it.
+    """
+    plan = augmentation.plan(draws)
+    side = augmentation.size
+    pixels = images.float().contiguous(memory_format=torch.channels_last)
+    if (plan.flip | plan.affine | plan.crop).any():
+        pixels = _moved(pixels, plan)
+    if tuple(pixels.shape[2:]) != (side, side):
+        pixels = _grey_levels(
+            functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        )
+    for hit, step in (
+        (plan.low, _low_resolution),
+        (plan.photometric, _photometric),
+        (plan.jpeg, _jpeg),
+        (plan.erase, _erase),
+    ):
+        rows = np.flatnonzero(hit)
+        if len(rows):
+            where = _upload(rows, pixels)
+            pixels[where] = step(pixels[where], plan, rows)
+    return pixels.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on a device, float64 as float32; the host does not wait."""
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _upload(values: np.ndarray, like: Tensor) -> Tensor:
+    return upload(values, like.device)
+
+
+def _grey_levels(pixels: Tensor) -> Tensor:
+    return pixels.round_().clamp_(0, 255)
+
+
+def _moved(pixels: Tensor, plan: Plan) -> Tensor:
+    """Mirrored, turned, scaled and shifted, zeros around."""
+    height, width = pixels.shape[2:]
+    forward = np.zeros((len(pixels), 3, 3))
+    forward[:, :2] = plan.matrix(slice(None), height, width).transpose(2, 0, 1)
+    forward[:, 2, 2] = 1
+    back = _upload(np.linalg.inv(forward)[:, :2], pixels)  # (B, 2, 3)
+    x = torch.arange(width, device=pixels.device, dtype=torch.float32)
+    y = torch.arange(height, device=pixels.device, dtype=torch.float32)
+    grid = (
+        back[:, None, None, :, 0] * x[:, None]
+        + back[:, None, None, :, 1] * y[:, None, None]
+        + back[:, None, None, :, 2]
+    )  # (B, H, W, 2)
+    grid[..., 0].mul_(2 / (width - 1)).sub_(1)
+    grid[..., 1].mul_(2 / (height - 1)).sub_(1)
+    return _grey_levels(functional.grid_sample(pixels, grid, align_corners=True))
+
+
+@functools.cache
+def _scalings(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Matrices (side + 1, side, side): row n of the first averages ``side`` pixels to n, by area;
+    of the second, interpolates n to ``side``. What n has no use for is zero."""
+    down = np.zeros((side + 1, side, side), np.float32)
+    up = np.zeros((side + 1, side, side), np.float32)
+    places = np.arange(side)
+    for n in range(1, side + 1):
+        edges = np.arange(n + 1) * side / n
+        overlap = np.minimum(edges[1:, None], places + 1) - np.maximum(edges[:-1, None], places)
+        down[n, :n] = np.maximum(overlap, 0) * n / side
+        at = np.clip((places + 0.5) * n / side - 0.5, 0, n - 1)
+        low = np.minimum(at.astype(int), max(n - 2, 0))
+        up[n, places, low] = 1 - (at - low)
+        up[n, places, np.minimum(low + 1, n - 1)] += at - low
+    return torch.from_numpy(down).to(device), torch.from_numpy(up).to(device)
+
+
+def _low_resolution(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+    down, up = _scalings(pixels.shape[2], pixels.device)
+    which = _upload(plan.small[rows], pixels)
+    for matrices in (down[which][:, None], up[which][:, None]):
+        pixels = _grey_levels(matrices @ pixels.contiguous() @ matrices.mT)
+    return pixels
+
+
+def _photometric(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+    grey = (pixels.mean((2, 3)) * _upload(GREY, pixels)).sum(1)
+    maps = _upload(plan.colours(rows, 1.0), pixels)  # (N, 3, 4): the offset is that of grey 1
+    offset = maps[:, :, 3:] * grey[:, None, None]
+    mapped = torch.baddbmm(offset, maps[:, :, :3], pixels.flatten(2))
+    return _grey_levels(mapped.view_as(pixels))
+
+
+def _erase(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+    place = torch.arange(pixels.shape[2], device=pixels.device)
+    box = np.stack([plan.top, plan.height, plan.left, plan.width], 1)[rows]
+    top, height, left, width = _upload(box, pixels)[:, :, None].unbind(1)
+    down = (place >= top) & (place < top + height)
+    across = (place >= left) & (place < left + width)
+    colour = _upload(plan.colour[rows].astype(np.float32), pixels)
+    return torch.where(
+        (down[:, :, None] & across[:, None])[:, None], colour[:, :, None, None], pixels
+    )
+
+
+# JPEG, as libjpeg does it: ITU-T T.81 with the tables of its Annex K, JFIF's colours, colour at
+# half the resolution.
+_LUMINANCE = (
+    "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 "
+    "62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 "
+    "98 112 100 103 99"
+)
+_CHROMINANCE = (
+    "17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 "
+    "99" + 32 * " 99"
+)
+_TO_YCC = np.array(
+    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+)
+_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+
+
+def _jpeg(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+    side = pixels.shape[2]
+    quality = plan.quality[rows]
+    percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
+    tables = np.stack([np.array(t.split(), int) for t in (_LUMINANCE, _CHROMINANCE)], 0)[:, None]
+    steps = np.clip((tables * percent + 50) // 100, 1, 255).reshape(2, -1, 1, 1, 1, 8, 8)
+    luminance, chrominance = _upload(steps.astype(np.float32), pixels)
+    ycc = _coloured(pixels, _TO_YCC, 128.0)
+    whole = functional.pad(ycc, (0, -side % 16, 0, -side % 16), mode="replicate")
+    brightness = _quantised(whole[:, :1], luminance)
+    quarter = functional.avg_pool2d(whole[:, 1:], 2) * 4
+    bias = torch.arange(quarter.shape[3], device=pixels.device) % 2 + 1
+    colour = _quantised(quarter.add_(bias).div_(4).floor_(), chrominance)
+    half = (side + 1) // 2
+    colour = _doubled(colour[..., :half, :half])
+    joined = torch.cat([brightness[..., :side, :side], colour[..., :side, :side]], 1)
+    return _coloured(joined, _FROM_YCC, -128.0)
+
+
+def _coloured(pixels: Tensor, matrix: np.ndarray, middle: float) -> Tensor:
+    """Pixels by a colour matrix; ``middle`` is added to the two colours after, or before (< 0)."""
+    shift = torch.zeros(3, 1, 1, device=pixels.device)
+    shift[1:] = middle
+    inputs = pixels + shift if middle < 0 else pixels
+    mapped = (_upload(matrix, pixels) @ inputs.flatten(2)).view_as(pixels)
+    return _grey_levels(mapped + shift if middle > 0 else mapped)
+
+
+def _quantised(pixels: Tensor, steps: Tensor) -> Tensor:
+    """(N, C, H, W) through the quantised cosine transform of its 8×8 blocks."""
+    n, c, h, w = pixels.shape
+    k = np.arange(8)
+    cosines = np.cos(np.pi / 8 * np.outer(k, k + 0.5)) / 2
+    cosines[0] /= 2**0.5
+    transform = _upload(cosines, pixels)
+    blocks = (pixels - 128).reshape(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)
+    # As exact as libjpeg's: quarters between the passes, eighths after them, halves away from zero.
+    quarters = (blocks @ transform.T).mul_(4 * 8**0.5).add_(0.5).floor_()
+    eighths = (transform @ quarters).mul_(8**0.5 / 4).add_(0.5).floor_()
+    coefficients = eighths.sign() * (eighths.abs() / (8 * steps) + 0.5).floor_() * steps
+    quarters = (transform.T @ coefficients).mul_(4 * 8**0.5).add_(0.5).floor_()
+    back = (quarters @ transform).mul_(8**0.5 / 32).transpose(3, 4).reshape(n, c, h, w)
+    return back.add_(128.5).floor_().clamp_(0, 255)
+
+
+def _doubled(pixels: Tensor) -> Tensor:
+    """Twice the resolution, each new pixel three parts of the nearest old one and one of the next,
+    along both axes, rounded once."""
+    near = functional.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    rows = torch.stack([near[:, :, :-2], near[:, :, 2:]], 3) + 3 * near[:, :, 1:-1, None]
+    tall = rows.flatten(2, 3)
+    columns = torch.stack([tall[..., :-2] + 8, tall[..., 2:] + 7], 4) + 3 * tall[..., 1:-1, None]
+    return columns.flatten(3, 4).div_(16).floor_()

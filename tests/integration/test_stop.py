@@ -32,7 +32,13 @@ def whole(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory)
 # -- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGHUP,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)
 def test_a_signal_while_a_checkpoint_is_written(
     signum: signal.Signals, settings: dict[str, object], tmp_path: Path, whole: Path
 ) -> None:
@@ -82,6 +88,7 @@ def test_a_second_signal_ends_a_run_that_cannot_end_in_order(
 # -- surroundings --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_standard_output_of_another_encoding(settings: dict[str, object], tmp_path: Path) -> None:
     folder = tmp_path / "läuft_走る"
     run = Run(folder, {**settings, "training.epochs": 1}, encoding="ascii", log=tmp_path / "log")
@@ -89,6 +96,7 @@ def test_standard_output_of_another_encoding(settings: dict[str, object], tmp_pa
     assert "epoch 1.00" in run.told()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_standard_output_that_is_full(settings: dict[str, object], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphereface2", "fit", *as_words(settings)]

@@ -21,12 +21,12 @@ from PIL import Image
 from sphereface2 import backbones
 from sphereface2.align import Face, NoFaceError
 from sphereface2.backbones import bundle
+from sphereface2.backbones.hub import hub_id
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition import face_embedder as module
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.hub import hub_id
 
 
 def network(seed: int = 0, **options: object) -> backbones.Backbone:

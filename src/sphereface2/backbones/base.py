@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class Backbone(nn.Module):
         preprocessing: turns uint8 RGB images into this network's input.
         config: ``{"name": ..., "kwargs": {...}}``, JSON-able; rebuilds the network untrained.
         metadata: free-form facts stored with the weights (see `backbones.bundle`).
+        frozen: names of modules that stay in evaluation mode in training, with all within them.
     """
 
     preprocessing: Preprocessing
@@ -38,6 +39,13 @@ class Backbone(nn.Module):
                 f"input_size must be divisible by {stride} on both sides, got {self.input_size}"
             )
         self.metadata: dict[str, Any] = {}
+        self.frozen: frozenset[str] = frozenset()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) of the right shape to (B, embedding_dim)."""

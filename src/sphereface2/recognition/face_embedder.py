@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sphereface2.align import Aligner, Face
-from sphereface2.backbones import bundle
+from sphereface2.backbones import bundle, hub
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
@@ -20,7 +20,7 @@ from sphereface2.evaluation import calibration as calibrations
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import MAX_PIXELS, ImageLike, read_image
-from sphereface2.recognition import card, hub
+from sphereface2.recognition import card
 from sphereface2.recognition.verification import Verification, choose_threshold
 
 if TYPE_CHECKING:

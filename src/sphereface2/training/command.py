@@ -12,10 +12,11 @@ from cyclopts import Parameter
 
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.training import config as configuration
+from sphereface2.training import starting
 from sphereface2.training.config import RunConfig
 from sphereface2.training.fit import fit as train
 
-OPTIONS = ("config", "teacher", "resume", "run-folder", "ranks", "print-config")
+OPTIONS = ("config", "teacher", "resume", "start-from", "run-folder", "ranks", "print-config")
 
 
 def fit(
@@ -23,6 +24,7 @@ def fit(
     config: str | None = None,
     teacher: Path | None = None,
     resume: Path | None = None,
+    start_from: str | None = None,
     run_folder: Path | None = None,
     ranks: str | None = None,
     print_config: bool = False,
@@ -38,6 +40,8 @@ def fit(
       longer.
     - `sphereface2 fit --config small --teacher runs/large`: a small network that follows a large
       one's embeddings.
+    - `sphereface2 fit --start-from runs/NAME --data.train faces/`: fine-tune its network on other
+      people.
     - `sphereface2 fit --resume runs/small-20250101-120000`: go on with an interrupted run.
 
     Args:
@@ -45,6 +49,8 @@ def fit(
         teacher: Model or table of embeddings that the network's embeddings follow; short for
             `--teacher.path`.
         resume: Run folder to continue from its last checkpoint, with its own settings.
+        start_from: Run, model folder or hub id whose network a new run starts from: fine-tuning,
+            with other people; short for `--training.start_from`.
         run_folder: Folder of the run: it is started there, or continued if it has a checkpoint.
         ranks: Number of processes on this machine, or "auto": one per GPU or CPU core.
         print_config: Print all settings as YAML and exit, instead of training.
@@ -59,10 +65,20 @@ def fit(
             f"{', '.join(recipes())}; or a YAML file) and --data.train PATH (images to train on); "
             "`sphereface2 fit --help` lists all settings"
         )
+    if start_from is not None:
+        if resume is not None:
+            raise UserError(
+                "--resume goes on with a run and --start-from starts a new one from its network: "
+                "give one of them"
+            )
+        overrides += ["--training.start_from", start_from]
     path = None if config is None else find(config)
     if print_config:
-        start = resume / "config.yaml" if resume is not None else path
-        print(configuration.dump(configuration.load(start, overrides)), end="")
+        if resume is not None:
+            shown = configuration.load(resume / "config.yaml", overrides)
+        else:
+            shown = starting.settings(path, overrides)
+        print(configuration.dump(shown), end="")
         return
     train(path, resume=resume, run=run_folder, ranks=ranks, overrides=overrides)
 

@@ -103,6 +103,21 @@ class DataConfig:
 class TrainingConfig:
     """The loop: length, optimiser, schedule, precision, checkpoints."""
 
+    start_from: PathText | None = None
+    """Run, model folder or hub id whose network the training starts from (fine-tuning), with its
+    architecture and preprocessing, which need not be given; ``null``: from random weights."""
+    prototypes: Literal["imprinted", "kept", "random"] = "imprinted"
+    """``start_from``: where the head starts. ``imprinted``: each person at the mean embedding of
+    the person's training images; ``kept``: those whom the run of ``start_from`` trained on, by
+    name, where it left them, the others imprinted; ``random``: as without ``start_from``."""
+    freeze: list[Text] = field(default_factory=list)
+    """Parts of the backbone that keep their weights, by the beginning of their names, such as
+    ``stages.0`` or ``layer1``."""
+    freeze_batch_norm: bool = False
+    """Batch normalisation keeps its statistics, scales and shifts: for few images a person."""
+    lr_factors: dict[str, Positive] = field(default_factory=dict)
+    """Factors on the rate of parts of the backbone, by the beginning of their names, such as
+    ``{stages.0: 0.1, stages: 0.3}``; the longest beginning counts."""
     epochs: Positive = 12.0
     batch_size: Count = 256
     """Images an optimiser step, over all ranks and accumulation steps."""
@@ -259,11 +274,17 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: unreadable file, unknown key (naming the nearest), wrong type or range.
     """
+    tree, given = read(path, overrides)
+    return from_dict(tree, "the command line" if path is None else str(path), given)
+
+
+def read(path: Path | None, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], frozenset[str]]:
+    """The settings that are given, as nested plain values, and those that `overrides` gave."""
     tree = {} if path is None else sections.read(path, "configuration", RunConfig)
     given = dict(sections.parse(overrides, RunConfig))
     for key, value in given.items():
         sections.assign(tree, key, value)
-    return from_dict(tree, "the command line" if path is None else str(path), frozenset(given))
+    return tree, frozenset(given)
 
 
 def from_dict(

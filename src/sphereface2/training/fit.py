@@ -27,7 +27,7 @@ from sphereface2.errors import UserError
 from sphereface2.files import owned
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
-from sphereface2.training import resuming
+from sphereface2.training import resuming, starting
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
@@ -94,7 +94,7 @@ def fit(
     if resumes and given is not None and config is None:
         settings = resuming.own_settings(given, overrides)
     else:
-        settings = configuration.load(config, overrides)
+        settings = starting.settings(config, overrides)
     if ranks is not None and "WORLD_SIZE" not in os.environ:
         count = _count_ranks(ranks, settings)
         if count > 1:
@@ -173,6 +173,18 @@ def _train(
             resuming.check_done(folder, start["changed"])
         place.on_main(lambda: trainer.checkpointer.go_on_from(found, trainer.progress.best_step))
         _check_best(trainer, place)
+    elif settings.training.start_from is not None:
+        start["start_from"] = starting.begin(
+            settings.training,
+            trainer.network,
+            trainer.head,
+            place,
+            inputs.source,
+            inputs.train_indices,
+            inputs.train_labels,
+            inputs.people["classes"],
+        )
+        trainer.restart_average()
     start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
     data = {
         "kind": inputs.located.kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,28 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     return ramp * config.gamma**passed
 
 
+def belongs(name: str, part: str) -> bool:
+    """Whether a parameter or module of that dotted name is ``part`` or within it.
+
+    Example:
+        >>> belongs("stages.1.conv.weight", "stages.1"), belongs("stages.10.conv", "stages.1")
+        (True, False)
+    """
+    return f"{name}.".startswith(f"{part}.")
+
+
+def _by_factor(
+    named: dict[str, nn.Parameter], factors: dict[str, float]
+) -> list[tuple[float, list[nn.Parameter]]]:
+    """The parameters of each factor on the rate, 1 first."""
+    found: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in named.items():
+        parts = [part for part in factors if belongs(name, part)]
+        factor = factors[max(parts, key=len)] if parts else 1.0
+        found.setdefault(factor, []).append(parameter)
+    return list(found.items())
+
+
 def build_optimizers(
     config: TrainingConfig, backbone: nn.Module, head: Head, teacher: nn.Module | None = None
 ) -> list[torch.optim.Optimizer]:
@@ -42,17 +65,25 @@ def build_optimizers(
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
     A teacher's map is trained like the backbone.
     """
-    body = [*backbone.parameters(), *(teacher.parameters() if teacher is not None else ())]
-    decayed = [p for p in body if p.ndim > 1]
-    spared = [p for p in body if p.ndim <= 1]
+    body = dict(backbone.named_parameters())
+    if teacher is not None:
+        body |= {f"teacher.{name}": p for name, p in teacher.named_parameters()}
+    groups: list[tuple[list[nn.Parameter], float, float]] = []
+    filters: list[dict[str, Any]] = []
+    for factor, parameters in _by_factor(body, config.lr_factors):
+        decayed = [p for p in parameters if p.ndim > 1]
+        if config.optimizer == "muon":
+            chosen = [p for p in decayed if p.ndim == 4]
+            decayed = [p for p in decayed if p.ndim != 4]
+            if chosen:
+                filters.append({"params": chosen, "base_lr": config.muon_lr * factor})
+        groups.append((decayed, factor, config.weight_decay))
+        groups.append(([p for p in parameters if p.ndim <= 1], factor, 0.0))
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
     orthogonal: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        filters = [p for p in decayed if p.ndim == 4]
-        decayed = [p for p in decayed if p.ndim != 4]
-        group = {"params": filters, "base_lr": config.muon_lr}
-        orthogonal = [Muon([group], config.muon_lr, momentum=config.momentum)] if filters else []
+    if filters:
+        orthogonal = [Muon(filters, config.muon_lr, momentum=config.momentum)]
     head_rate = config.head_lr_multiplier
     head_decay = config.head_weight_decay
     if head_decay is None:
@@ -71,12 +102,7 @@ def build_optimizers(
             )
         ]
         fused[0].param_groups[0]["base_lr"] = config.lr * head_rate
-    groups = [
-        (decayed, 1.0, config.weight_decay),
-        (spared, 1.0, 0.0),
-        (prototypes, head_rate, head_decay),
-        (head_rest, head_rate, 0.0),
-    ]
+    groups += [(prototypes, head_rate, head_decay), (head_rest, head_rate, 0.0)]
     settings = [
         {"params": params, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": wd}
         for params, rate, wd in groups

@@ -38,6 +38,8 @@ _FIXED = (
     "training.optimizer",
     "training.fused_head",
     "training.fused_momentum",
+    "training.start_from",
+    "training.prototypes",
 )
 # Those that the configuration of every run has had, of whatever version.
 _SECTIONS = ("name", "output", "seed", "data", "backbone", "head", "training", "validation")
@@ -117,7 +119,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
     if before is None:  # of version 0.1.0
         before = sections.read(run / CONFIG, "run's configuration", RunConfig)
     old, new = _flat(before), _flat(configuration.to_dict(settings))
-    if _same_network(before["backbone"], settings.backbone):
+    if same_network(before["backbone"], settings.backbone):
         old, new = (
             {key: value for key, value in one.items() if not key.startswith("backbone.")}
             for one in (old, new)
@@ -190,7 +192,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _same_network(first: dict[str, Any], second: dict[str, Any]) -> bool:
+def same_network(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two ``backbone`` sections mean one network, though only one may name a default."""
     if first == second:
         return True

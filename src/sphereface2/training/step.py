@@ -15,6 +15,7 @@ from sphereface2.errors import UserError
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
 from sphereface2.training.optim import build_optimizers, clip_gradients, drop_gradients
+from sphereface2.training.starting import freeze
 from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import LossWatch
 
@@ -80,6 +81,7 @@ class TrainingStep:
 
         torch.manual_seed(config.seed)
         network = backbones.build(**config.backbone)
+        freeze(network, settings)
         options, sharded = head_options(config)
         if sharded and world.size > 1:
             options["process_group"] = world.group

@@ -107,7 +107,7 @@ class Trainer:
         self.step = TrainingStep(config, world, num_classes, teacher)
         self.network, self.head = self.step.network, self.step.head
         self.optimizers, self.scaler = self.step.optimizers, self.step.scaler
-        self.average = MovingAverage(self.network, settings.ema) if settings.ema else None
+        self.restart_average()
 
         self.epoch_steps = len(sampler) // settings.accumulate
         if self.epoch_steps == 0:
@@ -127,6 +127,11 @@ class Trainer:
         self.run = run
         #: What a resumption must find again, kept with every checkpoint.
         self.record: dict[str, Any] = {}
+
+    def restart_average(self) -> None:
+        """Let the moving average, if there is one, start at the present weights."""
+        decay = self.config.training.ema
+        self.average = MovingAverage(self.network, decay) if decay else None
 
     def resume(self, found: ckpt.Checkpoint) -> None:
         """Restore a checkpoint, of any number of ranks, precision and batch size.

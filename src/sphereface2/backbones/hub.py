@@ -8,12 +8,10 @@ from typing import Any
 
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
-from sphereface2.evaluation.calibration import FILE as CALIBRATION
 from sphereface2.extras import require
-from sphereface2.recognition.card import FILE as CARD
 
 #: All that is ever fetched: weights without code, JSON and a text.
-FILES = (bundle.WEIGHTS, bundle.CONFIG, CALIBRATION, CARD)
+FILES = (bundle.WEIGHTS, bundle.CONFIG, "calibration.json", "README.md")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SCHEME = "hf://"
 

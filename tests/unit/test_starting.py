@@ -1,0 +1,242 @@
+"""Fine-tuning: what is taken over, what is trained, and what contradicts the weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from test_training_step import batches, training_step
+from torch.nn import functional as F
+
+from sphereface2 import cli
+from sphereface2.backbones import bundle
+from sphereface2.data import synthetic
+from sphereface2.data.opening import open_source
+from sphereface2.errors import UserError
+from sphereface2.images import read_image
+from sphereface2.training import starting
+from sphereface2.training.distributed import World
+from sphereface2.training.fit import fit
+from sphereface2.training.trainer import Trainer
+
+OPTIONS = {
+    "backbone.name": "sfnet4",
+    "backbone.width": 0.125,
+    "backbone.input_size": 32,
+    "backbone.batch_norm": True,
+    "backbone.embedding_dim": 16,
+    "data.validation_people": 2,
+    "training.epochs": 1,
+    "training.batch_size": 8,
+    "training.device": "cpu",
+    "training.threads": 1,
+    "validation.pairs": "[]",
+}
+
+
+def words(**options):
+    return [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Drawn people, a folder each, so that they have names."""
+    folder, rng = tmp_path_factory.mktemp("faces"), np.random.default_rng(0)
+    for person in range(8):
+        (folder / f"person-{person}").mkdir()
+        identity = synthetic.Identity.draw(rng)
+        for image in range(4):
+            drawn = Image.fromarray(synthetic.render(identity, rng))
+            drawn.save(folder / f"person-{person}" / f"{image}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(faces, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    fit(None, run=folder, overrides=words(**OPTIONS, **{"data.train": faces}))
+    return folder
+
+
+def others(faces, folder):
+    """Six people of whom three have the names and images of three of ``faces``."""
+    people = sorted(path for path in faces.iterdir() if path.is_dir())
+    for number, person in enumerate(people[:6]):
+        shutil.copytree(person, folder / (person.name if number < 3 else f"new-{number}"))
+    return folder
+
+
+def started(run, data, monkeypatch, **options):
+    """Trainer, inputs and record of a fine-tuning before its first step."""
+    found = {}
+
+    def stop(trainer, stopper=None):
+        found["trainer"] = trainer
+        raise UserError("stopped before the first step")
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    options = {
+        "data.train": data,
+        "data.validation_people": 0,
+        "training.start_from": run,
+    } | options
+    options |= {"training.batch_size": 8, "training.device": "cpu", "validation.pairs": "[]"}
+    folder = data.parent / f"tuned-{len(list(data.parent.iterdir()))}"
+    with pytest.raises(UserError, match="before the first step"):
+        fit(None, run=folder, overrides=words(**options))
+    record = json.loads((folder / "environment.json").read_text())["starts"][0]["start_from"]
+    names = json.loads((folder / "people.json").read_text())["classes"]
+    return found["trainer"], names, record
+
+
+@pytest.mark.parametrize("prototypes", ["imprinted", "kept", "random"])
+def test_the_network_is_taken_over_and_the_head_begins(
+    run, faces, tmp_path, monkeypatch, prototypes
+):
+    data = others(faces, tmp_path / "others")
+    trainer, names, record = started(
+        run, data, monkeypatch, **{"training.prototypes": prototypes, "training.ema": 0.9}
+    )
+    network = bundle.load(run)
+    assert record["network"] == bundle.fingerprint(network)
+    for key, value in trainer.network.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key])
+        assert torch.equal(trainer.average.average[key], value)
+    assert trainer.network.preprocessing == network.preprocessing
+    if prototypes == "random":
+        return
+    means = []
+    for name in names:
+        crops = [read_image(path) for path in sorted((data / name).iterdir())]
+        pixels = torch.stack([torch.from_numpy(crop).permute(2, 0, 1) for crop in crops])
+        with torch.no_grad():
+            rows = F.normalize(network(network.preprocessing(pixels)), dim=1)
+        means.append(F.normalize(rows.mean(0), dim=0))
+    expected = torch.stack(means)
+    if prototypes == "kept":
+        stored = bundle.resolve(run).resolve() / "state"
+        before = {"head": {"weight": torch.empty(6, 16)}}
+        torch.distributed.checkpoint.load(before, checkpoint_id=stored, no_dist=True)
+        classes = json.loads((run / "people.json").read_text())["classes"]
+        shared = [name for name in names if name in classes]
+        assert record["prototypes_kept"] == len(shared) > 0
+        for name in shared:
+            expected[names.index(name)] = before["head"]["weight"][classes.index(name)]
+    found = F.normalize(trainer.head.weight.detach(), dim=1)
+    torch.testing.assert_close(found, F.normalize(expected, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fine_tuned_run_resumes_without_the_weights_it_started_from(run, faces, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved, symlinks=True)
+    folder = tmp_path / "tuned"
+    overrides = {"data.train": faces, "training.epochs": 1, "training.freeze": "[stages]"}
+    overrides |= {k: v for k, v in OPTIONS.items() if k not in overrides}
+    assert cli.main(
+        ["fit", "--start-from", str(moved), "--run-folder", str(folder), *words(**overrides)]
+    ) == 0  # fmt: skip
+    before = safetensors.torch.load_file(bundle.resolve(run) / "model.safetensors")
+    after = safetensors.torch.load_file(bundle.resolve(folder) / "model.safetensors")
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key for key in before if key.startswith("stages")} <= same
+    assert not {"fc.weight", "norm.weight", "norm.running_mean"} & same
+    shutil.rmtree(moved)
+    assert cli.main(["fit", "--resume", str(folder), "--training.epochs", "2"]) == 0
+    capsys.readouterr()
+    assert cli.main(["fit", "--resume", str(folder), "--start-from", str(run)]) == 2
+    assert (
+        "--resume goes on with a run and --start-from starts a new one" in capsys.readouterr().err
+    )
+
+
+def test_settings_that_contradict_the_weights_are_refused(run, tmp_path):
+    agreeing = {"training.start_from": run, "backbone.input_size": 32, "backbone.dropout": 0.1}
+    config = starting.settings(None, words(**agreeing))
+    assert config.backbone["embedding_dim"] == 16 and config.backbone["dropout"] == 0.1
+    assert config.data.augmentation.size == 32
+    for key, value in {
+        "backbone.name": "sfnet10",
+        "backbone.mean": "[0, 0, 0]",
+        "backbone.input_size": 64,
+        "backbone.activation": "relu",
+    }.items():
+        with pytest.raises(UserError, match=rf"{key} = .* contradicts training.start_from"):
+            starting.settings(None, words(**{"training.start_from": run, key: value}))
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot start from .*, an ONNX network"):
+        starting.settings(None, words(**{"training.start_from": tmp_path / "model.onnx"}))
+
+
+def test_frozen_parts_and_batch_norm_stay(run):
+    step = training_step(training__freeze=["stages.0"], training__lr=0.5)
+    before = {key: value.clone() for key, value in step.network.state_dict().items()}
+    step(batches(), 1)
+    changed = {k for k, v in step.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any(key.startswith("stages.0") for key in changed)
+    assert {"stages.1.0.conv.weight", "stages.1.0.norm.running_mean", "fc.weight"} <= changed
+
+    step = training_step(training__freeze_batch_norm=True, training__lr=0.5)
+    before = {key: value.clone() for key, value in step.network.state_dict().items()}
+    step.network.eval()
+    step.network.train()
+    step(batches(), 1)
+    changed = {k for k, v in step.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any("norm" in key for key in changed) and "stages.0.0.conv.weight" in changed
+
+    with pytest.raises(UserError, match=r"freeze: the backbone has no part 'stage\.0' \(did you"):
+        training_step(training__freeze=["stage.0"])
+    with pytest.raises(UserError, match="lr_factors: the backbone has no part 'head'"):
+        training_step(training__lr_factors={"head": 0.1})
+    with pytest.raises(UserError, match="leaves nothing of the backbone to train"):
+        training_step(training__freeze=["stages", "fc", "norm"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_rates_of_parts(optimizer):
+    factors = {"stages": 0.5, "stages.1": 0.1}
+    step = training_step(training__lr_factors=factors, training__optimizer=optimizer)
+    rates = {
+        id(parameter): group["base_lr"]
+        for one in step.optimizers
+        for group in one.param_groups
+        for parameter in group["params"]
+    }
+    settings = step.config.training
+    for name, parameter in step.network.named_parameters():
+        base = settings.muon_lr if optimizer == "muon" and parameter.ndim == 4 else settings.lr
+        factor = 0.1 if name.startswith("stages.1.") else 0.5 if name.startswith("stages.") else 1
+        assert rates[id(parameter)] == pytest.approx(base * factor), name
+    assert len(rates) == len([*step.network.parameters(), *step.head.parameters()])
+
+
+def test_unreadable_images_and_strangers_leave_prototypes_alone(run, faces, tmp_path):
+    data = others(faces, tmp_path / "others")
+    lost = sorted(data.iterdir())[4]
+    for path in lost.iterdir():
+        path.write_bytes(b"no image")
+    source = open_source(data)
+    step = training_step(
+        **{
+            f"backbone__{k.split('.')[1]}": v
+            for k, v in OPTIONS.items()
+            if k.startswith("backbone")
+        }
+    )
+    labels = np.asarray(source.labels)
+    head = step.head
+    before = F.normalize(head.weight.detach()[:6].clone(), dim=1)
+    settings = starting.settings(None, words(**{"training.start_from": run})).training
+    place = World(0, 1, 0, 1, torch.device("cpu"))
+    head.shard, head.num_classes = type(head.shard)(0, 6), 6
+    head.weight = torch.nn.Parameter(head.weight.detach()[:6].clone())
+    starting.begin(settings, step.network, head, place, source, np.arange(len(source)), labels,
+                   source.class_names)  # fmt: skip
+    after = F.normalize(head.weight.detach(), dim=1)
+    assert torch.equal(after[4], before[4]) and not torch.allclose(after[3], before[3], atol=0.1)
+    settings.prototypes = "kept"
+    with pytest.raises(UserError, match="these sets have numbers only"):
+        starting.begin(settings, step.network, head, place, source, np.arange(len(source)), labels,
+                       list(range(6)))  # fmt: skip

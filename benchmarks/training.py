@@ -1,10 +1,12 @@
 """Training against its bound: the bare backbone's forward and backward pass on tensors in memory.
 
 Claim: `fit` trains at no less than 0.9 of the bound, with decoding, augmentation, the head over all
-people, the optimiser and the log included. Both are measured in turns, in one process, on the same
-batch size, precision and memory format; the figure is the median ratio of neighbouring turns.
+people, the optimiser and the log included. All is measured in turns, in one process, on the same
+batch size, precision and memory format; a figure is the median of turns, a ratio the median ratio
+of neighbouring turns.
 
     python benchmarks/training.py [--config configs/small.yaml] [--threads 1] [--rounds 7]
+    python benchmarks/training.py --and "--data.cache ram"      # other settings, side by side
 """
 
 from __future__ import annotations
@@ -41,86 +43,116 @@ class Throughput(NamedTuple):
     warm_up: float
 
 
-def throughput(settings: RunConfig, place: World, *, steps: int, rounds: int) -> Throughput:
-    """How fast the bare network and training are.
+class Contender:
+    """One training, a turn at a time.
 
-    Both run in turns of ``steps`` optimiser steps, after one turn that warms up. Batches that the
-    loader's processes have made ready meanwhile are used up before a turn of training is timed.
+    Args:
+        settings: of the run.
+        place: where it trains.
+        folder: of the run.
+        steps: optimiser steps a turn.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(settings, Path(folder), place, open_inputs(settings, place))
+
+    def __init__(self, settings: RunConfig, place: World, folder: Path, steps: int) -> None:
+        self.device, self.steps = place.device, steps
+        self.trainer = trainer = build_trainer(
+            settings, folder, place, open_inputs(settings, place)
+        )
         trainer.network.train()
-        batches = trainer.batches(0)
-        side = trainer.network.preprocessing.size
-        count = settings.training.batch_size // settings.training.accumulate
-        pixels = torch.randn(count, 3, *side, device=place.device).contiguous(
+        self.batches = trainer.batches(0)
+        self.count = settings.training.batch_size // settings.training.accumulate
+        self.images = steps * self.count
+        shape = (self.count, 3, *trainer.network.preprocessing.size)
+        self.pixels = torch.randn(shape, device=place.device).contiguous(
             memory_format=trainer.step.memory_format
         )
 
-        def bare() -> None:
-            with torch.autocast(
-                place.device.type, trainer.step.dtype, enabled=trainer.step.dtype is not None
-            ):
-                embeddings = trainer.step.forward(pixels)
+    def bare(self) -> float:
+        """Seconds of a turn of the network alone."""
+        step = self.trainer.step
+
+        def once() -> None:
+            with torch.autocast(self.device.type, step.dtype, enabled=step.dtype is not None):
+                embeddings = step.forward(self.pixels)
             embeddings.backward(torch.ones_like(embeddings))
-            trainer.network.zero_grad(set_to_none=True)
+            self.trainer.network.zero_grad(set_to_none=True)
 
-        def full() -> None:
-            trainer.step([next(batches)])
+        return self._seconds(once)
 
-        loader = trainer.loader
-        ready = loader.num_workers * (loader.prefetch_factor or 0)
+    def full(self) -> float:
+        """Seconds of a turn of training; batches that are ready before it are used up first."""
 
-        def seconds(work: Callable[[], None]) -> float:
-            # Processor time on the CPU: a busy machine then disturbs both turns alike.
-            on_gpu = place.device.type == "cuda"
-            clock = time.perf_counter if on_gpu else time.process_time
-            if on_gpu:
-                torch.cuda.synchronize()
-            start = clock()
-            for _ in range(steps):
-                work()
-            if on_gpu:
-                torch.cuda.synchronize()
-            return clock() - start
+        def once() -> None:
+            self.trainer.step([next(self.batches)])
 
-        def training() -> float:
-            for _ in range(ready):
-                full()
-            return seconds(full)
+        loader = self.trainer.loader
+        for _ in range(loader.num_workers * (loader.prefetch_factor or 0)):
+            once()
+        return self._seconds(once)
 
+    def _seconds(self, work: Callable[[], None]) -> float:
+        # Processor time on the CPU: a busy machine then disturbs both turns alike.
+        on_gpu = self.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.process_time
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = clock()
+        for _ in range(self.steps):
+            work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return clock() - start
+
+
+def throughput(settings: RunConfig, place: World, *, steps: int, rounds: int) -> Throughput:
+    """How fast the bare network and training are, in turns after one turn that warms up."""
+    with tempfile.TemporaryDirectory() as folder:
+        one = Contender(settings, place, Path(folder), steps)
         started = time.perf_counter()
-        seconds(bare), seconds(full)
+        one.bare(), one.full()
         warm_up = time.perf_counter() - started
-        turns = [(seconds(bare), training()) for _ in range(rounds)]
-    images = steps * count
+        turns = [(one.bare(), one.full()) for _ in range(rounds)]
     return Throughput(
-        statistics.median(images / bound for bound, _ in turns),
-        statistics.median(images / measured for _, measured in turns),
+        statistics.median(one.images / bound for bound, _ in turns),
+        statistics.median(one.images / measured for _, measured in turns),
         statistics.median(bound / measured for bound, measured in turns),
         warm_up,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("configs/small.yaml"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps a turn")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--and", dest="others", action="append", default=[], metavar="SETTINGS")
     arguments, overrides = parser.parse_known_args()
-    settings = configuration.load(arguments.config, overrides)
-    settings.training.threads = arguments.threads
-    settings.validation.pairs = []
-    with world(threads=arguments.threads) as place:
-        found = throughput(settings, place, steps=arguments.steps, rounds=arguments.rounds)
-    print(
-        f"{arguments.config}: backbone {settings.backbone}, "
-        f"batch {settings.training.batch_size}, {arguments.threads} thread(s)"
-    )
-    print(f"bare forward + backward  {found.bare:8,.0f} images/s")
-    print(f"training                 {found.full:8,.0f} images/s")
-    print(f"ratio                    {found.ratio:8.3f}   (claim: >= 0.9)")
+    with world(threads=arguments.threads) as place, tempfile.TemporaryDirectory() as folder:
+        contenders: dict[str, Contender] = {}
+        for words in ("", *arguments.others):
+            settings = configuration.load(arguments.config, [*overrides, *words.split()])
+            settings.training.threads = arguments.threads
+            settings.validation.pairs = []
+            contenders[words] = Contender(settings, place, Path(folder), arguments.steps)
+        first = contenders[""]
+        turns = {"bare forward + backward": first.bare}
+        turns |= {f"training {words}": one.full for words, one in contenders.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(arguments.rounds + 1):
+            for name, turn in turns.items():
+                taken = turn()
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+    print(f"{arguments.config}, batch {first.count}, {arguments.threads} thread(s)")
+    print(f"{'':50}images/s   of bare   of the first training")
+    for name, taken in seconds.items():
+        to = [
+            statistics.median(a / b for a, b in zip(seconds[other], taken, strict=True))
+            for other in ("bare forward + backward", "training ")
+        ]
+        rate = statistics.median(first.images / one for one in taken)
+        print(f"{name:50}{rate:8,.0f}   {to[0]:7.3f}   {to[1]:7.3f}")
 
 
 if __name__ == "__main__":

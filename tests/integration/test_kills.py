@@ -24,10 +24,16 @@ from killing import (
 
 KINDS: dict[str, tuple[int, dict[str, object]]] = {
     "one process": (1, {}),
-    "workers, muon": (1, {"data.workers": 2, "training.optimizer": "muon"}),
+    "workers, muon": (
+        1,
+        {"data.workers": 2, "data.cache": "ram", "training.optimizer": "muon"},
+    ),
     "two ranks": (2, {}),
-    "two ranks, average": (2, {"training.ema": 0.9}),
-    "two ranks, sharded": (2, {"head.sharded": "true", "training.ema": 0.9}),
+    "two ranks, average": (2, {"data.cache": "device", "training.ema": 0.9}),
+    "two ranks, sharded": (
+        2,
+        {"head.sharded": "true", "data.cache": "ram", "training.ema": 0.9},
+    ),
     "two ranks, workers": (2, {"data.workers": 1, "training.autocast": "bf16"}),
     "three ranks": (3, {}),
 }

@@ -4,9 +4,10 @@
 
 The bound is the faster of OpenCV and torchvision decoding the same bytes, already in memory, and
 throwing the pixels away. The loader reads them from the data set, decodes, augments, resizes and
-assembles batches with labels. Everything in one process and thread, in turn batch by batch, in CPU
-time, so that a busy machine disturbs all alike; the ratio is the median over the rounds. Uses the
-real faces that `sphereface2 fit` would train on, else synthetic ones.
+assembles batches with labels; "cached" takes the images from memory, as with `data.cache: ram`.
+Everything in one process and thread, in turn batch by batch, in CPU time, so that a busy machine
+disturbs all alike; the ratio is the median over the rounds. Uses the real faces that
+`sphereface2 fit` would train on, else synthetic ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from sphereface2.data import Augmentation, BatchSampler, FaceDataset, open_source, synthetic
 from sphereface2.data.locate import find
+from sphereface2.training.distributed import World
+from sphereface2.training.loading import cache_images
 
 SETTINGS = {
     "no augmentation, 112 px": Augmentation.none(112),
@@ -74,13 +77,19 @@ def run(train: Path, images: int, batch_size: int, rounds: int) -> None:
                 decode_jpeg(data, ImageReadMode.RGB)
             yield
 
-    def loader_of(augmentation: Augmentation) -> DataLoader:
+    def loader_of(augmentation: Augmentation, cached: bool) -> DataLoader:
         dataset = FaceDataset(source, indices, augmentation=augmentation)
+        if cached:
+            cache_images(dataset, "ram", World(0, 1, 0, 1, torch.device("cpu")))
         sampler = BatchSampler(dataset.labels, batch_size)
         return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
 
     decoders = {"OpenCV": opencv, "torchvision": torchvision}
-    loaders = {name: loader_of(augmentation) for name, augmentation in SETTINGS.items()}
+    loaders = {
+        f"{name}{', cached' if cached else ''}": loader_of(augmentation, cached)
+        for name, augmentation in SETTINGS.items()
+        for cached in (False, True)
+    }
     ratios: dict[str, list[float]] = {name: [] for name in loaders}
     rates: dict[str, list[float]] = {name: [] for name in (*decoders, *loaders)}
     for round_number in range(rounds + 1):
@@ -103,12 +112,12 @@ def run(train: Path, images: int, batch_size: int, rounds: int) -> None:
 
     print(f"{count:,} images of {train}, batches of {batch_size}, one thread, images/CPU-second")
     for name in decoders:
-        print(f"  {name + ' decoding alone':34}{statistics.median(rates[name]):8,.0f}")
+        print(f"  {name + ' decoding alone':46}{statistics.median(rates[name]):8,.0f}")
     for name in loaders:
         middle = statistics.median(ratios[name])
         spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
         print(
-            f"  loader, {name:26}{statistics.median(rates[name]):8,.0f}"
+            f"  loader, {name:38}{statistics.median(rates[name]):8,.0f}"
             f"   {middle:.2f} of the bound ({spread})"
         )
 

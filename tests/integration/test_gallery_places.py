@@ -6,10 +6,13 @@ import json
 import os
 import pwd
 import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from skimage.data import astronaut
 
 from postgres import Postgres
 from sphereface2.errors import UserError
-from sphereface2.recognition.gallery import Gallery
+from sphereface2.recognition.gallery import Gallery, GalleryUnavailableError
 from sphereface2.recognition.gallery.quality import Gate, Quality, measure
 
 MODEL, DIM = "a" * 64, 16
@@ -87,6 +90,35 @@ def test_read_only_media_can_be_searched(tmp_path: Path) -> None:
         assert "is read-only; nothing was changed" in told[3]
         if writer is not None:
             writer.close()
+
+
+def test_a_lost_or_silent_server_is_told_in_one_sentence(server: Postgres) -> None:
+    others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
+
+    def cut_off(gallery: Gallery, work: Callable[[Any], object]) -> None:
+        with gallery._change() as connection:
+            server.sql(cut)
+            work(connection)
+
+    with Gallery.open(server.database(), fingerprint="0" * 64, dim=32) as gallery:
+        gallery.add("Ada", np.random.default_rng(0).standard_normal((2, 32)))
+        rows = gallery._rows
+        for work in (
+            lambda connection: rows.remove(connection, 1),
+            lambda connection: rows.stored(connection, None),
+            lambda connection: rows._copy(connection, []),
+        ):
+            with pytest.raises(GalleryUnavailableError) as told:
+                cut_off(gallery, work)
+            assert "does not answer" in str(told.value) and "\n" not in str(told.value)
+            assert [person.name for person in gallery.people()] == ["Ada"]  # and it recovers
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port, begun = silent.getsockname()[1], time.monotonic()
+        address = f"postgresql+psycopg://u:secret@127.0.0.1:{port}/d?connect_timeout=2"
+        with pytest.raises(GalleryUnavailableError, match="timeout") as told:
+            Gallery.open(address, create=False)
+        assert time.monotonic() - begun < 8 and "secret" not in str(told.value)
 
 
 def test_a_user_of_the_server_who_only_reads_can_search(server: Postgres) -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from serving import Server, drawn, encoded, make_model, photograph, serving
 
+from required import needs
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Enrolment, Gallery
 from sphereface2.recognition.service import keys
@@ -24,9 +25,7 @@ from sphereface2.recognition.service import keys
 CHROMIUM = (
     os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium: install it (apt-get install chromium) or set CHROMIUM"
-)
+pytestmark = needs(CHROMIUM, "no chromium: install it (apt-get install chromium) or set CHROMIUM")
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -18,14 +18,13 @@ import httpx
 import pytest
 from serving import drawn, make_model, serving
 
+from required import needs
 from sphereface2.recognition.service import keys
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 OPENSSL = shutil.which("openssl")
 TEMPLATE = Path(__file__).parents[2] / "deploy" / "proxy" / "nginx.conf.template"
-pytestmark = pytest.mark.skipif(
-    NGINX is None or OPENSSL is None, reason="no nginx or openssl: apt-get install nginx openssl"
-)
+pytestmark = needs(NGINX and OPENSSL, "no nginx or openssl: apt-get install nginx openssl")
 SECONDS = 12.0  # longer than the proxy's patience with slow clients
 
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from serving import encoded, make_model, photograph, serving
 
+from required import needs
 from sphereface2.embedder import Embedder
 from sphereface2.images import decode
 from sphereface2.recognition.export import export
@@ -143,7 +144,7 @@ def traced(log: Path, home: Path, words: list[str]) -> str:
     )
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing: apt install strace")
+@needs(shutil.which("strace"), "strace is missing: apt install strace")
 def test_onnx_runtime_writes_no_identifier_and_asks_no_host(place: Path, tmp_path: Path) -> None:
     images = [str(place / "photos" / name / f"{name}.jpg") for name in "ab"]
     words = ["-m", "sphereface2", "verify", *images, "--model", str(place / "model.onnx")]

@@ -21,6 +21,7 @@ from sphereface2.recognition.gallery.stamps import check_moved, stamp
 from sphereface2.recognition.gallery.types import Person, packed
 
 _CANDIDATES = 16
+_PEOPLE_KEPT = 100_000  # in memory
 _STATE = (
     "SELECT (SELECT fingerprint FROM stamp), "
     "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
@@ -44,6 +45,7 @@ class FileSearch:
         residents = (("images", "person", "id", "embedding"), ("people", "id", "id", "template"))
         self._residents = [Resident(*names, row.dim, row.storage) for names in residents]
         self._warm = False
+        self._read: tuple[int, dict[int, Any]] = (-1, {})  # a state, and people read in it
 
     def search(self, probes: np.ndarray, k: int, *, mean: bool, every: bool) -> list[Found]:
         """The k best people for each probe (q, d); ``every``: past an approximate index."""
@@ -56,14 +58,21 @@ class FileSearch:
                     hnsw.search(view, probe, k) or exact(view, probe[None], k)[0]
                     for probe in probes
                 ]
-            people = {
-                row[0]: person_of(row)
-                for some in parts(list({key for one in ranked for key, _ in one}))
-                for row in snapshot.execute(
-                    f"{self._description} WHERE people.id IN ({','.join('?' * len(some))})", some
-                )
-            }
-        return [[(people[key], score) for key, score in one] for one in ranked]
+            rows = self._people({key for one in ranked for key, _ in one}, view.seq, snapshot)
+        return [[(person_of(rows[key]), score) for key, score in one] for one in ranked]
+
+    def _people(self, keys: set[int], seq: int, snapshot: sqlite3.Connection) -> dict[int, Any]:
+        """Rows of people at least of these keys, each read once as long as nothing changes."""
+        if self._read[0] != seq or len(self._read[1]) > _PEOPLE_KEPT:
+            self._read = (seq, {})
+        _, rows = read = self._read
+        if read[0] != seq:  # another thread has begun anew meanwhile, with another state
+            rows = {}
+        for some in parts([key for key in keys if key not in rows]):
+            marks = ",".join("?" * len(some))
+            query = f"{self._description} WHERE people.id IN ({marks})"
+            rows |= {row[0]: row for row in snapshot.execute(query, some)}
+        return rows
 
     def warm_up(self) -> None:
         """Read the embeddings, and begin to build or load a large gallery's index."""

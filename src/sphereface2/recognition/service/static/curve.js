@@ -3,7 +3,7 @@
 import { decimal, percent, vector } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [560, 270];
-const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 34, 50];
+const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 44, 50];
 
 /** `curve`: {similarity, probability}; `verdict`: {similarity, probability, threshold}. */
 export function drawCurve(curve, verdict) {
@@ -31,7 +31,7 @@ export function drawCurve(curve, verdict) {
   }
   root.append(
     text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "similarity", "middle"),
-    text(4, 14, "probability of the same person", "start"),
+    text(4, 18, "probability of the same person", "start"),
   );
 
   const points = curve.similarity

@@ -77,6 +77,31 @@ def test_killed_while_writing_the_previous_one_stays_whole(tmp_path: Path, momen
     assert stored(tmp_path) == (2, 2)
 
 
+def _die_in_point(folder: Path) -> None:
+    """Write checkpoint 2 and be killed while ``last`` is made to lead to it."""
+    torch.set_num_threads(1)
+    replace = Path.replace
+
+    def die(path: Path, target: Path) -> Path:
+        if target.name == "last":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    Path.replace = die  # type: ignore[method-assign]
+    save(folder, 2)
+
+
+def test_killed_before_last_leads_to_it_the_newest_one_counts(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    process = multiprocessing.get_context("spawn").Process(target=_die_in_point, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list((tmp_path / "checkpoints").glob(".*.tmp"))) == 2
+    assert stored(tmp_path) == (2, 2)
+    assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
+
+
 def test_last_the_one_before_and_best_are_kept_and_the_others_go(tmp_path: Path) -> None:
     for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
         save(tmp_path, step, best)

@@ -99,6 +99,12 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             else:
                 leftover.rename(final)
+                point(self.folder / "last", final.name)
+        for unfinished in self.folder.glob(".*.tmp"):
+            if unfinished.is_dir() and not unfinished.is_symlink():
+                shutil.rmtree(unfinished)
+            else:
+                unfinished.unlink()
         for link in (self.folder / "last", self.folder / "best"):
             if link.is_dir() and not link.is_symlink():
                 self._adopt(link)

@@ -233,8 +233,8 @@ class ValidationConfig:
     flip: bool = True
     fars: list[FalseAcceptRate] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
     conditions: list[Text] = field(default_factory=list)
-    """Conditions under which the held-out people are scored too, made of their images: ``all``, or
-    some of ``yaw``, ``low_resolution``, ``light``, ``occlusion``, ``age`` (`data.hardening`)."""
+    """Conditions under which the held-out people are scored too, made of their images: ``[all]``,
+    or some of ``yaw``, ``low_resolution``, ``light``, ``occlusion``, ``age`` (`data.hardening`)."""
 
     def __post_init__(self) -> None:
         hardenings(self.conditions)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.backbones import bundle
-from sphereface2.data.hardening import CONDITIONS, Hardening, hardenings
+from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.locate import TrainingData
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
@@ -184,7 +184,7 @@ def _table(run: Path, settings: RunConfig, found: RunReport, plots: str) -> Tabl
             f"{held.people:,} held-out people", f"all {held.pairs:,} pairs: {_tars(held.tar)}"
         )
     for harder in found.hardened:
-        table.add_row(f"  {CONDITIONS[harder.condition or '']}", _tars(harder.tar))
+        table.add_row(f"  {harder.condition}", _tars(harder.tar))
     table.add_row("checkpoint", escape(str(run / "checkpoints" / "best")))
     table.add_row("metrics", escape(f"{run / 'metrics.jsonl'}, {run / FILE}"))
     table.add_row("plots", escape(plots))

@@ -24,7 +24,8 @@ import torch
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, world
-from sphereface2.training.fit import build_trainer, open_inputs
+from sphereface2.training.fit import build_trainer
+from sphereface2.training.inputs import open_inputs
 
 
 class Throughput(NamedTuple):
@@ -55,9 +56,9 @@ class Contender:
 
     def __init__(self, settings: RunConfig, place: World, folder: Path, steps: int) -> None:
         self.device, self.steps = place.device, steps
-        self.trainer = trainer = build_trainer(
-            settings, folder, place, open_inputs(settings, place)
-        )
+        inputs = open_inputs(settings, place)
+        settings = inputs.settings
+        self.trainer = trainer = build_trainer(folder, place, inputs)
         trainer.network.train()
         self.batches = trainer.batches(0)
         self.count = settings.training.batch_size // settings.training.accumulate

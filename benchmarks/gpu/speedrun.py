@@ -22,7 +22,7 @@ from gpu.backbones import faces
 from gpu.measure import Part
 from sphereface2.training import config as configuration
 from sphereface2.training.distributed import world
-from sphereface2.training.fit import open_inputs
+from sphereface2.training.inputs import open_inputs
 from training import throughput
 
 CONFIG = Path(__file__).with_name("speedrun.yaml")

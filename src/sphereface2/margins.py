@@ -1,6 +1,6 @@
 """The equations of SphereFace2 (arXiv 2108.01513) as pure functions of cosines.
 
-One sample with label y, unit embedding x and unit prototypes W_i has cos θ_i = <x, W_i> and loss
+One sample with label y, unit embedding x and unit prototypes W_i has cos θ_i = ⟨x, W_i⟩ and loss
 
     L = (λ/r) · softplus(-p) + ((1-λ)/r) · Σ_{i≠y} softplus(n_i)
 

@@ -17,7 +17,8 @@ from sphereface2.data import synthetic
 from sphereface2.embedder import Embedder
 from sphereface2.training import config as configuration
 from sphereface2.training.distributed import world
-from sphereface2.training.fit import build_trainer, open_inputs
+from sphereface2.training.fit import build_trainer
+from sphereface2.training.inputs import open_inputs
 
 SETTINGS = {
     "backbone.name": "sfnet4",
@@ -120,7 +121,7 @@ def test_no_training_step_waits_for_the_device(cuda, faces, tmp_path, autocast, 
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     config = configuration.load(None, words)
     with world("cuda") as place:
-        trainer = build_trainer(config, tmp_path, place, open_inputs(config, place))
+        trainer = build_trainer(tmp_path, place, open_inputs(config, place))
         trainer.step.forward.train()
         batches = trainer.batches(0)
         for mode in ("default", "default", "error"):
@@ -152,7 +153,7 @@ def test_a_compiled_step_takes_the_same_step(cuda, faces, tmp_path):
         words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
         config = configuration.load(None, words)
         with world("cuda") as place:
-            trainer = build_trainer(config, tmp_path, place, open_inputs(config, place))
+            trainer = build_trainer(tmp_path, place, open_inputs(config, place))
             trainer.step.begin(16)
             batches = trainer.batches(0)
             losses[compiled] = [trainer.step([next(batches)])[0].item() for _ in range(4)]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from command_line import ran
+from command_line import parsed, ran
 from killing import Run
+from PIL import Image
 
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
+from sphereface2.data.opening import open_source
+from sphereface2.training.report import _next_commands
 
 SETTINGS = {
     "backbone.name": "sfnet4",
@@ -40,6 +46,7 @@ SETTINGS = {
     "validation.every": 2,
     "validation.pairs": "[]",
 }
+CONDITIONS = "[yaw, light]"
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +93,13 @@ def trained(run_folder: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def uninterrupted(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    settings = {"data.train": faces, "output": output, "validation.conditions": "[yaw, light]"}
+    settings = {"data.train": faces, "output": output, "validation.conditions": CONDITIONS}
     done = run(**SETTINGS, **settings)
     assert done.returncode == 0, done.stderr
     assert "held-out" in done.stdout and "  light" in done.stdout
+    shown = re.sub(r"[│\s]+", " ", done.stdout)
+    assert "on the 4 held-out people" in shown or "are no higher than those" in shown
+    assert "sphereface2 gallery add" in shown
     return only_run(output)
 
 
@@ -120,6 +130,23 @@ def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) ->
         assert found.get("condition") == condition
         key = f"held-out {condition} TAR@0.1" if condition else "held-out TAR@0.1"
         assert found["tar"]["1e-1"] == pytest.approx(at_best[key], abs=1e-6)
+    drawn = {path.name for path in (uninterrupted / "plots").iterdir()}
+    assert drawn >= {"curves.png", "batch.png", "worst_pairs.png", "held-out_all_pairs_roc.png"}
+
+
+def test_the_end_of_a_run_names_commands_with_real_paths(tmp_path: Path) -> None:
+    for name in ("a b/1.png", "a b/2.png", "c/1.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name)
+    source, train = open_source(tmp_path / "set"), tmp_path / "set"
+    lines = _next_commands(tmp_path / "run", source, np.arange(3), train)
+    verify, add, serve = (shlex.split(line)[1:] for line in lines[1:])
+    found = parsed(*verify)
+    assert [found["first"], found["second"]] == [train / "a b/1.png", train / "a b/2.png"]
+    assert parsed(*add)["folder"] == train and parsed(*add)["aligned"]
+    assert parsed(*serve)["gallery"] == parsed(*add)["gallery"]
+    packed = _next_commands(tmp_path / "run", source, np.arange(0), train)
+    assert "PHOTOS" in packed[0] and "--aligned" not in "".join(packed)
 
 
 @pytest.mark.parametrize(("kill_after", "workers"), [(3, 0), (24, 2)])
@@ -127,6 +154,7 @@ def test_kill_and_resume_gives_the_same_weights_bit_for_bit(
     faces: Path, uninterrupted: Path, tmp_path: Path, kill_after: int, workers: int
 ) -> None:
     settings = {**SETTINGS, "data.train": faces, "output": tmp_path, "data.workers": workers}
+    settings["validation.conditions"] = CONDITIONS
     process = subprocess.Popen(
         command(**settings),
         stdout=subprocess.DEVNULL,

@@ -12,6 +12,7 @@ import yaml
 
 from sphereface2 import __version__, cli
 from sphereface2.training import command
+from sphereface2.training.config import RunConfig
 
 FUNCTIONS = {
     **cli.COMMANDS,
@@ -103,8 +104,10 @@ def test_print_config_shows_every_setting(capsys):
 def test_fit_help_lists_the_settings_with_their_defaults(capsys):
     assert cli.main(["fit", "--help"]) == 0
     shown = capsys.readouterr().out
-    for setting in ("--training.batch_size 256", "--data.subset.people null", "--config"):
+    for setting in ("--training.batch_size null", "--data.subset.people null", "--config"):
         assert setting in shown
+    assert [key for key, _, meaning in command.settings_of(RunConfig) if not meaning] == []
+    assert "Probability of the mirror image" in shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

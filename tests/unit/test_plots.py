@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from sphereface2.evaluation import plots
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 
 
 @pytest.fixture
@@ -35,6 +36,26 @@ def test_roc_draws_the_points_it_is_given(tmp_path, monkeypatch):
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), tar[1:] / 2)
     assert axes.get_xscale() == "log"
     assert axes.get_xlim() == (1e-3, 1)
+
+
+def test_the_roc_of_all_pairs_has_every_threshold(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "write", lambda canvas, path: drawn.append(canvas.figure))
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) // 4
+    rows = rng.normal(size=(40, 8)) + rng.normal(size=(10, 8))[labels]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    evaluate_all_pairs(rows.astype(np.float32), labels, [0.1], plots=tmp_path)
+    (line,) = drawn[0].axes[0].lines
+    i, j = np.triu_indices(40, 1)
+    scores, same = (
+        (rows.astype(np.float32) @ rows.T.astype(np.float32))[i, j],
+        labels[i] == labels[j],
+    )
+    for far in (0.003, 0.02, 0.1, 0.5):
+        at = np.searchsorted(line.get_xdata(), far, "right") - 1
+        bar = np.sort(scores[~same])[::-1][int(far * (~same).sum() + 1e-9)]
+        assert line.get_ydata()[at] == pytest.approx((scores[same] > bar).mean(), abs=1e-6)
 
 
 def test_each_histogram_sums_to_one(tmp_path, monkeypatch, scored):

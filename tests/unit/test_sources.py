@@ -214,5 +214,5 @@ def test_split_people_by_label(tmp_path):
     assert len(fewer.validation) + len(fewer.test) < len(val) + len(test)
     with pytest.raises(UserError, match="all held-out people have more than 1 images"):
         split_people(source, 2, seed=1, max_images=1)
-    with pytest.raises(UserError, match="5 people aside"):
+    with pytest.raises(UserError, match="= 5 must leave people to train on"):
         split_people(source, 4, seed=0, test_people=1)

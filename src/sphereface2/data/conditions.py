@@ -26,6 +26,7 @@ class Subset:
     max(1, round(most · (k + 1)^-tail)) images are kept, where ``most`` is ``images_per_person``,
     or the largest number there is. 0: no tail."""
     seed: _Seed = 0
+    """Of the choice; the same people and images for every ``seed`` of the run."""
 
 
 @dataclass
@@ -38,6 +39,7 @@ class LabelNoise:
     """``uniform``: another person, each alike. ``pairs``: people are paired off at random, and a
     wrong label is always the partner's, as when two people are mixed up."""
     seed: _Seed = 0
+    """Of the choice of wrong labels."""
 
 
 def choose(labels: np.ndarray, subset: Subset) -> np.ndarray:

@@ -18,6 +18,13 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
+def default_validation_people(source: Source) -> int:
+    """How many people to set aside where no number is given: a tenth of those with two images or
+    more, from 2 to 400; 0 where there are fewer than four."""
+    eligible = int(np.count_nonzero(np.bincount(np.asarray(source.labels)) >= 2))
+    return min(400, max(2, eligible // 10)) if eligible >= 4 else 0
+
+
 def split_people(
     source: Source,
     validation_people: int,
@@ -50,8 +57,8 @@ def split_people(
         )
     if aside > len(eligible) or (aside and aside >= present):
         raise UserError(
-            f"cannot set {aside} people aside for validation and test: the set has {present} "
-            f"people, {len(eligible)} of them with two images or more"
+            f"data.validation_people + data.test_people = {aside} must leave people to train on: "
+            f"the set has {present} people, {len(eligible)} of them with two images or more"
         )
     rng = np.random.default_rng(seed)
     role = np.zeros(source.num_classes, np.int8)

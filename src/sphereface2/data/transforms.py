@@ -49,22 +49,39 @@ class Augmentation:
     """
 
     size: int = 112
+    """Side S of the result in pixels: that of the network's input."""
     flip: float = 0.5
+    """Probability of the mirror image."""
     affine: float = 0.0
+    """Probability of turning, scaling and moving the image."""
     rotation: float = 10.0
+    """``affine``: most degrees turned."""
     scale: float = 0.1
+    """``affine``: size within 1 ± this."""
     crop: float = 0.0
+    """Probability of a shift, with black where nothing is left."""
     crop_pad: float = 0.06
+    """``crop``: most of the shift, as a share of the side."""
     low_resolution: float = 0.0
+    """Probability of a smaller image, enlarged again."""
     low_resolution_min: float = 0.3
+    """``low_resolution``: smallest side, as a share of the side."""
     photometric: float = 0.0
+    """Probability of other brightness, contrast and saturation."""
     brightness: float = 0.2
+    """``photometric``: within 1 ± this."""
     contrast: float = 0.2
+    """``photometric``: within 1 ± this."""
     saturation: float = 0.2
+    """``photometric``: within 1 ± this."""
     jpeg: float = 0.0
+    """Probability of JPEG's artefacts."""
     jpeg_quality: int = 30
+    """``jpeg``: lowest quality; 95 is the highest."""
     erase: float = 0.0
+    """Probability of a rectangle of one random colour."""
     erase_area: tuple[float, float] = (0.02, 0.15)
+    """``erase``: smallest and largest area, as shares of the image's."""
 
     def __post_init__(self) -> None:
         def check(names: str, **bounds: float) -> None:

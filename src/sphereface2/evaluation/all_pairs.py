@@ -35,9 +35,10 @@ from sphereface2.evaluation.results import (
 )
 from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
 from sphereface2.evaluation.tiles import Tiles, one_thread
-from sphereface2.evaluation.verification import FARS, allowed_accepts
+from sphereface2.evaluation.verification import FARS, allowed_accepts, roc
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
+_EXACT_CURVE = 4_000_000  # pairs up to which the plotted ROC has every threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ def evaluate_all_pairs(
     rows, people = sorted_rows(embeddings, labels)
     genuine, impostors = count_pairs(people)
     tiles = Tiles(rows, people, block, workers)
-    curve = np.logspace(-6, 0, 25) if plots is not None else np.zeros(0)
+    exact = genuine + impostors <= _EXACT_CURVE
+    curve = np.zeros(0) if plots is None or exact else np.logspace(-6, 0, 97)
     points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)
     tar = tuple(points[: len(fars)])
     equal = ["all images have the same embedding, as a network with weights of 0 gives them"]
@@ -118,7 +120,7 @@ def evaluate_all_pairs(
         notes=unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
         + (equal if (rows == rows[0]).all() else []),
         intervals=Resampling.fixed(replicates, seed),
-        plots=() if plots is None else _plot(name, points[len(fars) :], len(rows), plots),
+        plots=() if plots is None else _plot(name, points[len(fars) :], rows, people, plots),
     )
 
 
@@ -227,13 +229,22 @@ def _bracket(
 
 
 def _plot(
-    name: str, points: Sequence[OperatingPoint], images: int, folder: Path
+    name: str,
+    points: Sequence[OperatingPoint],
+    rows: np.ndarray,
+    people: np.ndarray,
+    folder: Path,
 ) -> tuple[str, ...]:
     from sphereface2.evaluation.plots import plot_roc  # matplotlib is slow to import
 
-    measured = [(point.at, point.value) for point in points if point.value is not None]
-    far, tar = np.array(measured, float).reshape(-1, 2).T
+    if points:
+        measured = [(point.at, point.value) for point in points if point.value is not None]
+        far, tar = np.array(measured, float).reshape(-1, 2).T
+    else:
+        scores = np.concatenate([rows[k + 1 :] @ row for k, row in enumerate(rows)])
+        same = np.concatenate([people[k + 1 :] == who for k, who in enumerate(people)])
+        far, tar, _ = roc(scores, same)
     path = folder / f"{name}_all_pairs_roc.png"
-    pairs = images * (images - 1) // 2
+    pairs = len(rows) * (len(rows) - 1) // 2
     plot_roc({name: (far, tar)}, path, title=f"{name}: ROC of all {pairs:,} pairs")
     return (str(path),)

@@ -50,6 +50,20 @@ class CalibrationSet:
     fingerprint: str
     unreadable: int | None = None
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        same: np.ndarray,
+        people: np.ndarray | None,
+        fingerprint: str,
+        unreadable: int | None = None,
+    ) -> CalibrationSet:
+        """The set of pairs with the truth ``same`` (P,) and the ``people`` (P, 2) in them."""
+        genuine = int(same.sum())
+        who = None if people is None else len(np.unique(people))
+        return cls(name, len(same), genuine, len(same) - genuine, who, fingerprint, unreadable)
+
 
 @dataclass(frozen=True)
 class Calibration:

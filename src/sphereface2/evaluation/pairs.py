@@ -15,6 +15,9 @@ from sphereface2.evaluation.reliability import CalibrationQuality, quality, reli
 from sphereface2.evaluation.results import PairsVerified, unmeasured
 
 REPLICATES = 1000
+#: Pairs of either kind that a calibration takes from a labelled set at most: enough for a FAR of
+#: 1e-5.
+MOST_PAIRS = 3_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

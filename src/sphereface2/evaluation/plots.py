@@ -65,7 +65,10 @@ def plot_roc(
     canvas, (axes,) = panels([title])
     lowest = 1.0
     for k, (name, (far, tar)) in enumerate(curves.items()):
-        shown = far > 0
+        # What lies inside a horizontal or a vertical run draws nothing, and may be millions.
+        inner = (np.diff(far)[:-1] == 0) & (np.diff(far)[1:] == 0)
+        inner |= (np.diff(tar)[:-1] == 0) & (np.diff(tar)[1:] == 0)
+        shown = (far > 0) & ~np.pad(inner, 1)[: len(far)]
         if not shown.any():
             continue
         lowest = min(lowest, float(far[shown][0]))

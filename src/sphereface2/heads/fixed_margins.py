@@ -17,7 +17,7 @@ from sphereface2.heads.softmax import SoftmaxHead, additive_angle, falling_cosin
 
 @register("softmax")
 class Softmax(Head):
-    """The plain softmax classifier: z_i = <x, W_i> + b_i, nothing normalised.
+    """The plain softmax classifier: z_i = ⟨x, W_i⟩ + b_i, nothing normalised.
 
     Args:
         embedding_dim, num_classes, scaling: as in `SoftmaxHead`.

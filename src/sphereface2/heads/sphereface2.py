@@ -22,7 +22,7 @@ BiasStart = Literal["balanced", "log_classes"]
 class SphereFace2(OneVersusAllHead):
     """C independent binary classifiers with one shared bias, the universal threshold.
 
-    For an embedding x with label y and unit prototypes W_i, cos θ_i = <x/|x|, W_i>,
+    For an embedding x with label y and unit prototypes W_i, cos θ_i = ⟨x/|x|, W_i⟩,
 
         L = (λ/r) · softplus(-p) + ((1-λ)/r) · Σ_{i≠y} softplus(n_i),
 

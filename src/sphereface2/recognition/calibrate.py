@@ -23,13 +23,10 @@ from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
-from sphereface2.evaluation.pairs import sample_pairs
+from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
 from sphereface2.evaluation.verification import pair_scores
-
-#: Pairs of either kind taken from a labelled set at most: enough for a FAR of 1e-5.
-MOST_PAIRS = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -240,15 +237,8 @@ def _score(
         labels = np.delete(one.source.labels[one.chosen], lost)
         fingerprint, (pairs, same) = one.source.fingerprint(), sample_pairs(labels, rng, MOST_PAIRS)
         people = labels[pairs]
-    data = CalibrationSet(
-        name=one.name,
-        pairs=len(same),
-        genuine=int(same.sum()),
-        impostor=int((~same).sum()),
-        people=None if people is None else len(np.unique(people)),
-        fingerprint=fingerprint,
-        unreadable=None if lost is None else len(lost),
-    )
+    count = None if lost is None else len(lost)
+    data = CalibrationSet.of(one.name, same, people, fingerprint, count)
     return _Scored(pair_scores(embeddings, pairs), same, people, data)
 
 

@@ -34,7 +34,8 @@ from sphereface2.study.stored import (
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import world
-from sphereface2.training.fit import Inputs, fit, open_inputs
+from sphereface2.training.fit import fit
+from sphereface2.training.inputs import Inputs, open_inputs
 from sphereface2.training.report import FILE, TrainingFacts
 
 

@@ -94,20 +94,20 @@ def recipes() -> dict[str, Path]:
 def settings_help() -> str:
     """Markdown that lists every setting with its default and meaning."""
     lines = ["**Settings, with their defaults**", ""]
-    for key, default, meaning in _settings(RunConfig):
+    for key, default, meaning in settings_of(RunConfig):
         value = "null" if default is None else default
         lines.append(f"- `--{key} {value}` {meaning}".rstrip())
     return "\n".join(lines)
 
 
-def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Key, default and meaning of each field of nested dataclasses."""
     described = docstring_parser.parse_from_object(cls)
     meanings = {param.arg_name: param.description for param in described.params}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from _settings(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from settings_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -130,7 +130,7 @@ def find(config: str) -> Path:
 
 def _check_names(overrides: list[str]) -> None:
     """Refuse options that are neither the command's nor a setting, with the nearest of both."""
-    known = [key for key, _, _ in _settings(RunConfig)]
+    known = [key for key, _, _ in settings_of(RunConfig)]
     sections = {key.partition(".")[0] for key in known}
     for word in overrides:
         name = word[2:].partition("=")[0]

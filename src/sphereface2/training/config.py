@@ -62,8 +62,9 @@ class DataConfig:
 
     train: PathText = "auto"
     """Folder, list, RecordIO or WebDataset; ``auto``: what ``$SPHEREFACE2_DATA`` names."""
-    validation_people: Size = 400
-    """People split off by label, never trained on; the best checkpoint is chosen on them."""
+    validation_people: Size | None = None
+    """People split off by label, never trained on; the best checkpoint is chosen on them, and the
+    model calibrated. Default: a tenth of the people with two images or more, at most 400."""
     test_people: Size = 0
     """People split off likewise whom the run never looks at: for judging several runs
     (``sphereface2 study``) on people that chose neither a checkpoint nor a setting."""
@@ -85,6 +86,7 @@ class DataConfig:
     people_per_batch: Count | None = None
     """With ``images_per_person``: draw P people × K images instead of shuffled images."""
     images_per_person: Count | None = None
+    """With ``people_per_batch``."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -119,25 +121,34 @@ class TrainingConfig:
     """Factors on the rate of parts of the backbone, by the beginning of their names, such as
     ``{stages.0: 0.1, stages: 0.3}``; the longest beginning counts."""
     epochs: Positive = 12.0
-    batch_size: Count = 256
-    """Images an optimiser step, over all ranks and accumulation steps."""
+    """Passes over the training images; may be a fraction."""
+    batch_size: Count | None = None
+    """Images an optimiser step, over all ranks and accumulation steps. Default: 256, and fewer for
+    a small set, so that an epoch has ten steps."""
     accumulate: Count = 1
     """Forward-backward passes an optimiser step."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """``muon``: the convolutions' filters by `training.muon.Muon`, all else by SGD."""
     lr: Positive = 0.1
+    """Learning rate after the warm-up, before the schedule lowers it."""
     muon_lr: Positive = 0.05
     """``muon``: length of a step of a filter, relative to the filter's, times the schedule."""
     head_lr_multiplier: Positive = 1.0
+    """Learning rate of the head, relative to ``lr``."""
     momentum: ShareBelowOne = 0.9
+    """Of SGD and Muon."""
     nesterov: bool = False
+    """Nesterov's momentum; SGD."""
     weight_decay: NotNegative = 5e-4
+    """L2 penalty of the weights (decoupled with adamw)."""
     head_weight_decay: NotNegative | None = None
     """Weight decay of the prototypes; default: ``weight_decay``."""
     schedule: Literal["cosine", "step", "polynomial"] = "cosine"
+    """How the learning rate falls."""
     milestones: list[Share] = field(default_factory=lambda: [0.5, 0.78, 0.94])
     """``step``: shares of the run after which the rate is multiplied by ``gamma``."""
     gamma: Positive = 0.1
+    """``step``: factor at each milestone."""
     power: NotNegative = 2.0
     """``polynomial``: (1 - share of the run done) ** power."""
     warmup: ShareBelowOne = 0.02
@@ -152,12 +163,16 @@ class TrainingConfig:
     fused_momentum: Literal["full", "bfloat16"] = "full"
     """``fused_head``: how the prototypes' momentum is kept."""
     autocast: Literal["off", "bf16", "fp16"] = "off"
+    """Precision of the backbone's operators; the head computes in float32."""
     compile: bool = False
+    """Compile the backbone with ``torch.compile``."""
     channels_last: bool = True
+    """Keep images in channels-last memory, the faster layout of convolutions."""
     ema: ShareBelowOne = 0.0
     """Decay a step of the weights' exponential moving average, which then is what is evaluated
     and saved as the model; 0: off."""
     device: Text = "auto"
+    """``auto``: CUDA or MPS where there is one, else ``cpu``; or a device such as ``cuda:1``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads a rank; default: the cores divided by the ranks on this machine."""
     checkpoint_every: Count = 200
@@ -231,7 +246,9 @@ class ValidationConfig:
     names: PathText | None = None
     """A pairs.txt that names the people of a .bin, for intervals over people."""
     flip: bool = True
+    """Add the embedding of the mirror image."""
     fars: list[FalseAcceptRate] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+    """False accept rates at which TAR is reported."""
     conditions: list[Text] = field(default_factory=list)
     """Conditions under which the held-out people are scored too, made of their images: ``[all]``,
     or some of ``yaw``, ``low_resolution``, ``light``, ``occlusion``, ``age`` (`data.hardening`)."""
@@ -249,9 +266,11 @@ class RunConfig:
     )
 
     name: FolderName = "run"
+    """Of the run; its folder begins with it."""
     output: PathText = "runs"
     """Folder under which the run gets a folder of its own, NAME-DATE-TIME."""
     seed: Seed = 0
+    """Of weights, order of images and augmentation."""
     data: DataConfig = field(default_factory=DataConfig)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "sfnet20"})
     """``name`` and the keyword arguments of ``backbones.build``."""

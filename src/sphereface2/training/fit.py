@@ -7,22 +7,14 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sphereface2.align.unaligned import warn_if_unaligned
-from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.dataset import FaceDataset
-from sphereface2.data.locate import TrainingData, locate
-from sphereface2.data.opening import load_pairs, open_source
-from sphereface2.data.pairs import PairSet
 from sphereface2.data.sampler import BatchSampler
-from sphereface2.data.source import Source
-from sphereface2.data.split import split_people
 from sphereface2.errors import UserError
 from sphereface2.files import owned
 from sphereface2.signals import Stopper, parent
@@ -31,29 +23,13 @@ from sphereface2.training import resuming, starting
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
+from sphereface2.training.inputs import Inputs, open_inputs
 from sphereface2.training.loading import cache_images
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
 from sphereface2.training.teacher import Teacher, open_teacher
 from sphereface2.training.trainer import Progress, Trainer
 from sphereface2.training.validation import Validation
-
-
-@dataclass
-class Inputs:
-    """The data of a run, opened."""
-
-    source: Source
-    train_indices: np.ndarray
-    held_out_indices: np.ndarray
-    test_indices: np.ndarray
-    train_labels: np.ndarray
-    """int64, the class of each training image, in [0, num_classes)."""
-    num_classes: int
-    people: dict[str, list[Any]]
-    """Who the classes are and who is held out, see `resuming.people`."""
-    pairs: list[PairSet]
-    located: TrainingData
 
 
 def fit(
@@ -108,56 +84,47 @@ def fit(
     before = f"stopped before the first step; {again}"
     with ExitStack() as owning, Stopper(before, parent=parent()) as stopper:
         with world(settings.training.device, settings.training.threads) as place:
-            folder = _run_folder(settings, given, place)
-            place.on_main(lambda: owning.enter_context(owned(folder)) and None)
-            checkpointer = Checkpointer(folder, place)
-            place.on_main(checkpointer.tidy)
+            folder = place.on_main(lambda: _run_folder(settings, given))
             found: Checkpoint | None = None
-            changed: dict[str, list[Any]] = {}
             if resumes:
+                checkpointer = Checkpointer(folder, place)
+                place.on_main(lambda: _own(checkpointer, owning))
                 strict = resume is not None
                 found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
-                changed = resuming.check_settings(folder, found, settings)
             inputs = open_inputs(settings, place)
-            if place.is_main:
-                train = inputs.located.train
-                warn_if_unaligned(
-                    str(train),
-                    inputs.source.read,
-                    inputs.train_indices,
-                    remedy=f"run sphereface2 align {train} CROPS and train on CROPS",
-                )
+            settings = inputs.settings
+            changed = {} if found is None else resuming.check_settings(folder, found, settings)
             start = {"overrides": list(overrides), "changed": changed}
-            progress = _train(settings, folder, place, inputs, found, start, stopper)
+            progress = _train(folder, place, inputs, found, start, stopper, owning)
             main = place.is_main
         if main:
             stopper.message = f"stopped while the trained network was evaluated; {again}"
             torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
-            report(
-                folder,
-                settings,
-                inputs.located,
-                inputs.source,
-                inputs.held_out_indices,
-                inputs.pairs,
-                progress,
-            )
+            report(folder, inputs, progress)
 
 
 def _train(
-    settings: RunConfig,
     folder: Path,
     place: World,
     inputs: Inputs,
     found: Checkpoint | None,
     start: dict[str, Any],
     stopper: Stopper,
+    owning: ExitStack,
 ) -> Progress:
     """Apart from ``fit`` so that nothing of the training is left when the group is destroyed."""
+    settings, train = inputs.settings, inputs.located.train
     teacher = open_teacher(
         settings, folder, place, inputs.source, inputs.train_indices, inputs.train_labels
     )
-    trainer = build_trainer(settings, folder, place, inputs, teacher)
+    trainer = build_trainer(folder, place, inputs, teacher)
+    if place.is_main:
+        warn_if_unaligned(
+            str(train),
+            inputs.source.read,
+            inputs.train_indices,
+            remedy=f"run sphereface2 align {train} CROPS and train on CROPS",
+        )
     trainer.record = {
         "teacher": None if teacher is None else teacher.fingerprint,
         "settings": configuration.to_dict(settings),
@@ -167,7 +134,7 @@ def _train(
         ),
     }
     if found is not None:
-        resuming.check_data(folder, found, trainer.record, inputs.located.train)
+        resuming.check_data(folder, found, trainer.record, train)
         trainer.resume(found)
         if trainer.is_done:
             resuming.check_done(folder, start["changed"])
@@ -185,10 +152,12 @@ def _train(
             inputs.people["classes"],
         )
         trainer.restart_average()
+    if found is None:  # now that nothing of the settings and the data is refused any more
+        place.on_main(lambda: _own(trainer.checkpointer, owning))
     start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
     data = {
         "kind": inputs.located.kind,
-        "train": str(inputs.located.train),
+        "train": str(train),
         "fingerprint": trainer.data_fingerprint,
         "images": len(inputs.train_indices),
         "people": inputs.num_classes,
@@ -222,70 +191,31 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
     return int(ranks)
 
 
-def _run_folder(settings: RunConfig, given: Path | None, place: World) -> Path:
-    """The folder ``given``, or a new one."""
-
-    def make() -> Path:
-        if given is not None:
-            given.mkdir(parents=True, exist_ok=True)
-            return given
-        run = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            run.mkdir(parents=True)
-        except FileExistsError as error:
-            raise UserError(f"{run} exists already; choose another --name") from error
-        return run
-
-    return place.on_main(make)
+def _run_folder(settings: RunConfig, given: Path | None) -> Path:
+    """The folder ``given``, or the name of a new one."""
+    if given is not None:
+        return given
+    run = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if run.exists():
+        raise UserError(f"{run} exists already; choose another --name")
+    return run
 
 
-def open_inputs(settings: RunConfig, place: World) -> Inputs:
-    """Find and open the data, and set the validation people aside; every rank calls it."""
-    data = settings.data
-    located = locate(data.train)
-    source = open_source(located.train)
-    split = split_people(
-        source,
-        data.validation_people,
-        data.split_seed,
-        test_people=data.test_people,
-        max_images=data.held_out_max_images,
-    )
-    labels = np.asarray(source.labels)
-    train = split.train[choose(labels[split.train], data.subset)]
-    people, classes = np.unique(labels[train], return_inverse=True)
-    paths = [Path(p) for p in settings.validation.pairs if p != "auto"]
-    if "auto" in settings.validation.pairs:
-        paths = [*located.pairs, *paths]
-    names = Path(settings.validation.names) if settings.validation.names else located.names
-    return Inputs(
-        source=source,
-        train_indices=train,
-        held_out_indices=split.validation,
-        test_indices=split.test,
-        train_labels=corrupt(classes, data.label_noise),
-        num_classes=len(people),
-        people=resuming.people(
-            labels,
-            source.class_names,
-            {"train": train, "validation": split.validation, "test": split.test},
-        ),
-        pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
-        located=located,
-    )
+def _own(checkpointer: Checkpointer, owning: ExitStack) -> None:
+    """Make the run's folder, keep other processes out and put its checkpoints in order."""
+    folder = checkpointer.folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    owning.enter_context(owned(folder))
+    checkpointer.tidy()
 
 
 def build_trainer(
-    settings: RunConfig, run: Path, place: World, inputs: Inputs, teacher: Teacher | None = None
+    run: Path, place: World, inputs: Inputs, teacher: Teacher | None = None
 ) -> Trainer:
     """A trainer at step 0, with its data set, sampler and validation; every rank calls it."""
+    settings = inputs.settings
     training, data = settings.training, settings.data
-    share = place.size * training.accumulate
-    if training.batch_size % share:
-        raise UserError(
-            f"training.batch_size = {training.batch_size} must be a multiple of ranks × "
-            f"training.accumulate = {share}"
-        )
+    assert training.batch_size is not None  # `open_inputs` has decided
     dataset = FaceDataset(
         inputs.source,
         inputs.train_indices,
@@ -319,18 +249,16 @@ def build_trainer(
         teacher=teacher,
     )
     if place.is_main:
-        _announce(settings, run, place, inputs, trainer, cached)
+        _announce(run, place, inputs, trainer, cached)
     return trainer
 
 
 def _announce(
-    settings: RunConfig,
-    run: Path,
-    place: World,
-    inputs: Inputs,
-    trainer: Trainer,
-    cached: str | None,
+    run: Path, place: World, inputs: Inputs, trainer: Trainer, cached: str | None
 ) -> None:
+    settings, chosen = inputs.settings, ""
+    if inputs.chosen:
+        chosen = f"chosen     {', '.join(inputs.chosen)}, for the size of the set\n"
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
         f"data       {inputs.located.note}\n"
@@ -343,7 +271,7 @@ def _announce(
         f"{_teacher(settings)}"
         f"schedule   {trainer.total_steps:,} steps of {settings.training.batch_size} images on "
         f"{place.size} rank(s), {place.device.type}\n"
-        f"run        {run}",
+        f"{chosen}run        {run}",
         flush=True,
     )
 

@@ -91,14 +91,14 @@ class RunLog:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
-                TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} images/s"),
+                TextColumn("loss {task.fields[loss]} · {task.fields[rate]} images/s"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
             self._task = self._progress.add_task(
-                "training", total=self._total, completed=self._start, loss=float("nan"), rate=0.0
+                "training", total=self._total, completed=self._start, loss="–", rate="–"
             )
             self._progress.start()
         return self
@@ -117,6 +117,11 @@ class RunLog:
                 if self._board is not None:
                     self._board.close()
 
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step``."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Log a training step: ``values`` as the trainer makes them."""
         if not self.main:
@@ -124,7 +129,7 @@ class RunLog:
         self._write("train", step, epoch, values)
         loss, rate = values["loss"], values["images_per_second"]
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, loss=loss, rate=rate)
+            self._progress.update(self._task, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
         elif step % (10 * max(1, self._total // 200)) == 0 or step == self._total:
             left = (self._total - step) * values["seconds_per_step"]
             self.console.print(

@@ -144,7 +144,8 @@ def begin(
     record: dict[str, Any] = {"network": bundle.fingerprint(network)}
     if settings.prototypes == "random":
         return record
-    sums = _sums(network, place, source, indices, labels, len(classes), settings.batch_size)
+    batch = settings.batch_size or 256
+    sums = _sums(network, place, source, indices, labels, len(classes), batch)
     if settings.prototypes == "kept":
         kept = place.on_main(lambda: _kept(hub.model_folder(start), classes))
         for number, row in kept.items():

@@ -150,7 +150,9 @@ def _table_of_model(
     source: Source,
     indices: np.ndarray,
 ) -> EmbeddingTable:
-    with Embedder.load(path, device=place.device, batch_size=settings.training.batch_size) as model:
+    with Embedder.load(
+        path, device=place.device, batch_size=settings.training.batch_size or 128
+    ) as model:
         about: dict[str, Any] = {"input": source.fingerprint(), "model": model.fingerprint}
 
         def known() -> bool:
@@ -172,6 +174,7 @@ def _table_of_model(
             def write() -> None:
                 names = [source.name(int(index)) for index in indices[readable]]
                 rows = embeddings[readable].astype(np.float16)
+                file.parent.mkdir(parents=True, exist_ok=True)  # the run's, which starts later
                 embedding_table.write_npz(file, names, rows, about)
 
             place.on_main(write)

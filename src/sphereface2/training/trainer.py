@@ -226,6 +226,7 @@ class Trainer:
                     if self.average is not None:
                         self.average.update(self.network, progress.step)
                     progress.step += 1
+                    log.advance(progress.step)
                     progress.images += sum(len(one.labels) for one in micro) * self.world.size
                     now = time.perf_counter()
                     progress.seconds += now - since

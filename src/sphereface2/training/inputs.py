@@ -1,0 +1,126 @@
+"""The data of a run: found, opened, split, and what its size decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphereface2.data.conditions import choose, corrupt
+from sphereface2.data.locate import TrainingData, locate
+from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source
+from sphereface2.data.split import default_validation_people, split_people
+from sphereface2.errors import UserError
+from sphereface2.training import resuming
+from sphereface2.training.config import RunConfig, TrainingConfig
+from sphereface2.training.distributed import World
+
+_BATCH = 256
+_STEPS_AN_EPOCH = 10
+
+
+@dataclass
+class Inputs:
+    """The data of a run, opened, and its settings with what was left to the data to decide."""
+
+    settings: RunConfig
+    chosen: list[str]
+    """What the data decided, for people."""
+    source: Source
+    train_indices: np.ndarray
+    held_out_indices: np.ndarray
+    test_indices: np.ndarray
+    train_labels: np.ndarray
+    """int64, the class of each training image, in [0, num_classes)."""
+    num_classes: int
+    people: dict[str, list[Any]]
+    """Who the classes are and who is held out, see `resuming.people`."""
+    pairs: list[PairSet]
+    located: TrainingData
+
+
+def open_inputs(settings: RunConfig, place: World) -> Inputs:
+    """Find and open the data, and set the validation people aside; every rank calls it."""
+    data = settings.data
+    located = locate(data.train)
+    source = open_source(located.train)
+    chosen = []
+    if data.validation_people is None:
+        count = default_validation_people(source)
+        data = dataclasses.replace(data, validation_people=count)
+        chosen.append(f"data.validation_people {count}")
+    split = split_people(
+        source,
+        data.validation_people or 0,
+        data.split_seed,
+        test_people=data.test_people,
+        max_images=data.held_out_max_images,
+    )
+    labels = np.asarray(source.labels)
+    train = split.train[choose(labels[split.train], data.subset)]
+    people, classes = np.unique(labels[train], return_inverse=True)
+    paths = [Path(p) for p in settings.validation.pairs if p != "auto"]
+    if "auto" in settings.validation.pairs:
+        paths = [*located.pairs, *paths]
+    names = Path(settings.validation.names) if settings.validation.names else located.names
+    if len(np.unique(labels[split.validation])) == 1:
+        raise UserError(
+            f"data.validation_people = {data.validation_people} must be 0 or 2 and more, as one "
+            "person makes no impostor pair"
+        )
+    training = _with_batch_size(settings, place, len(train), len(people))
+    if training is not settings.training:
+        chosen.append(f"training.batch_size {training.batch_size}")
+    return Inputs(
+        settings=dataclasses.replace(settings, data=data, training=training),
+        chosen=chosen,
+        source=source,
+        train_indices=train,
+        held_out_indices=split.validation,
+        test_indices=split.test,
+        train_labels=corrupt(classes, data.label_noise),
+        num_classes=len(people),
+        people=resuming.people(
+            labels,
+            source.class_names,
+            {"train": train, "validation": split.validation, "test": split.test},
+        ),
+        pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
+        located=located,
+    )
+
+
+def _with_batch_size(settings: RunConfig, place: World, images: int, people: int) -> TrainingConfig:
+    """The settings of the training with a batch size, which must suit so many images and people."""
+    training, data = settings.training, settings.data
+    share = place.size * training.accumulate
+    if (data.people_per_batch or 0) > people:
+        raise UserError(
+            f"data.people_per_batch = {data.people_per_batch} must be at most the number of people "
+            f"trained on, {people}"
+        )
+    if training.batch_size is None:
+        if data.people_per_batch and data.images_per_person:
+            batch = data.people_per_batch * data.images_per_person * training.accumulate
+        else:
+            fits = 2 ** int(math.log2(max(images / _STEPS_AN_EPOCH, 1)))
+            # Two images a pass at the least, which batch normalisation needs.
+            batch = max(min(_BATCH, fits) // share, 2) * share
+        training = dataclasses.replace(training, batch_size=batch)
+    elif training.batch_size > images and not data.people_per_batch:
+        raise UserError(
+            f"training.batch_size = {training.batch_size} must be at most the number of training "
+            f"images, {images}: lower it or leave it out"
+        )
+    if (training.batch_size or 0) % share:
+        raise UserError(
+            f"training.batch_size = {training.batch_size} must be a multiple of ranks × "
+            f"training.accumulate = {share}"
+        )
+    return training

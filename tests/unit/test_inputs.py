@@ -1,0 +1,71 @@
+"""What the size of a set decides, and what is refused before a run folder is made."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sphereface2.errors import UserError
+from sphereface2.training import config
+from sphereface2.training.distributed import world
+from sphereface2.training.fit import fit
+from sphereface2.training.inputs import open_inputs
+
+
+@pytest.fixture
+def people(tmp_path):
+    def make(count, images):
+        for person in range(count):
+            (tmp_path / "set" / f"p{person:03}").mkdir(parents=True)
+            for number in range(images):
+                pixels = np.full((8, 8, 3), person, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / f"p{person:03}" / f"{number}.png")
+        return tmp_path / "set"
+
+    return make
+
+
+def opened(folder, *words):
+    with world("cpu", 1) as place:
+        return open_inputs(config.load(None, ["--data.train", str(folder), *words]), place)
+
+
+@pytest.mark.parametrize(
+    ("count", "images", "held_out", "batch"),
+    [(60, 5, 6, 16), (30, 2, 3, 4), (5, 3, 2, 2), (3, 4, 0, 2), (6, 1, 0, 2), (60, 50, 6, 256)],
+)
+def test_a_small_set_gets_numbers_that_fit(people, count, images, held_out, batch):
+    found = opened(people(count, images))
+    assert found.settings.data.validation_people == held_out
+    assert found.settings.training.batch_size == batch
+    assert len(found.people["validation"]) == held_out
+    assert found.chosen == [f"data.validation_people {held_out}", f"training.batch_size {batch}"]
+
+
+def test_numbers_that_are_given_stay(people):
+    words = ["--data.validation_people", "4", "--training.batch_size", "32"]
+    found = opened(people(20, 3), *words)
+    assert (found.settings.data.validation_people, found.settings.training.batch_size) == (4, 32)
+    assert not found.chosen
+    drawn = ["--data.people_per_batch", "3", "--data.images_per_person", "2"]
+    assert opened(people(0, 0), *drawn).settings.training.batch_size == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.validation_people", "40"], r"data.validation_people .* 40 must leave people"),
+        (["--data.validation_people", "1"], r"data.validation_people = 1 must be 0 or 2"),
+        (["--training.batch_size", "512"], r"training.batch_size = 512 must be at most .* 18:"),
+        (["--training.accumulate", "3", "--training.batch_size", "4"], "training.batch_size = 4"),
+        (
+            ["--data.people_per_batch", "50", "--data.images_per_person", "2"],
+            r"data.people_per_batch = 50 .* 9$",
+        ),
+        (["--validation.pairs", "[none.bin]"], "none.bin"),
+    ],
+)
+def test_refusals_name_the_setting_and_leave_no_run_folder(people, tmp_path, words, message):
+    folder = people(11, 2)
+    with pytest.raises(UserError, match=message):
+        fit(None, overrides=["--data.train", str(folder), "--output", str(tmp_path / "o"), *words])
+    assert not (tmp_path / "o").exists()

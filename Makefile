@@ -10,7 +10,7 @@ export SPHEREFACE2_DATA
 FETCHED := runs/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench gpu serve report docs clean
+.PHONY: help install train test test-slow check bench gpu serve demo box report docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -55,6 +55,20 @@ gpu: install  ## test and measure on a GPU, nine minutes (ARGUMENTS='--parts tes
 
 serve: install  ## serve a model and a gallery on 127.0.0.1:8000 (MODEL=runs/NAME GALLERY=gallery)
 	$(BIN)/sphereface2 serve $(or $(MODEL),$(error give MODEL=runs/NAME)) --gallery $(GALLERY)
+
+demo: install  ## open the web page on the model that comes with the package
+	@echo "open http://127.0.0.1:8000"
+	$(BIN)/sphereface2 serve --gallery runs/demo.db
+
+BOX := runs/box
+box: install  ## make the model that comes with the package anew, with dlib's network as teacher
+	$(BIN)/pip install --quiet '.[teacher-dlib]'
+	@mkdir -p $(BOX)
+	$(BIN)/python benchmarks/box/dlib_network.py $(BOX)/dlib.onnx
+	test -d $(BOX)/dlib || $(BIN)/sphereface2 import $(BOX)/dlib.onnx $(BOX)/dlib --from onnx --mean 0 --std 1
+	$(BIN)/sphereface2 embed $(BOX)/dlib $(SPHEREFACE2_DATA)/celeb50k --aligned --no-flip --out $(BOX)/teacher.parquet
+	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/teacher.parquet --run-folder $(BOX)/run --ranks auto
+	$(BIN)/python benchmarks/box/pack.py $(BOX)/run $(SPHEREFACE2_DATA)/celeb50k
 
 report: install  ## rebuild reports/ from the published cells of the studies
 	@mkdir -p runs/study

@@ -29,11 +29,12 @@ def load() -> ModuleType:
     return onnxruntime
 
 
-def session(model: bytes | Path, *, threads: int | None = None) -> Any:
+def session(model: bytes | Path, *, threads: int | None = None, folder: Path | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         model: the file's content or its path.
+        folder: with the content, where the files lie that it reads weights from.
         threads: of one operator; by default ``OMP_NUM_THREADS``, else one a core of this process.
 
     Raises:
@@ -46,6 +47,10 @@ def session(model: bytes | Path, *, threads: int | None = None) -> Any:
     # Threads that spin while they wait take the cores from whatever else runs, here and elsewhere.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors arrive as exceptions
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
     source = model if isinstance(model, bytes) else str(model)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

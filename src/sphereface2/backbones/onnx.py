@@ -27,6 +27,7 @@ class OnnxNetwork:
 
     Args:
         source: path of the file, or its content.
+        folder: with the content, that of the model whose weights it reads, if it holds none.
         threads: of one operator; see `onnx_runtime.session`.
 
     Attributes:
@@ -40,12 +41,19 @@ class OnnxNetwork:
         UserError: no file, damaged, or not written by ``sphereface2 export``; onnxruntime missing.
     """
 
-    def __init__(self, source: str | Path | bytes, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Path | bytes,
+        *,
+        threads: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
         label = "the exported network" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes) and not Path(source).is_file():
             raise UserError(f"{label} does not exist or is no file: give an .onnx file")
         self.content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._threads = threads
+        self._folder = folder if isinstance(source, bytes) else Path(source).resolve().parent
         self._session = self._start(label)
         self.description = _description(self._session, label)
         self.embedding_dim: int = self.description["embedding_dim"]
@@ -74,7 +82,7 @@ class OnnxNetwork:
 
     def _start(self, label: str) -> Any:
         try:
-            return onnx_runtime.session(self.content, threads=self._threads)
+            return onnx_runtime.session(self.content, threads=self._threads, folder=self._folder)
         except UserError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base but this

@@ -28,6 +28,7 @@ from sphereface2.errors import UserError, did_you_mean
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
+from sphereface2.recognition.shared_weights import share
 from sphereface2.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -71,6 +72,7 @@ def export(
     to: str,
     int8: bool = False,
     calibration: Path | None = None,
+    share_weights: bool = False,
     images: int = 512,
     seed: int = 0,
     out: Path | None = None,
@@ -88,6 +90,8 @@ def export(
         int8: Quantise weights and activations to 8 bits (ONNX only).
         calibration: Training set on which the ranges of activations are measured; needed for
             `--int8`.
+        share_weights: Write an ONNX graph without weights, which reads them from the model's
+            `model.safetensors` beside it, in 16 or 32 bits.
         images: Number of its images to measure on, drawn without replacement.
         seed: Seed of that draw.
         out: File to write; default: `model.onnx`, `model.int8.onnx` or `model.pt2` beside the
@@ -107,6 +111,8 @@ def export(
         raise UserError("int8 needs training faces to calibrate on: give --calibration SET")
     if calibration is not None and not int8:
         raise UserError("--calibration belongs to --int8")
+    if share_weights and (to != "onnx" or int8):
+        raise UserError("--share-weights is for ONNX and not for int8: leave one of them out")
     if images < 1:
         raise UserError(f"the number of calibration images must be at least 1, not {images}")
     checkpoint = bundle.run_of(checkpoint)
@@ -115,6 +121,9 @@ def export(
     ):
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
     path = _target(checkpoint, out, SUFFIXES[to], int8)
+    folder = bundle.resolve(checkpoint).resolve() if share_weights else None
+    if folder is not None and path.parent.resolve() != folder:
+        raise UserError(f"with --share-weights the file must lie beside its weights, in {folder}")
     source = open_source(calibration) if calibration is not None else None
     if to == "onnx":
         _require_onnx()
@@ -145,7 +154,7 @@ def export(
         if to == "torch_export":
             content = _archive(program, description)
         else:
-            model = _onnx(program)
+            model = _onnx(program, optimize=folder is None)
             if source is not None:
                 model = _quantised(model, faces[: -sum(_BATCHES)])
                 description["fingerprint"] = digest(model.SerializeToString(deterministic=True))
@@ -155,8 +164,10 @@ def export(
                     "seed": seed,
                 }
             onnx.checker.check_model(model)
+            if folder is not None:
+                model = share(model, folder)
             content = described(model, description)
-        cosines = _cosines(net, _runner(content, to), faces[-sum(_BATCHES) :])
+        cosines = _cosines(net, _runner(content, to, folder), faces[-sum(_BATCHES) :])
     least, mean = float(cosines.min()), float(cosines.mean())
     bad = mean < PARITY_INT8 if int8 else least < PARITY
     if bad or not np.isfinite(mean):
@@ -251,8 +262,11 @@ def _archive(program: torch.export.ExportedProgram, description: dict[str, Any])
     return buffer.getvalue()
 
 
-def _onnx(program: torch.export.ExportedProgram) -> Any:
-    """An onnx.ModelProto; batch normalisation after a convolution or linear layer is folded."""
+def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> Any:
+    """An onnx.ModelProto; batch normalisation after a convolution or linear layer is folded.
+
+    Without ``optimize`` all parameters stay, under their names.
+    """
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -260,6 +274,7 @@ def _onnx(program: torch.export.ExportedProgram) -> Any:
         input_names=["images"],
         output_names=["embeddings"],
         verbose=False,
+        optimize=optimize,
     )
     model = exported.model_proto  # type: ignore[union-attr]
     graph = model.graph
@@ -385,9 +400,9 @@ def _integer_friendly(model: Any) -> None:
 # --- the check ------------------------------------------------------------------------------------
 
 
-def _runner(content: bytes, to: str) -> Callable[[Tensor], Tensor]:
+def _runner(content: bytes, to: str, folder: Path | None) -> Callable[[Tensor], Tensor]:
     if to == "onnx":
-        network = OnnxNetwork(content)
+        network = OnnxNetwork(content, folder=folder)
         return lambda images: torch.from_numpy(network(images.numpy()))
     return torch.export.load(io.BytesIO(content)).module()
 

@@ -20,7 +20,7 @@ from sphereface2.evaluation import calibration as calibrations
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import MAX_PIXELS, ImageLike, read_image
-from sphereface2.recognition import card
+from sphereface2.recognition import box, card
 from sphereface2.recognition.verification import Verification, choose_threshold
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class FaceEmbedder:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        path_or_hub_id: str | Path | None = None,
         *,
         device: str | torch.device | None = None,
         flip: bool = True,
@@ -223,7 +223,8 @@ class FaceEmbedder:
             path_or_hub_id: a run folder, a model folder, its ``model.safetensors``, an exported
                 ``.onnx`` file, or the id ``owner/name`` of a model on the Hugging Face hub. What
                 exists on disk is a path, and so is anything below a folder that exists;
-                ``hf://owner/name`` is always the hub.
+                ``hf://owner/name`` is always the hub. None: `box.MODEL`, which comes with the
+                package.
             device: cpu, cuda, mps; by default the best there is.
             flip: add the embedding of the mirror image before normalising.
             batch_size: images in one forward pass.
@@ -235,7 +236,8 @@ class FaceEmbedder:
         Raises:
             UserError: there is no such path or model, or a file is damaged or foreign.
         """
-        folder = hub.model_folder(path_or_hub_id, revision=revision, **hub_options)
+        given = box.MODEL if path_or_hub_id is None else path_or_hub_id
+        folder = hub.model_folder(given, revision=revision, **hub_options)
         embedder = Embedder.load(
             folder, device=device, flip=flip, batch_size=batch_size, threads=threads
         )

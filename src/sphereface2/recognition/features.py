@@ -11,6 +11,7 @@ from sphereface2 import console
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.recognition import ray_engine
+from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import DTYPES, Job, Parts, metadata, open_images
 from sphereface2.signals import STOPPED, Stopper
@@ -39,7 +40,7 @@ class FeaturesReport:
 
 def embed_set(
     checkpoint: str | Path,
-    source: Path,
+    source: Path | None = None,
     /,
     *,
     out: Path,
@@ -62,7 +63,8 @@ def embed_set(
     A run that was killed is continued by the same command and ends in the same file.
 
     Args:
-        checkpoint: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
+        checkpoint: A run, a model folder, an exported .onnx file, or the id of a model on the hub;
+            where only the set is given, the model that comes with the package.
         source: Folder, list, RecordIO file or WebDataset; a folder needs no folders of people.
         out: Parquet file to write, ``NAME.parquet``.
         aligned: The images are face crops by the template already.
@@ -78,6 +80,8 @@ def embed_set(
         UserError: a wrong option, no such model or set, a file of another run in the way, or not
             one image that could be embedded.
     """
+    if source is None:
+        checkpoint, source = chosen(None), Path(checkpoint)
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be float32 or float16, not {dtype!r}")
     if engine not in _ENGINES:

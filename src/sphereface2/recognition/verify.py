@@ -11,6 +11,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.files import atomic_write, printable, writing
 from sphereface2.images import read_image
+from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.verification import Verification
 
@@ -23,7 +24,7 @@ def verify(
     second: Path,
     /,
     *,
-    model: str,
+    model: str | None = None,
     far: float | None = None,
     threshold: float | None = None,
     prior: float = 0.5,
@@ -37,7 +38,8 @@ def verify(
     Args:
         first: An image file.
         second: Another image file.
-        model: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
+        model: A run, a model folder, an exported .onnx file, or the id of a model on the hub;
+            default: the model that comes with the package.
         far: Decide with the calibrated threshold for this false accept rate; default: the
             calibration's first.
         threshold: Decide at this similarity (cosine) instead of a calibrated threshold.
@@ -59,6 +61,7 @@ def verify(
     if plot is not None and Path(plot).suffix.lower() != ".png":
         name = Path(plot).with_suffix(".png") if Path(plot).name else "NAME.png"
         raise UserError(f"--plot writes a PNG: name it {name}")
+    model = chosen(model)
     embedder = FaceEmbedder.from_pretrained(model, device=device)
     result = embedder.verify(
         Path(first), Path(second), far=far, threshold=threshold, prior=prior, aligned=aligned

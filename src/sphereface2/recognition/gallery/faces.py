@@ -45,20 +45,19 @@ def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> lis
 
 
 def load_embedder(model: str | None, gallery: Gallery | None, device: str | None) -> FaceEmbedder:
-    """The model named, or the one that the gallery remembers; UserError if the gallery is not its.
+    """The model named, or the gallery's own, or the package's; UserError if the gallery is not its.
 
     Args:
         model: a run, a model folder or a hub id.
         gallery: to search or to add to, if it exists.
         device: where to compute.
     """
+    from sphereface2.recognition.box import chosen
     from sphereface2.recognition.face_embedder import FaceEmbedder
 
     if model is None and gallery is not None:
         model = gallery.model
-    if model is None:
-        raise UserError("give --model: a run, a model folder or the name of a model on the hub")
-    embedder = FaceEmbedder.from_pretrained(model, device=device)
+    embedder = FaceEmbedder.from_pretrained(chosen(model), device=device)
     if gallery is not None:
         gallery.check(embedder.fingerprint, embedder.embedding_dim)
     return embedder

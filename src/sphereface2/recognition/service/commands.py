@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from sphereface2.extras import require
+from sphereface2.recognition.box import chosen
 from sphereface2.recognition.service import keys as key_file
 from sphereface2.recognition.service.settings import Settings
 
 
-def serve(checkpoint: str, /, *, gallery: str, settings: Settings | None = None) -> None:
+def serve(
+    checkpoint: str | None = None, /, *, gallery: str, settings: Settings | None = None
+) -> None:
     """Serve a model and a gallery: REST API and web page.
 
     Args:
-        checkpoint: A run, a model folder, an exported .onnx file or a name on the hub.
+        checkpoint: A run, a model folder, an exported .onnx file or a name on the hub; default:
+            the model that comes with the package.
         gallery: File of the gallery, or the address of its PostgreSQL server.
         settings: How it is reached, what it decides by, and its limits.
 
@@ -25,7 +29,7 @@ def serve(checkpoint: str, /, *, gallery: str, settings: Settings | None = None)
     require("services", "prometheus_client", "limits")
     from sphereface2.recognition.service.server import run
 
-    run(checkpoint, gallery, settings or Settings())
+    run(chosen(checkpoint), gallery, settings or Settings())
 
 
 def add_key(name: str, /, *, file: Path) -> None:

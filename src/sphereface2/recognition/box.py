@@ -1,0 +1,31 @@
+"""The model that comes with the package, for whoever names none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+MODEL = Path(__file__).parents[1] / "box" / "model.onnx"
+"""A graph for ONNX Runtime, beside its weights, calibration, card and licence; torch loads the
+folder."""
+
+T = TypeVar("T", str, Path)
+
+
+def chosen(model: T | None) -> T | str:
+    """The model that a user names, or the package's own, of which one line on standard error tells.
+
+    Example:
+        >>> chosen("runs/NAME")
+        'runs/NAME'
+    """
+    if model is not None:
+        return model
+    print(
+        "model: the one that comes with sphereface2, for research only; its card: "
+        f"{MODEL.with_name('README.md')}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return str(MODEL)

@@ -26,8 +26,8 @@ def test_the_container_file_is_clean_and_starts_the_service() -> None:
         for word in ("ENTRYPOINT", "CMD")
     )
     assert entry == ["sphereface2"]
-    options = parsed(*command)
-    assert options["host"] == "0.0.0.0" and options["keys"] is not None
+    settings = parsed(*command)["settings"]
+    assert settings.host == "0.0.0.0" and settings.keys is not None
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE) == ["10001"]
 
 
@@ -40,11 +40,12 @@ def test_the_compose_file_is_valid_and_its_parts_fit() -> None:
     proxy, service, database = services["proxy"], services["service"], services["database"]
     options = parsed(*service["command"])
     assert options["gallery"] == "postgresql+psycopg://sphereface2@database/sphereface2"
-    assert options["behind_proxy"] is True
+    settings = options["settings"]
+    assert settings.behind_proxy is True
     user = database["environment"]
     assert (user["POSTGRES_USER"], user["POSTGRES_DB"]) == ("sphereface2", "sphereface2")
     mounted = {volume.split(":")[1] for volume in service["volumes"]}
-    assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent)} == mounted
+    assert {str(options["checkpoint"]), str(Path(str(settings.keys)).parent)} == mounted
     assert service["read_only"] and proxy["read_only"]
     # Nobody reaches the service or the database but through the proxy.
     assert [name for name, one in services.items() if "ports" in one] == ["proxy"]

@@ -180,7 +180,8 @@ def test_kubernetes_manifests_of_the_service() -> None:
             assert template["metadata"]["labels"] == spec["selector"]["matchLabels"]
     database, service = pods["database"]["containers"][0], pods["sphereface2"]["containers"][0]
     options = parsed(*service["args"])
-    assert (options["host"], options["behind_proxy"]) == ("0.0.0.0", True)
+    settings = options["settings"]
+    assert (settings.host, settings.behind_proxy) == ("0.0.0.0", True)
     assert options["gallery"] == "postgresql+psycopg://sphereface2@database/sphereface2"
     given = {item["name"]: item.get("value") for item in database["env"]}
     assert (given["POSTGRES_USER"], given["POSTGRES_DB"]) == ("sphereface2", "sphereface2")
@@ -190,7 +191,7 @@ def test_kubernetes_manifests_of_the_service() -> None:
     ]
     assert passwords[0] == passwords[1]
     mounts = {mount["mountPath"] for mount in service["volumeMounts"]}
-    assert {str(options["checkpoint"]), str(Path(str(options["keys"])).parent), "/tmp"} == mounts
+    assert {str(options["checkpoint"]), str(Path(str(settings.keys)).parent), "/tmp"} == mounts
     for pod in pods.values():
         volumes = {volume["name"] for volume in pod["volumes"]}
         claimed = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}

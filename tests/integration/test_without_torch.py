@@ -69,6 +69,16 @@ def test_the_hook_forbids_torch() -> None:
     assert run(program=program) == "torch was imported\n"
 
 
+def test_without_a_model_that_of_the_package_is_used(place: Path, tmp_path: Path) -> None:
+    images = (place / "photos/a/a.jpg", place / "photos/b/b.jpg")
+    found = json.loads(run("verify", *images, "--json"))
+    assert found["decision"] == "same" and found["probability"] > 0.9
+    run("embed", place / "photos", "--out", tmp_path / "f.parquet", "--device", "cpu")
+    assert pq.read_table(tmp_path / "f.parquet").num_rows == 2
+    run("gallery", "add", tmp_path / "g.db", "--folder", place / "photos")
+    assert "a" in run("gallery", "search", tmp_path / "g.db", images[0])
+
+
 def test_verify(place: Path) -> None:
     images = (place / "photos/a/a.jpg", place / "photos/b/b.jpg")
     found = json.loads(run("verify", *images, "--model", place / "model.onnx", "--json"))

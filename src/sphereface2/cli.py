@@ -58,9 +58,10 @@ GROUPS = {
         },
     ),
     "data": (
-        "Inspect, convert and fetch data sets.",
+        "Inspect, clean, convert and fetch data sets.",
         {
             "info": "sphereface2.data.info:info",
+            "audit": "sphereface2.recognition.audit.commands:audit",
             "convert": "sphereface2.data.convert:convert",
             "fetch": "sphereface2.data.fetch:fetch",
         },

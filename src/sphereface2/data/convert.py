@@ -132,21 +132,38 @@ def convert(
         raise UserError(f"{target} exists already; name a new folder")
     if to == "bin":
         return _convert_pairs(source, target, encoding)
-    opened = open_source(source)
-    done = Conversion(target)
-    with atomic_folder(target) as temporary:
-        shape = _first_size(opened, encoding)
-        with _WRITERS[to](temporary, _folder_names(opened), shape) as add:
-            _copy(opened, add, done, to, encoding)
-        if done.images == 0:
-            raise UserError(f"none of the {len(opened)} images of {source} can be read")
-        if opened.class_names is not None and to != "folder":
-            names = temporary / "names.txt"
-            names.write_text("\n".join(opened.class_names) + "\n", encoding="utf-8")
+    done = write_source(open_source(source), target, to, encoding)
     console.show(
         f"{done.images:,} images of {done.people:,} people in {target}",
         *console.named("unreadable images left out", done.unreadable),
     )
+    return done
+
+
+def write_source(
+    source: Source, target: Path, to: str, encoding: Encoding | None = None
+) -> Conversion:
+    """Write a set to the new folder ``target``, which appears when it is complete.
+
+    Args:
+        source: the set.
+        target: must not exist.
+        to: as of `convert`, but not "bin".
+        encoding: of images that are encoded anew.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    done = Conversion(target)
+    with atomic_folder(target) as temporary:
+        shape = _first_size(source, encoding)
+        with _WRITERS[to](temporary, _folder_names(source), shape) as add:
+            _copy(source, add, done, to, encoding)
+        if done.images == 0:
+            raise UserError(f"none of the {len(source)} images can be read")
+        if source.class_names is not None and to != "folder":
+            names = temporary / "names.txt"
+            names.write_text("\n".join(source.class_names) + "\n", encoding="utf-8")
     return done
 
 

@@ -31,6 +31,7 @@ from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.measures import COLUMNS, measures
 from sphereface2.version import __version__
 
 FORMAT = "sphereface2-features"
@@ -64,6 +65,7 @@ class Job:
         embedding_dim: length of an embedding.
         aligner: what finds faces; None if the images are crops.
         flip, dtype, batch_size: as in `embed_set`.
+        measured: each row also holds the image's `measures`, for an audit.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class Job:
     flip: bool
     dtype: str
     batch_size: int
+    measured: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -111,6 +114,7 @@ class Job:
             "batch_size": self.batch_size,
             "input": self.input,
             "images": self.images,
+            **({"measured": True} if self.measured else {}),
         }
 
     def schema(self) -> pa.Schema:
@@ -126,7 +130,7 @@ class Job:
                 pa.field("score", pa.float32()),
                 pa.field("box", pa.list_(pa.float32(), 4)),
             ]
-        return pa.schema(columns)
+        return pa.schema([*columns, *(COLUMNS if self.measured else ())])
 
     def compute(
         self,
@@ -140,13 +144,17 @@ class Job:
         indices = self.rows(number)
         faces: dict[int, Face] = {}
         reasons: dict[int, str] = {}
+        measured: dict[int, dict[str, Any]] = {}
 
         def read(index: int) -> np.ndarray:
             try:
                 content = source.read(index)
                 if self.aligned:
-                    return read_image(content)
-                crop, faces[index] = embedder.crop(content)
+                    crop = read_image(content)
+                else:
+                    crop, faces[index] = embedder.crop(content)
+                if self.measured:
+                    measured[index] = measures(index, crop, faces.get(index))
                 return crop
             except (OSError, UserError) as error:
                 reasons[index] = str(error)
@@ -166,6 +174,8 @@ class Job:
             columns["score"] = [faces[index].score for index in kept]
             boxes = [faces[index].box for index in kept]
             columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
+        if self.measured:
+            columns |= {c.name: [measured[index][c.name] for index in kept] for c in COLUMNS}
         skipped = [[printable(source.name(i)), printable(reasons[i])] for i in sorted(reasons)]
         schema = self.schema().with_metadata({_SKIPPED: json.dumps(skipped)})
         buffer = io.BytesIO()

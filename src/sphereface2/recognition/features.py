@@ -115,25 +115,7 @@ def embed_set(
         batch_size=batch_size,
     )
     start = time.perf_counter()
-    parts = Parts(out, job)
-    if not parts.finished():
-        with Stopper(STOPPED), parts.open() as missing, console.bars(counted=True) as bars:
-            task = bars.add_task("embedding", total=job.images)
-            bars.advance(task, job.images - sum(len(job.rows(number)) for number in missing))
-
-            def advance(count: int) -> None:
-                bars.advance(task, count)
-
-            if engine == "ray":
-                done = ray_engine.compute(
-                    job, embedder, missing, address=ray_address, device=device, progress=advance
-                )
-            else:
-                done = _compute(job, embedder, images, missing, advance)
-            for number, content in done:
-                parts.write(number, content)
-            parts.merge()
-    parts.remove()
+    write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
     found = metadata(out)
     report = FeaturesReport(
         out=out,
@@ -145,6 +127,50 @@ def embed_set(
     left_out = f"; {report.skipped:,} left out, see {out}.skipped.csv" if report.skipped else ""
     console.show(f"{report.embedded:,} of {report.images:,} images embedded in {out}{left_out}")
     return report
+
+
+def write_table(
+    out: Path,
+    job: Job,
+    embedder: FaceEmbedder,
+    images: Source,
+    *,
+    engine: str = "local",
+    device: str | None = None,
+    address: str | None = None,
+) -> None:
+    """Write the table of ``job`` unless it is there; what an earlier process left is continued.
+
+    Args:
+        out: the file.
+        job: what is computed.
+        embedder: of the job.
+        images: the set.
+        engine, device: as of `embed_set`.
+        address: of a Ray cluster.
+
+    Raises:
+        UserError: the file, or the unfinished work beside it, is of another job.
+    """
+    parts = Parts(out, job)
+    if not parts.finished():
+        with Stopper(STOPPED), parts.open() as missing, console.bars(counted=True) as bars:
+            task = bars.add_task("embedding", total=job.images)
+            bars.advance(task, job.images - sum(len(job.rows(number)) for number in missing))
+
+            def advance(count: int) -> None:
+                bars.advance(task, count)
+
+            if engine == "ray":
+                done = ray_engine.compute(
+                    job, embedder, missing, address=address, device=device, progress=advance
+                )
+            else:
+                done = _compute(job, embedder, images, missing, advance)
+            for number, content in done:
+                parts.write(number, content)
+            parts.merge()
+    parts.remove()
 
 
 def _compute(

@@ -373,7 +373,7 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from sphereface2.recognition.feature_parts import METADATA
+    from sphereface2.data.embedding_table import METADATA
 
     try:
         file = parquet.ParquetFile(path)

@@ -1,0 +1,136 @@
+"""The set with findings applied, as a list of its files or packed anew; the set itself stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sphereface2.data.convert import Conversion, write_source
+from sphereface2.data.folder import FolderSource, ImageSource
+from sphereface2.data.listfile import ListSource
+from sphereface2.data.recordio import RecordIOSource
+from sphereface2.data.source import Source
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_folder, printable
+from sphereface2.recognition.audit.findings import Finding
+
+
+@dataclass
+class Chosen:
+    """Images of a source under other labels; a `Source`.
+
+    Attributes:
+        source: that the images are of.
+        index: int64 (n,), which.
+        labels: int64 (n,), their new labels.
+        class_names: names of the new labels.
+    """
+
+    source: Source
+    index: np.ndarray
+    labels: np.ndarray
+    class_names: list[str] | None
+
+    def __post_init__(self) -> None:
+        self.num_classes = int(self.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image."""
+        return self.source.read(int(self.index[index]))
+
+    def name(self, index: int) -> str:
+        """The name of an image."""
+        return self.source.name(int(self.index[index]))
+
+    def fingerprint(self) -> str:
+        """Of the whole source."""
+        return self.source.fingerprint()
+
+
+def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
+    """A set with findings applied; labels are numbered anew, without those that became empty.
+
+    Raises:
+        UserError: a finding is of another set, or nothing is left.
+    """
+    labels = np.asarray(source.labels).copy()
+    removed = np.zeros(len(labels), bool)
+    into = np.arange(source.num_classes)  # a forest: each label's parent
+    for finding in findings:
+        here = source.num_classes if finding.kind == "same person" else len(labels)
+        fits = 0 <= finding.index < here
+        if finding.action in ("move", "merge"):
+            fits &= 0 <= finding.other < source.num_classes
+        if fits and finding.image:
+            fits = printable(source.name(finding.index)) == finding.image
+        if not fits:
+            raise UserError(
+                f"the finding about {finding.image or finding.label!r} is of another set than "
+                "this one: give the set that was audited"
+            )
+        if finding.action == "remove":
+            removed[finding.index] = True
+        elif finding.action == "move":
+            labels[finding.index] = finding.other
+        elif finding.action == "merge":
+            a, b = sorted((_root(into, finding.index), _root(into, finding.other)))
+            into[b] = a
+    labels = np.array([_root(into, label) for label in range(source.num_classes)])[labels]
+    index = np.flatnonzero(~removed)
+    if not len(index):
+        raise UserError("the findings remove every image; edit the actions in findings.csv")
+    people, anew = np.unique(labels[index], return_inverse=True)
+    names = source.class_names
+    return Chosen(
+        source, index, anew.astype(np.int64), [names[i] for i in people] if names else None
+    )
+
+
+def _root(into: np.ndarray, label: int) -> int:
+    while into[label] != label:
+        label = int(into[label])
+    return label
+
+
+def write_set(chosen: Chosen, target: Path) -> Conversion:
+    """Write the set to a new folder that ``fit`` takes.
+
+    Of a set of files it is a list, ``train.txt``, of the files where they lie; a packed set is
+    packed again, as RecordIO or WebDataset.
+
+    Raises:
+        UserError: ``target`` exists, or a path cannot stand in a list.
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target} exists already; give --write a new folder")
+    source = chosen.source
+    if isinstance(source, FolderSource | ImageSource):
+        root = source.root
+    elif isinstance(source, ListSource):
+        root = source.path.parent
+    else:
+        layout = "recordio" if isinstance(source, RecordIOSource) else "webdataset"
+        return write_source(chosen, target, layout)
+    order = np.argsort(chosen.labels, kind="stable").tolist()
+    lines = []
+    for i in order:
+        path = str(root.resolve() / chosen.name(i))
+        if printable(path) != path or any(c in path for c in "\n\r\t"):
+            raise UserError(
+                f"{printable(path)!r} cannot stand in a list, for its line breaks, tabs or bytes "
+                "that are not UTF-8; rename it"
+            )
+        lines.append(f"{path}\t{chosen.labels[i]}\n")
+    with atomic_folder(target) as folder:
+        (folder / "train.txt").write_text("".join(lines), encoding="utf-8")
+        if chosen.class_names is not None:
+            names = "".join(f"{printable(name)}\n" for name in chosen.class_names)
+            (folder / "names.txt").write_text(names, encoding="utf-8")
+    return Conversion(target, len(lines), chosen.num_classes)

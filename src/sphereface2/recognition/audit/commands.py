@@ -1,0 +1,151 @@
+"""``sphereface2 data audit``: find what is wrong with a set of faces, and write a cleaned one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from sphereface2 import console
+from sphereface2.errors import UserError, check_number
+from sphereface2.files import atomic_write, owned, writing
+from sphereface2.recognition.audit.clean import cleaned, write_set
+from sphereface2.recognition.audit.faces import Faces, embedded
+from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
+from sphereface2.recognition.audit.judge import Judgement, judge
+from sphereface2.recognition.audit.report import write_report
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.feature_parts import open_images
+from sphereface2.signals import STOPPED, Stopper
+
+FINDINGS, SUMMARY = "findings.csv", "summary.json"
+
+
+def audit(
+    source: Path,
+    /,
+    *,
+    model: str,
+    out: Path,
+    write: Path | None = None,
+    apply: Path | None = None,
+    align: bool = False,
+    wrong: float = 0.5,
+    move: float = 2.0,
+    false_pairs: float = 0.1,
+    shown: int = 60,
+    batch_size: int = 64,
+    device: str | None = None,
+    as_json: bool = False,
+) -> dict[str, Any]:
+    """Find mislabelled, duplicate, split and poor images in a set of faces.
+
+    OUT gets `report.html` and `report.md` with contact sheets, `findings.csv`, `summary.json` and
+    the embeddings, which the next audit of the same set by the same model reads back; one that was
+    stopped goes on. SET is not changed: `--write` makes a cleaned one. To decide otherwise, edit
+    the column `action` of a copy of `findings.csv` (keep, remove, move, merge) and give it as
+    `--apply`.
+
+    Args:
+        source: Folder, list, RecordIO file or WebDataset.
+        model: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
+        out: Folder of the report.
+        write: New folder for the cleaned set: a list of the files, or a packed set packed anew.
+        apply: Write what this file of findings says instead of what is found.
+        align: The images are photographs, whose main face is cropped first.
+        wrong: Probability from which an image does not belong to its label.
+        move: Probability from which such an image is moved to the label that it looks like;
+            default: none is moved, all are removed.
+        false_pairs: Share of false ones accepted among the pairs of labels that are one person.
+        shown: Findings of each kind in the report.
+        batch_size: Number of images in one forward pass.
+        device: Where to compute: cpu, cuda, mps; by default the best there is.
+        as_json: Print the summary as JSON.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: a wrong option, no such model or set, or OUT holds an audit of others.
+    """
+    check_number("--wrong", wrong, above=0, most=1)
+    check_number("--false-pairs", false_pairs, least=0, below=1)
+    check_number("--shown", shown, least=1)
+    if apply is not None and write is None:
+        raise UserError("--apply goes with --write, the folder for the cleaned set")
+    if write is not None and write.exists():
+        raise UserError(f"{write} exists already; give --write a new folder")
+    if apply is not None and write is not None:
+        return _apply(source, apply, write, as_json)
+    start = time.perf_counter()
+    embedder = FaceEmbedder.from_pretrained(model, device=device, batch_size=batch_size)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with owned(out):
+        faces = embedded(source, embedder, out, align=align, batch_size=batch_size)
+        with Stopper(STOPPED), console.bars() as bars:
+            found = judge(faces, wrong=wrong, move=move, false_pairs=false_pairs, steps=steps(bars))
+        summary = _summary(source, faces, found, embedder.fingerprint)
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        write_findings(out / FINDINGS, found.findings)
+        facts = {
+            "images": f"{summary['images']:,}",
+            "people": f"{summary['people']:,}",
+            "wrong labels, estimated": console.percent(summary["wrong_share"]),
+        }
+        write_report(out, f"Audit of {source}", faces.source, found.findings, facts, shown)
+        with writing(out):
+            atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
+    if write is not None:
+        done = write_set(cleaned(faces.source, found.findings), write)
+        summary["written"] = {"path": str(write), "images": done.images, "people": done.people}
+    _show(summary, out, as_json)
+    return summary
+
+
+def steps(bars: Progress) -> Callable[[str], Callable[[float], None]]:
+    """Adds a bar for each title; each takes the share done since its last call."""
+    return lambda title: console.advance(bars, title, 1)
+
+
+def _apply(source: Path, apply: Path, write: Path, as_json: bool) -> dict[str, Any]:
+    done = write_set(cleaned(open_images(source), read_findings(apply)), write)
+    written = {"path": str(write), "images": done.images, "people": done.people}
+    if as_json:
+        console.print_json({"written": written})
+    else:
+        console.show(f"{done.images:,} images of {done.people:,} people in {write}")
+    return {"written": written}
+
+
+def _summary(source: Path, faces: Faces, found: Judgement, model: str) -> dict[str, Any]:
+    counts = Counter(finding.kind for finding in found.findings)
+    labels = faces.source.labels
+    return {
+        "set": str(source),
+        "model": model,
+        "images": len(faces.source),
+        "people": len(np.unique(labels)),
+        "wrong_share": found.scores.share if found.scores is not None else None,
+        "findings": {kind: counts[kind] for kind in KINDS},
+    }
+
+
+def _show(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        console.print_json(summary)
+        return
+    table = console.table(f"{summary['images']:,} images of {summary['people']:,} people", ["", ""])
+    table.show_header = False
+    for kind, count in summary["findings"].items():
+        table.add_row(KINDS[kind], f"{count:,}")
+    table.add_row("wrong labels, estimated", console.percent(summary["wrong_share"]))
+    console.show(table, f"report: {out / 'report.html'}, to edit: {out / FINDINGS}")
+    if (done := summary.get("written")) is not None:
+        console.show(f"{done['images']:,} images of {done['people']:,} people in {done['path']}")

@@ -1,0 +1,114 @@
+"""Images that are one photograph: equal pixels, or equal once scaled, cropped or mirrored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from sphereface2.evaluation.tiles import Tiles
+from sphereface2.recognition.measures import SIDE
+
+#: Least cosine of two embeddings, and least correlation of their thumbnails before they are laid
+#: over each other and after: `benchmarks/audit.py` says what they find.
+SIMILAR, ALIKE, SAME = 0.75, 0.7, 0.97
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two images that are one photograph; ``first < second``, indices of rows.
+
+    ``score`` is 1 for equal pixels, else the correlation of the thumbnails laid over each other.
+    """
+
+    first: int
+    second: int
+    exact: bool
+    score: float
+
+
+def find_duplicates(
+    rows: np.ndarray,
+    thumbnails: np.ndarray,
+    pixels: np.ndarray,
+    *,
+    workers: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Duplicate]:
+    """All pairs of images that are one photograph; of equal ones, each with the first alone.
+
+    Args:
+        rows: float32 (N, d), embeddings of length 1.
+        thumbnails: uint8 (N, SIDE * SIDE), grey.
+        pixels: bytes (N,), equal where the images are.
+        workers: threads; by default the CPUs this process may use.
+        progress: called with the share of the work done since the last call.
+    """
+    _, first, group = np.unique(pixels, return_index=True, return_inverse=True)
+    copies = np.flatnonzero(first[group] != np.arange(len(rows)))
+    found = [Duplicate(int(first[group[i]]), int(i), True, 1.0) for i in copies]
+    one = np.sort(first)  # one image of each group
+    flat = thumbnails[one]
+
+    def compare(i: int, j: int, a: np.ndarray, b: np.ndarray, _: np.ndarray) -> None:
+        for x, y, score in _same(flat, i + a, j + b):
+            found.append(Duplicate(int(one[x]), int(one[y]), False, score))
+
+    Tiles(rows[one], np.arange(len(one)), _BLOCK, workers).impostors_from(
+        SIMILAR, compare, progress
+    )
+    return sorted(found, key=lambda d: (d.first, d.second))
+
+
+def _same(flat: np.ndarray, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    for start in range(0, len(a), 4096):
+        i, j = a[start : start + 4096], b[start : start + 4096]
+        x, y = _normal(flat[i]), _normal(flat[j])
+        mirrored = y.reshape(-1, SIDE, SIDE)[..., ::-1].reshape(len(y), -1)
+        plain, turned = np.einsum("nd,nd->n", x, y), np.einsum("nd,nd->n", x, mirrored)
+        for k in np.flatnonzero(np.maximum(plain, turned) >= ALIKE):
+            score = overlaid(flat[i[k]], flat[j[k]], mirror=bool(turned[k] > plain[k]))
+            if score >= SAME:
+                yield int(i[k]), int(j[k]), score
+
+
+def _normal(flat: np.ndarray) -> np.ndarray:
+    values = flat.astype(np.float32)
+    values -= values.mean(axis=1, keepdims=True)
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
+
+
+def overlaid(first: np.ndarray, second: np.ndarray, *, mirror: bool = False) -> float:
+    """Correlation of two thumbnails where they overlap, moved, turned and scaled to fit.
+
+    The fit maximises the enhanced correlation coefficient (Evangelidis and Psarakis, "Parametric
+    Image Alignment Using Enhanced Correlation Coefficient Maximization", PAMI 30, 2008).
+
+    Args:
+        first, second: uint8 (SIDE * SIDE,).
+        mirror: the second.
+
+    Examples:
+        >>> image = np.random.default_rng(0).integers(256, size=SIDE * SIDE, dtype=np.uint8)
+        >>> overlaid(image, image) > 0.999
+        True
+    """
+    one, other = first.reshape(SIDE, SIDE), second.reshape(SIDE, SIDE)
+    other = np.ascontiguousarray(other[:, ::-1]) if mirror else other
+    start = float(_normal(one.reshape(1, -1))[0] @ _normal(other.reshape(1, -1))[0])
+    everywhere = np.full((SIDE, SIDE), 255, np.uint8)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)
+    try:
+        score, matrix = cv2.findTransformECC(
+            one, other, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, criteria, everywhere, 3
+        )
+    except cv2.error:  # it does not converge: they are too different, or one has no contrast
+        return start
+    # An overlay of a corner, or one that bends the face, says nothing.
+    scale = abs(float(np.linalg.det(matrix[:, :2])))
+    if not 0.5 < scale < 2 or np.abs(matrix[:, 2]).max() > SIDE / 3:
+        return start
+    return max(start, float(score))

@@ -1,0 +1,142 @@
+"""A set's images as an audit sees them: embedded, measured, kept in a table beside the report."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sphereface2.align.unaligned import warn_if_unaligned
+from sphereface2.data.source import Source
+from sphereface2.errors import UserError
+from sphereface2.files import printable
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.feature_parts import Job, open_images
+from sphereface2.recognition.features import write_table
+from sphereface2.recognition.measures import SIDE
+
+TABLE = "embeddings.parquet"
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The N images of a set that could be embedded.
+
+    Attributes:
+        source: the set.
+        index: int64 (N,), place of each in the set.
+        rows: float32 (N, d), of length 1.
+        thumbnails: uint8 (N, SIDE * SIDE).
+        pixels: bytes (N,), digests.
+        sharpness, brightness, contrast: float32 (N,), of `measures`.
+        left_out: index, name and reason of the others.
+    """
+
+    source: Source
+    index: np.ndarray
+    rows: np.ndarray
+    thumbnails: np.ndarray
+    pixels: np.ndarray
+    sharpness: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    left_out: list[tuple[int, str, str]]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), of each image, as the set numbers them."""
+        return np.asarray(self.source.labels)[self.index]
+
+    def person(self, label: int) -> str:
+        """What the set calls a label."""
+        names = self.source.class_names
+        return printable(names[label]) if names else str(label)
+
+
+def embedded(
+    path: Path,
+    embedder: FaceEmbedder,
+    out: Path,
+    *,
+    align: bool,
+    batch_size: int,
+    source: Source | None = None,
+) -> Faces:
+    """Embed and measure a set, or read what an earlier call left in ``out``.
+
+    Args:
+        path: of the set.
+        embedder: the model.
+        out: folder of the table.
+        align: the images are photographs, whose main face is cropped.
+        batch_size: images in one forward pass.
+        source: the set where it is open already.
+
+    Raises:
+        UserError: no such set, or ``out`` holds the table of another set or model.
+    """
+    path = path.resolve()
+    source = open_images(path) if source is None else source
+    if not align:
+        warn_if_unaligned(str(path), source.read, np.arange(len(source)))
+    job = Job(
+        path=path,
+        images=len(source),
+        input=source.fingerprint(),
+        model=embedder.fingerprint,
+        embedding_dim=embedder.embedding_dim,
+        aligner=embedder.aligner.name if align else None,
+        flip=True,
+        dtype="float16",
+        batch_size=batch_size,
+        measured=True,
+    )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / TABLE, job, embedder, source)
+    return _read(out / TABLE, source)
+
+
+def _read(path: Path, source: Source) -> Faces:
+    columns = ["index", "embedding", "pixels", "thumbnail", "sharpness", "brightness", "contrast"]
+    file = pq.ParquetFile(path)
+    count = file.metadata.num_rows
+    dim = file.schema_arrow.field("embedding").type.list_size
+    rows = np.empty((count, dim), np.float32)
+    thumbnails = np.empty((count, SIDE * SIDE), np.uint8)
+    pixels = np.empty(count, "S16")
+    numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("index", *columns[4:])}
+    start = 0
+    for batch in file.iter_batches(65536, columns=columns):  # of which two copies fit in memory
+        part = slice(start, start + len(batch))
+        values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
+        rows[part] = values.reshape(-1, dim)
+        grey = b"".join(batch.column("thumbnail").to_pylist())
+        thumbnails[part] = np.frombuffer(grey, np.uint8).reshape(-1, SIDE * SIDE)
+        pixels[part] = batch.column("pixels").to_pylist()
+        for name, parts in numbers.items():
+            parts.append(batch.column(name).to_numpy())
+        start += len(batch)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    found = {name: np.concatenate(parts) for name, parts in numbers.items()}
+    missing = np.setdiff1d(np.arange(len(source)), found["index"])
+    return Faces(
+        source=source,
+        rows=rows,
+        thumbnails=thumbnails,
+        pixels=pixels,
+        left_out=[(int(i), *why) for i, why in zip(missing, _left_out(path), strict=True)],
+        **found,
+    )
+
+
+def _left_out(path: Path) -> list[tuple[str, str]]:
+    listed = path.with_name(f"{path.name}.skipped.csv")
+    if not listed.exists():
+        return []
+    with listed.open(newline="", encoding="utf-8") as file:
+        return [(row["name"], row["reason"]) for row in csv.DictReader(file)]

@@ -1,0 +1,184 @@
+"""From a set's embeddings and measures to findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sphereface2.evaluation.label_errors import (
+    AlikeLabels,
+    LabelScores,
+    alike_labels,
+    score_labels,
+)
+from sphereface2.files import printable
+from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
+from sphereface2.recognition.audit.faces import Faces
+from sphereface2.recognition.audit.findings import Finding
+from sphereface2.recognition.gallery.quality import Gate
+
+Steps = Callable[[str], Callable[[float], None]]
+"""Adds a bar of this title and returns what takes the share done since the last call."""
+_DARK, _BRIGHT, _FLAT = 35.0, 225.0, 12.0  # mean and standard deviation of grey values
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Findings, and what they rest on; ``labels`` (N,) numbers the set's labels from 0.
+
+    ``scores`` and ``alike`` are None where the set has fewer than two people.
+    """
+
+    findings: list[Finding]
+    scores: LabelScores | None
+    alike: AlikeLabels | None
+
+
+def judge(
+    faces: Faces, *, wrong: float, false_pairs: float, move: float, steps: Steps
+) -> Judgement:
+    """Find what is wrong with a set.
+
+    Args:
+        faces: its images.
+        wrong: probability from which an image is taken for one of another person.
+        false_pairs: share of false ones that is accepted among the pairs of labels of one person.
+        move: probability from which an image is moved to another label; above 1, none is.
+        steps: for progress.
+    """
+    duplicates = find_duplicates(
+        faces.rows, faces.thumbnails, faces.pixels, progress=steps("duplicates")
+    )
+    people, labels = np.unique(faces.labels, return_inverse=True)
+    findings = list(_left_out(faces))
+    scores = alike = None
+    merged: set[tuple[int, int]] = set()
+    if len(people) > 1:
+        scores = score_labels(
+            # A photograph and its copy vouch for each other, whoever they show.
+            faces.rows,
+            labels,
+            copies=_copies(labels, duplicates),
+            progress=steps("labels"),
+        )
+        alike = alike_labels(
+            faces.rows, labels, 1 - scores.wrong, progress=steps("pairs of labels")
+        )
+        findings += _wrong(faces, people, scores, wrong, move)
+        one = list(_same_people(faces, people, labels, scores, alike, duplicates, false_pairs))
+        merged = {(f.index, f.other) for f in one}
+        findings += one
+    findings += _duplicates(faces, duplicates, scores, merged)
+    findings += _quality(faces)
+    return Judgement(findings, scores, alike)
+
+
+def _copies(labels: np.ndarray, duplicates: list[Duplicate]) -> np.ndarray:
+    """Whether each image is a copy of an earlier one of its label."""
+    result = np.zeros(len(labels), bool)
+    for found in duplicates:
+        result[found.second] |= labels[found.first] == labels[found.second]
+    return result
+
+
+def _name(faces: Faces, row: int | np.integer) -> str:
+    return printable(faces.source.name(int(faces.index[row])))
+
+
+def _left_out(faces: Faces) -> Iterator[Finding]:
+    labels = faces.source.labels
+    for index, name, reason in faces.left_out:
+        label = faces.person(int(labels[index])) if len(labels) else ""
+        yield Finding("unreadable", index, name, label, -1, reason, 0.0, "remove")
+
+
+def _wrong(
+    faces: Faces, people: np.ndarray, scores: LabelScores, wrong: float, move: float
+) -> Iterator[Finding]:
+    labels = faces.labels
+    for row in sorted(np.flatnonzero(scores.wrong >= wrong), key=lambda i: -scores.wrong[i]):
+        other, about = -1, "looks like nobody else here"
+        if scores.moves[row] >= scores.wrong[row] / 2:
+            other = int(people[scores.nearest[row]])
+            about = faces.person(other)
+        yield Finding(
+            "wrong label",
+            int(faces.index[row]),
+            _name(faces, row),
+            faces.person(int(labels[row])),
+            other,
+            about,
+            float(scores.wrong[row]),
+            "move" if other >= 0 and scores.moves[row] >= move else "remove",
+        )
+
+
+def _same_people(
+    faces: Faces,
+    people: np.ndarray,
+    labels: np.ndarray,
+    scores: LabelScores,
+    alike: AlikeLabels,
+    duplicates: list[Duplicate],
+    false_pairs: float,
+) -> Iterator[Finding]:
+    """Labels that are alike beyond chance, or alike and with a photograph in common."""
+    shared: dict[tuple[int, int], int] = {}
+    for found in duplicates:
+        a, b = sorted((int(labels[found.first]), int(labels[found.second])))
+        if a != b and max(scores.wrong[[found.first, found.second]]) < 0.5:
+            shared[a, b] = shared.get((a, b), 0) + 1
+    for (a, b), score, rate in zip(alike.pairs.tolist(), alike.scores, alike.rate, strict=True):
+        number = shared.get((a, b), 0)
+        if rate > false_pairs and not number:
+            continue
+        first, second = int(people[a]), int(people[b])
+        about = faces.person(second) + (f", {number} photographs in common" if number else "")
+        yield Finding(
+            "same person", first, "", faces.person(first), second, about, float(score), "merge"
+        )
+
+
+def _duplicates(
+    faces: Faces,
+    duplicates: list[Duplicate],
+    scores: LabelScores | None,
+    merged: set[tuple[int, int]],
+) -> Iterator[Finding]:
+    """Of two copies the one goes that fits its label less; in one label, the later."""
+    labels = faces.labels if len(faces.source.labels) else np.zeros(len(faces.index), np.int64)
+    for found in duplicates:
+        keep, drop = found.first, found.second
+        a, b = int(labels[keep]), int(labels[drop])
+        across = a != b
+        if across and (min(a, b), max(a, b)) not in merged and scores is not None:
+            fit = np.nan_to_num(scores.own[[keep, drop]], nan=-1)
+            keep, drop = (keep, drop) if fit[0] >= fit[1] else (drop, keep)
+        yield Finding(
+            "duplicate across labels" if across else "duplicate",
+            int(faces.index[drop]),
+            _name(faces, drop),
+            faces.person(int(labels[drop])) if len(faces.source.labels) else "",
+            int(faces.index[keep]),
+            _name(faces, keep) + (f" of {faces.person(int(labels[keep]))}" if across else ""),
+            found.score,
+            "remove",
+        )
+
+
+def _quality(faces: Faces) -> Iterator[Finding]:
+    least = Gate().min_sharpness
+    labels = faces.source.labels
+    for what, values, bad in (
+        ("dark", faces.brightness, faces.brightness < _DARK),
+        ("bright", faces.brightness, faces.brightness > _BRIGHT),
+        ("without contrast", faces.contrast, faces.contrast < _FLAT),
+        ("blurred", faces.sharpness, faces.sharpness < least),
+    ):
+        for row in np.flatnonzero(bad):
+            index = int(faces.index[row])
+            label = faces.person(int(labels[index])) if len(labels) else ""
+            score = float(values[row])
+            yield Finding("quality", index, _name(faces, row), label, -1, what, score, "keep")

@@ -1,0 +1,146 @@
+"""What an audit found, for people: Markdown with contact sheets, and one HTML file with all."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from sphereface2.data.source import Source
+from sphereface2.errors import UserError
+from sphereface2.files import atomic_write, writing
+from sphereface2.images import decode
+from sphereface2.recognition.audit.findings import KINDS, Finding
+
+_TILE, _GAP, _BESIDE = 96, 4, 4
+_STYLE = (
+    "body{font:15px system-ui;margin:2em;max-width:75em}td,th{text-align:left;padding:.2em .8em "
+    ".2em 0;vertical-align:middle}td.n{text-align:right}img{display:block}"
+)
+
+
+def tile(source: Source, index: int) -> np.ndarray:
+    """An image as a square of `_TILE` pixels, uint8 RGB; grey if it cannot be read."""
+    result = np.full((_TILE, _TILE, 3), 224, np.uint8)
+    try:
+        image = decode(source.read(index))
+    except (OSError, UserError):
+        return result
+    height, width = image.shape[:2]
+    factor = _TILE / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    top, left = (_TILE - size[1]) // 2, (_TILE - size[0]) // 2
+    result[top : top + size[1], left : left + size[0]] = small
+    return result
+
+
+def strip(source: Source, parts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Groups of images in a row, uint8 RGB, with a gap between the groups."""
+    columns: list[np.ndarray] = []
+    for number, part in enumerate(parts):
+        if number:
+            columns.append(np.full((_TILE, 5 * _GAP, 3), 255, np.uint8))
+        for index in part:
+            columns += [tile(source, index), np.full((_TILE, _GAP, 3), 255, np.uint8)]
+    return np.concatenate(columns, axis=1)
+
+
+def stack(strips: Sequence[np.ndarray], first: int = 1) -> np.ndarray:
+    """Numbered strips, one below the other."""
+    width = max(one.shape[1] for one in strips)
+    rows = []
+    for number, one in enumerate(strips, first):
+        row = np.full((_TILE + _GAP, width + 48, 3), 255, np.uint8)
+        row[:_TILE, 48 : 48 + one.shape[1]] = one
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(row, str(number), (2, _TILE // 2), font, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
+        rows.append(row)
+    return np.concatenate(rows)
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """The bytes of a JPEG."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def members(labels: np.ndarray) -> Callable[[int], list[int]]:
+    """Gives the first images of a label."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+
+    def of(label: int) -> list[int]:
+        start, end = np.searchsorted(ordered, [label, label + 1])
+        return order[start : min(end, start + _BESIDE)].tolist()
+
+    return of
+
+
+def shown(finding: Finding, source: Source, of: Callable[[int], list[int]]) -> np.ndarray:
+    """The images that a finding is about."""
+    if finding.kind == "same person":
+        return strip(source, [of(finding.index), of(finding.other)])
+    if finding.kind.startswith("duplicate"):
+        return strip(source, [[finding.index], [finding.other]])
+    if finding.kind != "wrong label":
+        return strip(source, [[finding.index]])
+    own = [i for i in of(int(source.labels[finding.index])) if i != finding.index]
+    others = of(finding.other) if finding.other >= 0 else []
+    return strip(source, [part for part in ([finding.index], own, others) if part])
+
+
+def write_report(
+    out: Path, title: str, source: Source, findings: Sequence[Finding], facts: Any, limit: int
+) -> None:
+    """Write ``report.md`` with ``sheets/KIND.jpg``, and ``report.html``, which holds its images.
+
+    Args:
+        out: folder.
+        title: of the report.
+        source: the set.
+        findings: all.
+        facts: names and values for the head.
+        limit: findings of a kind that are shown.
+    """
+    of = members(np.asarray(source.labels))
+    counts = Counter(finding.kind for finding in findings)
+    page = [f"# {title}", "", "| | |", "|---|---:|"]
+    page += [f"| {name} | {value} |" for name, value in facts.items()]
+    page += [f"| {KINDS[kind]} | {counts[kind]:,} |" for kind in KINDS]
+    rows = [*facts.items(), *((KINDS[kind], f"{counts[kind]:,}") for kind in KINDS)]
+    cells = "".join(f"<tr><td>{escape(k)}<td class=n>{escape(str(v))}" for k, v in rows)
+    html = [
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>",
+        f"<style>{_STYLE}</style><h1>{escape(title)}</h1><table>{cells}</table>",
+    ]
+    with writing(out):
+        (out / "sheets").mkdir(exist_ok=True)
+        for kind in filter(counts.__getitem__, KINDS):
+            first = [finding for finding in findings if finding.kind == kind][:limit]
+            strips = [shown(finding, source, of) for finding in first]
+            sheet = f"sheets/{kind.replace(' ', '-')}.jpg"
+            atomic_write(out / sheet, jpeg(stack(strips)))
+            note = f"The first {len(first)} of {counts[kind]:,}" if limit < counts[kind] else "All"
+            page += ["", f"## {kind.capitalize()}", "", f"{note}: {KINDS[kind]}.", ""]
+            page += [f"![{kind}]({sheet})", "", "| | image | label | about | score | action |"]
+            page += ["|---:|---|---|---|---:|---|"]
+            html += [f"<h2>{kind.capitalize()}</h2><p>{note}: {KINDS[kind]}.<table>"]
+            for number, (f, image) in enumerate(zip(first, strips, strict=True), 1):
+                texts = [f.image, f.label, f.about, f"{f.score:.3f}", f.action]
+                line = " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts)
+                page.append(f"| {number} | {line} |")
+                data = base64.b64encode(jpeg(image)).decode()
+                html.append(
+                    f"<tr><td>{number}<td><img alt='' src='data:image/jpeg;base64,{data}'>"
+                    + "".join(f"<td>{escape(text)}" for text in texts)
+                )
+            html.append("</table>")
+        atomic_write(out / "report.md", ("\n".join(page) + "\n").encode())
+        atomic_write(out / "report.html", "\n".join(html).encode())

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sphereface2.errors import check_choice
-from sphereface2.heads.blocks import CHUNK
+from sphereface2.heads.blocks import default_chunk
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Form = Literal["dense", "streaming", "fused"]
@@ -91,7 +91,7 @@ def sphereface2(
     ranks: int = 1,
     form: Form = "streaming",
     share: float = 1.0,
-    chunk: int = CHUNK["cuda"],
+    chunk: int | None = None,
     weight_bytes: int = FLOAT,
     momentum_bytes: int = FLOAT,
 ) -> Cost:
@@ -104,14 +104,17 @@ def sphereface2(
         ranks: of the process group; W is split over them. "dense" has one.
         form: "dense", "streaming", or "fused" for streaming with a fused SGD.
         share: of the people that a step visits; below 1 for sampled negatives.
-        chunk: classes a block.
+        chunk: classes a block; None: the default on a GPU.
         weight_bytes: of an element of W: 4, or 2 for bfloat16.
         momentum_bytes: likewise.
     """
     check_choice("form", form, get_args(Form))
     rows = math.ceil(people / ranks)
-    visited, elements = share * rows, rows * dim
+    elements = rows * dim
+    # A sample comes on top of the batch's own people.
+    visited = rows if share == 1 else min(rows, share * rows + batch / ranks)
     gradient = 0.0 if form == "fused" else FLOAT * elements
+    chunk = chunk or default_chunk("cuda", batch, dim)
     block = min(chunk, math.ceil(visited))
     if form == "dense":
         logits = FLOAT * batch * rows
@@ -154,7 +157,7 @@ def softmax(
     ranks: int = 1,
     form: SoftmaxForm = "kept",
     share: float = 1.0,
-    chunk: int = CHUNK["cuda"],
+    chunk: int | None = None,
 ) -> Cost:
     """Cost of a softmax loss over cosines (CosFace), sharded over ``ranks``.
 
@@ -175,6 +178,7 @@ def softmax(
     visited, elements = share * rows, rows * dim
     gradient = FLOAT * visited * dim
     logits = FLOAT * batch * visited
+    chunk = chunk or default_chunk("cuda", batch, dim)
     samples = FLOAT * (2 if ranks == 1 else 5) * batch * dim
     working = {
         # On the way back: four of gradients and log_softmax; then W's gradient; then SGD's second.

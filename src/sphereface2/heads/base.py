@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sphereface2.errors import UserError, check_choice, check_count, check_flag, check_number
-from sphereface2.heads.blocks import CHUNK, RowUpdate
+from sphereface2.heads.blocks import RowUpdate, default_chunk
 from sphereface2.heads.sharding import Shard
 
 DRAWN_ROWS = 8192
@@ -133,9 +133,10 @@ class Head(nn.Module):
         """
         raise UserError(f"{type(self).__name__} needs its loss before its gradient: not fusible")
 
-    def chunk(self, device: torch.device) -> int:
-        """Classes a block."""
-        return self.chunk_size or CHUNK.get(device.type, CHUNK["cuda"])
+    def chunk(self, x: Tensor) -> int:
+        """Classes a block for embeddings (B, d) of a rank."""
+        samples = len(x) * self.shard.size
+        return self.chunk_size or default_chunk(x.device.type, samples, self.embedding_dim)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         labels = self.check_batch(embeddings, labels)

@@ -14,9 +14,23 @@ from torch import Tensor
 
 from sphereface2.margins import Own
 
-CHUNK = {"cpu": 4096, "cuda": 16384}
-"""Classes a block by default: on a CPU so few that a block's cosines and prototypes stay in the
-cache, on a GPU so many that its kernels are busy."""
+CPU_CHUNK = 4096
+"""Classes a block on a CPU: so few that a block's cosines and prototypes stay in the cache."""
+GPU_NUMBERS = 1 << 26
+"""Cosines, and numbers of prototypes, that a block on a GPU holds at most: a block's kernels wait
+for a host that needs a third of a millisecond to start them (benchmarks/gpu/NOTES.md)."""
+
+
+def default_chunk(device_type: str, batch: int, dim: int) -> int:
+    """Classes a block for the samples of all ranks, ``batch``, and embeddings of ``dim`` numbers.
+
+    Example:
+        >>> default_chunk("cpu", 1024, 512), default_chunk("cuda", 1024, 512)
+        (4096, 65536)
+    """
+    if device_type == "cpu":
+        return CPU_CHUNK
+    return max(CPU_CHUNK, GPU_NUMBERS // max(batch, dim))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -70,22 +71,23 @@ class OneVersusAllHead(Head):
         weight = local(self.weight if self.fused is None else self.weight.detach())
         if update is not None:
             update.begin_step()
+        chunk = self.chunk(x)
         work = Work(
             self.margin,
             self.shard,
-            self._plan,
+            partial(self._plan, chunk),
             visits_all=self.negatives == "all" or not self.training,
             scale=self.loss_weight,
-            chunk=self.chunk(x.device),
+            chunk=chunk,
             half=self.compute == "bf16",
             even=self.trust_batches,
             update=update,
         )
         return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
 
-    def _plan(self, x: Tensor, labels: Tensor) -> Iterable[Block]:
+    def _plan(self, chunk: int, x: Tensor, labels: Tensor) -> Iterable[Block]:
         """The blocks to visit; all of them for a loss that nobody learns from."""
-        rows, chunk = self.shard.rows, self.chunk(x.device)
+        rows = self.shard.rows
         if self.training and self.hard_negatives is not None:
             return self.hard_negatives.blocks(x, labels, local(self.weight), chunk)
         if self.training and self.negatives == "uniform":

@@ -65,7 +65,7 @@ class SoftmaxHead(Head):
         x = unit_rows(embeddings)
         lengths = torch.linalg.vector_norm(embeddings, dim=1)
         if self.streaming:
-            return streamed_softmax(self, x, lengths, labels, self.chunk(x.device))
+            return streamed_softmax(self, x, lengths, labels, self.chunk(x))
         cos = x @ self.unit_weight(x.dtype).T
         own = labels[:, None]
         cos_y = cos.gather(1, own)[:, 0]

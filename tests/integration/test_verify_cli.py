@@ -18,6 +18,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
+from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.recognition.calibrate import calibrate
 from sphereface2.recognition.evaluate import evaluate
 
@@ -166,7 +167,7 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
 ):
     options = {"pairs": [place / "fit.txt"], "images": place / "faces", "fars": [0.2]}
     found = evaluate(net, **{k: options[k] for k in ("pairs", "images")})
-    assert found.results[0].calibration is None
+    assert found.of(PairsResult)[0].calibration is None
     calibrate(net, **options)
     both = [place / "fit.txt", place / "test.txt"]
     done = call("evaluate", net, "--pairs", both[0], "--pairs", both[1],
@@ -176,13 +177,13 @@ def test_evaluate_says_how_good_a_calibration_is_and_where_it_was_fitted(
     assert done.stdout.count("fitted on these pairs") == 1
     assert cv2.imread(str(tmp_path / "plots/test_reliability.png")).shape == (660, 960, 3)
     report = evaluate(net, pairs=both, images=place / "faces", as_json=True)
-    first, second = (one.calibration for one in report.results)
+    first, second = (one.calibration for one in report.of(PairsResult))
     assert (first.fitted_here, second.fitted_here) == (True, False)
     assert first.far[0.2] <= 0.2
     assert first.min_cllr <= first.cllr < 1
     # Without the mirror image the scores are others.
     report = evaluate(net, pairs=both, images=place / "faces", flip=False, as_json=True)
-    assert report.results[0].calibration is None
+    assert report.of(PairsResult)[0].calibration is None
 
 
 def test_the_training_set_gives_its_held_out_people_alone(place, net):

@@ -219,7 +219,6 @@ def test_misuse_is_one_sentence(world: Path, tmp_path: Path) -> None:
         ([], "give a person and images"),
         (["ann"], "give a person and images"),
         (["ann", face, "--folder", world], "give a person and images"),
-        (["ann", face], "give --model"),
         (["ann", face, *old, "--aligned", "--metadata", "["], "--metadata takes a JSON object"),
         (["--folder", world / "faces", *old, "--replace"], "go with one person"),
         (["ann", tmp_path / "none.png", *old, "--aligned"], "none.png"),

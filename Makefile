@@ -57,7 +57,7 @@ serve: install  ## serve a model and a gallery on 127.0.0.1:8000 (MODEL=runs/NAM
 	$(BIN)/sphereface2 serve $(or $(MODEL),$(error give MODEL=runs/NAME)) --gallery $(GALLERY)
 
 demo: install  ## open the web page on the model that comes with the package
-	@echo "open http://127.0.0.1:8000"
+	@mkdir -p runs && echo "open http://127.0.0.1:8000"
 	$(BIN)/sphereface2 serve --gallery runs/demo.db
 
 BOX := runs/box

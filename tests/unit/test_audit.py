@@ -128,7 +128,7 @@ def test_a_cleaned_set_merges_moves_and_removes(faces: Path, tmp_path: Path) -> 
 
 
 def test_copies_are_found_cropped_mirrored_and_encoded_anew() -> None:
-    images = [decode(data) for number in range(40) for data in synthetic.person(1, number, 2)]
+    images = [decode(data) for number in range(17) for data in synthetic.person(1, number, 2)]
     copies = {
         3: cv2.imdecode(cv2.imencode(".jpg", images[3], [1, 40])[1], 1),
         10: np.ascontiguousarray(images[10][:, ::-1]),

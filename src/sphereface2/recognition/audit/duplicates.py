@@ -14,7 +14,9 @@ from sphereface2.recognition.measures import SIDE
 #: Least cosine of two embeddings, and least correlation of their thumbnails before they are laid
 #: over each other and after: `benchmarks/audit.py` says what they find.
 SIMILAR, ALIKE, SAME = 0.8, 0.6, 0.98
-_BLOCK = 1024
+_BLOCK, _SAMPLE = 1024, 1_000_000
+_FEW = 20_000  # pairs, which are always compared
+_NEAR = 0.85  # correlation after a few steps from which the fit is worth many
 _BEND = 1.08  # ratio of the scales of two axes
 
 
@@ -59,9 +61,20 @@ def find_duplicates(
             found.append(Duplicate(int(one[x]), int(one[y]), False, score))
 
     Tiles(rows[one], np.arange(len(one)), _BLOCK, workers).impostors_from(
-        SIMILAR, compare, progress
+        _limit(rows[one]), compare, progress
     )
     return sorted(found, key=lambda d: (d.first, d.second))
+
+
+def _limit(rows: np.ndarray) -> float:
+    """`SIMILAR`, or more where a weak network makes more pairs so similar than images there are."""
+    a, b = np.random.default_rng(0).integers(len(rows), size=(2, _SAMPLE))
+    parts = np.array_split(np.flatnonzero(a != b), 16)
+    scores = [np.einsum("nd,nd->n", rows[a[part]], rows[b[part]]) for part in parts]
+    pairs = len(rows) * (len(rows) - 1) / 2
+    share = min(1.0, max(len(rows), _FEW) / max(pairs, 1))
+    found = np.concatenate(scores)
+    return float(np.clip(np.quantile(found, 1 - share), SIMILAR, 0.9)) if len(found) else 1.0
 
 
 def _same(flat: np.ndarray, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, int, float]]:
@@ -100,13 +113,15 @@ def overlaid(first: np.ndarray, second: np.ndarray, *, mirror: bool = False) -> 
     one, other = first.reshape(SIDE, SIDE), second.reshape(SIDE, SIDE)
     other = np.ascontiguousarray(other[:, ::-1]) if mirror else other
     start = float(_normal(one.reshape(1, -1))[0] @ _normal(other.reshape(1, -1))[0])
-    return max(start, _fitted(one, other), _fitted(other, one))
+    if max(start, _fitted(one, other, 15)) < _NEAR:
+        return start
+    return max(start, _fitted(one, other, 100), _fitted(other, one, 100))
 
 
-def _fitted(one: np.ndarray, other: np.ndarray) -> float:
+def _fitted(one: np.ndarray, other: np.ndarray, steps: int) -> float:
     """Correlation once `other` is laid over `one`; 0 where that does not succeed or bends it."""
     everywhere = np.full((SIDE, SIDE), 255, np.uint8)
-    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-5)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, steps, 1e-5)
     try:
         score, matrix = cv2.findTransformECC(
             one, other, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, criteria, everywhere, 3

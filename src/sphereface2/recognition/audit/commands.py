@@ -20,6 +20,7 @@ from sphereface2.recognition.audit.faces import Faces, embedded
 from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
 from sphereface2.recognition.audit.judge import Judgement, judge
 from sphereface2.recognition.audit.report import write_report
+from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
@@ -31,8 +32,8 @@ def audit(
     source: Path,
     /,
     *,
-    model: str,
     out: Path,
+    model: str | None = None,
     write: Path | None = None,
     apply: Path | None = None,
     align: bool = False,
@@ -54,8 +55,9 @@ def audit(
 
     Args:
         source: Folder, list, RecordIO file or WebDataset.
-        model: A run, a model folder, an exported .onnx file, or the id of a model on the hub.
         out: Folder of the report.
+        model: A run, a model folder, an exported .onnx file, or the id of a model on the hub;
+            default: the model that comes with the package.
         write: New folder for the cleaned set: a list of the files, or a packed set packed anew.
         apply: Write what this file of findings says instead of what is found.
         align: The images are photographs, whose main face is cropped first.
@@ -84,7 +86,7 @@ def audit(
     if apply is not None and write is not None:
         return _apply(source, apply, write, as_json)
     start = time.perf_counter()
-    embedder = FaceEmbedder.from_pretrained(model, device=device, batch_size=batch_size)
+    embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with owned(out):

@@ -68,7 +68,7 @@ def judge(
         )
         findings += _wrong(faces, people, scores, wrong, move)
         one = list(_same_people(faces, people, labels, scores, alike, duplicates, false_pairs))
-        merged = {(f.index, f.other) for f in one}
+        merged = {(f.index, f.other) for f in one if f.action == "merge"}
         findings += one
     findings += _duplicates(faces, duplicates, scores, merged)
     findings += _quality(faces)
@@ -136,8 +136,10 @@ def _same_people(
             continue
         first, second = int(people[a]), int(people[b])
         about = faces.person(second) + (f", {number} photographs in common" if number else "")
+        # Lookalikes score as high as one person does: only a photograph in common is proof.
+        action = "merge" if number else "keep"
         yield Finding(
-            "same person", first, "", faces.person(first), second, about, float(score), "merge"
+            "same person", first, "", faces.person(first), second, about, float(score), action
         )
 
 

@@ -270,5 +270,8 @@ def test_a_fixed_threshold_is_judged_on_the_set_and_on_its_groups(place, tmp_pat
     groups.write_text("P1\n")
     with pytest.raises(UserError, match=r"groups\.csv:1 must hold a person or an image, a comma"):
         evaluate(place / "net", all_pairs=place / "faces", groups=groups)
+    groups.write_text("P1,a\nP1,b\n")
+    with pytest.raises(UserError, match=r"groups\.csv:2 puts 'P1' into 'b', an earlier"):
+        evaluate(place / "net", all_pairs=place / "faces", groups=groups)
     with pytest.raises(UserError, match="--groups belongs to --all-pairs"):
         evaluate(place / "net", pairs=[place / "set.bin"], groups=groups)

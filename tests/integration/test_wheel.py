@@ -1,6 +1,7 @@
 """The wheel in an empty environment, outside the repository, where nothing else can help it."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ ROOT = Path(__file__).parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DRAW = """
 from sphereface2.data import synthetic
-synthetic.write("faces", people=24, images_per_person=4, pairs_per_fold=2)
+synthetic.write("faces", people=40, images_per_person=4, pairs_per_fold=2)
 """
 SMALL = (
-    "--data.train faces --data.validation_people 8 --backbone.name sfnet4 --training.epochs 1 "
-    "--training.batch_size 16 --training.autocast off --validation.pairs [faces/synthetic.bin]"
+    "--data.train people --backbone.name sfnet4 --training.epochs 1 --training.autocast off "
+    "--validation.pairs [faces/synthetic.bin]"
 )
 
 
@@ -56,15 +57,22 @@ def test_the_way_of_a_newcomer_from_the_wheel(place: Path) -> None:
     )
     run(place, "python", "-c", DRAW)
     run(place, "sphereface2", "data", "info", "faces")
-    run(place, "sphereface2", "fit", "--config", "small", *SMALL.split())
+    run(place, "sphereface2", "data", "convert", "faces", "people", "--to", "folder")
+    told = run(place, "sphereface2", "fit", "--config", "small", *SMALL.split())
     (model,) = (place / "runs").iterdir()
     run(place, "sphereface2", "evaluate", model, "--pairs", "faces/synthetic.bin")
-    run(place, "sphereface2", "calibrate", model, "--all-pairs", "faces", "--far", 0.1)
-    run(place, "sphereface2", "data", "convert", "faces", "people", "--to", "folder")
+    run(place, "sphereface2", "calibrate", model, "--all-pairs", "people", "--far", 0.1)
+    lines = [line.strip() for line in told.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("sphereface2 ")]
+    verify, add, serve = commands[-3:]
+    assert "similarity" in run(place, *verify)
+    run(place, *add)
+    assert serve[1] == "serve"
     person = sorted((place / "people").iterdir())[0]
     first, second = sorted(person.iterdir())[:2]
     shown = run(place, "sphereface2", "verify", first, second, "--model", model, "--aligned")
     assert "similarity" in shown
+    assert "similarity" in run(place, "sphereface2", "verify", first, second, "--aligned")
     run(place, "sphereface2", "embed", model, "faces", "--out", "features.parquet", "--aligned")
     use = ["--model", model, "--aligned"]
     run(place, "sphereface2", "gallery", "add", "g.sqlite", "--folder", "people", *use)

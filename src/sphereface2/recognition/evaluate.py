@@ -132,7 +132,9 @@ def evaluate(
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
     if groups is not None and all_pairs is None:
         raise UserError("--groups belongs to --all-pairs, the set whose groups it names")
-    harder = hardenings(conditions.split(",") if conditions is not None else (), seed)
+    harder = hardenings(
+        (one.strip() for one in conditions.split(",")) if conditions is not None else (), seed
+    )
     sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
@@ -172,7 +174,11 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
         fields = [field.strip() for field in next(csv.reader([line]))]
         if len(fields) != 2 or not all(fields):
             raise UserError(f"{path}:{number} must hold a person or an image, a comma and a group")
-        group_of[fields[0]] = fields[1]
+        if group_of.setdefault(fields[0], fields[1]) != fields[1]:
+            raise UserError(
+                f"{path}:{number} puts {fields[0]!r} into {fields[1]!r}, an earlier line into "
+                f"{group_of[fields[0]]!r}: give each person or image one group"
+            )
     names = source.class_names
     found = [
         group_of.get(source.name(index))

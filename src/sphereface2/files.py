@@ -33,7 +33,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path``; a crash leaves the old file or the new, never a part."""
     temporary = _temporary(path)
     try:

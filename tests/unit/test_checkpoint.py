@@ -127,6 +127,15 @@ def test_the_last_one_from_before_the_loss_rose_is_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_loss_below_zero_may_be_good_too(tmp_path: Path) -> None:
+    for step, smoothed in enumerate((-10.0, -40.0, -5.0, 30.0), 1):  # as SFace's are
+        save(
+            tmp_path, step, smoothed_loss=smoothed, lowest_loss=min(smoothed, 30 * (step < 2) - 40)
+        )
+    good = Checkpointer(tmp_path, ALONE).last_good()
+    assert good is not None and good.name == "step-00000003"
+
+
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         Checkpointer(tmp_path, ALONE).find()

@@ -145,7 +145,10 @@ def test_a_fine_tuned_run_resumes_without_the_weights_it_started_from(run, faces
     assert not {"fc.weight", "norm.weight", "norm.running_mean"} & same
     shutil.rmtree(moved)
     assert cli.main(["fit", "--resume", str(folder), "--training.epochs", "2"]) == 0
-    capsys.readouterr()
+    for key, value in {"freeze": "[]", "lr_factors": "{fc: 0.1}"}.items():
+        again = ["fit", "--resume", str(folder), f"--training.{key}", value]
+        assert cli.main([*again, "--training.epochs", "3"]) == 2
+        assert f"{key}" in (told := capsys.readouterr().err) and "cannot be given to" in told
     assert cli.main(["fit", "--resume", str(folder), "--start-from", str(run)]) == 2
     assert (
         "--resume goes on with a run and --start-from starts a new one" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +14,16 @@ import pytest
 import torch
 from test_training_step import PEOPLE, batches, training_step
 
+from sphereface2 import backbones
+from sphereface2.backbones import bundle
 from sphereface2.data import embedding_table
 from sphereface2.errors import UserError
+from sphereface2.training import config
+from sphereface2.training import teacher as teachers
 from sphereface2.training.config import TeacherConfig
+from sphereface2.training.distributed import World
 from sphereface2.training.step import TrainingStep
-from sphereface2.training.teacher import Teacher
+from sphereface2.training.teacher import Teacher, open_teacher
 
 
 class Faces:
@@ -164,3 +170,64 @@ def test_prototypes_at_the_teachers_class_means() -> None:
         assert moved == (kind == "start")
     with pytest.raises(UserError, match=r"have 7 dimensions and the prototypes 512"):
         with_teacher(7, teacher__prototypes="start")
+
+
+# -- settings and the table of a model -----------------------------------------------------------
+
+
+FUSED = {"fused_head": True, "clip_norm": None}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "training", "message"),
+    [
+        ({"prototypes": "fixed"}, FUSED, "must not be fixed with training.fused_head"),
+        ({"labels": 0.5}, FUSED, r"labels must be 0 or 1 .*got 0\.5"),
+        ({"prototypes": "start"}, {"start_from": "runs/x"}, "both say where the head starts"),
+    ],
+)
+def test_settings_of_which_one_would_be_passed_over_are_refused(
+    teacher: dict[str, Any], training: dict[str, Any], message: str
+) -> None:
+    tree = {"teacher": teacher, "training": training, "head": {"streaming": True}}
+    with pytest.raises(UserError, match=message):
+        config.from_dict(tree)
+
+
+def test_settings_without_a_teacher_are_refused() -> None:
+    settings = config.from_dict({"teacher": {"weight": 80.0}})
+    place = World(0, 1, 0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"need teacher\.path"):
+        open_teacher(settings, Path(), place, Faces(), np.arange(4), np.arange(4))
+
+
+class Drawn(Faces):
+    """Three PNG files and a damaged one."""
+
+    def read(self, index: int) -> bytes:
+        drawn = np.random.default_rng(index).integers(256, size=(32, 32, 3)).astype(np.uint8)
+        return cv2.imencode(".png", drawn)[1].tobytes() if index != 2 else b"no image"
+
+
+def test_a_model_embeds_the_images_once_though_one_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    bundle.save(backbones.build("sfnet4", width=0.125, input_size=32), tmp_path / "model")
+    settings = config.from_dict(
+        {"teacher": {"path": str(tmp_path / "model")}, "data": {"max_unreadable": 0.3}}
+    )
+    place = World(0, 1, 0, 1, torch.device("cpu"))
+
+    def opened(count: int) -> str:
+        chosen = np.arange(count)
+        found = open_teacher(settings, tmp_path / "run", place, Drawn(), chosen, chosen)
+        assert found is not None and found.of(chosen)[2].norm() == 0
+        return found.fingerprint
+
+    first = opened(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "embed_together", None)  # nothing is embedded again
+        assert opened(4) == first
+        with pytest.raises(TypeError):
+            opened(3)  # of fewer images, though all of them have rows

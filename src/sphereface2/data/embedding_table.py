@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import digest, printable
+from sphereface2.files import atomic_write, digest, printable, writing
 
 SUFFIXES = (".parquet", ".npz")
 METADATA = b"sphereface2"
@@ -114,14 +115,16 @@ def read(path: Path) -> EmbeddingTable:
 def write_npz(
     path: Path, names: Sequence[str], embeddings: np.ndarray, metadata: dict[str, Any]
 ) -> None:
-    """Write a table that `read` takes back."""
-    with path.open("wb") as file:
-        arrays: dict[str, Any] = {
-            "name": np.array([printable(name) for name in names]),
-            "embedding": embeddings,
-            METADATA.decode(): np.array(json.dumps(metadata)),
-        }
-        np.savez(file, **arrays)
+    """Write a table that `read` takes back; it appears when it is complete."""
+    arrays: dict[str, Any] = {
+        "name": np.array([printable(name) for name in names]),
+        "embedding": embeddings,
+        METADATA.decode(): np.array(json.dumps(metadata)),
+    }
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    with writing(path):
+        atomic_write(path, content.getbuffer())
 
 
 def fingerprint(rows: np.ndarray) -> str:

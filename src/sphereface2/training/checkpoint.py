@@ -365,8 +365,8 @@ def _is_good(folder: Path) -> bool:
     """Whether a checkpoint's loss was not far above the least before it, as in a divergence."""
     try:
         progress = read_json(folder / PROGRESS)
-        # Version 0.1.0 did not note the least.
-        return bool(progress["smoothed_loss"] <= RISE * progress.get("lowest_loss", math.inf))
+        lowest = progress.get("lowest_loss", math.inf)  # not in version 0.1.0; may be below 0
+        return bool(progress["smoothed_loss"] - lowest <= (RISE - 1) * abs(lowest))
     except (OSError, KeyError, TypeError, ValueError):  # it is damaged
         return False
 

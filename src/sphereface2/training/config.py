@@ -324,6 +324,7 @@ def from_dict(
             tree = {**tree, section: {"name": name, **tree[section]}}
     config = sections.validated(RunConfig, tree, where, overridden)
     _check_components(config)
+    _check_prototypes(config)
     config.data.augmentation = _sized(tree, config, frozenset(overridden))
     return config
 
@@ -407,4 +408,26 @@ def _check_head(config: RunConfig) -> None:
         raise UserError(
             "weight_dtype bfloat16 would lose small steps to rounding; set training.fused_head to "
             "true, which rounds stochastically, or leave it out"
+        )
+
+
+def _check_prototypes(config: RunConfig) -> None:
+    """UserError where two settings would place or move the prototypes, of which one would win."""
+    teacher, training = config.teacher, config.training
+    if training.fused_head and teacher.prototypes == "fixed":
+        raise UserError(
+            "teacher.prototypes must not be fixed with training.fused_head, whose steps move them: "
+            "set it to start or leave fused_head out"
+        )
+    if training.fused_head and teacher.labels not in (0, 1):
+        raise UserError(
+            f"teacher.labels must be 0 or 1 with training.fused_head, got {teacher.labels:g}: the "
+            "prototypes take their step before the loss is weighted; change teacher.weight instead"
+        )
+    if training.start_from is None:
+        return
+    if teacher.prototypes != "random" and training.prototypes != "random":
+        raise UserError(
+            f"training.prototypes {training.prototypes} and teacher.prototypes "
+            f"{teacher.prototypes} both say where the head starts: set one of them to random"
         )

@@ -40,9 +40,15 @@ _FIXED = (
     "training.fused_momentum",
     "training.start_from",
     "training.prototypes",
+    # An optimiser has a state for what is trained, by its groups.
+    "training.freeze",
+    "training.freeze_batch_norm",
+    "training.lr_factors",
 )
 # Those that the configuration of every run has had, of whatever version.
 _SECTIONS = ("name", "output", "seed", "data", "backbone", "head", "training", "validation")
+# Sections without a fixed list of settings.
+_OPEN = ("backbone.", "head.", "training.lr_factors.")
 # How a head computes, not what.
 _HOW = ("streaming", "sharded", "chunk_size")
 # What still has an effect when everything is trained.
@@ -128,7 +134,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
         key: [old.get(key), new.get(key)]
         for key in sorted(old.keys() | new.keys())
         # A setting that the older version did not have is not a change.
-        if old.get(key) != new.get(key) and (key in old or key.startswith(("backbone.", "head.")))
+        if old.get(key) != new.get(key) and (key in old or key.startswith(_OPEN))
     }
     for key in changed:
         if needed := _idle(key, settings.training):

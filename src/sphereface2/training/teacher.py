@@ -14,6 +14,7 @@ from sphereface2.data.embedding_table import EmbeddingTable
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.files import digest
 from sphereface2.heads import Head
 from sphereface2.heads.base import unit_rows
 from sphereface2.heads.sharding import local
@@ -128,6 +129,8 @@ def open_teacher(
     """
     config = settings.teacher
     if config.path is None:
+        if config != TeacherConfig():
+            raise UserError("the other settings of teacher need teacher.path: give --teacher")
         return None
     path = Path(config.path)
     if path.suffix in embedding_table.SUFFIXES:
@@ -153,15 +156,15 @@ def _table_of_model(
     with Embedder.load(
         path, device=place.device, batch_size=settings.training.batch_size or 128
     ) as model:
-        about: dict[str, Any] = {"input": source.fingerprint(), "model": model.fingerprint}
+        about: dict[str, Any] = {
+            "input": source.fingerprint(),
+            "model": model.fingerprint,
+            "images": digest(np.asarray(indices, np.int64)),  # unreadable ones have no row
+        }
 
-        def known() -> bool:
-            if not file.exists():
-                return False
-            table = embedding_table.read(file)
-            return table.metadata == about and len(table.names) >= len(indices)
-
-        if not place.on_main(known):
+        if not place.on_main(
+            lambda: file.exists() and embedding_table.read(file).metadata == about
+        ):
             if place.is_main:
                 print(f"the teacher {path} embeds {len(indices):,} images", flush=True)
             embeddings, readable = embed_together(

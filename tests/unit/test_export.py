@@ -1,11 +1,14 @@
 """Exported networks against the networks they came from, read by ONNX Runtime and torch alone."""
 
+import hashlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -23,6 +26,7 @@ from sphereface2.errors import UserError
 from sphereface2.recognition import export as module
 from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.importing import import_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +80,6 @@ def float32(checkpoint):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A training set of 24 drawings, one file unreadable."""
-    import cv2
-
     root = tmp_path_factory.mktemp("drawn")
     for i, image in enumerate(faces(24)):
         (root / f"p{i // 4}").mkdir(exist_ok=True)
@@ -95,16 +97,19 @@ def drawn(tmp_path_factory):
         ("mobilefacenet", {"width": 0.125}, False),
     ],
 )
-def test_every_family_in_runtime_and_in_8_bits(name, options, int8, tmp_path, drawn):
+def test_every_family_in_both_runtimes_and_in_8_bits(name, options, int8, tmp_path, drawn):
     net = network(name, input_size=32, **options)
     folder = saved(net, tmp_path / "net")
     path = export(folder, to="onnx").path
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (1, 2, 5):
+    opencv = cv2.dnn.readNetFromONNX(str(path))
+    for batch in (1, 5, 2):
         images = torch.randn(batch, 3, 32, 32)
         (found,) = session.run(None, {"images": images.numpy()})
         wanted = net(images).detach().numpy()
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+        opencv.setInput(images.numpy())
+        np.testing.assert_allclose(opencv.forward(), found, atol=1e-5 * np.abs(found).max())
     if int8:
         quantised = export(folder, to="onnx", int8=True, calibration=drawn)
         assert quantised.bytes < 0.6 * path.stat().st_size
@@ -170,6 +175,46 @@ def test_torch_export_archive(checkpoint):
     assert json.loads(said[module.EXTRA_FILE]) == report.description
     images = torch.randn(3, 3, 32, 48)
     torch.testing.assert_close(program.module()(images), bundle.load(checkpoint)(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilefacenet", pytest.param("iresnet18", marks=pytest.mark.slow)]
+)
+def test_weights_of_arcface_torch(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_BATCHES", (1, 2))
+    net = backbones.build(name, std=(128.0, 100.0, 90.0), colour_order="BGR")
+    folder = saved(net.eval(), tmp_path / "net")
+    path = export(folder, to="arcface_torch").path
+    assert path == folder / "model.pt"
+    assert "RGB, mean 127.5, std 127.5" in capsys.readouterr().out
+    theirs = torch.load(path, weights_only=True)
+    facts = json.loads((Path(__file__).parents[1] / "assets/foreign_networks.json").read_text())
+    named = "\n".join(f"{key} {tuple(value.shape)}" for key, value in theirs.items())
+    wanted = facts[f"arcface_torch {name}"]
+    assert len(theirs) == wanted["tensors"]
+    assert hashlib.sha256(named.encode()).hexdigest() == wanted["names_sha256"]
+    out = import_weights(path, tmp_path / "again", from_="arcface_torch")
+    images = faces(2, seed=3)
+    rows = Embedder(bundle.load(out)).embed(images)
+    np.testing.assert_allclose(rows, Embedder(net).embed(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sfnet4", {"width": 0.125}, "no such network as this sfnet4: it has iresnet18, "),
+        ("iresnet18", {"width": 0.125}, "no such network as this iresnet18"),
+        ("mobilefacenet", {"activation": "relu"}, "of width 1 with prelu"),
+        ("mobilefacenet", {"input_size": 96}, "for images of 112 × 112"),
+        ("mobilefacenet", {"mean": (0.0, 0.0, 0.0)}, "trained with a mean of 0, 0, 0"),
+    ],
+)
+def test_networks_that_arcface_torch_has_not(name, options, message, tmp_path):
+    folder = saved(backbones.build(name, embedding_dim=8, **options), tmp_path / "net")
+    before = set(folder.iterdir())
+    with pytest.raises(UserError, match=message):
+        export(folder, to="arcface_torch")
+    assert set(folder.iterdir()) == before
 
 
 def test_int8_keeps_embeddings_float_and_tells_its_own_fingerprint(checkpoint, drawn, tmp_path):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sphereface2.backbones import bundle, iresnet, sfnet
 from sphereface2.backbones.base import Backbone
+from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.backbones.registry import build
 from sphereface2.errors import UserError
 
@@ -342,3 +343,52 @@ LAYOUTS: dict[str, tuple[Family, ...]] = {
     "opensphere": (_IRESNET, _SFNET),
 }
 """Projects, and the families of networks that they publish."""
+
+
+# -- the way back --------------------------------------------------------------------------------
+
+ARCFACE_TORCH = Preprocessing(std=(127.5, 127.5, 127.5))
+"""What ``arcface_torch`` does to its images, whatever the weights."""
+
+
+def as_arcface_torch(network: Backbone) -> Weights:
+    """The network's weights as ``arcface_torch`` names, orders and scales them.
+
+    Its code builds the networks of 112×112 images at full width alone and sees RGB as
+    (x - 127.5) / 127.5. Another scale or order of colours goes into the first convolution; another
+    mean cannot, because that convolution pads with zeros.
+
+    Raises:
+        UserError: it has no such network, or the mean is another.
+    """
+    name, expected = network.config["name"], network.preprocessing
+    known = [*iresnet.UNITS, "mobilefacenet"]
+    weights = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+    shapes = {}
+    if name in known:
+        with torch.device("meta"), bundle.uninitialised():
+            shapes = build(name, embedding_dim=network.embedding_dim).state_dict()
+    if [(k, v.shape) for k, v in shapes.items()] != [(k, v.shape) for k, v in weights.items()]:
+        raise UserError(
+            f"arcface_torch has no such network as this {name}: it has {', '.join(known)} of width "
+            "1 with prelu for images of 112 × 112"
+        )
+    if expected.mean != ARCFACE_TORCH.mean:
+        raise UserError(
+            "arcface_torch subtracts 127.5 from every pixel, and this network was trained with a "
+            f"mean of {', '.join(f'{one:g}' for one in expected.mean)}"
+        )
+    first = next(iter(weights))  # a convolution without bias
+    weights[first] = for_arcface_torch(network, weights[first], -1).contiguous()
+    return weights
+
+
+def for_arcface_torch(network: Backbone, x: Tensor, power: int = 1) -> Tensor:
+    """Images (B, 3, h, w) as the network sees them to what ``arcface_torch`` sees.
+
+    With ``power=-1``: filters of such images, so that the filtered images stay the same.
+    """
+    expected = network.preprocessing
+    scale = (x.new_tensor(expected.std) / ARCFACE_TORCH.std[0]).pow(power).view(1, 3, 1, 1)
+    scaled = x * scale
+    return scaled.flip(1) if expected.colour_order == "BGR" else scaled

@@ -1,4 +1,4 @@
-"""A trained network as one file for other runtimes: ONNX, ONNX in 8 bits, or torch.export."""
+"""A trained network as one file for others: ONNX, torch.export, or arcface_torch's weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from sphereface2 import console, onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
-from sphereface2.backbones import Backbone, bundle
+from sphereface2.backbones import Backbone, bundle, foreign
 from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
 from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
@@ -28,10 +28,11 @@ from sphereface2.errors import UserError, did_you_mean
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
+from sphereface2.recognition.quantising import quantised
 from sphereface2.recognition.shared_weights import share
 from sphereface2.version import __version__
 
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "arcface_torch": ".pt"}
 EXTRA_FILE = "sphereface2.json"
 """In a ``torch_export`` archive, what `METADATA_KEY` is in an ONNX file."""
 
@@ -77,16 +78,18 @@ def export(
     seed: int = 0,
     out: Path | None = None,
 ) -> Exported:
-    """Write a model as one ONNX file or torch.export archive, and check it against PyTorch.
+    """Write a model as one file for other programs, and check it against PyTorch.
 
-    The file takes normalised float32 images (batch, 3, h, w), batch ≥ 1, and gives embeddings
-    (batch, embedding_dim), not L2-normalised, as the network does. It describes itself in a JSON
-    object: under the metadata key ``sphereface2`` of an ONNX file, in the extra file
-    ``sphereface2.json`` of a ``torch_export`` archive.
+    An ONNX file or torch.export archive takes normalised float32 images (batch, 3, h, w),
+    batch ≥ 1, and gives embeddings (batch, embedding_dim), not L2-normalised, as the network does.
+    It describes itself in a JSON object: under the metadata key ``sphereface2`` of an ONNX file, in
+    the extra file ``sphereface2.json`` of a ``torch_export`` archive. For ``arcface_torch`` it is a
+    state dict alone, of an IResNet or MobileFaceNet under that project's names and for its
+    preprocessing.
 
     Args:
         checkpoint: A run, a model folder or its weights.
-        to: "onnx" or "torch_export".
+        to: "onnx", "torch_export" or "arcface_torch".
         int8: Quantise weights and activations to 8 bits (ONNX only).
         calibration: Training set on which the ranges of activations are measured; needed for
             `--int8`.
@@ -94,8 +97,8 @@ def export(
             `model.safetensors` beside it, in 16 or 32 bits.
         images: Number of its images to measure on, drawn without replacement.
         seed: Seed of that draw.
-        out: File to write; default: `model.onnx`, `model.int8.onnx` or `model.pt2` beside the
-            checkpoint. An existing file is replaced once the new one has been checked.
+        out: File to write; default: `model.onnx`, `model.int8.onnx`, `model.pt2` or `model.pt`
+            beside the checkpoint. An existing file is replaced once the new one has been checked.
 
     Raises:
         UserError: a wrong option, a missing package, a file that cannot be written, or a result
@@ -116,7 +119,7 @@ def export(
     if images < 1:
         raise UserError(f"the number of calibration images must be at least 1, not {images}")
     checkpoint = bundle.run_of(checkpoint)
-    if checkpoint.suffix in SUFFIXES.values() or (
+    if checkpoint.suffix in (".onnx", ".pt2") or (
         checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
     ):
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
@@ -150,13 +153,15 @@ def export(
             "metadata": net.metadata,
         }
         faces = _synthetic_faces(net) if source is None else _faces(net, source, images, seed)
-        program = trace(net)
         if to == "torch_export":
-            content = _archive(program, description)
+            content = _archive(trace(net), description)
+        elif to == "arcface_torch":
+            content = _state_dict(net)
+            description["preprocessing"] = foreign.ARCFACE_TORCH.to_dict()
         else:
-            model = _onnx(program, optimize=folder is None)
+            model = _onnx(trace(net), optimize=folder is None)
             if source is not None:
-                model = _quantised(model, faces[: -sum(_BATCHES)])
+                model = quantised(model, faces[: -sum(_BATCHES)])
                 description["fingerprint"] = digest(model.SerializeToString(deterministic=True))
                 description["calibration"] = {
                     "set_fingerprint": source.fingerprint(),
@@ -167,7 +172,7 @@ def export(
             if folder is not None:
                 model = share(model, folder)
             content = described(model, description)
-        cosines = _cosines(net, _runner(content, to, folder), faces[-sum(_BATCHES) :])
+        cosines = _cosines(net, _runner(content, to, folder, net), faces[-sum(_BATCHES) :])
     least, mean = float(cosines.min()), float(cosines.mean())
     bad = mean < PARITY_INT8 if int8 else least < PARITY
     if bad or not np.isfinite(mean):
@@ -262,6 +267,12 @@ def _archive(program: torch.export.ExportedProgram, description: dict[str, Any])
     return buffer.getvalue()
 
 
+def _state_dict(net: Backbone) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(foreign.as_arcface_torch(net), buffer)
+    return buffer.getvalue()
+
+
 def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> Any:
     """An onnx.ModelProto; batch normalisation after a convolution or linear layer is folded.
 
@@ -296,114 +307,24 @@ def described(model: Any, description: dict[str, Any]) -> bytes:
     return model.SerializeToString()
 
 
-def _quantised(model: Any, faces: list[Tensor]) -> Any:
-    """The model in 8 bits, with activation ranges (minimum and maximum) measured on ``faces``.
-
-    Activations are uint8, weights int8, one scale an output channel. Weights use 7 of their 8
-    bits: x86 processors without VNNI saturate sums of 8-bit products, and a file must give the
-    same embeddings everywhere. The embedding itself stays float.
-    """
-    import onnx
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantType,
-        quantize_static,
-    )
-    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = (faces[i : i + 32] for i in range(0, len(faces), 32))
-
-        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": torch.cat(batch).numpy()}
-
-    _integer_friendly(model)
-    # Otherwise the quantiser warns that its preparation, which is folding, was left out.
-    add_pre_process_metadata(model)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "quantised.onnx"
-        quantize_static(
-            model,
-            result,
-            Reader(),
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
-        )
-        return onnx.load(result)
-
-
-def _integer_friendly(model: Any) -> None:
-    """Write as convolutions what has no integer kernel and would go back to float each time.
-
-    Batch normalisation that could not be folded (before a padded convolution) is a 1×1 depthwise
-    convolution, and PReLU with a slope a channel is a·x + (1 − a)·max(x, 0). The same function, and
-    twice the speed of an IResNet in 8 bits.
-    """
-    from onnx import helper, numpy_helper
-
-    graph = model.graph
-    constants = {item.name: item for item in graph.initializer}
-
-    def constant(name: str) -> np.ndarray:
-        return numpy_helper.to_array(constants[name]).astype(np.float64)
-
-    def depthwise(x: str, weight: np.ndarray, bias: np.ndarray | None, y: str) -> Any:
-        inputs = [x]
-        for suffix, values in (("weight", weight.reshape(-1, 1, 1, 1)), ("bias", bias)):
-            if values is not None:
-                inputs.append(f"{y}.{suffix}")
-                graph.initializer.append(
-                    numpy_helper.from_array(values.astype(np.float32), inputs[-1])
-                )
-        return helper.make_node(
-            "Conv", inputs, [y], f"{y}.conv", group=len(weight), kernel_shape=[1, 1]
-        )
-
-    def is_image(name: str) -> bool:
-        return ranks.get(name) == 4
-
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
-    nodes = []
-    for node in graph.node:
-        x, y = node.input[0] if node.input else "", node.output[0]
-        known = all(name in constants for name in node.input[1:])
-        if node.op_type == "BatchNormalization" and known and is_image(x):
-            scale, shift, mean, variance = (constant(name) for name in node.input[1:])
-            epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-            factor = scale / np.sqrt(variance + epsilon)
-            nodes.append(depthwise(x, factor, shift - mean * factor, y))
-        elif node.op_type == "PRelu" and known and is_image(x) and constant(node.input[1]).size > 1:
-            slope = constant(node.input[1]).reshape(-1)
-            nodes += [
-                depthwise(x, slope, None, f"{y}.linear"),
-                helper.make_node("Relu", [x], [f"{y}.relu"], f"{y}.relu"),
-                depthwise(f"{y}.relu", 1 - slope, None, f"{y}.positive"),
-                helper.make_node("Add", [f"{y}.linear", f"{y}.positive"], [y], f"{y}.add"),
-            ]
-        else:
-            nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 # --- the check ------------------------------------------------------------------------------------
 
 
-def _runner(content: bytes, to: str, folder: Path | None) -> Callable[[Tensor], Tensor]:
+def _runner(
+    content: bytes, to: str, folder: Path | None, net: Backbone
+) -> Callable[[Tensor], Tensor]:
     if to == "onnx":
         network = OnnxNetwork(content, folder=folder)
         return lambda images: torch.from_numpy(network(images.numpy()))
+    if to == "arcface_torch":
+        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            file.write(content)
+            file.flush()
+            seen = foreign.ARCFACE_TORCH
+            found = foreign.load(
+                Path(file.name), to, mean=seen.mean, std=seen.std, colour=seen.colour_order
+            )
+        return lambda images: found.network(foreign.for_arcface_torch(net, images))
     return torch.export.load(io.BytesIO(content)).module()
 
 
@@ -420,11 +341,17 @@ def _cosines(
 
 
 def _print(result: Exported) -> None:
-    height, width = result.description["preprocessing"]["size"]
+    expected = result.description["preprocessing"]
+    height, width = expected["size"]
+    seen = "normalised"
+    if result.path.suffix == SUFFIXES["arcface_torch"]:  # which is silent about itself
+        seen = f"{expected['colour_order']}, " + ", ".join(
+            f"{name} {expected[name][0]:g}" for name in ("mean", "std")
+        )
     sizes = f"{', '.join(map(str, _BATCHES[:-1]))} and {_BATCHES[-1]}"
     console.show(
         f"{result.path}: {result.bytes / 1e6:.2f} MB, {result.description['precision']}",
-        f"  images      (batch, 3, {height}, {width}) float32, normalised",
+        f"  images      (batch, 3, {height}, {width}) float32, {seen}",
         f"  embeddings  (batch, {result.description['embedding_dim']}) float32",
         f"  agreement   cosine with PyTorch {result.cosine:.7f} on average, "
         f"{result.cosine_min:.7f} at least, in batches of {sizes}",

@@ -54,7 +54,7 @@ def test_an_endless_and_a_failing_part_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PARTS", {"endless": 5, "fails": 100})
     monkeypatch.setattr(run, "GRACE", 0)
     arguments = argparse.Namespace(
-        out=tmp_path / "out", seconds=200, tiny=True, device="cpu", data=tmp_path
+        out=tmp_path / "out", seconds=200, tiny=True, device="cpu", data=tmp_path, limits=run.PARTS
     )
     assert run.run(list(run.PARTS), arguments) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())

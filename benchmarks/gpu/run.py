@@ -186,9 +186,19 @@ def python_path(scratch: Path, log: IO[str]) -> str:
 
 
 def replace_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step. No torch is needed here, unlike in ``measure``."""
+    """Replace a JSON file in one step. No torch is needed here, unlike in ``measure``.
+
+    Places of this machine are left out: results are kept in the repository.
+    """
+    text = json.dumps(content, indent=1) + "\n"
+    for place, name in (
+        (f"{ROOT}{os.sep}", ""),
+        (sys.executable, "python"),
+        (f"{tempfile.gettempdir()}{os.sep}", ""),
+    ):
+        text = text.replace(place, name)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ def test_an_endless_and_a_failing_part_are_recorded(tmp_path, monkeypatch):
     assert (endless["status"], fails["status"]) == ("failed", "failed")
     assert "took more than 5 s and was ended" in endless["error"]
     assert fails["rows"] == [{"ran": True}]
+    assert "ZeroDivisionError" in fails["output"]
+    assert not re.search(f"{run.ROOT}/|{sys.executable}", json.dumps(results))
     assert "ZeroDivisionError" in fails["output"]
     assert results["environment"]["torch"] == torch.__version__
     assert len(list((tmp_path / "out").iterdir())) == 2

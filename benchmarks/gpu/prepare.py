@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from sphereface2.data.convert import Encoding, convert
+from sphereface2.data.convert import convert
 
 FOLDER = Path(__file__).resolve().parents[2] / ".gpu"
 WHEELS = (
@@ -45,13 +46,17 @@ def main() -> None:
     parser.add_argument("--wheels", action="store_true", help="download the packages")
     parser.add_argument("--python", default="3.12", help="version on the GPU machine")
     arguments = parser.parse_args()
-    encoding = Encoding("webp", arguments.quality, arguments.size)
+    smaller: dict[str, Any] = {
+        "encode": "webp",
+        "size": arguments.size,
+        "quality": arguments.quality,
+    }
     target = FOLDER / "faces"
     if arguments.faces is not None:
-        convert(arguments.faces, target, to="recordio", encoding=encoding)
+        convert(arguments.faces, target, to="recordio", **smaller)
     if arguments.pairs is not None:
         names = arguments.names or arguments.pairs.with_name(f"{arguments.pairs.stem}_pairs.txt")
-        convert(arguments.pairs, target / arguments.pairs.name, to="bin", encoding=encoding)
+        convert(arguments.pairs, target / arguments.pairs.name, to="bin", **smaller)
         if names.exists():
             shutil.copy(names, target / f"{arguments.pairs.stem}_pairs.txt")
     if arguments.wheels:

@@ -178,6 +178,42 @@ def test_torch_export_archive(checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        (
+            {"input_size": (48, 32), "mean": (100.0, 110.0, 120.0), "std": (60.0, 61.0, 62.0),
+             "colour_order": "BGR"},
+            112,
+        ),
+        ({"input_size": 128}, 224),
+    ],
+)  # fmt: skip
+def test_what_insightface_crops_and_normalises(options, side, tmp_path, capsys):
+    net = network("sfnet4", width=0.125, **options)
+    path = export(saved(net, tmp_path / "net"), to="insightface").path
+    assert path.name == "model.insightface.onnx"
+    assert f"(batch, 3, {side}, {side}) float32, RGB, mean 127.5, std" in capsys.readouterr().out
+    nodes = onnx.load(path).graph.node
+    # Which would make insightface feed it with pixels of 0 to 255.
+    assert not any(node.name.startswith(("Sub", "_minus")) for node in nodes[:8])
+    crops = [cv2.resize(image, (side, side)) for image in faces(3)]
+    blob = cv2.dnn.blobFromImages(
+        [crop[..., ::-1] for crop in crops], 1 / 127.5, (side, side), (127.5,) * 3, swapRB=True
+    )
+    wanted = Embedder(net, flip=False).embed(crops)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    opencv = cv2.dnn.readNetFromONNX(str(path))
+    opencv.setInput(blob)
+    for found in (session.run(None, {session.get_inputs()[0].name: blob})[0], opencv.forward()):
+        found = found / np.linalg.norm(found, axis=1, keepdims=True)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with pytest.raises(UserError, match="exported already"):
+        export(path, to="onnx")
+    again = Embedder(OnnxNetwork(path), flip=False)
+    np.testing.assert_allclose(again.embed(crops), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     "name", ["mobilefacenet", pytest.param("iresnet18", marks=pytest.mark.slow)]
 )
 def test_weights_of_arcface_torch(name, tmp_path, monkeypatch, capsys):

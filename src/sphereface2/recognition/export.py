@@ -1,4 +1,4 @@
-"""A trained network as one file for others: ONNX, torch.export, or arcface_torch's weights."""
+"""A trained network as one file for others: ONNX, torch.export, arcface_torch's weights."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from sphereface2.errors import UserError, did_you_mean
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, digest, writing
 from sphereface2.images import decode
+from sphereface2.recognition.as_insightface import AsInsightface
 from sphereface2.recognition.quantising import quantised
 from sphereface2.recognition.shared_weights import share
 from sphereface2.version import __version__
 
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "arcface_torch": ".pt"}
+SUFFIXES = {"onnx": ".onnx", "insightface": ".onnx", "torch_export": ".pt2", "arcface_torch": ".pt"}
 EXTRA_FILE = "sphereface2.json"
 """In a ``torch_export`` archive, what `METADATA_KEY` is in an ONNX file."""
 
@@ -83,13 +84,14 @@ def export(
     An ONNX file or torch.export archive takes normalised float32 images (batch, 3, h, w),
     batch ≥ 1, and gives embeddings (batch, embedding_dim), not L2-normalised, as the network does.
     It describes itself in a JSON object: under the metadata key ``sphereface2`` of an ONNX file, in
-    the extra file ``sphereface2.json`` of a ``torch_export`` archive. For ``arcface_torch`` it is a
-    state dict alone, of an IResNet or MobileFaceNet under that project's names and for its
-    preprocessing.
+    the extra file ``sphereface2.json`` of a ``torch_export`` archive. For ``insightface`` it is an
+    ONNX file of square images as the package insightface crops and normalises them. For
+    ``arcface_torch`` it is a state dict alone, of an IResNet or MobileFaceNet under that project's
+    names and for its preprocessing.
 
     Args:
         checkpoint: A run, a model folder or its weights.
-        to: "onnx", "torch_export" or "arcface_torch".
+        to: "onnx", "insightface", "torch_export" or "arcface_torch".
         int8: Quantise weights and activations to 8 bits (ONNX only).
         calibration: Training set on which the ranges of activations are measured; needed for
             `--int8`.
@@ -97,8 +99,9 @@ def export(
             `model.safetensors` beside it, in 16 or 32 bits.
         images: Number of its images to measure on, drawn without replacement.
         seed: Seed of that draw.
-        out: File to write; default: `model.onnx`, `model.int8.onnx`, `model.pt2` or `model.pt`
-            beside the checkpoint. An existing file is replaced once the new one has been checked.
+        out: File to write; default: `model.onnx`, `model.int8.onnx`, `model.insightface.onnx`,
+            `model.pt2` or `model.pt` beside the checkpoint. An existing file is replaced once the
+            new one has been checked.
 
     Raises:
         UserError: a wrong option, a missing package, a file that cannot be written, or a result
@@ -108,8 +111,8 @@ def export(
         raise UserError(
             f"cannot export to {to!r}{did_you_mean(to, SUFFIXES)}; there are {', '.join(SUFFIXES)}"
         )
-    if int8 and to != "onnx":
-        raise UserError("int8 is for ONNX: give --to onnx with --int8")
+    if int8 and SUFFIXES[to] != ".onnx":
+        raise UserError("int8 is for ONNX: give --to onnx or insightface with --int8")
     if int8 and calibration is None:
         raise UserError("int8 needs training faces to calibrate on: give --calibration SET")
     if calibration is not None and not int8:
@@ -123,21 +126,23 @@ def export(
         checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
     ):
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
-    path = _target(checkpoint, out, SUFFIXES[to], int8)
+    path = _target(checkpoint, out, to, int8)
     folder = bundle.resolve(checkpoint).resolve() if share_weights else None
     if folder is not None and path.parent.resolve() != folder:
         raise UserError(f"with --share-weights the file must lie beside its weights, in {folder}")
     source = open_source(calibration) if calibration is not None else None
-    if to == "onnx":
+    if SUFFIXES[to] == ".onnx":
         _require_onnx()
         import onnx
     net = bundle.load(checkpoint)
-    if to == "onnx" and (size := _bytes(net)) > _LIMIT:
+    if SUFFIXES[to] == ".onnx" and (size := _bytes(net)) > _LIMIT:
         raise UserError(
             f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less than "
             "2: give --to torch_export"
         )
     fingerprint = bundle.fingerprint(net)
+    if to == "insightface":
+        net = AsInsightface(net)
     with Console(stderr=True).status(f"exporting to {to}"):
         description: dict[str, Any] = {
             "format": FORMAT,
@@ -183,7 +188,7 @@ def export(
     with writing(path):
         atomic_write(path, content)
     result = Exported(path, len(content), mean, least, description)
-    _print(result)
+    _print(result, to)
     return result
 
 
@@ -198,10 +203,12 @@ def trace(net: Backbone) -> torch.export.ExportedProgram:
     return program
 
 
-def _target(checkpoint: Path, out: str | Path | None, suffix: str, int8: bool) -> Path:
+def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Path:
+    suffix = SUFFIXES[to]
     if out is None:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        return folder / f"model{'.int8' if int8 else ''}{suffix}"
+        kind = ".insightface" if to == "insightface" else ""
+        return folder / f"model{kind}{'.int8' if int8 else ''}{suffix}"
     path = Path(out)
     if path.suffix != suffix:
         raise UserError(f"{path} must end in {suffix}")
@@ -313,7 +320,7 @@ def described(model: Any, description: dict[str, Any]) -> bytes:
 def _runner(
     content: bytes, to: str, folder: Path | None, net: Backbone
 ) -> Callable[[Tensor], Tensor]:
-    if to == "onnx":
+    if SUFFIXES[to] == ".onnx":
         network = OnnxNetwork(content, folder=folder)
         return lambda images: torch.from_numpy(network(images.numpy()))
     if to == "arcface_torch":
@@ -340,11 +347,11 @@ def _cosines(
     return torch.cat(found).numpy()
 
 
-def _print(result: Exported) -> None:
+def _print(result: Exported, to: str) -> None:
     expected = result.description["preprocessing"]
     height, width = expected["size"]
     seen = "normalised"
-    if result.path.suffix == SUFFIXES["arcface_torch"]:  # which is silent about itself
+    if to in ("arcface_torch", "insightface"):  # whose users do not ask the file
         seen = f"{expected['colour_order']}, " + ", ".join(
             f"{name} {expected[name][0]:g}" for name in ("mean", "std")
         )

@@ -59,11 +59,11 @@ class Part:
         self.save(self.rows)
 
     @contextmanager
-    def measuring(self, **names: Any) -> Iterator[Row]:
-        """A row that is recorded at the end, with the error in it if the block fails.
+    def attempting(self, **names: Any) -> Iterator[Row]:
+        """A row that is recorded, with the error in it, only if the block fails.
 
         Running out of memory is a finding; any other error makes the part fail in the end, but
-        the rows after it are still measured.
+        what comes after it is still measured.
         """
         row: Row = dict(names)
         try:
@@ -75,7 +75,16 @@ class Part:
             self.failures += 1
         finally:
             release(self.device)
-        self.record(**row)
+        if "error" in row:
+            self.record(**row)
+
+    @contextmanager
+    def measuring(self, **names: Any) -> Iterator[Row]:
+        """A row that is recorded at the end, also if the block fails; see `attempting`."""
+        with self.attempting(**names) as row:
+            yield row
+        if "error" not in row:
+            self.record(**row)
 
 
 def synchronise(device: torch.device) -> None:

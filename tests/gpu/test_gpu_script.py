@@ -13,6 +13,7 @@ import torch
 
 from gpu import backbones, capacity, partial_fc, run, speedrun
 from gpu import heads as head_table
+from gpu import tests as device_tests
 from gpu.measure import Part
 from sphereface2 import heads
 
@@ -68,6 +69,28 @@ def test_an_endless_and_a_failing_part_are_recorded(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in fails["output"]
     assert results["environment"]["torch"] == torch.__version__
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_the_part_of_tests_keeps_what_was_found_before_its_time_was_up(tmp_path):
+    (tmp_path / "test_good.py").write_text(
+        "import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass"
+    )
+    (tmp_path / "test_bad.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('word', ['a b'])\n"
+        "def test_c(word): assert word == 'c'"
+    )
+    (tmp_path / "test_endless.py").write_text(
+        "import time\ndef test_d(): pass\ndef test_e(): time.sleep(60)"
+    )
+    part = Part(CPU, seconds=12)
+    device_tests.run(part, tmp_path)
+    bad, failure, endless, good = part.rows
+    assert (bad["failed"], bad["status"], failure["test"].split("::")[1]) == (1, 1, "test_c[a b]")
+    assert "assert 'a b' == 'c'" in failure["message"]
+    assert (endless["passed"], endless["status"]) == (1, "cut short")
+    assert good == {"module": "test_good", "passed": 1, "failed": 0, "skipped": 1, "status": 0}
+    assert part.failures == 2
 
 
 def test_an_unknown_part_is_refused():

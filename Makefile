@@ -38,6 +38,7 @@ test: install  ## run the tests
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## run the tests that take minutes
+	$(BIN)/pip install --quiet --editable '.[examples]'
 	$(BIN)/pytest -m slow --timeout 1800
 
 check: install  ## lint, format, types, direction of imports, declared packages

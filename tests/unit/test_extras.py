@@ -36,6 +36,7 @@ def test_all_holds_every_extra_for_use():
         "docs",
         "dev",
         "teacher-dlib",
+        "examples",
     }
     assert set(EXTRAS.values()) == names
 

@@ -115,6 +115,13 @@ def test_bad_batches_are_named(name, embeddings, labels, message):
         heads.build(name, 8, 5)(embeddings, labels)
 
 
+def test_trainers_that_pass_the_tuples_of_a_miner(name):
+    head, (x, labels) = heads.build(name, 8, 5).eval(), batch()
+    assert torch.equal(head(x, labels, None), head(x, labels))
+    with pytest.raises(ValueError, match="takes no tuples of a miner"):
+        head(x, labels, (labels, labels, labels))
+
+
 def test_extreme_inputs_give_finite_values(name):
     """cos = ±1 in both roles, a zero embedding, half precision, a batch of one."""
     head = heads.build(name, 4, 3)

@@ -75,6 +75,7 @@ def test_parity_with_pytorch_metric_learning(name, options, peer, peer_options, 
     expected = theirs(given_x, labels)
     loss = head(x, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(head.get_logits(x), theirs.get_logits(given_x))
     ours = torch.autograd.grad(loss, (x, head.weight))
     gradient_x, gradient_w = torch.autograd.grad(expected, (x, theirs.W))
     torch.testing.assert_close(ours[0], gradient_x, rtol=1e-5, atol=1e-7)
@@ -101,6 +102,7 @@ def test_softmax_is_a_linear_classifier():
     expected = F.cross_entropy(x @ w.T + head.bias, labels)
     compare(head, x, labels, expected, w)
     assert torch.equal(head.weight, w)
+    torch.testing.assert_close(head.get_logits(x), x @ w.T + head.bias)
 
 
 @pytest.mark.parametrize(

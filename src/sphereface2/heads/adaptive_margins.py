@@ -71,6 +71,11 @@ class SphereFace(SoftmaxHead):
         self.gamma, self.power = gamma, power
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits without margin, |x|·cos θ_i, (B, C)."""
+        lengths = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        return lengths * super().get_logits(embeddings) / self.scale
+
     def prepare(self, cos_y: Tensor, lengths: Tensor) -> None:
         if self.training:
             self.batches += 1

@@ -68,11 +68,12 @@ class Head(nn.Module):
             group; its start does not depend on the number of ranks.
 
     Calling a head with embeddings (B, d) of any floating type and labels (B,) of an integer type
-    returns the batch's loss, a scalar of at least float32. Autocast does not reach inside.
+    returns the batch's loss, a scalar of at least float32. Autocast does not reach inside. Trainers
+    of pytorch-metric-learning give None as a third argument where there is no miner.
 
     Raises:
         UserError: in the constructor, a value out of its range; in a call, shapes that do not fit,
-            an empty batch, or a label outside 0 … C - 1.
+            an empty batch, a label outside 0 … C - 1, or a miner's tuples.
     """
 
     scaling: ClassVar[frozenset[str]] = frozenset()
@@ -138,7 +139,9 @@ class Head(nn.Module):
         samples = len(x) * self.shard.size
         return self.chunk_size or default_chunk(x.device.type, samples, self.embedding_dim)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
+        if indices_tuple is not None:
+            raise UserError("a head compares with all prototypes and takes no tuples of a miner")
         labels = self.check_batch(embeddings, labels)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         dtype = torch.promote_types(dtype, torch.float32)

@@ -36,10 +36,13 @@ class Softmax(Head):
         super().__init__(embedding_dim, num_classes)
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(B, C), as pytorch-metric-learning names them."""
         dtype = embeddings.dtype
-        logits = F.linear(embeddings, self.weight.to(dtype), self.bias.to(dtype))
-        return F.cross_entropy(logits, labels)
+        return F.linear(embeddings, self.weight.to(dtype), self.bias.to(dtype))
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.get_logits(embeddings), labels)
 
 
 @register("normface")

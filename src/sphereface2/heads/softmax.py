@@ -61,6 +61,11 @@ class SoftmaxHead(Head):
         """z_i, a new (B, c), for any block of classes; a sample's own class in it is ignored."""
         return self.scale * cos
 
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits without margin, s·cos θ_i, (B, C), as pytorch-metric-learning names them."""
+        x = unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+        return self.scale * (x @ self.unit_weight(x.dtype).T)
+
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         x = unit_rows(embeddings)
         lengths = torch.linalg.vector_norm(embeddings, dim=1)

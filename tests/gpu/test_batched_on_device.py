@@ -15,6 +15,7 @@ STEPS = {
     "crop": {"crop": 1.0},
     "affine, crop, flip": {"affine": 0.7, "crop": 0.7, "flip": 0.5},
     "low_resolution": {"low_resolution": 1.0},
+    "light": {"light": 1.0},
     "photometric": {"photometric": 1.0},
     "jpeg": {"jpeg": 1.0},
     "erase": {"erase": 1.0},

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sphereface2.data import hardening
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.images import decode
@@ -173,14 +174,26 @@ def test_resize_is_antialiased_and_mixes_shapes():
 def test_every_draw_belongs_to_its_row():
     """An image's augmentation does not depend on its neighbours, only on its row of draws."""
     images = faces(6, 48)
-    everything = Augmentation(
-        32, 0.5, affine=0.5, crop=0.5, low_resolution=0.5, photometric=0.5, jpeg=0.5, erase=0.5
-    )
+    steps = ("affine", "crop", "low_resolution", "light", "photometric", "jpeg", "erase")
+    everything = Augmentation(32, 0.5, **dict.fromkeys(steps, 0.5))
     draws = everything.draw(6, np.random.default_rng(3))
     whole = everything.apply(images, draws)
     for rows in ([4, 1], [0], [5, 3, 2]):
         part = everything.apply([images[i] for i in rows], draws[rows])
         assert torch.equal(part, whole[rows])
+
+
+def test_a_lamp_lights_as_the_hardened_condition_and_moves_no_other_draw():
+    """By the same lamp the two agree; without lamps everything is drawn as it was before them."""
+    image = faces(1, 32)[0]
+    lamps = Augmentation(32, 0.0, light=1.0, light_ambient=hardening.AMBIENT)
+    draws = lamps.draw(1, np.random.default_rng(0))
+    draws[0, -3:] = 0.25, 15 / 90, 0.0  # a quarter of the way round, 15° up, no more than AMBIENT
+    lit = lamps.apply([image], draws)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(lit, hardening.light(image, 90.0, 15.0))
+    assert lit[-8:].mean() > 2 * lit[:8].mean()  # y points down
+    dark = Augmentation(32, light=0.0).draw(2, np.random.default_rng(0))
+    assert np.array_equal(dark, np.random.default_rng(0).random((2, 23), dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +202,7 @@ def test_every_draw_belongs_to_its_row():
         {"size": 4},
         {"flip": 1.5},
         {"jpeg": -0.1},
+        {"light_ambient": 1.5},
         {"crop_pad": 1.0},
         {"low_resolution_min": 0.0},
         {"jpeg_quality": 0},

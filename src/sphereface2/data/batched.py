@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sphereface2.data.hardening import FULL, GAMMA, normals
 from sphereface2.data.transforms import GREY, Augmentation, Plan
 
 
@@ -22,7 +23,7 @@ def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Te
     Args:
         augmentation: what may happen to them.
         images: uint8 (B, 3, H, W).
-        draws: float32 (B, 23), of `Augmentation.draw`.
+        draws: float32 (B, D), of `Augmentation.draw`.
 
     Returns:
         uint8 (B, 3, S, S) in channels-last memory, on the device of ``images``. The host does not
@@ -39,6 +40,7 @@ def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Te
         )
     for hit, step in (
         (plan.low, _low_resolution),
+        (plan.light, _relit),
         (plan.photometric, _photometric),
         (plan.jpeg, _jpeg),
         (plan.erase, _erase),
@@ -110,6 +112,21 @@ def _low_resolution(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
     for matrices in (down[which][:, None], up[which][:, None]):
         pixels = _grey_levels(matrices @ pixels.contiguous() @ matrices.mT)
     return pixels
+
+
+@functools.cache
+def _normals(side: int, device: torch.device) -> Tensor:
+    """(side², 3)."""
+    return torch.from_numpy(normals(side, side).astype(np.float32)).flatten(0, 1).to(device)
+
+
+def _relit(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+    side = pixels.shape[2]
+    lamp = _upload(plan.lamp[rows], pixels)
+    facing = (lamp[:, :3] @ _normals(side, pixels.device).T).clamp_min_(0)
+    ambient = lamp[:, 3:]
+    gain = (ambient + (1 - ambient) / FULL * facing).pow_(1 / GAMMA)
+    return _grey_levels(pixels * gain.view(-1, 1, side, side))
 
 
 def _photometric(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:

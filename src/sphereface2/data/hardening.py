@@ -7,6 +7,7 @@ The operations are pure functions; what differs between images is drawn by `Hard
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from sphereface2.errors import UserError, did_you_mean
 HEAD = 0.75
 #: Of the shade that a directional light leaves, of full light.
 AMBIENT = 0.08
-_GAMMA = 2.2
+#: Cosine to the lamp of a part that is lit as it was.
+FULL = 0.6
+GAMMA = 2.2
 
 
 def turn(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -64,12 +67,36 @@ def reduce(image: np.ndarray, side: int = 20) -> np.ndarray:
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def light(image: np.ndarray, degrees: float, elevation: float = 15.0) -> np.ndarray:
-    """Light the head, as if it were half a ball, by one lamp at its side.
+@functools.lru_cache(8)
+def normals(height: int, width: int) -> np.ndarray:
+    """float64 (H, W, 3): of half a ball as large as the image, to the right, down and towards the
+    camera; outside the ball they lie in the plane."""
+    y = ((np.arange(height) + 0.5) * 2 / height - 1)[:, None]
+    x = ((np.arange(width) + 0.5) * 2 / width - 1)[None]
+    length = np.maximum(1.0, np.hypot(x, y))
+    x, y = x / length, y / length
+    return np.stack([x, y, np.sqrt(np.maximum(0.0, 1 - x**2 - y**2))], -1)
 
-    In linear light (gamma 2.2) a pixel becomes v · (a + (1 - a) · max(0, n·l) / 0.6), clipped:
-    n the ball's normal, l the lamp's direction, a = `AMBIENT`. Parts that face the lamp are
-    overexposed.
+
+def relight(image: np.ndarray, facing: np.ndarray, ambient: float) -> np.ndarray:
+    """Light an image by one lamp: v · (a + (1 - a) · max(0, n·l) / 0.6) in linear light (gamma
+    2.2), clipped, so that parts that face the lamp are overexposed.
+
+    Args:
+        image: uint8 (H, W, 3).
+        facing: (H, W), n·l in [-1, 1], the cosine between the surface's normal and the lamp.
+        ambient: a, in [0, 1].
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    gain = ambient + (1 - ambient) * np.maximum(0.0, facing) / FULL
+    lit = image * (gain ** (1 / GAMMA))[..., None]
+    return np.rint(np.minimum(lit, 255.0)).astype(np.uint8)
+
+
+def light(image: np.ndarray, degrees: float, elevation: float = 15.0) -> np.ndarray:
+    """Light the head, as if it were half a ball, by one lamp at its side (`relight`).
 
     Args:
         image: uint8 (H, W, 3).
@@ -79,17 +106,15 @@ def light(image: np.ndarray, degrees: float, elevation: float = 15.0) -> np.ndar
     Returns:
         uint8 (H, W, 3).
     """
-    height, width = image.shape[:2]
-    y = ((np.arange(height) + 0.5) * 2 / height - 1)[:, None]
-    x = ((np.arange(width) + 0.5) * 2 / width - 1)[None]
-    length = np.maximum(1.0, np.hypot(x, y))  # outside the ball the normal lies in the plane
-    x, y = x / length, y / length
-    z = np.sqrt(np.maximum(0.0, 1 - x**2 - y**2))
     around, above = math.radians(degrees), math.radians(elevation)
-    facing = math.cos(above) * (math.cos(around) * x + math.sin(around) * y) + math.sin(above) * z
-    gain = AMBIENT + (1 - AMBIENT) * np.maximum(0.0, facing) / 0.6
-    lit = image * (gain ** (1 / _GAMMA))[..., None]
-    return np.rint(np.minimum(lit, 255.0)).astype(np.uint8)
+    lamp = np.array(
+        [
+            math.cos(above) * math.cos(around),
+            math.cos(above) * math.sin(around),
+            math.sin(above),
+        ]
+    )
+    return relight(image, normals(*image.shape[:2]) @ lamp, AMBIENT)
 
 
 def cover(image: np.ndarray, half: int, colour: Iterable[int]) -> np.ndarray:

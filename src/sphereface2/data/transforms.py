@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from sphereface2.data.hardening import normals, relight
 from sphereface2.errors import UserError, check_number
 
 # One image is far too small to be worth OpenCV's own threads, which fight with the workers'.
@@ -27,6 +28,8 @@ _AFFINE, _CROP, _LOW = 1, 2, 3
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
 _DRAWS = 23
+# Drawn only where there is a lamp, so that the draws of everything else stay as they are.
+_LIGHT, _AROUND, _ABOVE, _AMBIENT, _DRAWS_WITH_LIGHT = range(23, 28)
 #: Weights of red, green and blue in grey.
 GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
@@ -39,10 +42,11 @@ class Augmentation:
 
     In the order applied: mirror image; affine (rotation up to ``rotation`` degrees, scale within
     1 ± ``scale``); random crop with zero padding (a shift by up to ``crop_pad`` of the side);
-    low resolution (down to no less than ``low_resolution_min`` of the side, and back); photometric
-    jitter (brightness, contrast, saturation within 1 ± the strength); JPEG at a quality from
-    ``jpeg_quality`` to 95; erasing a rectangle of ``erase_area`` (smallest, largest share of the
-    area) by one random colour.
+    low resolution (down to no less than ``low_resolution_min`` of the side, and back); one lamp
+    from a random direction (as in `hardening.light`), with a share of ambient light from
+    ``light_ambient`` to 1; photometric jitter (brightness, contrast, saturation within 1 ± the
+    strength); JPEG at a quality from ``jpeg_quality`` to 95; erasing a rectangle of ``erase_area``
+    (smallest, largest share of the area) by one random colour.
 
     ``size`` is the side S of the result. Geometry is applied at the source's size, everything
     else after resizing, so strengths are relative to the side.
@@ -66,6 +70,10 @@ class Augmentation:
     """Probability of a smaller image, enlarged again."""
     low_resolution_min: float = 0.3
     """``low_resolution``: smallest side, as a share of the side."""
+    light: float = 0.0
+    """Probability of one lamp from any side or the front, and shade where it does not reach."""
+    light_ambient: float = 0.08
+    """``light``: least of the light that shade keeps."""
     photometric: float = 0.0
     """Probability of other brightness, contrast and saturation."""
     brightness: float = 0.2
@@ -89,7 +97,8 @@ class Augmentation:
                 check_number(f"augmentation.{name}", getattr(self, name), **bounds)
 
         check("size", least=8)
-        check("flip affine crop low_resolution photometric jpeg erase", least=0, most=1)
+        check("flip affine crop low_resolution light photometric jpeg erase", least=0, most=1)
+        check("light_ambient", least=0, most=1)
         check("scale crop_pad brightness contrast saturation", least=0, below=1)
         check("low_resolution_min", above=0, most=1)
         check("jpeg_quality", least=1, most=95)
@@ -107,13 +116,12 @@ class Augmentation:
         """Augment decoded images (H, W, 3) into uint8 (B, 3, S, S), channels-last."""
         return self.apply(images, self.draw(len(images), rng))
 
-    @staticmethod
-    def draw(count: int, rng: np.random.Generator) -> np.ndarray:
-        """float32 (count, 23) uniform draws, one row an image: all the randomness there is."""
-        return rng.random((count, _DRAWS), dtype=np.float32)
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """float32 (count, D) uniform draws, one row an image: all the randomness there is."""
+        return rng.random((count, _DRAWS_WITH_LIGHT if self.light else _DRAWS), dtype=np.float32)
 
     def apply(self, images: Sequence[np.ndarray], draws: np.ndarray) -> torch.Tensor:
-        """Augment by given draws (B, 23), one row an image."""
+        """Augment by given draws (B, D), one row an image."""
         batch = torch.empty((len(images), self.size, self.size, 3), dtype=torch.uint8)
         self.apply_into(batch, images, draws)
         return batch.permute(0, 3, 1, 2)
@@ -174,10 +182,10 @@ class Augmentation:
 
     @cached_property
     def _any_pixel_step(self) -> bool:
-        return bool((self._probabilities[_LOW:] > 0).any())
+        return bool(self.light or (self._probabilities[_LOW:] > 0).any())
 
     def plan(self, draws: np.ndarray) -> Plan:
-        """What draws (B, 23) do to the images of a batch."""
+        """What draws (B, D) do to the images of a batch."""
         hits = (draws[:, : len(self._probabilities)] < self._probabilities).T
         u = draws.T.astype(np.float64)
         angle = np.radians((2 * u[_ANGLE] - 1) * self.rotation)
@@ -189,8 +197,17 @@ class Augmentation:
         height = np.clip(np.rint((area * aspect) ** 0.5), 1, side)
         width = np.clip(np.rint((area / aspect) ** 0.5), 1, side)
         best = 95 - self.jpeg_quality
+        lit, lamp = np.zeros(len(draws), bool), np.zeros((len(draws), 4))
+        if self.light:
+            lit = draws[:, _LIGHT] < np.float32(self.light)
+            around, above = 2 * np.pi * u[_AROUND], np.pi / 2 * u[_ABOVE]
+            lamp[:, :2] = (np.cos(above) * (np.cos(around), np.sin(around))).T
+            lamp[:, 2] = np.sin(above)
+            lamp[:, 3] = self.light_ambient + (1 - self.light_ambient) * u[_AMBIENT]
         return Plan(
             **dict(zip(_STEPS, hits, strict=True)),
+            light=lit,
+            lamp=lamp,
             cos=np.where(hits[_AFFINE], scale * np.cos(angle), 1.0),
             sin=np.where(hits[_AFFINE], scale * np.sin(angle), 0.0),
             shift=np.where(hits[_CROP], u[_SHIFT_X : _SHIFT_Y + 1], np.nan),
@@ -203,19 +220,23 @@ class Augmentation:
             left=(u[_ERASE_X] * (side - width + 1)).astype(int),
             height=height.astype(int),
             width=width.astype(int),
-            colour=(256 * u[_RED:]).astype(int).T,
+            colour=(256 * u[_RED : _BLUE + 1]).astype(int).T,
             crop_pad=self.crop_pad,
         )
 
     def _pixel_steps(self, out: np.ndarray, plan: Plan) -> None:
-        """Low resolution, photometric jitter, JPEG and erasing, in place on (B, S, S, 3)."""
+        """Low resolution, lamp, photometric jitter, JPEG, erasing, in place on (B, S, S, 3)."""
         side = self.size
-        for i in np.flatnonzero(plan.low | plan.photometric | plan.jpeg | plan.erase).tolist():
+        hit = plan.low | plan.light | plan.photometric | plan.jpeg | plan.erase
+        for i in np.flatnonzero(hit).tolist():
             image = out[i]
             if plan.low[i]:
                 small = int(plan.small[i])
                 reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
                 cv2.resize(reduced, (side, side), dst=image, interpolation=cv2.INTER_LINEAR)
+            if plan.light[i]:
+                *lamp, ambient = plan.lamp[i].tolist()
+                image[...] = relight(image, normals(side, side) @ np.array(lamp), ambient)
             if plan.photometric[i]:
                 mean = float(GREY @ np.array(cv2.mean(image)[:3]))
                 cv2.transform(image, plan.colours(i, mean), dst=image)
@@ -249,6 +270,10 @@ class Plan:
     NaN: none."""
     small: np.ndarray
     """Side of the low resolution."""
+    light: np.ndarray
+    lamp: np.ndarray
+    """(B, 4): the lamp's direction to the right, down and towards the camera, and the ambient
+    light."""
     brightness: np.ndarray
     contrast: np.ndarray
     saturation: np.ndarray

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from command_line import ran
@@ -48,7 +49,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "base": {
             "data": {"train": str(data), "validation_people": 4, "test_people": 6},
             "backbone": {"name": "sfnet4", "width": 0.125, "input_size": 32, "embedding_dim": 16},
-            "training": {"epochs": 2, "batch_size": 16, "lr": 0.02, "device": "cpu"},
+            "training": {
+                "epochs": 2,
+                "batch_size": 16,
+                "lr": 0.02,
+                "device": "cpu",
+                "log_every": 2,
+                "log_similarities": True,
+            },
             "validation": {"every": 0, "pairs": [], "fars": [0.1]},
         },
         "seeds": [0],
@@ -76,6 +84,14 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert result["test"]["people"] == 6
     (sets,) = cells.glob("sets/*.json")
     assert result["pairs"][0]["fingerprint"] == sets.stem
+    # Six images of each of six people; the pairs' set names nobody.
+    embeddings = np.load(done.with_name("test.npy"))
+    assert embeddings.shape == (36, 16) and embeddings.dtype == np.float16
+    names = [one["name"] for one in result["transfer"]]
+    assert names == ["test", "test, low_resolution", "test, light"]
+    assert result["transfer"][0]["images"] == [6] * 6
+    assert [point["step"] for point in result["curve"]] == [2, 4, 6]
+    assert all(0 < point["pull"] <= 16 for point in result["curve"])
 
     told = ran("study", "report", study, "--cells", cells, "--out", tmp_path / "out")
     assert told.returncode == 0, told.stderr
@@ -86,7 +102,9 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert "1 of 2 done" in text and "- broken · all data · seed 0: error: " in text
 
     before = done.stat().st_mtime_ns
-    assert "2 cells, 1 done before" in ran("study", "run", study, "--cells", cells).stdout
+    # No time is left for the broken one.
+    again = ran("study", "run", study, "--cells", cells, "--seconds", "0")
+    assert again.returncode == 0 and "2 cells, 1 done before" in again.stdout
     assert done.stat().st_mtime_ns == before
 
 

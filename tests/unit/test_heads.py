@@ -220,3 +220,15 @@ def test_learns_to_separate(name):
     assert head(x, labels).item() < first
     cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(head.weight).T
     assert (cos.argmax(1) == labels).all()
+
+
+@pytest.mark.parametrize("name", ["sphereface2", "siglip", "sface", "sphereface", "cosface"])
+def test_gradients_by_cosine_are_those_of_the_prototypes(name: str) -> None:
+    head = heads.build(name, embedding_dim=6, num_classes=9).eval()
+    embeddings, labels = 3 * torch.randn(4, 6), torch.tensor([0, 3, 3, 8])
+    found = head.cosine_gradients(embeddings, labels)
+    assert found is not None and found.shape == (4, 9)
+    for row, x, label in zip(found, embeddings, labels, strict=True):
+        (gradient,) = torch.autograd.grad(head(x[None], label[None]), head.weight)
+        # A row of W gets the derivative by its cosine times the unit embedding.
+        torch.testing.assert_close(row, gradient @ torch.nn.functional.normalize(x, dim=0))

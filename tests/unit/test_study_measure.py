@@ -3,8 +3,16 @@ import pytest
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.one_threshold import all_pairs_at, uniform_accuracy
 from sphereface2.evaluation.verification import kfold_accuracy
-from sphereface2.study.measure import BINS, bits, describe_pairs, measure_pairs, measure_people
+from sphereface2.study.measure import (
+    BINS,
+    bits,
+    describe_pairs,
+    measure_pairs,
+    measure_people,
+    measure_transfer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +72,21 @@ def test_verdicts_by_pair_are_those_of_the_protocol():
     facts = describe_pairs(pair_set)
     assert np.array_equal(facts.people, pairs // 3)
     assert np.array_equal(bits(facts.same, 60), same)
+
+
+def test_a_threshold_on_other_people_is_that_of_all_pairs(people):
+    embeddings, labels = people
+    limits = [(1e-2, 0.62), (1e-3, 0.8), (None, -1.1)]
+    found = measure_transfer("lfw", "f", embeddings, labels, limits)
+    expected = all_pairs_at(embeddings, labels, [limit for _, limit in limits])
+    assert found.images == np.unique(labels, return_counts=True)[1].tolist()
+    for one, (asked, _), other in zip(found.thresholds, limits, expected, strict=True):
+        assert one.asked == asked
+        assert sum(one.accepts) == 2 * other.accepted
+        assert one.tar == pytest.approx(other.tar.value)
+    assert found.thresholds[0].tar > 0 and sum(found.thresholds[0].accepts) > 0
+    scores = embeddings @ embeddings.T
+    mine, others = labels == 10, labels != 10
+    assert found.thresholds[0].accepts[0] == (scores[np.ix_(mine, others)] >= 0.62).sum()
+    judged = measure_people(embeddings, labels)
+    assert judged.uniform == uniform_accuracy(embeddings, labels).share.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import markdown
@@ -110,7 +111,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for cell in design.trials(study):
         put(cell)
-    for cell in design.grid(study, runner.choose(study, cells)):
+    for cell in design.grid(study, runner.best_trials(study, partial(runner.read, cells))[0]):
         put(cell)
     return folder
 
@@ -139,7 +140,7 @@ def report(folder: Path, name: str = "study.yaml") -> str:
 def cells_of(folder: Path, **place: object) -> list[design.Cell]:
     """Cells of the grid at a place, for instance an arm and a seed."""
     study = design.load(folder / "study.yaml")
-    cells = design.grid(study, runner.choose(study, folder / "cells"))
+    cells = design.grid(study, runner.best_trials(study, partial(runner.read, folder / "cells"))[0])
     return [c for c in cells if all(getattr(c, key) == value for key, value in place.items())]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.images import decode
+from sphereface2.images import read_image
 
 _AHEAD = 256
 
@@ -26,6 +26,54 @@ class Table(NamedTuple):
     """int64 (n,): where each image ends in the file; an unreadable one has no bytes."""
     shapes: np.ndarray
     """int32 (n, 2): height and width."""
+
+
+class KeptSource:
+    """A set whose images are decoded when first read and kept by the process that reads them.
+
+    For a process that uses it many times over.
+
+    Args:
+        source: the set.
+        change: of an image and its index, once it is decoded.
+        keep: False: only the change is wanted.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        change: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        *,
+        keep: bool = True,
+    ) -> None:
+        self.labels, self.num_classes = source.labels, source.num_classes
+        self.class_names = source.class_names
+        self._source, self._change, self._keep = source, change, keep
+        self._images: dict[int, np.ndarray] = {}
+        #: What data sets of it have put on a device, by the device and the images.
+        self.placed: dict[tuple[str, bytes], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Any:
+        """Image ``index``, uint8 (H, W, 3)."""
+        if index in self._images:
+            return self._images[index]
+        image = read_image(self._source.read(index))
+        if self._change is not None:
+            image = self._change(image, index)
+        if self._keep:
+            self._images[index] = image
+        return image
+
+    def name(self, index: int) -> str:
+        """As the set names it."""
+        return self._source.name(index)
+
+    def fingerprint(self) -> str:
+        """The set's."""
+        return self._source.fingerprint()
 
 
 class DecodedPart:
@@ -60,7 +108,7 @@ class DecodedPart:
 
         def read(index: int) -> np.ndarray | None:
             try:
-                return decode(source.read(index))
+                return read_image(source.read(index))
             except (UserError, OSError):
                 return None
 

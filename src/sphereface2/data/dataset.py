@@ -19,7 +19,7 @@ from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
-from sphereface2.images import decode
+from sphereface2.images import read_image
 
 
 class Batch(NamedTuple):
@@ -83,7 +83,8 @@ class FaceDataset(Dataset[Batch]):
         self.cache: ImageCache | None = None
         #: uint8 (n, H, W, 3), where they are kept on a device; those that cannot be read are black.
         self.pixels: torch.Tensor | None = None
-        self._readable = np.ones(0, bool)
+        #: bool (n,), with ``pixels``: which are no stand-ins.
+        self.readable = np.ones(0, bool)
         self._unreadable: set[int] = set()
         self._buffers = _Buffers()
 
@@ -107,13 +108,13 @@ class FaceDataset(Dataset[Batch]):
         room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         check_room(math.prod(shape), room, len(self), f"the memory of {device}")
         self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._readable = np.ones(len(self), bool)
+        self.readable = np.ones(len(self), bool)
         chunk = np.empty((1024, *shape[1:]), np.uint8)
         for start in range(0, len(self), len(chunk)):
             count = min(len(chunk), len(self) - start)
             for row in range(count):
                 image = cache[start + row]
-                self._readable[start + row] = image is not None
+                self.readable[start + row] = image is not None
                 chunk[row] = 0 if image is None else image
             self.pixels[start : start + count] = torch.from_numpy(chunk[:count]).to(device)
 
@@ -124,7 +125,7 @@ class FaceDataset(Dataset[Batch]):
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
         if self.pixels is not None:
-            bad = np.flatnonzero(~self._readable[key.indices]).tolist()
+            bad = np.flatnonzero(~self.readable[key.indices]).tolist()
             where = upload(key.indices, self.pixels.device)
             kept = self.pixels.index_select(0, where).permute(0, 3, 1, 2)
             images = augment(self.augmentation, kept, draws).permute(0, 2, 3, 1)
@@ -160,7 +161,7 @@ class FaceDataset(Dataset[Batch]):
                 image = self.cache[position]
             else:
                 with contextlib.suppress(UserError, OSError):
-                    image = decode(self.source.read(int(self.indices[position])))
+                    image = read_image(self.source.read(int(self.indices[position])))
             if image is None:
                 bad.append(place)
             yield black if image is None else image

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -188,6 +188,46 @@ def _far_intervals(
     return [interval(np.concatenate(parts)) for parts in rates]
 
 
+class Boundary(NamedTuple):
+    """Where the binary classifiers of a head are undecided, margins aside: r·g(cos) + b = 0.
+
+    Attributes:
+        bias, r, t: b, of the head; r times the scale that it has learned, if it has.
+        g: -b/r.
+        reached: the cosine there, ±inf where no cosine reaches it.
+    """
+
+    bias: float
+    r: float
+    t: float
+    g: float
+    reached: float
+
+
+def boundary(metadata: Mapping[str, Any]) -> Boundary | None:
+    """That of the head that a network was trained with; None where it has no shared bias.
+
+    Args:
+        metadata: of the network; ``head`` holds ``bias``, ``r`` and ``t``, and maybe ``scale``.
+
+    Examples:
+        >>> boundary({"head": {"bias": -2.0, "r": 10.0, "t": 1.0}}).reached
+        0.2
+    """
+    head: Any = metadata.get("head")
+    try:
+        bias, r, t = (float(head[key]) for key in ("bias", "r", "t"))
+        r *= float(head.get("scale", 1.0))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    if not (math.isfinite(bias) and r > 0 and t >= 1):
+        return None
+    g = -bias / r
+    if not -1 <= g <= 1:
+        return Boundary(bias, r, t, g, math.copysign(math.inf, g))
+    return Boundary(bias, r, t, g, g if t == 1 else 2 * ((g + 1) / 2) ** (1 / t) - 1)
+
+
 @dataclass(frozen=True)
 class UniformAccuracy:
     """How many images one threshold can serve.
@@ -244,15 +284,22 @@ def uniform_accuracy(
             np.fill_diagonal(scores, np.inf)
             lowest[first:last] = scores.min(axis=1)
     judged = np.isfinite(lowest)
-    return _best_threshold(
+    return best_threshold(
         lowest[judged], tiles.nearest_other[judged], people[judged], replicates, seed
     )
 
 
-def _best_threshold(
-    lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, replicates: int, seed: int
+def best_threshold(
+    lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, replicates: int = 0, seed: int = 0
 ) -> UniformAccuracy:
-    """The threshold t that most images have in (highest impostor, lowest genuine]."""
+    """The threshold t that most images have in (highest impostor, lowest genuine].
+
+    Args:
+        lowest: (N,), the least genuine score of each image of a person with several.
+        highest: (N,), its greatest impostor score.
+        people: (N,), whose it is.
+        replicates, seed: as in `uniform_accuracy`.
+    """
     served = highest < lowest
     places = np.unique(lowest[served]) if served.any() else lowest[:1]
     # Images whose interval opens at or below the place, less those that it has closed before.

@@ -152,6 +152,18 @@ class Head(nn.Module):
         """Scalar loss of a checked batch: embeddings (B, d) in float32 or 64, labels (B,) int64."""
         raise NotImplementedError
 
+    def cosine_gradients(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
+        """∂L/∂cos θ_i of each sample, (B, C) in float32, for inspection.
+
+        Args:
+            embeddings: (B, d) float32, of which no gradient is taken.
+            labels: (B,) int64.
+
+        Returns:
+            None where the loss is no function of the cosines, or W is sharded.
+        """
+        return None
+
     def unit_weight(self, dtype: torch.dtype) -> Tensor:
         """Renormalise the rows of `weight` in place and return it, (C, d), as `dtype`."""
         # Through .data, unseen by autograd: a backward pass still waiting for these rows may go

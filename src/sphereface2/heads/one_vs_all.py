@@ -66,6 +66,16 @@ class OneVersusAllHead(Head):
         losses = OneVersusAll.apply(x, w, self.bias.to(x.dtype), labels, self.margin)
         return losses.mean() * self.loss_weight
 
+    @torch.no_grad()
+    def cosine_gradients(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
+        if self.shard.group is not None:
+            return None
+        x = self.directions(embeddings)
+        cos = x @ self.unit_weight(x.dtype).T
+        terms = block_terms_(self.margin, cos, self.bias.to(x.dtype), Own(labels))
+        scale = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return terms.dcos * scale * self.loss_weight
+
     def _streamed(self, x: Tensor, labels: Tensor) -> Tensor:
         update = self.fused if self.training and torch.is_grad_enabled() else None
         weight = local(self.weight if self.fused is None else self.weight.detach())

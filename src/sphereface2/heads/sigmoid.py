@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
@@ -90,11 +90,14 @@ class SigmoidLoss(SphereFace2):
     Args:
         embedding_dim: d, ≥ 1.
         num_classes: C, ≥ 2.
-        s: scale at the start, > 0.
+        s: scale at the start, > 0; "norm": each embedding's own norm takes its place, as in
+            `SphereFace`.
+        scale_rate: factor on the gradient of t', and so on its rate of SGD, > 0. With the rate of
+            prototypes the scale falls to 0 before they are of any use.
         bias, bias_start, scaling: as in `SphereFace2`; the published start is -10.
 
     Attributes:
-        log_scale: () parameter, t'.
+        log_scale: () parameter, t'; None with "norm".
 
     Example:
         >>> head = SigmoidLoss(embedding_dim=8, num_classes=10)
@@ -107,25 +110,35 @@ class SigmoidLoss(SphereFace2):
         embedding_dim: int,
         num_classes: int,
         *,
-        s: float = 10.0,
+        s: float | Literal["norm"] = 10.0,
+        scale_rate: float = 1.0,
         bias: Bias = "learned",
         bias_start: BiasStart | float = -10.0,
         **scaling: Unpack[Scaling],
     ) -> None:
-        check_number("s", s, above=0)
+        if s != "norm":
+            check_number("s", s, above=0)
+        check_number("scale_rate", scale_rate, above=0)
         plain: dict[str, Any] = {"lam": 0.5, "r": 1.0, "m": 0.0, "t": 1.0, "loss_weight": 2.0}
         super().__init__(
             embedding_dim, num_classes, bias=bias, bias_start=bias_start, **plain, **scaling
         )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(s)))
+        self.scale_rate = scale_rate
+        self.log_scale = None if s == "norm" else nn.Parameter(torch.tensor(math.log(s)))
 
     def directions(self, embeddings: Tensor) -> Tensor:
-        scale = self.log_scale
+        if self.log_scale is None:
+            return embeddings
+        # The gradient is that of the whole, times the rate.
+        scale = self.log_scale * self.scale_rate
+        scale = scale + (self.log_scale - scale).detach()
         if self.shard.group is not None:
             scale = _MeanGradient.apply(scale, self.shard)
         return unit_rows(embeddings) * scale.exp().to(embeddings.dtype)
 
     def summary(self) -> dict[str, Any]:
+        if self.log_scale is None:  # differs from image to image
+            return super().summary() | {"r": None}
         return super().summary() | {"scale": self.log_scale.exp().item()}
 
 

@@ -72,13 +72,23 @@ class SoftmaxHead(Head):
         if self.streaming:
             return streamed_softmax(self, x, lengths, labels, self.chunk(x))
         cos = x @ self.unit_weight(x.dtype).T
+        with torch.no_grad():
+            self.prepare(cos.gather(1, labels[:, None])[:, 0], lengths)
+        return F.cross_entropy(self._logits(cos, lengths, labels), labels)
+
+    def _logits(self, cos: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         own = labels[:, None]
         cos_y = cos.gather(1, own)[:, 0]
-        with torch.no_grad():
-            self.prepare(cos_y, lengths)
         z_y = self.positive_logit(cos_y, lengths)
-        logits = self.negative_logits(cos, cos_y, lengths).scatter_(1, own, z_y[:, None])
-        return F.cross_entropy(logits, labels)
+        return self.negative_logits(cos, cos_y, lengths).scatter_(1, own, z_y[:, None])
+
+    def cosine_gradients(self, embeddings: Tensor, labels: Tensor) -> Tensor | None:
+        lengths = torch.linalg.vector_norm(embeddings, dim=1).detach()
+        unit = unit_rows(embeddings).detach()
+        cos = (unit @ self.unit_weight(unit.dtype).T).detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(self._logits(cos, lengths, labels), labels, reduction="sum")
+        return torch.autograd.grad(loss, cos)[0]
 
 
 def sine(cos: Tensor) -> Tensor:

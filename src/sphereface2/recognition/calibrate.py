@@ -23,6 +23,7 @@ from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
+from sphereface2.evaluation.one_threshold import boundary
 from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
@@ -36,7 +37,7 @@ class SharedBias:
     A face is the head's person i when r·g(cos) + b > 0, which is g(cos) > -b/r.
 
     Attributes:
-        bias, r, t: of the head.
+        bias, r, t: of the head; r times the scale that it has learned, if it has.
         g: -b/r.
         similarity: the cosine there; None where no cosine reaches it.
         far, tar: shares of impostor and of genuine pairs with at least that similarity.
@@ -164,18 +165,11 @@ def shared_bias(
         scores: (P,) cosines.
         same: bool (P,), True for genuine pairs.
     """
-    head = metadata.get("head")
-    try:
-        bias, r, t = (float(head[key]) for key in ("bias", "r", "t"))  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
+    if (found := boundary(metadata)) is None:
         return None
-    if not (math.isfinite(bias) and r > 0 and t >= 1):
-        return None
-    g = -bias / r
-    similarity = 2 * ((g + 1) / 2) ** (1 / t) - 1 if -1 <= g <= 1 else None
-    reached = math.inf if g > 1 else -math.inf if g < -1 else similarity
-    far, tar = (float(np.mean(scores[kind] >= reached)) for kind in (~same, same))
-    return SharedBias(bias, r, t, g, similarity, far, tar)
+    far, tar = (float(np.mean(scores[kind] >= found.reached)) for kind in (~same, same))
+    similarity = found.reached if math.isfinite(found.reached) else None
+    return SharedBias(found.bias, found.r, found.t, found.g, similarity, far, tar)
 
 
 def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:

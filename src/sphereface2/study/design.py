@@ -12,6 +12,8 @@ arms:
 conditions:                     # each arm under each; the first is where trials are judged
   clean: {}
   uniform 20 %: {data.label_noise.share: 0.2}
+finals:                         # only the best arms of each group run with every seed
+- {arms: [cosface, arcface], best: 1}
 sweeps:                         # one setting of one arm varied alone, under the first condition
   λ: {arm: sphereface2-c, key: head.lam, values: [0.3, 0.5, 0.9], seeds: [0]}
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +49,7 @@ settings no longer give equal results.
 WITHOUT_EFFECT = {
     "": ("name", "output"),
     "data": ("train", "workers", "cache"),
-    "training": ("threads", "checkpoint_every", "log_every"),
+    "training": ("threads", "checkpoint_every", "log_every", "log_similarities"),
 }
 """The settings that change neither what is learned nor what is measured, by section."""
 
@@ -78,6 +80,15 @@ class Sweep:
 
 
 @dataclass
+class Finals:
+    """A group of arms, of which those whose trials did best run with every seed and condition."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    arms: list[str]
+    best: int = 1
+
+
+@dataclass
 class Selection:
     """How a trial is chosen."""
 
@@ -102,12 +113,22 @@ class Study:
     pairs: list[str] = field(default_factory=lambda: ["auto"])
     """Verification sets to judge finished cells on; ``auto``: those that lie with the data."""
     conditions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all data": {}})
+    finals: list[Finals] = field(default_factory=list)
+    """If there are any, an arm that does not come first in its group ends with its trials."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
 
     @property
     def tuning_seed(self) -> int:
         return self.seeds[0] if self.selection.seed is None else self.selection.seed
+
+    def only(self, arms: Collection[str]) -> Study:
+        """The study of some of its arms."""
+        return replace(
+            self,
+            arms={name: arm for name, arm in self.arms.items() if name in arms},
+            sweeps={name: sweep for name, sweep in self.sweeps.items() if sweep.arm in arms},
+        )
 
     @property
     def first_condition(self) -> str:
@@ -184,17 +205,44 @@ def trials(study: Study) -> list[Cell]:
     ]
 
 
-def grid(study: Study, chosen: dict[str, dict[str, Any]]) -> list[Cell]:
-    """Arms × conditions × seeds, then the sweeps; ``chosen`` has each tuned arm's trial.
+def finalists(study: Study, figures: Mapping[str, float]) -> list[str]:
+    """The arms that run with every seed, as far as that is decided.
 
-    Seed by seed, so that an unfinished study has something on everything.
+    Args:
+        study: what to run.
+        figures: of arms that are tuned to the end, the figure of the best trial.
     """
+    if not study.finals:
+        return list(study.arms)
+    found = []
+    for group in study.finals:
+        known = [arm for arm in group.arms if arm in figures]
+        if len(known) == len(group.arms) or len(group.arms) <= group.best:
+            found += sorted(known, key=lambda arm: -figures[arm])[: group.best]
+    return [arm for arm in study.arms if arm in found]
+
+
+def grid(
+    study: Study, chosen: dict[str, dict[str, Any]], finals: Collection[str] | None = None
+) -> list[Cell]:
+    """Arms × conditions × seeds, then the sweeps.
+
+    Condition by condition and in each seed by seed, so that an unfinished study has something on
+    every arm.
+
+    Args:
+        study: what to run.
+        chosen: each tuned arm's trial.
+        finals: the `finalists`; the other arms have one cell, that of their trial. None: all are.
+    """
+    trial = study.first_condition, study.tuning_seed
     cells = [
         _cell(study, name, condition, seed, "grid", chosen.get(name, {}))
-        for seed in study.seeds
         for condition in study.conditions
+        for seed in study.seeds
         for name, arm in study.arms.items()
         if arm.only is None or condition in arm.only
+        if finals is None or name in finals or (condition, seed) == trial
     ]
     for sweep_name, sweep in study.sweeps.items():
         for seed in sweep.seeds or study.seeds[:1]:
@@ -290,7 +338,8 @@ def _read(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _check(study: Study, path: Path) -> None:
     if not study.arms or not study.seeds or not study.conditions:
         raise UserError(f"{path} needs at least one arm, one seed and one condition")
-    for name in [study.baseline, *(sweep.arm for sweep in study.sweeps.values())]:
+    swept = [sweep.arm for sweep in study.sweeps.values()]
+    for name in [study.baseline, *swept, *(arm for group in study.finals for arm in group.arms)]:
         if name is not None and name not in study.arms:
             raise UserError(
                 f"{path} names the arm {name}{did_you_mean(name, study.arms)}, "
@@ -302,6 +351,9 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(
             f"{path}: arms must be tuned alike, but their numbers of trials differ ({numbers})"
         )
+    for name in (arm for group in study.finals for arm in group.arms):
+        if not study.arms[name].trials:
+            raise UserError(f"{path}: finals are decided by trials, and {name} has none")
     for name, arm in study.arms.items():
         for condition in arm.only or []:
             if condition not in study.conditions:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from sphereface2.data.pairs import PairSet
-from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.all_pairs import count_pairs, evaluate_all_pairs, sorted_rows
+from sphereface2.evaluation.one_threshold import best_threshold
 from sphereface2.evaluation.results import OperatingPoint
 from sphereface2.evaluation.verification import allowed_accepts, kfold_accuracy
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 OWN_FARS = (1e-2, 1e-3)
+TRANSFERRED = (1e-2, 1e-3, 1e-4)
+"""FARs whose thresholds on the validation people are used on other sets."""
 BINS = np.linspace(-1, 1, 101)
 
 
@@ -45,6 +49,8 @@ class PeopleMeasures:
         found: those of them whose nearest other image shows the person.
         rank1: sum of ``found`` over sum of ``probes``.
         genuine_scores, impostor_scores: their distributions.
+        uniform: the largest share of ``probes`` that one threshold serves, which has every other
+            image of the person at least at it and everybody else below; None in old cells.
     """
 
     people: int
@@ -61,11 +67,47 @@ class PeopleMeasures:
     rank1: float
     genuine_scores: ScoreDistribution
     impostor_scores: ScoreDistribution
+    uniform: float | None = None
 
     @property
     def gap(self) -> float:
         """Distance of the genuine mean from the impostor mean, nan where it is 0."""
         return self.genuine_scores.mean - self.impostor_scores.mean or float("nan")
+
+
+@dataclass(frozen=True)
+class FixedThreshold:
+    """A threshold that was not chosen on the set that it is used on.
+
+    Attributes:
+        asked: the FAR that it has on the validation people; None: where the head's binary
+            classifiers are undecided, which is -b/r for t = 1.
+        threshold: a pair is accepted at a similarity of at least this.
+        tar: share of the genuine pairs that are accepted.
+        accepts: of each person, the impostor pairs that are accepted.
+    """
+
+    asked: float | None
+    threshold: float
+    tar: float
+    accepts: list[int]
+
+
+@dataclass(frozen=True)
+class TransferMeasures:
+    """Thresholds of the validation people on all pairs of other images.
+
+    Attributes:
+        name: of the set of images.
+        units: names its people: sets with equal ``units`` have the same.
+        images: of each person, in ascending order of label.
+        thresholds: one for each of `TRANSFERRED`, and the head's own if it has one.
+    """
+
+    name: str
+    units: str
+    images: list[int]
+    thresholds: list[FixedThreshold]
 
 
 @dataclass(frozen=True)
@@ -132,6 +174,7 @@ def measure_people(embeddings: np.ndarray, labels: np.ndarray) -> PeopleMeasures
         probes=sums.probes.tolist(),
         found=sums.found.tolist(),
         rank1=float(sums.found.sum() / sums.probes.sum()),
+        uniform=best_threshold(*sums.bounds_of_images()).share.value,
         genuine_scores=_distribution(sums.moments[0], sums.histograms[0]),
         # Each impostor pair was met twice, once from either side.
         impostor_scores=_distribution(sums.moments[1], sums.histograms[1] // 2),
@@ -148,6 +191,16 @@ class _Sums:
         self.own_threshold = np.full((len(OWN_FARS), people), np.nan)
         self.moments = np.zeros((2, 3))  # genuine, impostor: count, sum, sum of squares
         self.histograms = np.zeros((2, len(BINS) - 1), np.int64)
+        self.sides: list[tuple[np.ndarray, np.ndarray, int]] = []
+
+    def bounds_of_images(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of images of people with several: least genuine and greatest impostor score, whose."""
+        lowest, highest, people = zip(*self.sides, strict=True)
+        return (
+            np.concatenate(lowest),
+            np.concatenate(highest),
+            np.repeat(people, [len(part) for part in lowest]),
+        )
 
     def add(self, person: int, scores: np.ndarray, first: int, last: int) -> None:
         """Count a person's images, rows ``first`` to ``last``, by their scores with all images."""
@@ -165,13 +218,64 @@ class _Sums:
                 rejected = np.partition(impostors, place)[place]
                 self.own_threshold[k, person] = np.nextafter(rejected, np.float32(np.inf))
         if last - first > 1:
+            nearest = others.max(axis=1)
+            np.fill_diagonal(same, np.inf)
+            self.sides.append((same.min(axis=1), nearest, person))
             np.fill_diagonal(same, -np.inf)
             self.probes[person] = last - first
-            self.found[person] = (same.max(axis=1) > others.max(axis=1)).sum()
+            self.found[person] = (same.max(axis=1) > nearest).sum()
         for row, values in enumerate((genuine, impostors)):
             wide = values.astype(np.float64)
             self.moments[row] += len(wide), wide.sum(), (wide**2).sum()
-            self.histograms[row] += np.histogram(np.clip(values, -1, 1), BINS)[0]
+            self.histograms[row] += np.histogram(np.clip(values, -1, 1), len(BINS) - 1, (-1, 1))[0]
+
+
+def measure_transfer(
+    name: str,
+    units: str,
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Sequence[tuple[float | None, float]],
+) -> TransferMeasures:
+    """What each threshold, given with the FAR asked of it, does on all pairs of a set.
+
+    Args:
+        name, units: of `TransferMeasures`.
+        embeddings: float32 (N, d) of length 1.
+        labels: int (N,).
+        thresholds: FAR and similarity.
+    """
+    rows, people = sorted_rows(embeddings, labels)
+    count_pairs(people)
+    starts = np.searchsorted(people, np.arange(people[-1] + 2))
+    limits = np.array([limit for _, limit in thresholds], np.float32)
+    hits, accepts = np.zeros((2, len(limits), len(starts) - 1), np.int64)
+    first = 0
+    while first < len(starts) - 1:  # some whole people at a time
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + 1024)) - 1)
+        begin, end = starts[first], starts[last]
+        scores = rows[begin:end] @ rows.T
+        above = np.stack([(scores >= limit).sum(1) for limit in limits])
+        for person in range(first, last):
+            a, b = starts[person] - begin, starts[person + 1] - begin
+            same = scores[a:b, starts[person] : starts[person + 1]]
+            within = same[None] >= limits[:, None, None]
+            accepts[:, person] = above[:, a:b].sum(1) - within.sum((1, 2))
+            hits[:, person] = within[:, *np.triu_indices(b - a, 1)].sum(1)
+        first = last
+    images = np.diff(starts)
+    genuine = (images * (images - 1) // 2).sum()
+    return TransferMeasures(
+        name,
+        units,
+        images.tolist(),
+        [
+            FixedThreshold(asked, float(limit), float(hit.sum() / genuine), accepted.tolist())
+            for (asked, _), limit, hit, accepted in zip(
+                thresholds, limits, hits, accepts, strict=True
+            )
+        ],
+    )
 
 
 def measure_pairs(scores: np.ndarray, pair_set: PairSet, fingerprint: str) -> PairMeasures:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +144,11 @@ def load(path: Path, cells: Path) -> Results:
             judged on different versions of a verification set.
     """
     study = design.load(path)
-    chosen = runner.best_trials(study, cells)
+    chosen, best = runner.best_trials(study, partial(runner.read, cells))
     trials = distinct(design.trials(study))
     # The cells of an arm without a choice are not known yet, only how many they are.
-    known = replace(
-        study,
-        arms={name: arm for name, arm in study.arms.items() if name in chosen},
-        sweeps={name: sweep for name, sweep in study.sweeps.items() if sweep.arm in chosen},
-    )
-    grid = design.grid(known, chosen)
+    finals = design.finalists(study, {arm: best.get(arm, -1.0) for arm in study.arms})
+    grid = design.grid(study.only(chosen), chosen, finals)
     pending = sum(_count(study, name) for name in study.arms if name not in chosen)
     judged = {cell.key for cell in grid}
     found, failures = {}, {}

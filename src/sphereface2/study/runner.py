@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -39,7 +40,9 @@ CELLS = Path("runs/study")
 """Where studies keep their runs by default."""
 
 
-def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
+def run_study(
+    path: Path, /, *, cells: Path = CELLS, jobs: int = 1, seconds: float | None = None
+) -> None:
     """Train the runs of a study that are not finished yet.
 
     Trials come first, then the grid and the sweeps. A run has a folder ``cells/KEY``, whatever
@@ -51,7 +54,8 @@ def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
     Args:
         path: YAML file of the study, as in `configs/study/`.
         cells: Folder of the runs, shared by all studies.
-        jobs: Number of runs at a time; they share the CPU cores.
+        jobs: Number of runs at a time, each in a process; they share the CPU cores, or the GPU.
+        seconds: After so many no run is started any more; the next call goes on.
 
     Raises:
         UserError: a bad definition, ``cells`` holds cells of other data, or cells failed.
@@ -60,12 +64,9 @@ def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     cells.mkdir(parents=True, exist_ok=True)
-    with Stopper(STOPPED), _locked(cells, study.name):
-        runner = _Runner(study, cells, jobs)
-        # Trials are chosen by the validation people alone.
-        failed = runner.run("trials", design.trials(study), pairs=())
-        grid = design.grid(study, choose(study, cells))
-        failed += runner.run("cells", grid, pairs=study.pairs)
+    with Stopper(STOPPED), _locked(cells, study.name), _Runner(study, cells, jobs) as runner:
+        runner.run(None if seconds is None else time.monotonic() + seconds)
+        failed = runner.failed
     if failed:
         raise UserError(
             f"{len(failed)} cells failed (the others are done); see {FAILURE} in "
@@ -73,38 +74,27 @@ def run_study(path: Path, /, *, cells: Path = CELLS, jobs: int = 1) -> None:
         )
 
 
-def choose(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
-    """Each tuned arm's best trial by TAR on the validation people; ``{}`` for untuned arms.
+def best_trials(
+    study: Study,
+    find: Callable[[Cell], CellResult | None],
+    trials: Sequence[Cell] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Each tuned arm's best trial by TAR on the validation people, and that TAR.
 
-    Trials that failed are passed over.
-
-    Raises:
-        UserError: an arm none of whose trials is done.
+    Untuned arms have the trial ``{}`` and no figure. Arms none of whose trials is done are left
+    out, and so are trials that failed.
     """
-    chosen = best_trials(study, cells)
-    missing = [name for name in study.arms if name not in chosen]
-    if missing:
-        raise UserError(
-            f"no trial of {', '.join(missing)} is done in {cells}; "
-            "run `sphereface2 study run` first"
-        )
-    return chosen
-
-
-def best_trials(study: Study, cells: Path) -> dict[str, dict[str, Any]]:
-    """As `choose`, without the arms none of whose trials is done."""
     chosen: dict[str, dict[str, Any]] = {
         name: {} for name, arm in study.arms.items() if not arm.trials
     }
     best: dict[str, float] = {}
-    for cell in design.trials(study):
-        result = read(cells, cell)
-        if result is None:
+    for cell in design.trials(study) if trials is None else trials:
+        if (result := find(cell)) is None:
             continue
         figure = validation_tar(study, result)
         if figure > best.get(cell.arm, -1.0):
             best[cell.arm], chosen[cell.arm] = figure, cell.changed
-    return chosen
+    return chosen, best
 
 
 def validation_tar(study: Study, result: CellResult) -> float:
@@ -118,23 +108,67 @@ def read(cells: Path, cell: Cell, pairs: Iterable[str] = ()) -> CellResult | Non
     return result if result is not None and set(pairs) <= result.judged_on else None
 
 
+class _Worker:
+    """A process that runs one cell after another, until one fails."""
+
+    def __init__(self, jobs: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sphereface2.study.cell"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())},
+        )
+
+    def run(self, folder: Path, pairs: Sequence[str]) -> int:
+        """Run a cell; other than 0 is the exit status of the process, which has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([str(folder), *pairs]).encode() + b"\n")
+            self.process.stdin.flush()
+        return 0 if self.process.stdout.readline() else self.process.wait() or 1
+
+    def end(self) -> None:
+        """End it, or let it end after its cell: it goes on from a checkpoint next time."""
+        self.process.terminate()
+
+
 class _Runner:
     def __init__(self, study: Study, cells: Path, jobs: int) -> None:
         self.study, self.cells, self.jobs = study, cells, jobs
         self.console = Console()
-        self.children: set[subprocess.Popen[bytes]] = set()
+        self.idle: list[_Worker] = []
+        self.workers: set[_Worker] = set()
         self.lock = Lock()
         self.stopping = False
+        self.trials, self.grid = design.trials(study), list[Cell]()
+        self.decided: tuple[dict[str, Any], list[str]] | None = None
+        self.found: dict[str, CellResult] = {}
+        self.started: set[tuple[str, bool]] = set()
+        #: Keys of the cells that failed.
+        self.failed: list[str] = []
 
-    def run(self, what: str, wanted: Iterable[Cell], pairs: Sequence[str]) -> list[str]:
-        """Run the cells not done yet, or not judged on all ``pairs``; the keys that failed."""
-        cells = list({cell.key: cell for cell in wanted}.values())
-        self._check_data(cells)
-        missing = [cell for cell in cells if read(self.cells, cell, pairs) is None]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the workers."""
+        with self.lock:
+            self.stopping = True
+            for worker in self.workers:
+                worker.end()
+        for worker in self.workers:
+            worker.process.wait()
+
+    def run(self, until: float | None) -> None:
+        """Run the cells not done yet, no new one from ``until`` on."""
+        known = self._known()
+        done = {cell.key for cell, judged in known if self._find(cell, judged) is not None}
+        trials = len({cell.key for cell, _ in known if cell.role == "trial"})
         self.console.print(
-            f"{self.study.name}: {len(cells)} {what}, {len(cells) - len(missing)} done before"
+            f"{self.study.name}: {self._count(known)} cells, {len(done)} done before"
+            + (f", {trials} of them trials" if trials else "")
         )
-        failed: list[str] = []
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -145,35 +179,74 @@ class _Runner:
             console=self.console,
         )
         with progress, ThreadPoolExecutor(self.jobs) as pool:
-            task = progress.add_task(what, total=len(missing))
-            running: dict[Future[str], Cell] = {}
-            queue: Iterator[Cell] = iter(missing)
+            task = progress.add_task("cells")
+            running: dict[Future[str], tuple[Cell, bool]] = {}
             try:
                 while True:
-                    while len(running) < self.jobs and (cell := next(queue, None)) is not None:
-                        running[pool.submit(self._one, cell)] = cell
+                    late = until is not None and time.monotonic() >= until
+                    while len(running) < self.jobs and not late:
+                        cell, judged = next(self._waiting(), (None, False))
+                        if cell is None:
+                            break
+                        self.started.add((cell.key, judged))
+                        running[pool.submit(self._one, cell, judged)] = cell, judged
+                    progress.update(
+                        task, total=self._count(self._known()), completed=len(self.found)
+                    )
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        cell = running.pop(future)
+                        cell, judged = running.pop(future)
                         progress.console.print(f"{cell.label}  {future.result()}", highlight=False)
-                        if read(self.cells, cell, pairs) is None:
-                            failed.append(cell.key)
-                        progress.advance(task)
+                        self.found.pop(cell.key, None)
+                        if self._find(cell, judged) is None:
+                            self.failed.append(cell.key)
             except BaseException:
-                self._stop()
+                self.__exit__()
                 raise
-        return failed
 
-    def _check_data(self, cells: Iterable[Cell]) -> None:
-        """Refuse finished cells of other data: their keys tell their settings only."""
-        for cell in cells:
-            result = read(self.cells, cell)
-            if result is not None and result.data.fingerprint != self._fingerprint:
+    def _known(self) -> list[tuple[Cell, bool]]:
+        """What is to be run as far as it is decided, the most valuable first, and whether it is
+        to be judged on the verification sets.
+
+        Trials are chosen by the validation people alone; an arm's grid begins when all of its
+        trials have ended.
+        """
+        trials = self.trials
+        chosen, best = best_trials(self.study, self._find, trials)
+        open_arms = {cell.arm for cell in trials if not self._ended(cell)}
+        decided = {arm: trial for arm, trial in chosen.items() if arm not in open_arms}
+        figures = {arm: best.get(arm, -1.0) for arm in self.study.arms if arm not in open_arms}
+        finals = design.finalists(self.study, figures)
+        if (decided, finals) != self.decided:
+            self.decided = decided, finals
+            self.grid = design.grid(self.study.only(decided), decided, finals)
+        return [*((cell, False) for cell in trials), *((cell, True) for cell in self.grid)]
+
+    def _waiting(self) -> Iterator[tuple[Cell, bool]]:
+        for cell, judged in self._known():
+            if (cell.key, judged) not in self.started and self._find(cell, judged) is None:
+                yield cell, judged
+
+    def _ended(self, cell: Cell) -> bool:
+        return cell.key in self.failed or self._find(cell) is not None
+
+    def _count(self, cells: Iterable[tuple[Cell, bool]]) -> int:
+        return len({cell.key for cell, _ in cells})
+
+    def _find(self, cell: Cell, judged: bool = False) -> CellResult | None:
+        """A finished cell, of these data: its key tells its settings only."""
+        if cell.key not in self.found:
+            if (result := read(self.cells, cell)) is None:
+                return None
+            if result.data.fingerprint != self._fingerprint:
                 raise UserError(
                     f"{self.cells / cell.key} was trained on different data than {self.study.name} "
                     f"uses (data.train {self._train}); give another folder as --cells"
                 )
+            self.found[cell.key] = result
+        result = self.found[cell.key]
+        return result if not judged or set(self.study.pairs) <= result.judged_on else None
 
     @property
     def _train(self) -> str:
@@ -185,43 +258,34 @@ class _Runner:
         """Of the study's data, which is opened only where finished cells are to be compared."""
         return open_source(locate(self._train).train).fingerprint()
 
-    def _one(self, cell: Cell) -> str:
-        """Run a cell's process to its end; what to tell of it."""
+    def _one(self, cell: Cell, judged: bool) -> str:
+        """Run a cell in a worker to its end; what to tell of it."""
         folder = self.cells / cell.key
         folder.mkdir(exist_ok=True)
         # Anew each time: where the data lie and how many threads to use may have changed.
         atomic_write(folder / "config.yaml", configuration.dump(cell.config).encode())
         (folder / FAILURE).unlink(missing_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
-        command = [sys.executable, "-m", "sphereface2.study.cell", str(folder), *self.study.pairs]
         start = time.monotonic()
-        with (folder / "log.txt").open("ab") as log:
-            with self.lock:
-                if self.stopping:
-                    return "not started"
-                child = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env=environment
-                )
-                self.children.add(child)
-            status = child.wait()
-            with self.lock:
-                self.children.discard(child)
+        with self.lock:
+            if self.stopping:
+                return "not started"
+            worker = self.idle.pop() if self.idle else _Worker(self.jobs)
+            self.workers.add(worker)
+        status = worker.run(folder, self.study.pairs if judged else ())
+        with self.lock:
+            if status:
+                self.workers.discard(worker)
+            else:
+                self.idle.append(worker)
         if status and self.stopping:
             return "stopped"
         if status:
-            end = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
+            log = folder / "log.txt"
+            end = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
             text = "\n".join([f"exit status {status}", *end])
             atomic_write(folder / FAILURE, f"{text}\n".encode())
             return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
         return f"{_summary(read(self.cells, cell))}, {time.monotonic() - start:.0f} s"
-
-    def _stop(self) -> None:
-        """End the cells' processes: each goes on from its last checkpoint next time."""
-        with self.lock:
-            self.stopping = True
-            for child in self.children:
-                child.terminate()
 
 
 def _summary(result: CellResult | None) -> str:

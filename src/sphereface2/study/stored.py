@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +12,19 @@ from pydantic import TypeAdapter, ValidationError
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import to_dict
 from sphereface2.files import atomic_write
-from sphereface2.study.measure import PairMeasures, PairSetFacts, PeopleMeasures
+from sphereface2.study.measure import (
+    PairMeasures,
+    PairSetFacts,
+    PeopleMeasures,
+    TransferMeasures,
+)
 from sphereface2.training.report import TrainingFacts
 
 T = TypeVar("T")
 RESULT = "cell.json"
 SETS = "sets"
+EMBEDDINGS = "test.npy"
+"""Beside a result: the test people's embeddings, float16 (N, d), in the order of the split."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class CellResult:
         test: on the test people.
         pairs: for each verification set.
         cpu_seconds: of the process that finished the cell.
+        transfer: thresholds of the validation people on other sets; empty in old cells.
+        curve: what the log says of similarities and gradients during training, with ``step``;
+            empty where ``training.log_similarities`` was false.
     """
 
     config: dict[str, Any]
@@ -55,6 +65,8 @@ class CellResult:
     test: PeopleMeasures
     pairs: list[PairMeasures]
     cpu_seconds: float
+    transfer: list[TransferMeasures] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def judged_on(self) -> set[str]:

@@ -177,6 +177,9 @@ class TrainingConfig:
     """CPU threads a rank; default: the cores divided by the ranks on this machine."""
     checkpoint_every: Count = 200
     """Optimiser steps between checkpoints."""
+    log_similarities: bool = False
+    """Log the batch's cosines with its own and other prototypes, the embeddings' norm and how hard
+    the loss pulls and pushes, too (`training.similarities`); not with a sharded head."""
     log_every: Count = 20
     """Optimiser steps between log lines."""
     max_loss_ratio: Annotated[float, Field(gt=1)] = 10.0
@@ -402,6 +405,8 @@ def _check_head(config: RunConfig) -> None:
     head = heads.build(embedding_dim=2, num_classes=2, **options)
     if sharded and "process_group" not in head.scaling:
         raise UserError(f"sharded must be false: {options['name']} cannot be sharded")
+    if sharded and config.training.log_similarities:
+        raise UserError("training.log_similarities must be false with head.sharded true")
     if config.training.fused_head:
         heads.FusedSGD(head, lr=1.0)
     elif options.get("weight_dtype") == "bfloat16":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.sampler import BatchSampler
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import owned
 from sphereface2.signals import Stopper, parent
@@ -39,6 +40,8 @@ def fit(
     run: Path | None = None,
     ranks: str | None = None,
     overrides: Sequence[str] = (),
+    source: Source | None = None,
+    conclude: Callable[[Path, Inputs, Progress], object] = report,
 ) -> None:
     """Train, validate, save and report.
 
@@ -53,6 +56,8 @@ def fit(
         ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
             core); None: this process alone, or the one that torchrun started.
         overrides: ``--section.key value`` words.
+        source: the training set, for callers that have opened it; None: what the settings name.
+        conclude: what is done with the trained network in the end, on rank 0.
 
     Raises:
         UserError: a bad setting, missing data, a damaged checkpoint, a diverging run.
@@ -91,7 +96,7 @@ def fit(
                 place.on_main(lambda: _own(checkpointer, owning))
                 strict = resume is not None
                 found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
-            inputs = open_inputs(settings, place)
+            inputs = open_inputs(settings, place, source)
             settings = inputs.settings
             changed = {} if found is None else resuming.check_settings(folder, found, settings)
             start = {"overrides": list(overrides), "changed": changed}
@@ -100,7 +105,7 @@ def fit(
         if main:
             stopper.message = f"stopped while the trained network was evaluated; {again}"
             torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
-            report(folder, inputs, progress)
+            conclude(folder, inputs, progress)
 
 
 def _train(

@@ -45,11 +45,14 @@ class Inputs:
     located: TrainingData
 
 
-def open_inputs(settings: RunConfig, place: World) -> Inputs:
-    """Find and open the data, and set the validation people aside; every rank calls it."""
+def open_inputs(settings: RunConfig, place: World, source: Source | None = None) -> Inputs:
+    """Find the data, open it unless ``source`` is it, and set the validation people aside.
+
+    Every rank calls it.
+    """
     data = settings.data
     located = locate(data.train)
-    source = open_source(located.train)
+    source = source or open_source(located.train)
     chosen = []
     if data.validation_people is None:
         count = default_validation_people(source)

@@ -72,6 +72,18 @@ class TrainingFacts:
     ranks: int
     unreadable: list[str]
 
+    @classmethod
+    def of(cls, progress: Progress) -> TrainingFacts:
+        """Of a run that is done."""
+        return cls(
+            steps=progress.step,
+            images=progress.images,
+            seconds=progress.seconds,
+            images_per_second=progress.images / progress.seconds,
+            ranks=progress.world_size,
+            unreadable=list(progress.unreadable),
+        )
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -121,14 +133,7 @@ def report(run: Path, inputs: Inputs, progress: Progress) -> RunReport:
     found = RunReport(
         data=DataFacts(inputs.located.kind, inputs.located.note, inputs.located.is_synthetic),
         checkpoint=bundle.resolve(run).resolve().name,
-        training=TrainingFacts(
-            steps=progress.step,
-            images=progress.images,
-            seconds=progress.seconds,
-            images_per_second=progress.images / progress.seconds,
-            ranks=progress.world_size,
-            unreadable=list(progress.unreadable),
-        ),
+        training=TrainingFacts.of(progress),
         sets=tuple(sets),
         held_out=people[0] if people else None,
         hardened=tuple(people[1:]),

@@ -32,6 +32,7 @@ from sphereface2.training.loading import EveryEpoch, build_loader, loaded
 from sphereface2.training.logging import RunLog
 from sphereface2.training.manifest import PROGRESS
 from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
+from sphereface2.training.similarities import similarities
 from sphereface2.training.step import TrainingStep
 from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import Losses
@@ -233,7 +234,7 @@ class Trainer:
                     since = now
 
                     if progress.step % settings.log_every == 0 or self.is_done:
-                        self._log(log, logged)
+                        self._log(log, logged, micro[0])
                         logged = copy.copy(progress)
 
                     pause = time.perf_counter()
@@ -250,7 +251,7 @@ class Trainer:
             self.checkpointer.close()
         return progress
 
-    def _log(self, log: RunLog, logged: Progress) -> None:
+    def _log(self, log: RunLog, logged: Progress, batch: Batch) -> None:
         """Log the last step, with means since ``logged``."""
         progress, seen = self.progress, self._check_loss()
         seconds = progress.seconds - logged.seconds
@@ -263,6 +264,8 @@ class Trainer:
             "seconds_per_step": seconds / (progress.step - logged.step),
             "unreadable": len(progress.unreadable),
         }
+        if self.config.training.log_similarities:
+            values |= similarities(self.step, batch)
         log.train(progress.step, self.epoch, values)
 
     def _conclude(self, log: RunLog, stopping: bool) -> None:

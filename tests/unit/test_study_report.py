@@ -7,6 +7,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import markdown
 import numpy as np
@@ -16,9 +17,16 @@ from scipy import stats
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import draws
+from sphereface2.evaluation.one_threshold import all_pairs_at
 from sphereface2.evaluation.results import to_dict
 from sphereface2.study import design, plots, results, runner, stored
-from sphereface2.study.measure import describe_pairs, measure_pairs, measure_people
+from sphereface2.study.measure import (
+    describe_pairs,
+    measure_pairs,
+    measure_people,
+    measure_transfer,
+)
 from sphereface2.study.report import write_reports
 from sphereface2.training import config as configuration
 
@@ -90,6 +98,10 @@ def make(cell: design.Cell, quality: float) -> dict:
         "test": to_dict(measure_people(rows, labels)),
         "pairs": [to_dict(measure_pairs(scores, PAIRS, "b" * 64))],
         "cpu_seconds": 900.0,
+        "transfer": [
+            to_dict(measure_transfer("test", "", rows, labels, [(1e-2, quality / 2), (None, 0.0)]))
+        ],
+        "curve": [{"step": k, "positive_cosine": k / 9, "pull": 9.0 - k} for k in range(3)],
     }
 
 
@@ -331,3 +343,26 @@ def test_several_studies_have_an_index(copied):
     assert "no cell of later is done" in (copied / "out" / "index.md").read_text()
     with pytest.raises(UserError, match="two of the studies are named study"):
         write_reports([paths[0], paths[0]], cells=copied / "cells", out=copied / "out")
+
+
+def test_a_transferred_threshold_has_the_interval_of_all_pairs():
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.arange(120), 4)
+    # People who look alike come in groups, so that false accepts are shared unevenly.
+    centres = rng.normal(size=(120, DIM)) + 2 * rng.normal(size=(12, DIM))[np.arange(120) % 12]
+    rows = centres[labels] + rng.normal(size=(len(labels), DIM))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    (expected,) = all_pairs_at(rows, labels, {1e-2: 0.9}, replicates=2000)
+    transfer = [measure_transfer("lfw", "f", rows, labels, [(1e-2, 0.9), (None, 0.5)])]
+    cell = SimpleNamespace(transfer=transfer, test=SimpleNamespace(uniform=0.25))
+    found = results._transfer_figures(cell, lambda n: np.concatenate([*draws(n, 2000, 1)]))
+    one = found[results.transfer_name("lfw", 1e-2)]
+    assert expected.transfer is not None and expected.transfer.ci is not None
+    assert one.value == pytest.approx(expected.transfer.value)
+    assert np.percentile(one.replicates, [2.5, 97.5]) == pytest.approx(
+        expected.transfer.ci, abs=0.12 * np.ptp(expected.transfer.ci)
+    )
+    assert found[results.DECADES].value == pytest.approx(abs(one.value))
+    far, frr = (found[name].value for name in results.boundary_names("lfw"))
+    (own,) = all_pairs_at(rows, labels, [0.5])
+    assert (far, frr) == pytest.approx((own.far.value, 1 - own.tar.value))

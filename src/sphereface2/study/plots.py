@@ -159,6 +159,48 @@ def plot_scores(
     write(canvas, path)
 
 
+def plot_transfer(drawn: Sequence[Panel], asked: Sequence[float], path: Path) -> None:
+    """One panel a set, one line an arm: the FAR that is reached by the FAR that was asked for."""
+    canvas, axes = panels(
+        [panel.title for panel in drawn],
+        columns=2,
+        size=(7.2, 2.9 * -(-len(drawn) // 2) + 0.7),
+        sharex=True,
+        sharey=True,
+    )
+    x = np.log10(asked)
+    for place, panel in zip(axes, drawn, strict=False):
+        place.axhline(0, zorder=0, **_DASHED)
+        for k, (name, line) in enumerate(panel.lines.items()):
+            shift = 0.24 * ((k + 0.5) / len(panel.lines) - 0.5)
+            _line(place, x + shift, line, k, name)
+        place.set_xticks(x, [far_key(far) for far in asked])
+        place.grid(True, axis="y", color=GRID, linewidth=0.7)
+        place.set_axisbelow(True)
+        place.set_ylabel("log10 of reached / asked", color=INK)
+    for place in axes[: len(drawn)][-2:]:
+        place.set_xlabel("FAR asked for, on the validation people", color=INK)
+    _legend(canvas, axes[0])
+    write(canvas, path)
+
+
+def plot_curves(
+    lines: Mapping[str, Mapping[str, np.ndarray]], titles: Mapping[str, str], path: Path
+) -> None:
+    """One panel a measure, one line an arm, over ``step``."""
+    rows = -(-len(titles) // 2)
+    canvas, axes = panels([*titles.values()], columns=2, size=(9.6, 2.5 * rows + 0.7))
+    for place, name in zip(axes, titles, strict=True):
+        for k, (arm, values) in enumerate(lines.items()):
+            style = _STYLES[k // len(COLOURS) % len(_STYLES)]
+            colour = COLOURS[k % len(COLOURS)]
+            place.plot(values["step"], values[name], color=colour, ls=style, lw=1.5, label=arm)
+        place.grid(True, axis="y", color=GRID, linewidth=0.7)
+        place.set_xlabel("step", color=INK)
+    _legend(canvas, axes[0])
+    write(canvas, path)
+
+
 def plot_thresholds(drawn: Sequence[tuple[str, Mapping[str, np.ndarray]]], path: Path) -> None:
     """One panel a unit, a row an arm: how people's own thresholds lie about their median."""
     names = list(drawn[0][1])

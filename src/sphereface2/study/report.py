@@ -271,6 +271,14 @@ class Report:
         return sections.sweeps(self.found, self.folder)
 
     @property
+    def transfers(self) -> list[sections.Transfer]:
+        return sections.transfers(self.found, self.folder)
+
+    @property
+    def curves(self) -> sections.Curves | None:
+        return sections.curves(self.found, self.folder)
+
+    @property
     def scores(self) -> sections.Scores | None:
         return sections.scores(self.found, self.folder)
 

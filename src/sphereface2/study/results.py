@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MAIN_FAR = 1e-3
 """Of the TAR that plots and summaries show, and of people's own FAR at the common threshold."""
 PERCENTILES = (5, 50, 95)
 RANK1, DPRIME, OWN_GINI = "rank-1", "d'", "own FAR gini"
+UNIFORM, DECADES = "uniform accuracy", "decades off"
 
 
 def tar_name(far: float) -> str:
@@ -33,6 +34,16 @@ def tar_name(far: float) -> str:
 def own_name(far: float, *, scaled: bool) -> str:
     """The name of the spread of people's own thresholds, as it is or divided by the gap."""
     return f"own threshold {far_key(far)}{' / gap' if scaled else ''}"
+
+
+def transfer_name(images: str, asked: float) -> str:
+    """The name of log10 of reached over asked FAR on a set of images."""
+    return f"{images} {far_key(asked)}"
+
+
+def boundary_names(images: str) -> tuple[str, str]:
+    """The names of FAR and FRR at the head's own threshold."""
+    return f"{images} FAR at -b/r", f"{images} FRR at -b/r"
 
 
 def percentile_name(percentile: int) -> str:
@@ -222,15 +233,17 @@ def _figures(
     Every cell is resampled with the same people.
     """
     figures: dict[str, dict[str, Figure]] = {key: {} for key in found}
-    resamples: dict[int, np.ndarray] = {}
+
+    @cache
+    def resamples(count: int) -> np.ndarray:
+        return np.concatenate([*draws(count, REPLICATES, SEED)])
+
     for key, result in found.items():
-        count = result.test.people
-        if count not in resamples:
-            resamples[count] = np.concatenate([*draws(count, REPLICATES, SEED)])
-        figures[key] |= _people_figures(result, resamples[count])
+        counts = resamples(result.test.people)
+        figures[key] |= _people_figures(result, counts) | _transfer_figures(result, resamples)
         if key in closer:
-            figures[key] |= _score_figures(result, resamples[count])
-    del resamples
+            figures[key] |= _score_figures(result, counts)
+    resamples.cache_clear()
     judged: dict[str, dict[str, PairMeasures]] = {}
     for key, result in found.items():
         for one in result.pairs:
@@ -276,6 +289,37 @@ def _score_figures(result: CellResult, counts: np.ndarray) -> dict[str, Figure]:
             figures[percentile_name(percentile)] = Figure(value)
         figures[OWN_GINI] = Figure(statistics.gini(rates), statistics.ginis(counts, rates), units)
     return figures
+
+
+def _transfer_figures(
+    result: CellResult, resamples: Callable[[int], np.ndarray]
+) -> dict[str, Figure]:
+    """How thresholds of the validation people carry over; nothing for old cells."""
+    figures: dict[str, Figure] = {}
+    if result.test.uniform is not None:
+        figures[UNIFORM] = Figure(result.test.uniform)
+    decades = []
+    for one in result.transfer:
+        images = np.array(one.images, np.float64)
+        impostors = images * (images.sum() - images)
+        least = 1 / impostors.sum()  # half a pair, each of which is met from two sides
+        for at in one.thresholds:
+            accepts = np.array(at.accepts, np.float64)
+            far = accepts.sum() / impostors.sum()
+            if at.asked is None:
+                values = far, 1 - at.tar
+                figures |= zip(boundary_names(one.name), map(Figure, values), strict=True)
+                continue
+            far = max(far, least)
+            value = float(np.log10(far / at.asked))
+            # A pair is there as often as the product of its two people, so that to first order the
+            # logarithm moves twice as far as that of the sums by person.
+            again = np.maximum(ratios(resamples(len(images)), accepts, impostors), least)
+            figures[transfer_name(one.name, at.asked)] = Figure(
+                value, value + 2 * np.log10(again / far), one.units or _units(result)
+            )
+            decades.append(abs(value))
+    return figures | ({DECADES: Figure(float(np.mean(decades)))} if decades else {})
 
 
 def _units(result: CellResult) -> str:

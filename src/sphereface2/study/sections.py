@@ -11,8 +11,17 @@ import numpy as np
 from sphereface2.evaluation.results import far_key
 from sphereface2.study import plots, results, tables
 from sphereface2.study.design import Sweep
-from sphereface2.study.measure import BINS, FARS, OWN_FARS, PeopleMeasures
-from sphereface2.study.results import DPRIME, MAIN_FAR, OWN_GINI, PERCENTILES, RANK1, Results
+from sphereface2.study.measure import BINS, FARS, OWN_FARS, TRANSFERRED, PeopleMeasures
+from sphereface2.study.results import (
+    DECADES,
+    DPRIME,
+    MAIN_FAR,
+    OWN_GINI,
+    PERCENTILES,
+    RANK1,
+    UNIFORM,
+    Results,
+)
 from sphereface2.study.statistics import Contrast, Series, contrast
 from sphereface2.study.tables import Column, escape
 
@@ -81,6 +90,33 @@ class Scores:
     own_thresholds: str
     own_fars: str
     differences: str | None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Thresholds of the validation people on other images, under one condition.
+
+    Attributes:
+        name: the condition.
+        plot: file with reached over asked FAR.
+        table: log10 of their ratio.
+        differences: of the measures over all sets to the baseline, or None.
+        boundary: FAR and FRR at the heads' own thresholds, or None where no head has one.
+    """
+
+    name: str
+    plot: str
+    table: str
+    differences: str | None
+    boundary: str | None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Similarities and gradients during training: a plot and the values at the end."""
+
+    plot: str
+    table: str
 
 
 def comparisons(found: Results, folder: Path) -> list[Comparison]:
@@ -181,8 +217,12 @@ def _sweep(found: Results, folder: Path, k: int, name: str, sweep: Sweep) -> Swe
         + (" (the arm's own)" if sweep.arm in found.chosen and value == own else "")
         for value in values
     ]
-    rows = zip(names, *(tables.means(line) for line in lines), strict=True)
-    table = tables.table([escape(label), *(panel.title for panel in panels)], [*rows])
+    header, columns = [panel.title for panel in panels], [tables.means(line) for line in lines]
+    carried = [series for _, series in found.sweep(name, DECADES)[0]]
+    if any(carried):
+        header.append("threshold carried over, mean size of log10")
+        columns.append(tables.means(carried, scale=1.0, best="min"))
+    table = tables.table([escape(label), *header], [*zip(names, *columns, strict=True)])
     return SweepPlot(name, label, seeds, plot, table)
 
 
@@ -234,6 +274,94 @@ def _threshold_plot(tests: Mapping[str, PeopleMeasures], folder: Path) -> str | 
     drawn = [(f"FAR {far_key(MAIN_FAR)}, cosine", cosine), ("divided by the distance", scaled)]
     plots.plot_thresholds(drawn, folder / "thresholds.png")
     return "thresholds.png"
+
+
+def transfers(found: Results, folder: Path) -> list[Transfer]:
+    """Of each condition with cells that measured it, drawn in ``transfer-K.png``."""
+    drawn = []
+    for k, condition in enumerate(found.study.conditions):
+        arms = [arm for arm in found.arms(condition) if found.series(arm, condition, DECADES)]
+        if arms:
+            drawn.append(_transfer(found, arms, condition, folder, f"transfer-{k + 1}.png"))
+    return drawn
+
+
+def _transfer(
+    found: Results, arms: Sequence[str], condition: str, folder: Path, plot: str
+) -> Transfer:
+    cells = [cell for arm in arms for cell in found.cells_of(arm, condition)]
+    measured = [one for cell in cells for one in found.found[cell.key].transfer]
+    sets = list(dict.fromkeys(one.name for one in measured))
+    panels = [
+        plots.Panel(
+            name,
+            {
+                arm: [
+                    found.series(arm, condition, results.transfer_name(name, far))
+                    for far in TRANSFERRED
+                ]
+                for arm in arms
+            },
+        )
+        for name in sets
+    ]
+    plots.plot_transfer(panels, TRANSFERRED, folder / plot)
+    whole = [
+        Column(DECADES, "mean size of all", scale=1.0, best="min"),
+        Column(UNIFORM, "uniform accuracy, %"),
+    ]
+    columns = [
+        Column(results.transfer_name(name, far), f"{name}, {far_key(far)}", scale=1.0, best=None)
+        for name in sets
+        for far in TRANSFERRED
+    ]
+    names = [name for one in sets for name in results.boundary_names(one)]
+    undecided = [arm for arm in arms if found.series(arm, condition, names[0])]
+    own = [Column(name, f"{name}, %", best=None) for name in names]
+    baseline = found.study.baseline
+    others = [arm for arm in arms if arm != baseline]
+    return Transfer(
+        condition,
+        plot,
+        figures(found, arms, condition, [*columns, *whole]),
+        _differences(found, others, condition, whole) if baseline in arms and others else None,
+        figures(found, undecided, condition, own) if undecided else None,
+    )
+
+
+CURVES = {
+    "positive_cosine": "cosine with the own prototype",
+    "hardest_negative": "cosine with the nearest other",
+    "pull": "pull to the own prototype, of its largest",
+    "hard_push": "share of the push that goes to ten",
+    "embedding_norm": "norm of the embedding",
+}
+
+
+def curves(found: Results, folder: Path) -> Curves | None:
+    """Of the first condition, means over seeds, drawn in ``curves.png``; None where not logged."""
+    lines: dict[str, dict[str, np.ndarray]] = {}
+    for arm in found.arms(condition := found.study.first_condition):
+        cells = [found.found[cell.key] for cell in found.cells_of(arm, condition)]
+        logged = [one.curve for one in cells if one.curve]
+        steps = [[point["step"] for point in curve] for curve in logged]
+        if not logged or any(one != steps[0] for one in steps):
+            continue
+        mean = {
+            name: np.mean([[point.get(name, np.nan) for point in one] for one in logged], axis=0)
+            for name in ("step", "bias", "push", *CURVES)
+        }
+        lines[arm] = mean | {"pull": mean["pull"] / mean["pull"].max()}
+    if not lines:
+        return None
+    plots.plot_curves(lines, CURVES, folder / "curves.png")
+    rows = [
+        [tables.number(line[name][-1], digits=3) for name in (*CURVES, "bias")]
+        for line in lines.values()
+    ]
+    header = ["Arm, at the end", *CURVES.values(), "bias"]
+    table = tables.by_arm(header, lines, zip(*rows, strict=True))
+    return Curves("curves.png", table)
 
 
 def figures(

@@ -172,6 +172,22 @@ def test_what_changed_is_done_anew(few, tmp_path):
         align_folder(other, out, workers=1, all_faces=True)
 
 
+def test_rotations_find_what_lies_on_its_side(few, tmp_path):
+    turned = np.ascontiguousarray(np.rot90(cv2.imread(str(few / "one.png"))))
+    cv2.imwrite(str(few / "bad.png"), turned)
+    plain, tried = tmp_path / "plain", tmp_path / "tried"
+    assert align_folder(few, plain, workers=1)["images_without_face"] == ["bad.png"]
+    # What an earlier version wrote, which knew of no rotations, is gone on with.
+    journal = plain / "faces.jsonl"
+    text = journal.read_text()
+    assert text.count(', "rotations": false') == 1
+    journal.write_text(text.replace(', "rotations": false', ""))
+    assert align_folder(few, plain, workers=1)["skipped"] == 3
+    assert align_folder(few, tried, workers=1, rotations=True)["aligned"] == 3
+    found, upright = (read_image(tried / name).astype(int) for name in ("bad.jpg", "one.jpg"))
+    assert np.abs(found - upright).mean() < 3
+
+
 def test_corrected_landmarks_make_another_crop(few, tmp_path):
     points, out = tmp_path / "points.txt", tmp_path / "out"
     for shift, expected in ((60, 0), (60, 1), (80, 0)):

@@ -69,6 +69,25 @@ def test_landmarks_follow_the_picture(aligner, photo, face, angle, scale):
     assert in_crop_pixels(found[0], expected) < 3.5
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_photograph_turned_by_whoever_scanned_it(aligner, photo, face, turns):
+    photo = photo[:, 20:]  # no square
+    turned = np.ascontiguousarray(np.rot90(photo, turns))
+    with pytest.raises(NoFaceError):
+        aligner.align(turned)
+    crop, found = Aligner(rotations=True).align(turned)
+    upright, _ = aligner.align(photo)
+    assert np.abs(crop.astype(int) - upright).mean() < 2
+    # The centre of the face, turned by hand.
+    (x, y), (height, width) = face.landmarks.mean(axis=0) - (20, 0), photo.shape[:2]
+    expected = {
+        1: (y, width - 1 - x), 2: (width - 1 - x, height - 1 - y), 3: (height - 1 - y, x)
+    }  # fmt: skip
+    assert np.abs(found.landmarks.mean(axis=0) - expected[turns]).max() < 1.5
+    left, top, right, bottom = found.box
+    assert left < expected[turns][0] < right and top < expected[turns][1] < bottom
+
+
 def test_a_turned_file_gives_the_same_crop(aligner, photo):
     exif = Image.Exif()
     exif[0x0112] = 6

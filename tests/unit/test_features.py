@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.data import astronaut
 
 from sphereface2 import backbones
-from sphereface2.align import Face, NoFaceError
+from sphereface2.align import Aligner, Face, NoFaceError
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
@@ -101,6 +102,38 @@ class TopAligner:
         return np.ascontiguousarray(pixels[: pixels.shape[0] // 2]), Face(
             box, 0.5, np.zeros((5, 2), np.float32)
         )
+
+
+def test_every_face_of_a_photograph(model: Path, tmp_path: Path) -> None:
+    face = astronaut()[:300, 50:400, ::-1]
+    small = np.zeros_like(face)
+    small[:210, :245] = cv2.resize(face, (245, 210))
+    pictures = {
+        "ann/1": np.concatenate([small, face], axis=1),
+        "ann/2": np.full((90, 90, 3), 77, np.uint8),
+        "bob/3": face,
+    }
+    for name, picture in pictures.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture)
+    out = tmp_path / "out.parquet"
+    report = embed_set(str(model), tmp_path, out=out, faces="all", device="cpu")
+    assert (report.images, report.embedded, report.skipped) == (3, 3, 1)
+    table = pq.read_table(out)
+    assert table["name"].to_pylist() == ["ann/1.png", "ann/1.png", "bob/3.png"]
+    # Which of the two faces the set calls ann it does not say.
+    assert table["person"].to_pylist() == [None, None, "bob"]
+    assert table["label"].to_pylist() == [None, None, 1]
+    aligner = Aligner()
+    found = [*aligner.align_all(tmp_path / "ann/1.png"), *aligner.align_all(tmp_path / "bob/3.png")]
+    assert found[0][1].box[0] > 350 > found[1][1].box[2]  # the larger face comes first
+    np.testing.assert_allclose(matrix(out, "box"), [face.box for _, face in found])
+    rows = FaceEmbedder.from_pretrained(model, device="cpu").embed(
+        [crop for crop, _ in found], aligned=True
+    )
+    np.testing.assert_allclose(matrix(out), rows, atol=1e-6)
+    with pytest.raises(UserError, match="holds the features of a run with another faces"):
+        embed_set(str(model), tmp_path, out=out, device="cpu")
 
 
 def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(

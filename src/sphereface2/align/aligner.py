@@ -36,13 +36,20 @@ class Aligner:
         detector: ``mtcnn``.
         size: side of the crops in pixels.
         min_score: the detector's confidence in [0, 1] from which a face counts.
+        rotations: where no face is found, look for it with the image turned by 90°, 180° and
+            270°, and take the turn with the surest face. Four times the time for such images.
 
     Raises:
         UserError: no such detector, its package is missing, or a number is out of range.
     """
 
     def __init__(
-        self, detector: str = detectors.DEFAULT, *, size: int = SIZE, min_score: float = 0.9
+        self,
+        detector: str = detectors.DEFAULT,
+        *,
+        size: int = SIZE,
+        min_score: float = 0.9,
+        rotations: bool = False,
     ) -> None:
         check_size(size)
         if not 0 <= min_score <= 1:
@@ -50,11 +57,12 @@ class Aligner:
         self._detector: Detector = detectors.create(detector)
         self.size = size
         self.min_score = min_score
+        self.rotations = rotations
 
     @property
     def name(self) -> str:
-        """The detector and its version, for fingerprints."""
-        return self._detector.name
+        """The detector, its version and whether rotations are tried, for fingerprints."""
+        return self._detector.name + (" with rotations" if self.rotations else "")
 
     def detect(self, image: ImageLike, *, thorough: bool = False) -> list[Face]:
         """The faces of an image, the largest and most central first; ``[]`` if there is none.
@@ -89,6 +97,16 @@ class Aligner:
         ]
 
     def _detect(self, pixels: np.ndarray, thorough: bool) -> list[Face]:
+        faces = self._upright(pixels, thorough)
+        if faces or not self.rotations:
+            return faces
+        turned = []
+        for turns in (1, 2, 3):
+            found = self._upright(np.ascontiguousarray(np.rot90(pixels, turns)), thorough)
+            turned.append([_turned_back(face, turns, pixels) for face in found])
+        return max(turned, key=lambda faces: max((face.score for face in faces), default=0.0))
+
+    def _upright(self, pixels: np.ndarray, thorough: bool) -> list[Face]:
         longer = max(pixels.shape[:2])
         faces: list[Face] = []
         for side in (_COARSE, _FINE):
@@ -146,6 +164,18 @@ class Aligner:
             return face
         best = max(nearer, key=lambda f: _overlap(f.box, face.box))
         return Face(best.box, face.score, best.landmarks)
+
+
+def _turned_back(face: Face, turns: int, pixels: np.ndarray) -> Face:
+    """A face found in ``np.rot90(pixels, turns)``, in coordinates of ``pixels``."""
+    points = np.concatenate([face.landmarks, face.box.reshape(2, 2)]).astype(np.float64)
+    for turn in reversed(range(turns)):
+        # What lay at (x, y) before a quarter turn to the left lies at (y, width - 1 - x) after it.
+        width = pixels.shape[1 - turn % 2]
+        points = np.column_stack([width - 1 - points[:, 1], points[:, 0]])
+    corners = points[5:]
+    box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+    return Face(box.astype(np.float32), face.score, points[:5].astype(np.float32))
 
 
 def _side(face: Face) -> float:

@@ -31,6 +31,7 @@ class Settings:
     landmarks: bool
     suffix: str
     max_pixels: int
+    rotations: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ class Cropper:
         self.aligner = (
             None
             if settings.landmarks
-            else Aligner(settings.detector, size=settings.size, min_score=settings.min_score)
+            else Aligner(
+                settings.detector,
+                size=settings.size,
+                min_score=settings.min_score,
+                rotations=settings.rotations,
+            )
         )
 
     def run(self, job: Job) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def align(
     size: int = SIZE,
     png: bool = False,
     min_score: float = 0.9,
+    rotations: bool = False,
     max_pixels: int = 100_000_000,
     detector: str = detectors.DEFAULT,
 ) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def align(
         size: Side of the crops in pixels.
         png: Write PNG instead of JPEG.
         min_score: Confidence of the detector, in [0, 1], from which a face counts.
+        rotations: Where no face is found, turn the image by 90°, 180° and 270°.
         max_pixels: Refuse images with more pixels than this.
         detector: Name of the detector, as for `Aligner`.
 
@@ -89,6 +91,7 @@ def align(
         landmarks=landmarks is not None,
         suffix=".png" if png else ".jpg",
         max_pixels=max_pixels,
+        rotations=rotations,
     )
     if workers is not None and workers < 1:
         raise UserError(f"workers must be 1 or more, not {workers}")
@@ -228,7 +231,8 @@ class _Journal:
         whole = data[: data.rfind(b"\n") + 1]  # without a line that was cut
         try:
             first, *records = [json.loads(line) for line in whole.splitlines()]
-            if first["settings"] != header["settings"]:
+            # Journals of versions that tried no rotations do not name them.
+            if {"rotations": False, **first["settings"]} != header["settings"]:
                 raise UserError(
                     f"{target} holds crops made with other settings; name a new folder or remove it"
                 )

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sphereface2.align import Face
+from sphereface2.align import Face, NoFaceError
 from sphereface2.data.embedding_table import METADATA
 from sphereface2.data.folder import ImageSource, is_image
 from sphereface2.data.opening import open_source
@@ -37,6 +37,7 @@ from sphereface2.version import __version__
 FORMAT = "sphereface2-features"
 FORMAT_VERSION = 1
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
+_COUNTS = ("embedded", "skipped")
 _SKIPPED = b"skipped"  # key of a part's metadata: [[name, reason], …]
 #: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.
 _BATCHES = {True: 32, False: 8}
@@ -66,6 +67,7 @@ class Job:
         aligner: what finds faces; None if the images are crops.
         flip, dtype, batch_size: as in `embed_set`.
         measured: each row also holds the image's `measures`, for an audit.
+        all_faces: each face of an image has a row, the largest and most central first.
     """
 
     path: Path
@@ -78,6 +80,7 @@ class Job:
     dtype: str
     batch_size: int
     measured: bool = False
+    all_faces: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -115,6 +118,7 @@ class Job:
             "input": self.input,
             "images": self.images,
             **({"measured": True} if self.measured else {}),
+            **({"faces": "all"} if self.all_faces else {}),
         }
 
     def schema(self) -> pa.Schema:
@@ -142,7 +146,8 @@ class Job:
     ) -> bytes:
         """Part ``number`` as a Parquet file."""
         indices = self.rows(number)
-        faces: dict[int, Face] = {}
+        faces: dict[int, list[Face]] = {}
+        others: dict[int, list[np.ndarray]] = {}
         reasons: dict[int, str] = {}
         measured: dict[int, dict[str, Any]] = {}
 
@@ -152,9 +157,11 @@ class Job:
                 if self.aligned:
                     crop = read_image(content)
                 else:
-                    crop, faces[index] = embedder.crop(content)
+                    crops, faces[index] = _faces(embedder, content, self.all_faces)
+                    crop, others[index] = crops[0], crops[1:]
                 if self.measured:
-                    measured[index] = measures(index, crop, faces.get(index))
+                    main = None if self.aligned else faces[index][0]
+                    measured[index] = measures(index, crop, main)
                 return crop
             except (OSError, UserError) as error:
                 reasons[index] = str(error)
@@ -162,7 +169,15 @@ class Job:
 
         embeddings = embedder.embedder.embed(indices, read=read, unreadable=[], progress=progress)
         kept = [index for index in indices if index not in reasons]
-        labels = [int(source.labels[i]) if len(source.labels) else None for i in kept]
+        if more := [(index, crop) for index in kept for crop in others.get(index, ())]:
+            rest = embedder.embedder.embed([crop for _, crop in more])
+            where = np.array([*kept, *(index for index, _ in more)])
+            order = np.argsort(where, kind="stable")  # an image's first face stays its first
+            embeddings, kept = np.concatenate([embeddings, rest])[order], where[order].tolist()
+        alone = [len(source.labels) and not others.get(index) for index in kept]
+        labels = [
+            int(source.labels[i]) if one else None for i, one in zip(kept, alone, strict=True)
+        ]
         people = source.class_names
         columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
             "name": [printable(source.name(index)) for index in kept],
@@ -171,8 +186,9 @@ class Job:
             "embedding": _fixed(embeddings.astype(self.dtype)),
         }
         if not self.aligned:
-            columns["score"] = [faces[index].score for index in kept]
-            boxes = [faces[index].box for index in kept]
+            found = [face for index in dict.fromkeys(kept) for face in faces[index]]
+            columns["score"] = [face.score for face in found]
+            boxes = [face.box for face in found]
             columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
         if self.measured:
             columns |= {c.name: [measured[index][c.name] for index in kept] for c in COLUMNS}
@@ -181,6 +197,16 @@ class Job:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
         return buffer.getvalue()
+
+
+def _faces(
+    embedder: FaceEmbedder, content: bytes, every: bool
+) -> tuple[list[np.ndarray], list[Face]]:
+    """Crops and faces, the largest and most central first: that one, or all of an image."""
+    found = embedder.aligner.align_all(content) if every else [embedder.crop(content)]
+    if not found:
+        raise NoFaceError("no face found in the image; give an image that shows one")
+    return [crop for crop, _ in found], [face for _, face in found]
 
 
 class Parts:
@@ -217,7 +243,9 @@ class Parts:
 
     def _check(self, found: dict[str, Any], where: Path, what: str) -> None:
         wanted = self.job.identity()
-        if other := [key for key in wanted if found.get(key) != wanted[key]]:
+        keys = dict.fromkeys([*wanted, *found])  # some stand there only where they are set
+        other = [key for key in keys if found.get(key) != wanted.get(key) and key not in _COUNTS]
+        if other:
             raise UserError(
                 f"{where} {what} a run with another {', '.join(other)}: give another --out, or "
                 "delete it"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sphereface2 import console
 from sphereface2.data.source import Source
@@ -48,6 +49,7 @@ def embed_set(
     dtype: str = "float32",
     batch_size: int = 64,
     flip: bool = True,
+    faces: Literal["largest", "all"] = "largest",
     device: str | None = None,
     engine: str = "local",
     ray_address: str | None = None,
@@ -56,9 +58,10 @@ def embed_set(
 
     Columns, in the order of the set: ``name``; ``label`` (int64) and ``person``, null where the
     set does not tell; ``embedding``, a list of fixed length, of length 1; and unless ``aligned``,
-    ``score`` and ``box`` (left, top, right, bottom) of the face. The file's metadata hold the
-    model's fingerprint and all settings. Images that cannot be read or show no face are left out
-    and listed, with the reason, in ``OUT.skipped.csv``.
+    ``score`` and ``box`` (left, top, right, bottom) of the face. Of several faces of an image
+    the largest and most central comes first, and ``label`` and ``person`` are null. The file's
+    metadata hold the model's fingerprint and all settings. Images that cannot be read or show no
+    face are left out and listed, with the reason, in ``OUT.skipped.csv``.
 
     A run that was killed is continued by the same command and ends in the same file.
 
@@ -71,6 +74,7 @@ def embed_set(
         dtype: Type of the stored embeddings, "float32" or "float16".
         batch_size: Number of images in one forward pass.
         flip: Add the embedding of the mirror image.
+        faces: Embed the largest and most central face of a photograph, or all.
         device: Where to compute: cpu, cuda, mps; by default the best there is.
         engine: "local", or "ray" for a Ray Data pipeline.
         ray_address: Address of a Ray cluster, which must see the set under the same path; by
@@ -88,6 +92,10 @@ def embed_set(
         raise UserError(f"--engine must be local or ray, not {engine!r}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {batch_size}")
+    if faces == "all" and aligned:
+        raise UserError(
+            "--faces all looks for faces in photographs, and --aligned images are crops"
+        )
     if ray_address is not None and engine != "ray":
         raise UserError("--ray-address goes with --engine ray")
     out = Path(out)
@@ -113,6 +121,7 @@ def embed_set(
         flip=flip,
         dtype=dtype,
         batch_size=batch_size,
+        all_faces=faces == "all",
     )
     start = time.perf_counter()
     write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
@@ -125,7 +134,10 @@ def embed_set(
         seconds=time.perf_counter() - start,
     )
     left_out = f"; {report.skipped:,} left out, see {out}.skipped.csv" if report.skipped else ""
-    console.show(f"{report.embedded:,} of {report.images:,} images embedded in {out}{left_out}")
+    what = f"{report.embedded:,} of {report.images:,} images embedded"
+    if faces == "all":
+        what = f"{report.embedded:,} faces of {report.images:,} images embedded"
+    console.show(f"{what} in {out}{left_out}")
     return report
 
 

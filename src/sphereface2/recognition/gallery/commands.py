@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError
+from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import Seen, load_embedder, look, shown
 from sphereface2.recognition.gallery.gallery import Gallery
 from sphereface2.recognition.gallery.types import Person, decide, metadata_of, person_name
@@ -40,6 +41,7 @@ def search(
     exact: bool = False,
     aligned: bool = False,
     faces: Literal["largest", "all"] = "largest",
+    annotate: Path | None = None,
     device: str | None = None,
     as_json: bool = False,
 ) -> list[dict[str, Any]]:
@@ -59,6 +61,8 @@ def search(
         exact: Compare with every image even where the gallery has an approximate index.
         aligned: The images are aligned crops already.
         faces: Look for the largest and most central face of an image, or for all.
+        annotate: JPEG or PNG to write: the photograph with boxes and names. For several images, a
+            folder.
         device: "cpu", "cuda" or "mps"; default: the best there is.
         as_json: Print JSON instead of lines.
 
@@ -74,6 +78,9 @@ def search(
     """
     if not (files := [file for probe in probes for file in _files(probe)]):
         raise UserError("give images to search for, or folders of images")
+    if annotate is not None and aligned:
+        raise UserError("--annotate draws boxes on photographs, and --aligned images are crops")
+    copies = {} if annotate is None else places(annotate, files)
     with Gallery.open(gallery, create=False) as opened:
         embedder = load_embedder(model, opened, device)
         stats = opened.stats()
@@ -118,8 +125,11 @@ def search(
                 )
                 if not as_json:
                     console.show(_answer(reports[-1]))
+    written = write(reports, copies) if copies else []
     if as_json:
         print(json.dumps(reports, indent=2))
+    elif written:
+        console.show(f"{len(written):,} annotated: {annotate}")
     if errors:
         raise UserError(
             f"{len(errors)} of {len(files)} images could not be searched for: "

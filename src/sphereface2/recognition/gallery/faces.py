@@ -32,7 +32,7 @@ def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> lis
     pixels = read_image(path)
     if aligned:
         return [Seen(pixels, None)]
-    found = embedder.aligner.detect(pixels)
+    found = embedder.aligner.detect(pixels, thorough=faces == "all")
     if not found:
         raise NoFaceError(f"no face found in {path}; give an image that shows one")
     if len(found) > 1 and faces == "one":

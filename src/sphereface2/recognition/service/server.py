@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from sphereface2.align import Aligner
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
@@ -59,6 +60,8 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     """
     check_binding(settings)
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=settings.device)
+    if settings.rotations:
+        embedder.aligner = Aligner(rotations=True)
     if embedder.calibration is not None:
         embedder.calibration.check_for_crops()
     with Gallery.open(gallery, embedder=embedder, model=str(checkpoint)) as people:

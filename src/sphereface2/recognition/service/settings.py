@@ -30,6 +30,7 @@ class Settings:
             https://intranet.example; repeatable.
         keep_crops: Store the aligned faces of enrolled people in the gallery, as thumbnails.
         quality: What happens to a small, blurred or turned face at enrolment and verification.
+        rotations: Where no face is found, turn the image by 90°, 180° and 270°.
         audit: File of the audit log; default: standard output.
         far: False accept rate to decide at; default: the calibration's first.
         max_batch: Maximum number of faces in one forward pass.
@@ -52,6 +53,7 @@ class Settings:
     allow_origin: Sequence[str] = ()
     keep_crops: bool = False
     quality: Literal["refuse", "warn", "off"] = "warn"
+    rotations: bool = False
     audit: Path | None = None
     far: float | None = None
     max_batch: int = 32

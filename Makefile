@@ -64,11 +64,8 @@ demo: install  ## open the web page on the model that comes with the package
 BOX := runs/box
 box: install  ## make the model that comes with the package anew, with dlib's network as teacher
 	$(BIN)/pip install --quiet '.[teacher-dlib]'
-	@mkdir -p $(BOX)
-	$(BIN)/python benchmarks/box/dlib_network.py $(BOX)/dlib.onnx
-	test -d $(BOX)/dlib || $(BIN)/sphereface2 import $(BOX)/dlib.onnx $(BOX)/dlib --from onnx --mean 0 --std 1
-	$(BIN)/sphereface2 embed $(BOX)/dlib $(SPHEREFACE2_DATA)/celeb50k --aligned --no-flip --out $(BOX)/teacher.parquet
-	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/teacher.parquet --run-folder $(BOX)/run --ranks auto
+	$(BIN)/python benchmarks/box/dlib_network.py $(BOX)/dlib
+	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/dlib --run-folder $(BOX)/run --ranks auto
 	$(BIN)/python benchmarks/box/pack.py $(BOX)/run $(SPHEREFACE2_DATA)/celeb50k
 
 report: install  ## rebuild reports/ from the published cells of the studies

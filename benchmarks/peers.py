@@ -1,6 +1,8 @@
 """The model in the package beside dlib's published network: accuracy, speed, size.
 
-    python benchmarks/peers.py --peer runs/dlib --data DATA     # runs/dlib: see box/dlib_network.py
+    python benchmarks/box/dlib_network.py runs/dlib
+    sphereface2 export runs/dlib --to onnx
+    python benchmarks/peers.py --peer runs/dlib/model.onnx --data DATA
 
 LFW, all pairs of the test people (400 of the training set whom the model never saw), and the same
 people under each hardened condition. Speed on one thread, one crop at a time: all in one process,
@@ -69,7 +71,7 @@ def rates(variants: dict[str, Callable[[], Any]], rounds: int = 15, calls: int =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer", type=Path, help="dlib's network, imported")
+    parser.add_argument("--peer", type=Path, help="dlib's network, exported")
     parser.add_argument("--data", type=Path, help="folder of celeb50k, lfw.bin and lfw_pairs.txt")
     parser.add_argument("--model", type=Path, default=MODEL)
     arguments = parser.parse_args()

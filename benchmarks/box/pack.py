@@ -1,6 +1,6 @@
 """Make of a run the model that comes with the package: ``make box`` calls it last.
 
-    python benchmarks/box/pack.py RUN DATA
+    python benchmarks/box/pack.py RUN DATA [FOLDER]
 
 Weights in float16, thresholds from the validation people, an ONNX graph that reads those weights.
 The card and the licence in the folder are written by hand: correct their figures by
@@ -23,8 +23,7 @@ from sphereface2.recognition.export import export
 FARS = (1e-3, 1e-2, 1e-4)
 
 
-def main(run: Path, data: Path) -> None:
-    folder = MODEL.parent
+def main(run: Path, data: Path, folder: Path = MODEL.parent) -> None:
     bundle.save(bundle.load(run), folder)
     file = folder / bundle.WEIGHTS
     weights = safetensors.torch.load_file(file)
@@ -32,7 +31,7 @@ def main(run: Path, data: Path) -> None:
     atomic_write(file, safetensors.torch.save(halves, {"format": "pt"}))
     (folder / "calibration.json").unlink(missing_ok=True)
     calibrate(folder, all_pairs=[data], fars=FARS)
-    export(folder, to="onnx", share_weights=True, out=MODEL)
+    export(folder, to="onnx", share_weights=True, out=folder / MODEL.name)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from sphereface2.backbones import iresnet, mobilefacenet, sfnet, timm_adaptor
+from sphereface2.backbones import dlib, iresnet, mobilefacenet, sfnet, timm_adaptor
 from sphereface2.backbones.base import Backbone
 from sphereface2.backbones.preprocessing import Preprocessing, as_size
 from sphereface2.errors import UserError, did_you_mean
@@ -22,6 +22,7 @@ for _name, _units in sfnet.UNITS.items():
 for _name, _units in iresnet.UNITS.items():
     register(_name)(partial(iresnet.IResNet, _units))
 register("mobilefacenet")(mobilefacenet.MobileFaceNet)
+register("dlib")(dlib.DlibNetwork)
 
 _PREPROCESSING = ("mean", "std", "colour_order")
 

@@ -62,6 +62,7 @@ GROUPS = {
         {
             "info": "sphereface2.data.info:info",
             "audit": "sphereface2.recognition.audit.commands:audit",
+            "cluster": "sphereface2.recognition.audit.cluster:cluster",
             "convert": "sphereface2.data.convert:convert",
             "fetch": "sphereface2.data.fetch:fetch",
         },

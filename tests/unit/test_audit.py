@@ -3,9 +3,14 @@
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +21,20 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.images import decode
 from sphereface2.recognition.audit.clean import cleaned, write_set
-from sphereface2.recognition.audit.duplicates import find_duplicates
+from sphereface2.recognition.audit.cluster import PEOPLE, cluster
+from sphereface2.recognition.audit.commands import audit
+from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.findings import Finding, read_findings, write_findings
+from sphereface2.recognition.audit.judge import _duplicates
+from sphereface2.recognition.audit.people import read_people
+from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.feature_parts import Job, open_images
 from sphereface2.recognition.measures import measures
+from sphereface2.signals import STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +62,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sphereface2", "data", "audit", *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+@pytest.fixture(scope="module")
+def crops(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in one folder, which knows no people."""
+    root = tmp_path_factory.mktemp("crops")
+    for path in sorted(faces.rglob("*.*")):
+        (root / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    return root
+
+
+def words(*given: object) -> dict[str, Any]:
+    return {
+        "args": [sys.executable, "-m", "sphereface2", "data", *map(str, given), "--device", "cpu"],
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        "text": True,
+    }
+
+
+def command(*given: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**words(*given), capture_output=True, timeout=250)
 
 
 def test_the_command_reports_and_writes_a_list_without_what_it_found(
@@ -64,9 +88,7 @@ def test_the_command_reports_and_writes_a_list_without_what_it_found(
 ) -> None:
     before = {path: path.read_bytes() for path in faces.rglob("*.*")}
     out, clean = tmp_path / "audit", tmp_path / "clean"
-    ran = command(
-        faces, "--model", model, "--out", out, "--write", clean, "--device", "cpu", "--json"
-    )
+    ran = command("audit", faces, "--model", model, "--out", out, "--write", clean, "--json")
     assert ran.returncode == 0, ran.stderr
     summary = json.loads(ran.stdout)
     assert summary["images"] == 51 and summary["people"] == 12
@@ -146,3 +168,117 @@ def test_copies_are_found_cropped_mirrored_and_encoded_anew() -> None:
     for number, original in enumerate(copies, len(images)):
         assert pairs.pop((original, number)) is (original == 30)
     assert len(pairs) <= 2  # drawn people may be as good as equal
+
+
+def test_of_the_copies_of_a_photograph_one_stays_where_it_fits_best() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2, 3])
+    faces = SimpleNamespace(
+        source=SimpleNamespace(labels=labels, name=str),
+        index=np.arange(7),
+        labels=labels,
+        person=str,
+    )
+    wrong = np.array([0, 0, 0, 0, 0.9, 0.9, 0], np.float32)
+    scores = SimpleNamespace(
+        wrong=wrong, own=np.array([0.3, 0.9, 0.6, 0.2, 0.8, 0.8, np.nan], np.float32)
+    )
+    chain = [Duplicate(0, 1, False, 0.99), Duplicate(1, 2, False, 0.98)]
+    alone = [Duplicate(4, 5, True, 1.0), Duplicate(5, 6, False, 0.99)]
+
+    def gone(found: list[Duplicate], merged: set[tuple[int, int]]) -> dict[int, int]:
+        return {f.index: f.other for f in _duplicates(faces, found, scores, merged)}  # type: ignore[arg-type]
+
+    # Image 1 fits label 0 well because its copy, image 0, is there too.
+    assert gone(chain, set()) == {0: 2, 1: 2}
+    assert gone(chain, {(0, 1)}) == {1: 0, 2: 0}
+    assert gone(alone, set()) == {4: 6, 5: 6}
+
+
+def test_an_audit_that_was_stopped_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces = synthetic.write(tmp_path / "set", people=20, images_per_person=16, pairs_per_fold=2)
+    out = tmp_path / "audit"
+    parts = out / ".embeddings.parquet.parts"
+    given = words("audit", faces, "--model", model, "--out", out, "--batch-size", 1)
+    with subprocess.Popen(**given, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and len(list(parts.glob("0*.parquet"))) < 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT and STOPPED in told
+    kept = {int(path.stem) for path in parts.glob("0*.parquet")}
+    assert 2 <= len(kept) < 10 and not (out / "findings.csv").exists()
+    done: list[int] = []
+    compute = Job.compute
+
+    def counted(
+        job: Job, embedder: FaceEmbedder, source: Source, number: int, **more: Any
+    ) -> bytes:
+        done.append(number)
+        return compute(job, embedder, source, number, **more)
+
+    monkeypatch.setattr(Job, "compute", counted)
+    assert audit(faces, out=out, model=str(model), batch_size=1, device="cpu")["images"] == 320
+    assert done == sorted(set(range(10)) - kept) and (out / "findings.csv").exists()
+
+
+def test_a_set_without_labels_is_audited(crops: Path, model: Path, tmp_path: Path) -> None:
+    clean = tmp_path / "clean"
+    summary = audit(crops, out=tmp_path / "out", model=str(model), write=clean, device="cpu")
+    assert summary["findings"]["unreadable"] == 1 and summary["findings"]["duplicate"] >= 2
+    assert summary["findings"]["wrong label"] == summary["findings"]["same person"] == 0
+    assert len(open_source(clean)) <= 51 - 3
+
+
+def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Path) -> None:
+    out, given = tmp_path / "out", ("--model", model, "--threshold", 0.97)
+    ran = command("cluster", crops, *given, "--out", out, "--json")
+    assert ran.returncode == 0, ran.stderr
+    summary = json.loads(ran.stdout)
+    assert (summary["images"], summary["left_out"]) == (51, 1)
+    lines = [line for line in (out / PEOPLE).read_text().splitlines() if line[:1] not in ("", "#")]
+    heads = [line for line in lines if line.startswith("==")]
+    numbers = [int(line.split("\t")[0]) for line in lines if not line.startswith("==")]
+    source = open_images(crops)
+    assert sorted(numbers) == [i for i in range(51) if "broken" not in source.name(i)]
+    assert len(heads) == summary["people"] + ("== -" in heads) and summary["people"] > 1
+    sheets = {path.stem for path in (out / "sheets").iterdir()}
+    assert sheets == {head[3:] for head in heads} - {"-"}
+    assert (out / "people.html").read_text().count("<img") == len(sheets)
+    # The same person's copies are one person for any network.
+    chosen = read_people(out / PEOPLE, source)
+    person = {source.name(i): label for i, label in zip(chosen.index, chosen.labels, strict=True)}
+    assert person["person03-1.jpg"] == person["person03-again.png"]
+
+    kept = [line for line in lines if line[:1].isdigit()]
+    text = ["== Zoë", *kept[:3], "== A b", *kept[3:5], "== Zoë", kept[7], "== -", *kept[8:]]
+    (out / PEOPLE).write_text("\n".join(text), encoding="utf-8")
+    with pytest.raises(UserError, match="was edited"):
+        cluster(crops, out=out, model=str(model), threshold=0.97, device="cpu")
+    assert (out / PEOPLE).read_text(encoding="utf-8") == "\n".join(text)
+    for to in ("folder", "recordio"):
+        cluster(crops, apply=out / PEOPLE, write=tmp_path / to, to=to, device="cpu")
+        left = open_source(tmp_path / to)
+        assert left.class_names == ["A b", "Zoë"]
+        assert np.bincount(left.labels).tolist() == [2, 4]
+        first = (crops / kept[3].split("\t")[1]).read_bytes()
+        assert left.read(int(np.flatnonzero(left.labels == 0)[0])) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("== a\n0\tx.jpg", "line 2: the set has no image 0 'x.jpg'"),
+        ("== a\n0\tperson00-0.jpg\n== b\n0\tperson00-0.jpg", "line 4: image 0 stands"),
+        ("0\tperson00-0.jpg", "line 1: neither"),
+        ("== ../b\n0\tperson00-0.jpg", "can name no folder"),
+        ("== -\n0\tperson00-0.jpg", "no image to a person"),
+    ],
+)
+def test_a_file_of_people_that_says_something_else(
+    text: str, message: str, crops: Path, tmp_path: Path
+) -> None:
+    (tmp_path / PEOPLE).write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_people(tmp_path / PEOPLE, open_images(crops))

@@ -126,10 +126,7 @@ def convert(
     anew = encode is not None or size is not None
     encoding = Encoding(encode or "webp", quality, size) if anew else None
     target = Path(target)
-    if to not in _WRITERS and to != "bin":
-        raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, 'bin'])}")
-    if target.exists():
-        raise UserError(f"{target} exists already; name a new folder")
+    check_target(target, to, "bin")
     if to == "bin":
         return _convert_pairs(source, target, encoding)
     done = write_source(open_source(source), target, to, encoding)
@@ -138,6 +135,14 @@ def convert(
         *console.named("unreadable images left out", done.unreadable),
     )
     return done
+
+
+def check_target(target: Path, to: str, *more: str) -> None:
+    """UserError unless ``to`` is a format, or one of ``more``, and ``target`` is new."""
+    if to not in (*_WRITERS, *more):
+        raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, *more])}")
+    if target.exists():
+        raise UserError(f"{target} exists already; name a new folder")
 
 
 def write_source(
@@ -259,12 +264,13 @@ def _folder_names(source: Source) -> list[str]:
     names = source.class_names
     # Names may come from a file: none may lead out of the target or hide.
     usable = names is not None and len(set(names)) == len(names) == source.num_classes
-    if names is None or not usable or any(_is_unsafe(name) for name in names):
+    if names is None or not usable or any(is_unsafe(name) for name in names):
         return numbers
     return names
 
 
-def _is_unsafe(name: str) -> bool:
+def is_unsafe(name: str) -> bool:
+    """Whether a name can be no folder's."""
     return not name or name.startswith(".") or any(c in name for c in "/\\\0\n\t")
 
 

@@ -59,9 +59,10 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
     Raises:
         UserError: a finding is of another set, or nothing is left.
     """
-    labels = np.asarray(source.labels).copy()
+    given = np.asarray(source.labels)
+    labels = given.copy() if len(given) else np.zeros(len(source), np.int64)
     removed = np.zeros(len(labels), bool)
-    into = np.arange(source.num_classes)  # a forest: each label's parent
+    into = np.arange(max(source.num_classes, 1))  # a forest: each label's parent
     for finding in findings:
         here = source.num_classes if finding.kind == "same person" else len(labels)
         fits = 0 <= finding.index < here
@@ -79,9 +80,8 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
         elif finding.action == "move":
             labels[finding.index] = finding.other
         elif finding.action == "merge":
-            a, b = sorted((_root(into, finding.index), _root(into, finding.other)))
-            into[b] = a
-    labels = np.array([_root(into, label) for label in range(source.num_classes)])[labels]
+            join(into, finding.index, finding.other)
+    labels = np.array([root(into, label) for label in range(len(into))])[labels]
     index = np.flatnonzero(~removed)
     if not len(index):
         raise UserError("the findings remove every image; edit the actions in findings.csv")
@@ -92,10 +92,17 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
     )
 
 
-def _root(into: np.ndarray, label: int) -> int:
-    while into[label] != label:
-        label = int(into[label])
-    return label
+def root(into: np.ndarray, one: int) -> int:
+    """The first of all that `join` has put together with ``one``."""
+    while into[one] != one:
+        one = int(into[one])
+    return one
+
+
+def join(into: np.ndarray, one: int, other: int) -> None:
+    """Put two together in a forest, ``into``, which begins as ``np.arange``."""
+    first, second = sorted((root(into, one), root(into, other)))
+    into[second] = first
 
 
 def write_set(chosen: Chosen, target: Path) -> Conversion:

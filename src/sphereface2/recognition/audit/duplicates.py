@@ -18,6 +18,7 @@ _BLOCK, _SAMPLE = 1024, 1_000_000
 _FEW = 20_000  # pairs, which are always compared
 _NEAR = 0.85  # correlation after a few steps from which the fit is worth many
 _BEND = 1.08  # ratio of the scales of two axes
+_AS_IS = np.eye(2, 3, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,34 @@ def overlaid(first: np.ndarray, second: np.ndarray, *, mirror: bool = False) -> 
     one, other = first.reshape(SIDE, SIDE), second.reshape(SIDE, SIDE)
     other = np.ascontiguousarray(other[:, ::-1]) if mirror else other
     start = float(_normal(one.reshape(1, -1))[0] @ _normal(other.reshape(1, -1))[0])
-    if max(start, _fitted(one, other, 15)) < _NEAR:
+    if start >= SAME:
         return start
-    return max(start, _fitted(one, other, 100), _fitted(other, one, 100))
+    best, found = _fitted(one, other, _AS_IS, 5)
+    if max(start, best) < _NEAR or best >= SAME:
+        return max(start, best)
+    best, found = _fitted(one, other, found, 95)
+    if best < SAME:  # a part fits the whole better than the whole fits a part
+        back = cv2.invertAffineTransform(found) if best else _AS_IS
+        best = max(best, _fitted(other, one, back, 100)[0])
+    return max(start, best)
 
 
-def _fitted(one: np.ndarray, other: np.ndarray, steps: int) -> float:
-    """Correlation once `other` is laid over `one`; 0 where that does not succeed or bends it."""
+def _fitted(
+    one: np.ndarray, other: np.ndarray, matrix: np.ndarray, steps: int
+) -> tuple[float, np.ndarray]:
+    """Correlation once `other` is laid over `one`, and how it lies, starting from ``matrix``.
+
+    0 where that does not succeed or bends it.
+    """
     everywhere = np.full((SIDE, SIDE), 255, np.uint8)
-    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, steps, 1e-5)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, steps, 1e-4)
     try:
         score, matrix = cv2.findTransformECC(
-            one, other, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, criteria, everywhere, 3
+            one, other, matrix.copy(), cv2.MOTION_AFFINE, criteria, everywhere, 3
         )
     except cv2.error:  # it does not converge: they are too different, or one has no contrast
-        return 0.0
+        return 0.0, matrix
     # A corner laid over a corner, or a face that is bent to fit another one, says nothing.
     large, small = np.linalg.svd(np.asarray(matrix)[:, :2])[1]
     whole = 0.7 < small <= large < 1.4 and np.abs(matrix[:, 2]).max() < SIDE / 3
-    return float(score) if whole and large / small < _BEND else 0.0
+    return float(score) if whole and large / small < _BEND else 0.0, matrix

@@ -47,8 +47,9 @@ class Faces:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,), of each image, as the set numbers them."""
-        return np.asarray(self.source.labels)[self.index]
+        """int64 (N,), of each image, as the set numbers them; 0 where it has none."""
+        labels = np.asarray(self.source.labels)
+        return labels[self.index] if len(labels) else np.zeros(len(self.index), np.int64)
 
     def person(self, label: int) -> str:
         """What the set calls a label."""
@@ -123,20 +124,24 @@ def _read(path: Path, source: Source) -> Faces:
         start += len(batch)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     found = {name: np.concatenate(parts) for name, parts in numbers.items()}
-    missing = np.setdiff1d(np.arange(len(source)), found["index"])
+    missing = np.setdiff1d(np.arange(len(source)), found["index"]).tolist()
+    reasons, names = _reasons(path), [printable(source.name(i)) for i in missing]
     return Faces(
         source=source,
         rows=rows,
         thumbnails=thumbnails,
         pixels=pixels,
-        left_out=[(int(i), *why) for i, why in zip(missing, _left_out(path), strict=True)],
+        left_out=[
+            (i, name, reasons.get(name, "left out")) for i, name in zip(missing, names, strict=True)
+        ],
         **found,
     )
 
 
-def _left_out(path: Path) -> list[tuple[str, str]]:
+def _reasons(path: Path) -> dict[str, str]:
+    """Why images of these names are not in the table."""
     listed = path.with_name(f"{path.name}.skipped.csv")
     if not listed.exists():
-        return []
+        return {}
     with listed.open(newline="", encoding="utf-8") as file:
-        return [(row["name"], row["reason"]) for row in csv.DictReader(file)]
+        return {row["name"]: row["reason"] for row in csv.DictReader(file)}

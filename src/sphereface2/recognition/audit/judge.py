@@ -14,6 +14,7 @@ from sphereface2.evaluation.label_errors import (
     score_labels,
 )
 from sphereface2.files import printable
+from sphereface2.recognition.audit.clean import join, root
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.findings import Finding
@@ -135,7 +136,11 @@ def _same_people(
         if rate > false_pairs and not number:
             continue
         first, second = int(people[a]), int(people[b])
-        about = faces.person(second) + (f", {number} photographs in common" if number else "")
+        about = faces.person(second)
+        if number:
+            about += f", photographs in common: {number}"
+        else:
+            about += f", probably one person: of 100 such pairs about {100 * rate:.0f} are not"
         # Lookalikes score as high as one person does: only a photograph in common is proof.
         action = "merge" if number else "keep"
         yield Finding(
@@ -149,25 +154,49 @@ def _duplicates(
     scores: LabelScores | None,
     merged: set[tuple[int, int]],
 ) -> Iterator[Finding]:
-    """Of two copies the one goes that fits its label less; in one label, the later."""
-    labels = faces.labels if len(faces.source.labels) else np.zeros(len(faces.index), np.int64)
+    """Of the copies of a photograph one stays, and each other one is named beside it.
+
+    It is of the label that they fit best, the first there.
+    """
+    labels, known = faces.labels, len(faces.source.labels) > 0
+    photograph, person = np.arange(len(labels)), np.arange(int(labels.max()) + 1)
+    score: dict[int, float] = {}
     for found in duplicates:
-        keep, drop = found.first, found.second
-        a, b = int(labels[keep]), int(labels[drop])
-        across = a != b
-        if across and (min(a, b), max(a, b)) not in merged and scores is not None:
-            fit = np.nan_to_num(scores.own[[keep, drop]], nan=-1)
-            keep, drop = (keep, drop) if fit[0] >= fit[1] else (drop, keep)
-        yield Finding(
-            "duplicate across labels" if across else "duplicate",
-            int(faces.index[drop]),
-            _name(faces, drop),
-            faces.person(int(labels[drop])) if len(faces.source.labels) else "",
-            int(faces.index[keep]),
-            _name(faces, keep) + (f" of {faces.person(int(labels[keep]))}" if across else ""),
-            found.score,
-            "remove",
-        )
+        join(photograph, found.first, found.second)
+        for row in (found.first, found.second):
+            score[row] = max(score.get(row, 0), found.score)
+    for pair in merged:
+        join(person, *pair)
+    groups: dict[int, list[int]] = {}
+    for row in sorted(score):
+        groups.setdefault(root(photograph, row), []).append(row)
+    for rows in groups.values():
+        # A copy beside its original fits by that alone: the first of a label speaks for all of it.
+        first: dict[int, int] = {}
+        for row in rows:
+            first.setdefault(root(person, int(labels[row])), row)
+        keep = max(first.values(), key=lambda row: (_fit(scores, row), -row))
+        for drop in rows:
+            if drop == keep:
+                continue
+            across = labels[keep] != labels[drop]
+            yield Finding(
+                "duplicate across labels" if across else "duplicate",
+                int(faces.index[drop]),
+                _name(faces, drop),
+                faces.person(int(labels[drop])) if known else "",
+                int(faces.index[keep]),
+                _name(faces, keep) + (f" of {faces.person(int(labels[keep]))}" if across else ""),
+                score[drop],
+                "remove",
+            )
+
+
+def _fit(scores: LabelScores | None, row: int) -> float:
+    """How well an image fits its label; that of one alone is unknown, but not taken for wrong."""
+    if scores is None:
+        return 0.0
+    return -2.0 if scores.wrong[row] >= 0.5 else float(np.nan_to_num(scores.own[row], nan=-1.0))
 
 
 def _quality(faces: Faces) -> Iterator[Finding]:

@@ -52,6 +52,24 @@ def strip(source: Source, parts: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
+def grid(source: Source, images: Sequence[int], columns: int = 12) -> np.ndarray:
+    """Images in rows, uint8 RGB, each with its number below."""
+    cells = []
+    for index in images:
+        cell = np.full((_TILE + 20, _TILE + _GAP, 3), 255, np.uint8)
+        cell[:_TILE, :_TILE] = tile(source, index)
+        cells.append(_write(cell, str(index), (2, _TILE + 14)))
+    columns = min(columns, len(cells))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
+def _write(image: np.ndarray, text: str, place: tuple[int, int]) -> np.ndarray:
+    cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
+    return image
+
+
 def stack(strips: Sequence[np.ndarray], first: int = 1) -> np.ndarray:
     """Numbered strips, one below the other."""
     width = max(one.shape[1] for one in strips)
@@ -59,9 +77,7 @@ def stack(strips: Sequence[np.ndarray], first: int = 1) -> np.ndarray:
     for number, one in enumerate(strips, first):
         row = np.full((_TILE + _GAP, width + 48, 3), 255, np.uint8)
         row[:_TILE, 48 : 48 + one.shape[1]] = one
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(row, str(number), (2, _TILE // 2), font, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
-        rows.append(row)
+        rows.append(_write(row, str(number), (2, _TILE // 2)))
     return np.concatenate(rows)
 
 

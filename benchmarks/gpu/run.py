@@ -33,6 +33,7 @@ PARTS = {
     "tests": 110,
     "heads": 60,
     "capacity": 25,
+    "steps": 45,
     "partial_fc": 70,
     "backbones": 100,
     "speedrun": 130,

@@ -50,6 +50,7 @@ def run(part: Part) -> None:
         data = faces(part, Path(folder))
         settings: dict[str, object] = {
             "training.device": part.device.type,
+            "training.cuda_graph": part.device.type == "cuda",
             "data.cache": "device",
             **(TINY if part.tiny else {}),
         }

@@ -77,7 +77,13 @@ STEPS = [
         ("bfloat16", "bfloat16", "float32", True, False, True),
     ]
 ]
-POINTERS = {"places_ptr": "*i64", "rows_ptr": "*i64", "seed_ptr": "*i64", "skip_ptr": "*i1"}
+POINTERS = {
+    "places_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "seed_ptr": "*i64",
+    "skip_ptr": "*i1",
+    "rate_ptr": "*fp32",
+}
 INTEGERS = ("samples", "columns", "start", "splits", "count", "dim")
 
 
@@ -258,7 +264,8 @@ def stepped(kernels, weight, velocity, gradient, rows, skip, seed, settings):
         step = ahead if settings["nesterov"] else exact[1][kept]
     exact[0][kept] = unit - 0.3 * step
     moving = velocity if settings["momentum"] else None
-    kernels.step_rows_(weight, moving, gradient, rows, skip, seed, lr=0.3, **settings)
+    rate = torch.full((), 0.3, device=weight.device)
+    kernels.step_rows_(weight, moving, gradient, rows, skip, seed, rate, **settings)
     return exact
 
 

@@ -6,19 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from sphereface2 import backbones
+from sphereface2 import backbones, cuda_graph
 from sphereface2.data import synthetic
 from sphereface2.embedder import Embedder
 from sphereface2.training import config as configuration
 from sphereface2.training.distributed import world
 from sphereface2.training.fit import build_trainer
 from sphereface2.training.inputs import open_inputs
+from sphereface2.training.optim import set_learning_rate
+from sphereface2.training.teacher import Teacher
+
+# Before the first product: what deterministic algorithms ask of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 SETTINGS = {
     "backbone.name": "sfnet4",
@@ -44,6 +50,24 @@ SETTINGS = {
     "training.ema": 0.9,
     "validation.every": 0,
     "validation.pairs": "[]",
+}
+EAGER_HEAD = {"training.fused_head": False, "head.streaming": False, "training.clip_norm": 5}
+EAGER_HEAD |= {"training.clip_embedding_norm": "null"}
+GRAPHED = {
+    "sgd": EAGER_HEAD,
+    "muon, cache": {
+        **EAGER_HEAD,
+        "training.optimizer": "muon",
+        "data.cache": "device",
+        "data.workers": 0,
+        "data.augmentation.photometric": 0.5,
+    },
+    "fused": {},
+    "sampled, bf16": {
+        "head.negatives": "uniform",
+        "head.negative_share": 0.5,
+        "head.weight_dtype": "bfloat16",
+    },
 }
 DETERMINISTIC = (
     "import sys, torch; torch.use_deterministic_algorithms(True);"
@@ -86,6 +110,17 @@ def logged(output):
 
 def test_killed_and_resumed_training_ends_at_the_same_weights(slow_on_cpu, faces, tmp_path):
     settings = {**SETTINGS, "data.train": faces, "training.device": slow_on_cpu.type}
+    end_at_the_same_weights(settings, tmp_path)
+
+
+def test_a_training_of_graphs_that_was_killed_ends_at_the_same_weights(cuda, faces, tmp_path):
+    settings = {**SETTINGS, **GRAPHED["muon, cache"], "data.train": faces}
+    settings |= {"training.device": cuda.type, "training.epochs": 30, "training.cuda_graph": True}
+    end_at_the_same_weights(settings, tmp_path)
+
+
+def end_at_the_same_weights(settings, tmp_path):
+    """A run that is killed after its first checkpoint and resumed, and one that is not."""
     whole = start(**settings, output=tmp_path / "whole")
     killed = start(**settings, output=tmp_path / "killed")
     deadline = time.monotonic() + 200
@@ -132,6 +167,78 @@ def test_no_training_step_waits_for_the_device(cuda, faces, tmp_path, autocast, 
                 trainer.step([batch])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def trainer_of(faces, folder, changes):
+    """A trainer on the GPU, ready for steps, and its batches."""
+    settings = {**SETTINGS, "data.train": faces, "data.workers": 0, "training.device": "cuda"}
+    settings |= changes
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    config = configuration.load(None, words)
+    with world("cuda") as place:
+        inputs = open_inputs(config, place)
+        teacher = None
+        if settings.get("training.optimizer") == "muon":
+            rows = np.random.default_rng(0).normal(size=(len(inputs.train_indices), 24))
+            rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+            teacher = Teacher(rows, inputs.train_labels, 32, config.teacher)
+        trainer = build_trainer(folder, place, inputs, teacher)
+        trainer.step.begin(config.training.batch_size)
+        yield trainer, trainer.batches(0)
+
+
+def taken(faces, folder, changes, steps=10):
+    """Losses of some steps with falling rates, and the parameters and buffers after them."""
+    with trainer_of(faces, folder, changes) as (trainer, batches):
+        losses = []
+        for number in range(1, steps + 1):
+            set_learning_rate(trainer.optimizers, 1 / number)
+            losses.append(trainer.step([next(batches)], number)[0].item())
+        states = {name: one.state_dict() for name, one in trainer.step.modules.items()}
+        return losses, {
+            f"{name}.{k}": v.cpu() for name, one in states.items() for k, v in one.items()
+        }
+
+
+@pytest.mark.parametrize("case", GRAPHED)
+def test_steps_of_a_graph_are_the_steps(cuda, faces, tmp_path, monkeypatch, case):
+    torch.use_deterministic_algorithms(True)
+    try:
+        plain, _ = taken(faces, tmp_path, GRAPHED[case])
+        changes = {**GRAPHED[case], "training.cuda_graph": True}
+        losses, state = taken(faces, tmp_path, changes)
+        monkeypatch.setattr(cuda_graph, "WARM_UP", 1000)  # the same operations, one by one
+        expected, same = taken(faces, tmp_path, changes)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses == expected
+    for key, value in same.items():
+        assert torch.equal(state[key], value), key
+    np.testing.assert_allclose(losses, plain, rtol=0.02)
+
+
+def test_a_step_of_a_graph_does_not_wait_and_is_faster(cuda, faces, tmp_path):
+    network = {"backbone.name": "sfnet10", "backbone.width": 0.25}
+    seconds = {}
+    for graphed in (False, True):
+        changes = {**GRAPHED["muon, cache"], **network, "training.cuda_graph": graphed}
+        with trainer_of(faces, tmp_path, changes) as (trainer, batches):
+            batch = next(batches)
+            for _ in range(6):
+                trainer.step([batch])
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            started = time.perf_counter()
+            try:
+                for _ in range(30):
+                    trainer.step([batch])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            seconds[graphed] = time.perf_counter() - started
+    print(f"30 steps: eager {seconds[False]:.4f} s, as a graph {seconds[True]:.4f} s")
+    assert seconds[True] < seconds[False] / 2
 
 
 @pytest.mark.parametrize("name", ["sfnet4", "iresnet18", "mobilefacenet"])

@@ -89,6 +89,7 @@ class FusedSGD(torch.optim.Optimizer):
         """The head begins a pass."""
         self.noise = _Noise()
         self.seed: Tensor | None = None
+        self.rate: Tensor | None = None
 
     @torch.no_grad()
     def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
@@ -118,7 +119,10 @@ class FusedSGD(torch.optim.Optimizer):
             step = (
                 gradient.add_(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
             )
-        unit.add_(step, alpha=-group["lr"])
+        if isinstance(group["lr"], Tensor):
+            unit.addcmul_(step, group["lr"].to(unit.dtype), value=-1)
+        else:
+            unit.add_(step, alpha=-group["lr"])
         stored = local(weight.data)
         if not (isinstance(rows, slice) and stored.dtype == unit.dtype):
             self._store(unit, stored, rows)
@@ -129,9 +133,11 @@ class FusedSGD(torch.optim.Optimizer):
         (group,) = self.param_groups
         (weight,) = group["params"]
         velocity = self.state[weight].get("momentum_buffer")
-        if self.seed is None:
+        if self.seed is None or self.rate is None:
             # On the device, so that nothing waits; from its generator, which checkpoints keep.
             self.seed = torch.randint(2**62, (1,), device=gradient.device)
+            rate = group["lr"]  # a tensor already in a step that is recorded
+            self.rate = rate if isinstance(rate, Tensor) else gradient.new_full((), rate).float()
         kernels.step_rows_(
             local(weight.data),
             None if velocity is None else local(velocity),
@@ -139,7 +145,8 @@ class FusedSGD(torch.optim.Optimizer):
             block.rows,
             block.skip,
             self.seed,
-            **{k: group[k] for k in ("lr", "momentum", "weight_decay", "nesterov")},
+            self.rate,
+            **{k: group[k] for k in ("momentum", "weight_decay", "nesterov")},
         )
 
     def _store(self, values: Tensor, into: Tensor, rows: slice | Tensor) -> None:

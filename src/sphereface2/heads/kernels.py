@@ -133,8 +133,8 @@ def step_rows_(
     rows: slice | Tensor,
     skip: Tensor | None,
     seed: Tensor | None,
+    rate: Tensor,
     *,
-    lr: float,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
@@ -148,6 +148,7 @@ def step_rows_(
         rows: a range or int64 indices.
         skip: (c,) bool, rows to leave alone.
         seed: (1,) int64 of the noise of rounding; needed for bfloat16.
+        rate: () float32, the learning rate.
     """
     count, dim, start, indices = _range(weight, rows)
     width = max(4, triton.next_power_of_2(dim))
@@ -159,10 +160,10 @@ def step_rows_(
         weight if indices is None else indices,
         weight if skip is None else skip,
         weight if seed is None else seed,
+        rate,
         start,
         count,
         dim,
-        lr,
         momentum,
         weight_decay,
         INDEXED=indices is not None,
@@ -373,10 +374,10 @@ def _step_rows(
     rows_ptr: tl.tensor,
     skip_ptr: tl.tensor,
     seed_ptr: tl.tensor,
+    rate_ptr: tl.tensor,
     start: tl.tensor,
     count: tl.tensor,
     dim: tl.tensor,
-    lr: tl.tensor,
     momentum: tl.tensor,
     decay: tl.tensor,
     INDEXED: tl.constexpr,
@@ -414,7 +415,7 @@ def _step_rows(
         if velocity_ptr.dtype.element_ty == tl.bfloat16:
             velocity = _rounded(velocity, (noise >> 16).to(tl.int32))
         tl.store(velocity_ptr + place, velocity, mask=mask)
-    weight = weight - lr * step
+    weight = weight - tl.load(rate_ptr) * step
     if weight_ptr.dtype.element_ty == tl.bfloat16:
         weight = _rounded(weight, (noise & 65535).to(tl.int32))
     tl.store(weight_ptr + place, weight, mask=mask)

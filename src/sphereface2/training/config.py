@@ -101,6 +101,23 @@ class DataConfig:
             )
 
 
+_DEMANDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
+    "cuda_graph": (
+        ("autocast", ("off", "bf16"), "the host asks whether a step in fp16 overflowed"),
+        ("optimizer", ("sgd", "muon"), "the host counts AdamW's steps"),
+        ("accumulate", (1,), "a step of one pass is recorded"),
+    ),
+    # The prototypes take their step before the backward pass.
+    "fused_head": (
+        ("optimizer", ("sgd", "muon"), "the prototypes take SGD's steps"),
+        ("clip_norm", (None,), "it comes after their step; see training.clip_embedding_norm"),
+        ("autocast", ("off", "bf16"), "a step in fp16 may have to be undone"),
+        ("accumulate", (1,), "they take a step with every batch"),
+    ),
+}
+"""What a setting demands of others: their names, allowed values, and why."""
+
+
 @dataclass
 class TrainingConfig:
     """The loop: length, optimiser, schedule, precision, checkpoints."""
@@ -166,6 +183,9 @@ class TrainingConfig:
     """Precision of the backbone's operators; the head computes in float32."""
     compile: bool = False
     """Compile the backbone with ``torch.compile``."""
+    cuda_graph: bool = False
+    """Record a step as a CUDA graph after the first three, and let the host start its kernels
+    together: for networks whose kernels take less time than starting them. One GPU, SGD or Muon."""
     channels_last: bool = True
     """Keep images in channels-last memory, the faster layout of convolutions."""
     ema: ShareBelowOne = 0.0
@@ -193,32 +213,14 @@ class TrainingConfig:
             )
         if self.nesterov and not self.momentum:
             raise UserError("training.nesterov needs training.momentum above 0")
-        if self.fused_head:
-            self._check_fused()
-
-    def _check_fused(self) -> None:
-        """What cannot be exact when the prototypes take their step before the backward pass."""
-        if self.optimizer == "adamw":
-            raise UserError(
-                "training.optimizer must be sgd with training.fused_head, which takes SGD steps, "
-                f"got {self.optimizer}; set it to sgd or leave fused_head out"
-            )
-        if self.clip_norm is not None:
-            raise UserError(
-                f"training.clip_norm must be null with training.fused_head, got {self.clip_norm}: "
-                "the prototypes take their step before the norm over all parameters is known; set "
-                "training.clip_embedding_norm instead"
-            )
-        if self.autocast == "fp16":
-            raise UserError(
-                "training.autocast must be off or bf16 with training.fused_head, got fp16, which "
-                "must be able to skip a step that the prototypes have already taken; set it to bf16"
-            )
-        if self.accumulate > 1:
-            raise UserError(
-                f"training.accumulate must be 1 with training.fused_head, got {self.accumulate}: "
-                "the prototypes take a step with every batch"
-            )
+        for by, rules in _DEMANDS.items():
+            for name, allowed, why in rules if getattr(self, by) else ():
+                if (value := getattr(self, name)) not in allowed:
+                    wanted = " or ".join("null" if one is None else str(one) for one in allowed)
+                    raise UserError(
+                        f"training.{name} must be {wanted} with training.{by}, got {value}: {why}; "
+                        f"change it or leave {by} out"
+                    )
 
 
 @dataclass
@@ -409,7 +411,12 @@ def _check_head(config: RunConfig) -> None:
         raise UserError("training.log_similarities must be false with head.sharded true")
     if config.training.fused_head:
         heads.FusedSGD(head, lr=1.0)
-    elif options.get("weight_dtype") == "bfloat16":
+    if config.training.cuda_graph and head.negatives == "hard":
+        raise UserError(
+            "negatives must be all or uniform with training.cuda_graph, got hard: the host "
+            "searches for them; change it or leave cuda_graph out"
+        )
+    if not config.training.fused_head and options.get("weight_dtype") == "bfloat16":
         raise UserError(
             "weight_dtype bfloat16 would lose small steps to rounding; set training.fused_head to "
             "true, which rounds stochastically, or leave it out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,18 +84,20 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = [self._momentum(p, group["momentum"]) for p in parameters]
+                updates = self._momentum(parameters, group["momentum"])
                 stacked = torch.stack([update.reshape(shape[0], -1) for update in updates])
                 if stacked.is_cuda:  # a tenth of the time; singular values end near 1 as well
                     stacked = stacked.bfloat16()
-                steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype)
+                # The rate may be a tensor, for a step that is recorded.
+                steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype) * group["lr"]
                 for parameter, step in zip(parameters, steps, strict=True):
                     parameter.mul_(math.sqrt(shape[0]) / parameter.norm())
-                    parameter.add_(step.reshape(shape), alpha=-group["lr"])
+                    parameter.sub_(step.reshape(shape))
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's look-ahead gradient, after the buffer took the gradient in."""
-        gradient = parameter.grad
-        assert gradient is not None
-        buffer: Tensor = self.state[parameter]["momentum_buffer"].mul_(momentum).add_(gradient)
-        return gradient.add(buffer, alpha=momentum)
+    def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> Sequence[Tensor]:
+        """Nesterov's look-ahead gradients, after the buffers took the gradients in."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        return torch._foreach_add(gradients, buffers, alpha=momentum)

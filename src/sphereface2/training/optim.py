@@ -111,7 +111,11 @@ def build_optimizers(
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(settings, lr=config.lr)]
     sgd = torch.optim.SGD(
-        settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        settings,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=config.cuda_graph or None,  # that alone takes a rate from the device
     )
     return [sgd, *orthogonal, *fused]
 
@@ -139,14 +143,15 @@ class MovingAverage:
         """Fold in the network's values after optimiser step ``step`` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         floating: list[tuple[torch.Tensor, torch.Tensor]] = []
+        counts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for key, value in network.state_dict().items():
-            if value.is_floating_point():
-                floating.append((self.average[key], value))
-            else:
-                self.average[key].copy_(value)
-        torch._foreach_lerp_(
-            [average for average, _ in floating], [value for _, value in floating], 1 - decay
-        )
+            kind = floating if value.is_floating_point() else counts
+            kind.append((self.average[key], value))
+        averages, values = zip(*floating, strict=True)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        if counts:
+            averages, values = zip(*counts, strict=True)
+            torch._foreach_copy_(averages, values)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:

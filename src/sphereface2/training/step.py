@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sphereface2 import backbones, heads
+from sphereface2.cuda_graph import Graphed
 from sphereface2.data.dataset import Batch
 from sphereface2.errors import UserError
 from sphereface2.training.config import RunConfig, head_options
@@ -20,6 +22,8 @@ from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import LossWatch
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPHED = ["cuda"]
+"""Devices whose steps can be recorded."""
 
 
 def compile_units(network: nn.Module) -> None:
@@ -48,8 +52,10 @@ class TrainingStep:
     """Network, head and optimisers of a run; called with batches it takes one optimiser step.
 
     The host waits for the device nowhere in a step, except where the step cannot be taken without:
-    a gradient scaler (fp16) asks whether the gradient overflowed, and sampled negatives are planned
-    on the host.
+    a gradient scaler (fp16) asks whether the gradient overflowed, and hard negatives are searched
+    on the host. With ``training.cuda_graph`` the steps from the fourth on replay one graph, for
+    which every number that changes is on the device: rates and the step's number go there with the
+    labels. Parameters and the optimisers' states must then stay where they are.
 
     A step whose loss or gradient is not finite, or by which training diverges, is decided on the
     device, alike on all ranks: its gradient, and that of every step after it, counts as 0, so that
@@ -121,6 +127,22 @@ class TrainingStep:
         self.watch = LossWatch(
             device, settings.max_loss_ratio, check_norm=not self.scaler.is_enabled()
         )
+        self._graph = self._graphed() if settings.cuda_graph else None
+
+    def _graphed(self) -> Graphed[tuple[Tensor, Tensor]]:
+        """The step as a CUDA graph.
+
+        Raises:
+            UserError: not here.
+        """
+        if self.world.device.type not in GRAPHED or self.world.size > 1:
+            raise UserError(
+                "training.cuda_graph must be false except on one CUDA device, and this is "
+                f"{self.world.device.type} with {self.world.size} rank(s): leave it out"
+            )
+        if self.teacher is not None:
+            self.teacher.keep_on(self.world.device)
+        return Graphed(self._recorded, self.world.device, "the training step")
 
     def _replicate(self, module: nn.Module) -> nn.Module:
         trainable = any(p.requires_grad for p in module.parameters())
@@ -193,8 +215,40 @@ class TrainingStep:
             step: its number, from 1, to be told if it goes wrong.
 
         Returns:
-            () mean loss over the ranks and () norm of the gradient before clipping, on the device.
+            () mean loss over the ranks and () norm of the gradient before clipping, on the device;
+            with ``training.cuda_graph`` the next step overwrites them.
         """
+        if self._graph is None:
+            return self._take(batches, step)
+        (batch,) = batches
+        # All numbers travel as one tensor: the bits of pairs of float32 as int64.
+        numbers = [group["lr"] for group in self._groups] + [step]
+        numbers += [0] * (len(numbers) % 2)
+        floats = torch.tensor(numbers, dtype=torch.float32)
+        packed = torch.cat([batch.labels, batch.positions, floats.view(torch.int64)])
+        if self.world.device.type == "cuda":
+            packed = packed.pin_memory()
+        return self._graph(batch.images, packed)
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _recorded(self, images: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The step of what `__call__` has packed: nothing in it is a number of Python."""
+        count, groups = len(images), self._groups
+        labels, positions = packed[: 2 * count].split(count)
+        *rates, step = packed[2 * count :].view(torch.float32)[: len(groups) + 1].unbind()
+        kept = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            return self._take([Batch(images, labels, [], positions)], step)
+        finally:
+            for group, number in zip(groups, kept, strict=True):
+                group["lr"] = number
+
+    def _take(self, batches: Sequence[Batch], step: int | Tensor) -> tuple[Tensor, Tensor]:
         device, settings = self.world.device, self.config.training
         total = torch.zeros((), device=device)
         for index, batch in enumerate(batches):

@@ -77,6 +77,10 @@ class Teacher(nn.Module):
         """The teacher's embeddings (B, k) of the training images at ``positions``, int64 (B,)."""
         return self._targets[positions]
 
+    def keep_on(self, device: torch.device) -> None:
+        """Keep the teacher's embeddings, n × k × 4 bytes, where the positions will be."""
+        self._targets = self._targets.to(device)
+
     def forward(self, embeddings: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             cosines = (unit_rows(self.map(embeddings.float())) * targets).sum(1)

@@ -53,13 +53,13 @@ class LossWatch:
         told = Losses(first=first, smoothed=smoothed, lowest=lowest)
         self._state.copy_(torch.tensor(told))
 
-    def observe(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
+    def observe(self, loss: Tensor, norm: Tensor, step: int | Tensor) -> Tensor:
         """Take in a step before its update.
 
         Args:
             loss: () mean loss over all ranks.
             norm: () norm of the gradient over all ranks.
-            step: its number, from 1.
+            step: its number, from 1; may be () on the device.
 
         Returns:
             () bool on the device: whether this step or one before it went wrong.
@@ -72,9 +72,10 @@ class LossWatch:
         fine = loss.isfinite() & (smoothed <= self.max_ratio * first.abs())
         if self.check_norm:
             fine &= norm.isfinite()
-        wrong = torch.where(fine, 0.0, float(step))
+        wrong = (~fine).float() * step
         seen = torch.stack([loss, norm, first, smoothed, wrong, lowest])
-        self._state = torch.where(wrong_step > 0, self._state, seen)
+        # In place: a graph that was recorded finds it there.
+        self._state.copy_(torch.where(wrong_step > 0, self._state, seen))
         return self._state[4] > 0
 
     def read(self) -> Losses:

@@ -4,7 +4,7 @@
     python benchmarks/gpu/study.py --pack-only --out FOLDER       # at any time, also beside the run
 
 A cell of a small network uses a small part of a GPU: with NVIDIA's MPS, which is started where it
-is installed, 14 processes train six times as fast as one. Like run.py it needs no install step: the
+is installed, a dozen processes train six times as fast as one. Like run.py it needs no install step: the
 wheels and faces are those of `.gpu/`, copied to ``--work`` first. The next run goes on: unpack the
 cells there before.
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--study", type=Path, default=ROOT / "configs" / "study" / "claim.yaml")
     parser.add_argument("--seconds", type=float, default=300, help="after which no cell starts")
-    parser.add_argument("--jobs", type=int, default=14)
+    parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--work", type=Path, default=Path("/tmp/study"))
     parser.add_argument("--data", type=Path, default=CARRIED / "faces")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, cells: Path) -> int:
             environment |= {
                 "CUDA_MPS_PIPE_DIRECTORY": str(arguments.mps),
                 "CUDA_MPS_LOG_DIRECTORY": str(arguments.mps),
+                "CUDA_MPS_CLIENT_PRIORITY": "1",  # below what else there is
             }
             arguments.mps.mkdir(exist_ok=True)
             # Fails where one runs already, which will do.

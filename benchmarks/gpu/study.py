@@ -4,9 +4,9 @@
     python benchmarks/gpu/study.py --pack-only --out FOLDER       # at any time, also beside the run
 
 A cell of a small network uses a small part of a GPU: with NVIDIA's MPS, which is started where it
-is installed, a dozen processes train six times as fast as one. Like run.py it needs no install step: the
-wheels and faces are those of `.gpu/`, copied to ``--work`` first. The next run goes on: unpack the
-cells there before.
+is installed, a dozen processes train six times as fast as one. It needs no install step, as run.py:
+the wheels and faces are those of `.gpu/`, copied to ``--work`` first. The next run goes on: unpack
+the cells there before.
 
 ``cells.tar.xz`` holds the results, ``embeddings.tar`` the test people's embeddings of as many cells
 as fit, the first seeds first.

@@ -184,3 +184,33 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
     starts = json.loads((cell / "environment.json").read_text())["starts"]
     assert [start["step"] > 0 for start in starts] == [False, True]
     assert (cell / "cell.json").exists()
+
+
+@pytest.mark.slow
+def test_a_cell_whose_process_is_killed_is_run_once_more(
+    tmp_path: Path, tree: dict[str, Any]
+) -> None:
+    training = tree["base"]["training"] | {"epochs": 40, "checkpoint_every": 5}
+    arms = {"cosface": tree["arms"]["cosface"]}
+    study, cells = tmp_path / "tiny.yaml", tmp_path / "cells"
+    base = tree["base"] | {"training": training}
+    study.write_text(yaml.safe_dump(tree | {"base": base, "arms": arms}))
+    with subprocess.Popen(
+        [*COMMAND, "run", study, "--cells", cells],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(cells.glob("*/checkpoints/last/model.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (worker,) = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(worker), signal.SIGKILL)
+        told, _ = process.communicate()
+    assert process.returncode == 0 and "failed: " in told
+    (done,) = cells.glob("*/cell.json")
+    starts = json.loads((done.parent / "environment.json").read_text())["starts"]
+    assert [start["step"] > 0 for start in starts] == [False, True]

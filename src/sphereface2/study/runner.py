@@ -145,6 +145,7 @@ class _Runner:
         self.decided: tuple[dict[str, Any], list[str]] | None = None
         self.found: dict[str, CellResult] = {}
         self.started: set[tuple[str, bool]] = set()
+        self.crashed: set[tuple[str, bool]] = set()
         #: Keys of the cells that failed.
         self.failed: list[str] = []
 
@@ -200,10 +201,23 @@ class _Runner:
                         progress.console.print(f"{cell.label}  {future.result()}", highlight=False)
                         self.found.pop(cell.key, None)
                         if self._find(cell, judged) is None:
-                            self.failed.append(cell.key)
+                            self._again(cell, judged)
             except BaseException:
                 self.__exit__()
                 raise
+
+    def _again(self, cell: Cell, judged: bool) -> None:
+        """Give up a cell, or let it be tried once more if its process ended without a reason.
+
+        A device's driver may end all processes that share it for a fault of one.
+        """
+        reason = (self.cells / cell.key / FAILURE).read_text(errors="replace").splitlines()[-1:]
+        told = any(line.startswith("error: ") for line in reason)
+        if told or self.stopping or (cell.key, judged) in self.crashed:
+            self.failed.append(cell.key)
+        else:
+            self.crashed.add((cell.key, judged))
+            self.started.discard((cell.key, judged))
 
     def _known(self) -> list[tuple[Cell, bool]]:
         """What is to be run as far as it is decided, the most valuable first, and whether it is

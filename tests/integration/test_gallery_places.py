@@ -23,7 +23,7 @@ from skimage.data import astronaut
 from postgres import Postgres
 from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import Gallery, GalleryUnavailableError
-from sphereface2.recognition.gallery.quality import Gate, Quality, measure
+from sphereface2.recognition.quality import Gate, Quality, measure
 
 MODEL, DIM = "a" * 64, 16
 GUIDE = Path(__file__).parents[2] / "docs" / "gallery.md"

@@ -23,13 +23,14 @@ from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
+from sphereface2.evaluation.label_errors import AlikeLabels
 from sphereface2.images import decode
 from sphereface2.recognition.audit.clean import cleaned, write_set
 from sphereface2.recognition.audit.cluster import PEOPLE, cluster
 from sphereface2.recognition.audit.commands import audit
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.findings import Finding, read_findings, write_findings
-from sphereface2.recognition.audit.judge import _duplicates
+from sphereface2.recognition.audit.judge import _duplicates, _same_people
 from sphereface2.recognition.audit.people import read_people
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
@@ -282,3 +283,18 @@ def test_a_file_of_people_that_says_something_else(
     (tmp_path / PEOPLE).write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
         read_people(tmp_path / PEOPLE, open_images(crops))
+
+
+def test_labels_are_merged_where_they_are_alike_and_share_a_photograph() -> None:
+    labels = np.repeat(np.arange(4), 2)
+    faces = SimpleNamespace(person=str)
+    scores = SimpleNamespace(wrong=np.zeros(8, np.float32))
+    alike = AlikeLabels(
+        np.array([[0, 1], [2, 3], [0, 2]]),
+        np.array([0.9, 0.8, 0.6], np.float32),
+        np.array([0.01, 0.05, 0.6]),
+    )
+    copies = [Duplicate(0, 2, True, 1.0), Duplicate(1, 4, True, 1.0)]
+    found = list(_same_people(faces, np.arange(4), labels, scores, alike, copies, 0.1))  # type: ignore[arg-type]
+    assert [(f.index, f.other, f.action) for f in found] == [(0, 1, "merge"), (2, 3, "keep")]
+    assert "about 5 are not" in found[1].about

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sphereface2.align import Face
+from sphereface2.recognition.quality import measure as quality
 
 SIDE = 32
 """Side of a thumbnail, grey."""
@@ -29,7 +30,7 @@ def measures(index: int, crop: np.ndarray, face: Face | None) -> dict[str, Any]:
     """The row of an image in `COLUMNS`.
 
     ``pixels`` is equal for images of equal size and pixels, however they are encoded;
-    ``sharpness`` is that of `gallery.quality`; ``brightness`` and ``contrast`` are the mean and the
+    ``sharpness`` is that of `quality`; ``brightness`` and ``contrast`` are the mean and the
     standard deviation of the grey values, 0 to 255.
 
     Args:
@@ -37,8 +38,6 @@ def measures(index: int, crop: np.ndarray, face: Face | None) -> dict[str, Any]:
         crop: uint8 (H, W, 3) RGB.
         face: where it was found; None if the image was a crop.
     """
-    from sphereface2.recognition.gallery.quality import measure as quality  # imports the gallery
-
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     pixels = hashlib.blake2b(repr(crop.shape).encode(), digest_size=16)
     pixels.update(crop.tobytes())

@@ -18,7 +18,7 @@ from sphereface2.recognition.audit.clean import join, root
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.findings import Finding
-from sphereface2.recognition.gallery.quality import Gate
+from sphereface2.recognition.quality import Gate
 
 Steps = Callable[[str], Callable[[float], None]]
 """Adds a bar of this title and returns what takes the share done since the last call."""
@@ -125,26 +125,34 @@ def _same_people(
     duplicates: list[Duplicate],
     false_pairs: float,
 ) -> Iterator[Finding]:
-    """Labels that are alike beyond chance, or alike and with a photograph in common."""
+    """Labels that are alike beyond what lookalikes explain.
+
+    A photograph in common alone proves nothing: most often one of its copies lies with the wrong
+    label. It settles the matter where the labels are alike, too.
+    """
     shared: dict[tuple[int, int], int] = {}
     for found in duplicates:
         a, b = sorted((int(labels[found.first]), int(labels[found.second])))
         if a != b and max(scores.wrong[[found.first, found.second]]) < 0.5:
             shared[a, b] = shared.get((a, b), 0) + 1
-    for (a, b), score, rate in zip(alike.pairs.tolist(), alike.scores, alike.rate, strict=True):
-        number = shared.get((a, b), 0)
-        if rate > false_pairs and not number:
-            continue
+    named = alike.rate <= false_pairs
+    for (a, b), score, rate in zip(
+        alike.pairs[named].tolist(), alike.scores[named], alike.rate[named], strict=True
+    ):
         first, second = int(people[a]), int(people[b])
-        about = faces.person(second)
+        number = shared.get((a, b), 0)
+        about = f"probably one person: of 100 such pairs about {100 * rate:.0f} are not"
         if number:
-            about += f", photographs in common: {number}"
-        else:
-            about += f", probably one person: of 100 such pairs about {100 * rate:.0f} are not"
-        # Lookalikes score as high as one person does: only a photograph in common is proof.
-        action = "merge" if number else "keep"
+            about = f"photographs in common: {number}"
         yield Finding(
-            "same person", first, "", faces.person(first), second, about, float(score), action
+            "same person",
+            first,
+            "",
+            faces.person(first),
+            second,
+            f"{faces.person(second)}, {about}",
+            float(score),
+            "merge" if number else "keep",
         )
 
 

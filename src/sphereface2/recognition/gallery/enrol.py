@@ -18,7 +18,6 @@ from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.gallery.faces import Faces, lasting, load_embedder, look, shown
 from sphereface2.recognition.gallery.gallery import Gallery
-from sphereface2.recognition.gallery.quality import Action, Gate, measure
 from sphereface2.recognition.gallery.rows import Stored
 from sphereface2.recognition.gallery.types import (
     Enrolment,
@@ -27,6 +26,7 @@ from sphereface2.recognition.gallery.types import (
     metadata_of,
     person_name,
 )
+from sphereface2.recognition.quality import Action, Gate, measure
 
 if TYPE_CHECKING:
     from sphereface2.recognition.face_embedder import FaceEmbedder

@@ -20,7 +20,7 @@ from sphereface2.recognition.gallery import (
     UnknownPersonError,
     person_name,
 )
-from sphereface2.recognition.gallery.quality import Gate, measure
+from sphereface2.recognition.quality import Gate, measure
 from sphereface2.recognition.service import schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics

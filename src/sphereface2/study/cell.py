@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sphereface2.data.cache import KeptSource
 from sphereface2.data.hardening import hardenings
@@ -76,11 +77,23 @@ def run(folder: Path, pairs: Sequence[str] = ("auto",)) -> None:
     if before is not None and set(pairs) <= judged:
         return
     config = folder / "config.yaml"
-    data = configuration.load(config).data
-    source = _opened(locate(data.train).train, data.cache != "none")
+    settings = configuration.load(config)
+    source = _opened(locate(settings.data.train).train, settings.data.cache != "none")
     wanted = sorted(judged.union(pairs))
     conclude = functools.partial(_measure, pairs=wanted, since=_cpu_seconds())
-    fit(config, run=folder, source=source, conclude=conclude)
+    train = functools.partial(fit, config, run=folder, source=source, conclude=conclude)
+    # Without a graph it ends at the same but for rounding.
+    eager = ["--training.cuda_graph", "false"] if settings.training.cuda_graph else []
+    if not torch.cuda.is_available():
+        train(overrides=eager)
+        return
+    try:
+        train()
+    except UserError as error:
+        if not eager or "cannot be recorded" not in str(error):
+            raise
+        print(error, "- its steps are taken one kernel at a time", flush=True)
+        train(overrides=eager)
 
 
 @functools.cache

@@ -49,7 +49,7 @@ settings no longer give equal results.
 WITHOUT_EFFECT = {
     "": ("name", "output"),
     "data": ("train", "workers", "cache"),
-    "training": ("threads", "checkpoint_every", "log_every", "log_similarities"),
+    "training": ("threads", "checkpoint_every", "log_every", "log_similarities", "cuda_graph"),
 }
 """The settings that change neither what is learned nor what is measured, by section."""
 

@@ -83,12 +83,14 @@ class FixedThreshold:
         asked: the FAR that it has on the validation people; None: where the head's binary
             classifiers are undecided, which is -b/r for t = 1.
         threshold: a pair is accepted at a similarity of at least this.
-        tar: share of the genuine pairs that are accepted.
-        accepts: of each person, the impostor pairs that are accepted.
+        far, tar: shares of the impostor and the genuine pairs that are accepted.
+        accepts: of each person, the impostor pairs that are accepted; of the head's own threshold
+            none are kept.
     """
 
     asked: float | None
     threshold: float
+    far: float
     tar: float
     accepts: list[int]
 
@@ -265,12 +267,19 @@ def measure_transfer(
         first = last
     images = np.diff(starts)
     genuine = (images * (images - 1) // 2).sum()
+    impostors = len(rows) ** 2 - (images**2).sum()  # each from two sides, as it is counted
     return TransferMeasures(
         name,
         units,
         images.tolist(),
         [
-            FixedThreshold(asked, float(limit), float(hit.sum() / genuine), accepted.tolist())
+            FixedThreshold(
+                asked,
+                float(limit),
+                float(accepted.sum() / impostors),
+                float(hit.sum() / genuine),
+                [] if asked is None else accepted.tolist(),
+            )
             for (asked, _), limit, hit, accepted in zip(
                 thresholds, limits, hits, accepts, strict=True
             )

@@ -304,13 +304,11 @@ def _transfer_figures(
         impostors = images * (images.sum() - images)
         least = 1 / impostors.sum()  # half a pair, each of which is met from two sides
         for at in one.thresholds:
-            accepts = np.array(at.accepts, np.float64)
-            far = accepts.sum() / impostors.sum()
             if at.asked is None:
-                values = far, 1 - at.tar
+                values = at.far, 1 - at.tar
                 figures |= zip(boundary_names(one.name), map(Figure, values), strict=True)
                 continue
-            far = max(far, least)
+            accepts, far = np.array(at.accepts, np.float64), max(at.far, least)
             value = float(np.log10(far / at.asked))
             # A pair is there as often as the product of its two people, so that to first order the
             # logarithm moves twice as far as that of the sums by person.

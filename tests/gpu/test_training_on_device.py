@@ -224,15 +224,14 @@ def test_a_step_of_a_graph_does_not_wait_and_is_faster(cuda, faces, tmp_path):
     for graphed in (False, True):
         changes = {**GRAPHED["muon, cache"], **network, "training.cuda_graph": graphed}
         with trainer_of(faces, tmp_path, changes) as (trainer, batches):
-            batch = next(batches)
             for _ in range(6):
-                trainer.step([batch])
+                trainer.step([next(batches)])
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             started = time.perf_counter()
             try:
                 for _ in range(30):
-                    trainer.step([batch])
+                    trainer.step([next(batches)])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()

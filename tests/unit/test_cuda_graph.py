@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sphereface2.cuda_graph import WARM_UP, Graphed
-from sphereface2.data.dataset import Batch
+from sphereface2.data.dataset import Batch, FaceDataset
+from sphereface2.data.sampler import BatchKey
+from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.training import config, sections
 from sphereface2.training import step as stepping
@@ -192,6 +195,41 @@ def test_a_host_that_waits_is_refused_in_a_sentence() -> None:
     step.head.register_forward_hook(lambda _module, _inputs, loss: loss * loss.item())
     with pytest.raises(UserError, match=r"step cannot be recorded .*training\.cuda_graph"):
         step([batch(4)], 4)
+
+
+def test_recorded_batches_are_the_batches(recorded: list[Recorder]) -> None:
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation(
+        24,
+        affine=0.5,
+        crop=0.5,
+        low_resolution=0.4,
+        light=0.3,
+        photometric=0.5,
+        jpeg=0.4,
+        erase=0.5,
+    )
+    pixels = torch.from_numpy(rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    source = SimpleNamespace(name=str)
+    found = []
+    for graphed in (False, True):
+        dataset = FaceDataset(source, np.arange(30), np.arange(30), augmentation=augmentation)
+        dataset.max_unreadable = 0.1
+        dataset.pixels, dataset.readable = pixels, np.arange(30) != 4
+        if graphed:
+            dataset.record()
+        keys = [BatchKey(0, n, [(5 * n + i) % 30 for i in range(6)], 0) for n in range(WARM_UP + 4)]
+        found.append(
+            [
+                batch._replace(images=batch.images.clone())
+                for batch in map(dataset.__getitem__, keys)
+            ]
+        )
+    assert [one.replays for one in recorded] == [4]
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.unreadable == theirs.unreadable
 
 
 @pytest.mark.parametrize(

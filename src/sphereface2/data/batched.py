@@ -2,6 +2,10 @@
 
 The draws are the same and so is what they mean. The pixels are those of the path of single images
 to about a grey level: it computes in whole numbers, and this in float32.
+
+What the host decides for a batch goes to the device as one table, and what is done there depends on
+no value of it: a step that may happen to an image is done to all, and kept where it was drawn. So
+a batch is started in few steps of the host, or as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +18,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from sphereface2.data.hardening import FULL, GAMMA, normals
-from sphereface2.data.transforms import GREY, Augmentation, Plan
+from sphereface2.data.transforms import GREY, Augmentation
+
+_COLUMNS = {
+    "back": 6,  # where in the image each pixel comes from: x, y, 1 -> x, y
+    "colours": 12,  # the colour map of `Plan.colours`, the offset for grey 1
+    "box": 4,  # of erasing: top, height, left, width
+    "colour": 3,
+    "small": 1,
+    "quality": 1,
+    "lamp": 4,
+    "low_resolution": 1,  # these five: whether it happens
+    "light": 1,
+    "photometric": 1,
+    "jpeg": 1,
+    "erase": 1,
+}
+COLUMNS = sum(_COLUMNS.values())
+"""Numbers of an image in `table`; even, so that they are pairs of 8 bytes."""
 
 
 def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Tensor:
@@ -29,53 +50,70 @@ def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Te
         uint8 (B, 3, S, S) in channels-last memory, on the device of ``images``. The host does not
         wait for it.
     """
+    height, width = images.shape[2:]
+    numbers = pinned(table(augmentation, draws, height, width), images.device)
+    return transformed(augmentation, images, numbers.to(images.device, non_blocking=True))
+
+
+def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What draws (B, D) do to images (height, width): float32 (B, `COLUMNS`)."""
     plan = augmentation.plan(draws)
+    forward = np.zeros((len(draws), 3, 3))
+    forward[:, :2] = plan.matrix(slice(None), height, width).transpose(2, 0, 1)
+    forward[:, 2, 2] = 1
+    columns = [
+        np.linalg.inv(forward)[:, :2],
+        plan.colours(np.arange(len(draws)), 1.0),
+        np.stack([plan.top, plan.height, plan.left, plan.width], 1),
+        plan.colour,
+        *(plan.small, plan.quality, plan.lamp),
+        *(plan.low, plan.light, plan.photometric, plan.jpeg, plan.erase),
+    ]
+    return np.concatenate([one.reshape(len(draws), -1) for one in columns], 1, dtype=np.float32)
+
+
+def transformed(augmentation: Augmentation, images: Tensor, numbers: Tensor) -> Tensor:
+    """`augment`, with the `table` (B, `COLUMNS`) on the device of ``images``."""
     side = augmentation.size
+    part = dict(zip(_COLUMNS, numbers.split(list(_COLUMNS.values()), 1), strict=True))
     pixels = images.float().contiguous(memory_format=torch.channels_last)
-    if (plan.flip | plan.affine | plan.crop).any():
-        pixels = _moved(pixels, plan)
+    if augmentation.flip or augmentation.affine or augmentation.crop:
+        pixels = _moved(pixels, part["back"].reshape(-1, 2, 3))
     if tuple(pixels.shape[2:]) != (side, side):
         pixels = _grey_levels(
             functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         )
-    for hit, step in (
-        (plan.low, _low_resolution),
-        (plan.light, _relit),
-        (plan.photometric, _photometric),
-        (plan.jpeg, _jpeg),
-        (plan.erase, _erase),
+    for name, step in (
+        ("low_resolution", _low_resolution),
+        ("light", _relit),
+        ("photometric", _photometric),
+        ("jpeg", _jpeg),
+        ("erase", _erase),
     ):
-        rows = np.flatnonzero(hit)
-        if len(rows):
-            where = _upload(rows, pixels)
-            pixels[where] = step(pixels[where], plan, rows)
+        if getattr(augmentation, name):
+            pixels = torch.where(part[name][:, :, None, None] > 0, step(pixels, part), pixels)
     return pixels.to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor on a device, float64 as float32; the host does not wait."""
-    values = values.astype(np.float32) if values.dtype == np.float64 else values
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def pinned(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the host from which ``device`` copies without being waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _upload(values: np.ndarray, like: Tensor) -> Tensor:
-    return upload(values, like.device)
+@functools.cache
+def _constant(name: str, device: torch.device) -> Tensor:
+    """A table of `_CONSTANTS`, float32, which goes to the device once."""
+    return torch.from_numpy(_CONSTANTS[name].astype(np.float32)).to(device)
 
 
 def _grey_levels(pixels: Tensor) -> Tensor:
     return pixels.round_().clamp_(0, 255)
 
 
-def _moved(pixels: Tensor, plan: Plan) -> Tensor:
-    """Mirrored, turned, scaled and shifted, zeros around."""
+def _moved(pixels: Tensor, back: Tensor) -> Tensor:
+    """Mirrored, turned, scaled and shifted by (B, 2, 3), zeros around."""
     height, width = pixels.shape[2:]
-    forward = np.zeros((len(pixels), 3, 3))
-    forward[:, :2] = plan.matrix(slice(None), height, width).transpose(2, 0, 1)
-    forward[:, 2, 2] = 1
-    back = _upload(np.linalg.inv(forward)[:, :2], pixels)  # (B, 2, 3)
     x = torch.arange(width, device=pixels.device, dtype=torch.float32)
     y = torch.arange(height, device=pixels.device, dtype=torch.float32)
     grid = (
@@ -106,9 +144,9 @@ def _scalings(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(down).to(device), torch.from_numpy(up).to(device)
 
 
-def _low_resolution(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+def _low_resolution(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
     down, up = _scalings(pixels.shape[2], pixels.device)
-    which = _upload(plan.small[rows], pixels)
+    which = part["small"][:, 0].long()
     for matrices in (down[which][:, None], up[which][:, None]):
         pixels = _grey_levels(matrices @ pixels.contiguous() @ matrices.mT)
     return pixels
@@ -120,33 +158,29 @@ def _normals(side: int, device: torch.device) -> Tensor:
     return torch.from_numpy(normals(side, side).astype(np.float32)).flatten(0, 1).to(device)
 
 
-def _relit(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
-    side = pixels.shape[2]
-    lamp = _upload(plan.lamp[rows], pixels)
+def _relit(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
+    side, lamp = pixels.shape[2], part["lamp"]
     facing = (lamp[:, :3] @ _normals(side, pixels.device).T).clamp_min_(0)
     ambient = lamp[:, 3:]
     gain = (ambient + (1 - ambient) / FULL * facing).pow_(1 / GAMMA)
     return _grey_levels(pixels * gain.view(-1, 1, side, side))
 
 
-def _photometric(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
-    grey = (pixels.mean((2, 3)) * _upload(GREY, pixels)).sum(1)
-    maps = _upload(plan.colours(rows, 1.0), pixels)  # (N, 3, 4): the offset is that of grey 1
+def _photometric(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
+    grey = (pixels.mean((2, 3)) * _constant("grey", pixels.device)).sum(1)
+    maps = part["colours"].reshape(-1, 3, 4)
     offset = maps[:, :, 3:] * grey[:, None, None]
     mapped = torch.baddbmm(offset, maps[:, :, :3], pixels.flatten(2))
     return _grey_levels(mapped.view_as(pixels))
 
 
-def _erase(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+def _erase(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
     place = torch.arange(pixels.shape[2], device=pixels.device)
-    box = np.stack([plan.top, plan.height, plan.left, plan.width], 1)[rows]
-    top, height, left, width = _upload(box, pixels)[:, :, None].unbind(1)
+    top, height, left, width = part["box"][:, :, None].unbind(1)
     down = (place >= top) & (place < top + height)
     across = (place >= left) & (place < left + width)
-    colour = _upload(plan.colour[rows].astype(np.float32), pixels)
-    return torch.where(
-        (down[:, :, None] & across[:, None])[:, None], colour[:, :, None, None], pixels
-    )
+    colour = part["colour"][:, :, None, None]
+    return torch.where((down[:, :, None] & across[:, None])[:, None], colour, pixels)
 
 
 # JPEG, as libjpeg does it: ITU-T T.81 with the tables of its Annex K, JFIF's colours, colour at
@@ -160,20 +194,35 @@ _CHROMINANCE = (
     "17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 "
     "99" + 32 * " 99"
 )
-_TO_YCC = np.array(
-    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
-)
-_FROM_YCC = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
 
-def _jpeg(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
+def _quantisers() -> np.ndarray:
+    """(96, 2, 8, 8): what the coefficients of luminance and chrominance are divided by at a
+    quality."""
+    quality = np.arange(96).clip(1)
+    percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None, None]
+    tables = np.stack([np.array(t.split(), int) for t in (_LUMINANCE, _CHROMINANCE)])
+    return np.clip((tables * percent + 50) // 100, 1, 255).reshape(-1, 2, 8, 8)
+
+
+_COSINES = np.cos(np.pi / 8 * np.outer(np.arange(8), np.arange(8) + 0.5)) / 2
+_COSINES[0] /= 2**0.5
+_CONSTANTS = {
+    "grey": GREY,
+    "to_ycc": np.array(
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    ),
+    "from_ycc": np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]]),
+    "cosines": _COSINES,
+    "quantisers": _quantisers(),
+}
+
+
+def _jpeg(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
     side = pixels.shape[2]
-    quality = plan.quality[rows]
-    percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
-    tables = np.stack([np.array(t.split(), int) for t in (_LUMINANCE, _CHROMINANCE)], 0)[:, None]
-    steps = np.clip((tables * percent + 50) // 100, 1, 255).reshape(2, -1, 1, 1, 1, 8, 8)
-    luminance, chrominance = _upload(steps.astype(np.float32), pixels)
-    ycc = _coloured(pixels, _TO_YCC, 128.0)
+    steps = _constant("quantisers", pixels.device)[part["quality"][:, 0].long()]
+    luminance, chrominance = steps[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1, 8, 8)
+    ycc = _coloured(pixels, "to_ycc", 128.0)
     whole = functional.pad(ycc, (0, -side % 16, 0, -side % 16), mode="replicate")
     brightness = _quantised(whole[:, :1], luminance)
     quarter = functional.avg_pool2d(whole[:, 1:], 2) * 4
@@ -182,25 +231,22 @@ def _jpeg(pixels: Tensor, plan: Plan, rows: np.ndarray) -> Tensor:
     half = (side + 1) // 2
     colour = _doubled(colour[..., :half, :half])
     joined = torch.cat([brightness[..., :side, :side], colour[..., :side, :side]], 1)
-    return _coloured(joined, _FROM_YCC, -128.0)
+    return _coloured(joined, "from_ycc", -128.0)
 
 
-def _coloured(pixels: Tensor, matrix: np.ndarray, middle: float) -> Tensor:
+def _coloured(pixels: Tensor, matrix: str, middle: float) -> Tensor:
     """Pixels by a colour matrix; ``middle`` is added to the two colours after, or before (< 0)."""
     shift = torch.zeros(3, 1, 1, device=pixels.device)
     shift[1:] = middle
     inputs = pixels + shift if middle < 0 else pixels
-    mapped = (_upload(matrix, pixels) @ inputs.flatten(2)).view_as(pixels)
+    mapped = (_constant(matrix, pixels.device) @ inputs.flatten(2)).view_as(pixels)
     return _grey_levels(mapped + shift if middle > 0 else mapped)
 
 
 def _quantised(pixels: Tensor, steps: Tensor) -> Tensor:
     """(N, C, H, W) through the quantised cosine transform of its 8×8 blocks."""
     n, c, h, w = pixels.shape
-    k = np.arange(8)
-    cosines = np.cos(np.pi / 8 * np.outer(k, k + 0.5)) / 2
-    cosines[0] /= 2**0.5
-    transform = _upload(cosines, pixels)
+    transform = _constant("cosines", pixels.device)
     blocks = (pixels - 128).reshape(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)
     # As exact as libjpeg's: quarters between the passes, eighths after them, halves away from zero.
     quarters = (blocks @ transform.T).mul_(4 * 8**0.5).add_(0.5).floor_()

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from sphereface2.data.batched import augment, upload
+from sphereface2.cuda_graph import Graphed
+from sphereface2.data.batched import COLUMNS, pinned, table, transformed
 from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source
@@ -85,6 +86,7 @@ class FaceDataset(Dataset[Batch]):
         self.pixels: torch.Tensor | None = None
         #: bool (n,), with ``pixels``: which are no stand-ins.
         self.readable = np.ones(0, bool)
+        self._graph: Graphed[torch.Tensor] | None = None
         self._unreadable: set[int] = set()
         self._buffers = _Buffers()
 
@@ -118,6 +120,14 @@ class FaceDataset(Dataset[Batch]):
                 chunk[row] = 0 if image is None else image
             self.pixels[start : start + count] = torch.from_numpy(chunk[:count]).to(device)
 
+    def record(self) -> None:
+        """Make batches of the images on the device by a CUDA graph.
+
+        The images of a batch are then overwritten by the next one.
+        """
+        assert self.pixels is not None
+        self._graph = Graphed(self._made, self.pixels.device, "the augmentation")
+
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of ``key``."""
         positions = np.asarray(key.indices, np.int64)
@@ -125,10 +135,7 @@ class FaceDataset(Dataset[Batch]):
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
         if self.pixels is not None:
-            bad = np.flatnonzero(~self.readable[key.indices]).tolist()
-            where = upload(key.indices, self.pixels.device)
-            kept = self.pixels.index_select(0, where).permute(0, 3, 1, 2)
-            images = augment(self.augmentation, kept, draws).permute(0, 2, 3, 1)
+            bad = np.flatnonzero(~self.readable[positions]).tolist()
         else:
             size = self.augmentation.size
             images = self._buffers.take((len(wanted), size, size, 3))
@@ -142,15 +149,34 @@ class FaceDataset(Dataset[Batch]):
                 names = ", ".join(self.source.name(i) for i in unreadable[:3])
                 raise UserError(f"no image of a batch can be read ({names}, …)")
             stand_in = good[np.searchsorted(good, bad) % len(good)]
-            images[torch.as_tensor(bad)] = images[torch.from_numpy(stand_in)]
-            positions = positions.copy()
-            positions[bad] = positions[stand_in]
+            positions, draws = positions.copy(), draws.copy()
+            positions[bad], draws[bad] = positions[stand_in], draws[stand_in]
+            if self.pixels is None:
+                images[torch.as_tensor(bad)] = images[torch.from_numpy(stand_in)]
+        on_device = self.pixels is not None
         return Batch(
-            images.permute(0, 3, 1, 2),
+            self._on_device(positions, draws) if on_device else images.permute(0, 3, 1, 2),
             torch.from_numpy(self.labels[positions]),
             unreadable,
             torch.from_numpy(positions),
         )
+
+    def _on_device(self, positions: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+        """The images at ``positions``, augmented where they are kept."""
+        assert self.pixels is not None
+        numbers = table(self.augmentation, draws, *self.pixels.shape[1:3])
+        # One copy to the device: the bits of pairs of float32 as int64.
+        packed = np.concatenate([positions, numbers.view(np.int64).ravel()])
+        return (self._graph or self._made)(pinned(packed, self.pixels.device))
+
+    def _made(self, packed: torch.Tensor) -> torch.Tensor:
+        """The images of what `_on_device` has packed."""
+        assert self.pixels is not None
+        packed = packed.to(self.pixels.device, non_blocking=True)
+        count = len(packed) // (1 + COLUMNS // 2)
+        kept = self.pixels.index_select(0, packed[:count]).permute(0, 3, 1, 2)
+        numbers = packed[count:].view(torch.float32).view(count, COLUMNS)
+        return transformed(self.augmentation, kept, numbers)
 
     def _decoded(self, positions: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
         """Images by position; the places of unreadable ones, given as black, go to ``bad``."""

@@ -230,6 +230,8 @@ def build_trainer(
         max_unreadable=data.max_unreadable,
     )
     cached = cache_images(dataset, data.cache, place) if data.cache != "none" else None
+    if data.cache == "device" and training.cuda_graph:
+        dataset.record()
     sampler = BatchSampler(
         dataset.labels,
         training.batch_size // training.accumulate,

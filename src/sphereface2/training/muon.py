@@ -33,13 +33,14 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     """
     a, b, c = QUINTIC
     transposed = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if transposed else matrices
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.mT if transposed else x
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if transposed else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if transposed else x).view_as(matrices)
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,9 +91,10 @@ class Muon(torch.optim.Optimizer):
                     stacked = stacked.bfloat16()
                 # The rate may be a tensor, for a step that is recorded.
                 steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype) * group["lr"]
-                for parameter, step in zip(parameters, steps, strict=True):
-                    parameter.mul_(math.sqrt(shape[0]) / parameter.norm())
-                    parameter.sub_(step.reshape(shape))
+                lengths = torch.stack(list(torch._foreach_norm(tuple(parameters))))
+                scales = math.sqrt(shape[0]) / lengths
+                for parameter, scale, step in zip(parameters, scales, steps, strict=True):
+                    parameter.mul_(scale).sub_(step.view(shape))
 
     def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> Sequence[Tensor]:
         """Nesterov's look-ahead gradients, after the buffers took the gradients in."""

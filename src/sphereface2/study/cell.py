@@ -80,7 +80,8 @@ def run(folder: Path, pairs: Sequence[str] = ("auto",)) -> None:
     settings = configuration.load(config)
     source = _opened(locate(settings.data.train).train, settings.data.cache != "none")
     wanted = sorted(judged.union(pairs))
-    conclude = functools.partial(_measure, pairs=wanted, since=_cpu_seconds())
+    used = 0.0 if before is None else before.cpu_seconds
+    conclude = functools.partial(_measure, pairs=wanted, since=_cpu_seconds() - used)
     train = functools.partial(fit, config, run=folder, source=source, conclude=conclude)
     # Without a graph it ends at the same but for rounding.
     eager = ["--training.cuda_graph", "false"] if settings.training.cuda_graph else []

@@ -51,7 +51,7 @@ class CellResult:
         validation: TAR by FAR on the validation people.
         test: on the test people.
         pairs: for each verification set.
-        cpu_seconds: of the process that finished the cell.
+        cpu_seconds: of the processes that finished and judged the cell.
         transfer: thresholds of the validation people on other sets; empty in old cells.
         curve: what the log says of similarities and gradients during training, with ``step``;
             empty where ``training.log_similarities`` was false.

@@ -32,7 +32,7 @@ CASES = [
 
 def run(part: Part) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        people, images = (12, 4) if part.tiny else (250, 8)
+        people, images = (12, 4) if part.tiny else (150, 4)
         data = synthetic.write(
             Path(folder) / "faces", people=people, images_per_person=images, pairs_per_fold=5
         )

@@ -6,6 +6,7 @@ graph of hundreds is started in the time of one.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -84,7 +85,14 @@ class Graphed(Generic[T]):
     def _record(self) -> Callable[[], None]:
         """Record the function; returns what replays it into `_output`."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, as that which pins the loader's batches does.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._output = self.function(*self._inputs)
+        gc.collect()  # another graph that is dropped meanwhile would spoil this one
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            # Other threads may allocate meanwhile, as that which pins the loader's batches does.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._output = self.function(*self._inputs)
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay

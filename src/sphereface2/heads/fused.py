@@ -137,7 +137,9 @@ class FusedSGD(torch.optim.Optimizer):
             # On the device, so that nothing waits; from its generator, which checkpoints keep.
             self.seed = torch.randint(2**62, (1,), device=gradient.device)
             rate = group["lr"]  # a tensor already in a step that is recorded
-            self.rate = rate if isinstance(rate, Tensor) else gradient.new_full((), rate).float()
+            if not isinstance(rate, Tensor):
+                rate = torch.full((), rate, dtype=torch.float32, device=gradient.device)
+            self.rate = rate
         kernels.step_rows_(
             local(weight.data),
             None if velocity is None else local(velocity),

@@ -88,11 +88,13 @@ class Graphed(Generic[T]):
         gc.collect()  # another graph that is dropped meanwhile would spoil this one
         collects = gc.isenabled()
         gc.disable()
+        current = torch.cuda.current_stream(self.device)
         try:
             # Other threads may allocate meanwhile, as that which pins the loader's batches does.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._output = self.function(*self._inputs)
         finally:
+            torch.cuda.set_stream(current)  # where a recording fails, torch does not
             if collects:
                 gc.enable()
         return graph.replay

@@ -71,6 +71,24 @@ def test_split_people_stand_first_and_others_are_not_taken_for_them() -> None:
     assert (nothing.rate <= 0.1).sum() <= 1
 
 
+def test_scores_of_pairs_of_labels_by_their_definition() -> None:
+    rows, labels = drawn()
+    weights = np.random.default_rng(0).uniform(0.2, 1, len(rows))
+    found = alike_labels(rows, labels, weights)
+    cosines = (rows @ rows.T).astype(np.float64) * np.outer(weights, weights)
+    pairs = np.outer(weights, weights)
+    np.fill_diagonal(cosines, 0)
+    np.fill_diagonal(pairs, 0)
+    parts = [np.flatnonzero(labels == person) for person in range(PEOPLE)]
+    inner = np.array([[m[np.ix_(p, p)].sum() for m in (cosines, pairs)] for p in parts])
+    within = (inner[:, 0] + 10 * inner[:, 0].sum() / inner[:, 1].sum()) / (inner[:, 1] + 10)
+    for k in (0, 17, 900):
+        a, b = found.pairs[k]
+        across = [m[np.ix_(parts[a], parts[b])].sum() for m in (cosines, pairs)]
+        expected = across[0] / across[1] / np.sqrt(within[a] * within[b])
+        assert found.scores[k] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_false_discovery_rate_of_a_normal_tail_with_some_genuine_scores() -> None:
     impostors = np.random.default_rng(0).normal(0, 0.1, 1_000_000)
     tail = np.sort(impostors)[::-1][:5000]

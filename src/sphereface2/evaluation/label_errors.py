@@ -11,10 +11,12 @@ two-group model of Efron, "Large-Scale Simultaneous Hypothesis Testing", JASA 99
 posterior w f(s) / p(s) joins what the nearest other label says: a wrong image either belongs to
 that label, whose score is then a genuine one, or to nobody here.
 
-Two labels are one person where their centres score higher than so many pairs of different people
-would: the expected number of those above a score is extrapolated from the bulk of all pairs, so the
-share of false ones among the pairs above it (their false discovery rate) holds for any number of
-labels.
+Two labels are one person where their images are about as alike as those of one label are, and more
+than those of so many pairs of different people would be: the mean cosine of the pairs across,
+relative to those within, m(A, B) / sqrt(m(A, A) m(B, B)), free of how well a person's images agree.
+The expected number of different people above a score is extrapolated from the bulk of all pairs, so
+the share of false ones among the pairs above it (their false discovery rate) holds for any number
+of labels.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _GRID = np.linspace(-1, 1, 401)
 _SAMPLE = 400_000  # impostor scores, drawn
 _LEAST = 500  # images of a group of labels of like size
 _BLOCK = 1024
+_PRIOR = 10.0
 _TAIL = 4000  # pairs of labels that the tail is fitted on, at least
 
 
@@ -262,7 +265,7 @@ class AlikeLabels:
 
     Attributes:
         pairs: int64 (K, 2).
-        scores: float32 (K,), cosine of the centres.
+        scores: float32 (K,), mean cosine across relative to those within, about 1 for one person.
         rate: float64 (K,), the share of false ones among this pair and those before it.
     """
 
@@ -280,24 +283,28 @@ def alike_labels(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> AlikeLabels:
-    """The pairs of labels whose centres are the most alike, among all.
+    """The pairs of labels that are the most alike, among all.
+
+    How alike a label's own images are is known the less the fewer there are: the mean of all labels
+    counts as `_PRIOR` pairs of them.
 
     Args:
         rows: float32 (N, d), of length 1.
         labels: int64 (N,), from 0.
-        weights: (N,) of each image in its label's centre.
+        weights: (N,) of each image in its label.
         workers: threads; by default the CPUs this process may use.
         seed: of the sample that finds where the tail begins.
         progress: called with the share of the work done since the last call.
     """
     sums = weighted_sums(rows, labels, weights)
     there = np.flatnonzero(np.linalg.norm(sums, axis=1) > 1e-3)
-    centres = unit(sums[there])
+    total, squares = (np.bincount(labels, w)[there] for w in (weights, weights**2))
+    scaled = _scaled(sums[there], total, squares)
     people, pairs = len(there), len(there) * (len(there) - 1) // 2
     rng = np.random.default_rng(seed)
     drawn = rng.integers(people, size=(2, _SAMPLE))
     drawn = drawn[:, drawn[0] != drawn[1]]
-    sample = np.einsum("nd,nd->n", centres[drawn[0]], centres[drawn[1]])
+    sample = np.einsum("nd,nd->n", scaled[drawn[0]], scaled[drawn[1]])
     wanted = min(1.0, max(_TAIL, 2 * people) / max(pairs, 1))
     limit = float(np.quantile(sample, 1 - wanted)) if pairs else 1.0
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -305,11 +312,25 @@ def alike_labels(
     def keep(i: int, j: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
         kept.append((i + a, j + b, scores))
 
-    Tiles(centres, np.arange(people), _BLOCK, workers).impostors_from(limit, keep, progress)
+    Tiles(scaled, np.arange(people), _BLOCK, workers).impostors_from(limit, keep, progress)
     a, b, scores = (np.concatenate(part) for part in zip(*kept, strict=True))
     order = np.lexsort((b, a, -scores))
     a, b, scores = a[order], b[order], scores[order]
     return AlikeLabels(np.stack([there[a], there[b]], axis=1), scores, false_discovery_rate(scores))
+
+
+def _scaled(sums: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Vectors of labels whose products are the mean cosines across, relative to those within.
+
+    Args:
+        sums: of each label's weighted rows.
+        total, squares: of its weights, and of their squares.
+    """
+    pairs = np.maximum(total**2 - squares, 0)
+    within = np.einsum("nd,nd->n", sums, sums) - squares  # without each row's product with itself
+    mean = max(float(within.sum() / max(pairs.sum(), 1e-6)), 1e-3)
+    within = np.maximum((within + _PRIOR * mean) / (pairs + _PRIOR), mean / 10)
+    return (sums / (total * np.sqrt(within))[:, None]).astype(np.float32)
 
 
 def false_discovery_rate(scores: np.ndarray) -> np.ndarray:

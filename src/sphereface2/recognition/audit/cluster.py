@@ -36,6 +36,8 @@ from sphereface2.signals import STOPPED, Stopper
 PEOPLE, SUMMARY, PAGE = "people.txt", "summary.json", "people.html"
 STRANGERS = 2.0
 """Similar strangers of an image at the default threshold; `benchmarks/clustering.py` says why."""
+MOST_FALSE = 0.01
+"""Greatest FAR of the default threshold, for sets of few images."""
 _SHOWN = 48  # images on a sheet
 _CHUNK = 256  # sheets
 
@@ -143,10 +145,11 @@ def threshold_for(calibration: Calibration, images: int) -> float:
     """The mean similarity from which two groups among so many images are one person.
 
     That at which an image has `STRANGERS` similar strangers on average: the FAR is `STRANGERS` by
-    the number of images. Between the calibration's thresholds, and beyond them, it follows the
-    logarithm of the FAR on straight lines; with one threshold, on the slope of its curve.
+    the number of images, at most `MOST_FALSE`. Between the calibration's thresholds, and beyond
+    them, it follows the logarithm of the FAR on straight lines; with one threshold, on the slope of
+    its curve.
     """
-    wanted = np.log(min(STRANGERS / max(images, 1), 0.5))
+    wanted = np.log(min(STRANGERS / max(images, 1), MOST_FALSE))
     known = sorted((np.log(far), found.threshold) for far, found in calibration.thresholds.items())
     if len(known) == 1:
         far, at = known[0]

@@ -35,8 +35,8 @@ class Finding:
         label: its person.
         other: where there is one, the other image's index or the other label's number, else -1.
         about: the other image, the other person, or what is wrong.
-        score: probability of a wrong label; correlation of duplicates; cosine of two people's
-            centres; the measure of quality.
+        score: probability of a wrong label; correlation of duplicates; mean cosine of two people
+            relative to those of each alone; the measure of quality.
         action: what a cleaned set does: "keep", "remove" the image, "move" it to the label
             ``other``, or "merge" label ``other`` into ``index``.
     """

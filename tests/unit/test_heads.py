@@ -224,8 +224,9 @@ def test_learns_to_separate(name):
 
 @pytest.mark.parametrize("name", ["sphereface2", "siglip", "sface", "sphereface", "cosface"])
 def test_gradients_by_cosine_are_those_of_the_prototypes(name: str) -> None:
-    head = heads.build(name, embedding_dim=6, num_classes=9).eval()
-    embeddings, labels = 3 * torch.randn(4, 6), torch.tensor([0, 3, 3, 8])
+    embeddings, labels = batch(size=4, dim=6, classes=9)
+    head = heads.build(name, embedding_dim=6, num_classes=9).double().eval()
+    embeddings = 3 * embeddings.double()
     found = head.cosine_gradients(embeddings, labels)
     assert found is not None and found.shape == (4, 9)
     for row, x, label in zip(found, embeddings, labels, strict=True):

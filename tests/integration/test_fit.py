@@ -22,6 +22,7 @@ from PIL import Image
 
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
+from sphereface2.data.convert import convert
 from sphereface2.data.opening import open_source
 from sphereface2.training.report import _next_commands
 
@@ -226,6 +227,47 @@ def test_two_ranks_train_as_one(faces: Path, tmp_path: Path, options: dict[str, 
     longer = Run(double, {"training.epochs": 2}, command=["--resume", double])
     assert longer.wait() == [0], longer.told()
     assert metrics(double)[-1]["step"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prototypes", "sharded"), [("imprinted", "false"), ("imprinted", "true"), ("kept", "true")]
+)
+def test_two_ranks_fine_tune_as_one(
+    faces: Path, tmp_path: Path, prototypes: str, sharded: str
+) -> None:
+    """Each rank embeds half of the images; the prototypes start at the sums over both."""
+    people = convert(faces, tmp_path / "people", to="folder").target
+    settings = {**SETTINGS, "data.train": people, "training.epochs": 1, "training.ema": 0}
+    settings["backbone.dropout"] = 0
+    assert run("--run-folder", tmp_path / "start", **settings).returncode == 0
+    settings = {k: v for k, v in settings.items() if not k.startswith("backbone")}
+    settings |= {"training.prototypes": prototypes, "head.sharded": sharded, "seed": 1}
+    for ranks in ("1", "2"):
+        done = run(
+            "--start-from", tmp_path / "start", "--ranks", ranks, "--run-folder", tmp_path / ranks,
+            **settings,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two, before = (weights(tmp_path / name) for name in ("1", "2", "start"))
+    starts = [
+        json.loads((tmp_path / name / "environment.json").read_text())["starts"][0]["start_from"]
+        for name in ("1", "2")
+    ]
+    assert starts[0] == starts[1]
+    assert ("prototypes_kept" in starts[0]) == (prototypes == "kept")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
+    assert not torch.equal(one["fc.weight"], before["fc.weight"])
+    heads = []
+    for name in ("1", "2"):
+        state = bundle.resolve(tmp_path / name).resolve() / "state"
+        reader = torch.distributed.checkpoint.FileSystemReader(state)
+        shape = reader.read_metadata().state_dict_metadata["head.weight"].size
+        loaded = {"head": {"weight": torch.empty(shape)}}
+        torch.distributed.checkpoint.load(loaded, storage_reader=reader, no_dist=True)
+        heads.append(torch.nn.functional.normalize(loaded["head"]["weight"], dim=1))
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_rank_ends_the_run_with_a_message(faces: Path, tmp_path: Path) -> None:

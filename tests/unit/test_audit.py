@@ -244,7 +244,7 @@ def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Pat
     source = open_images(crops)
     assert sorted(numbers) == [i for i in range(51) if "broken" not in source.name(i)]
     assert len(heads) == summary["people"] + ("== -" in heads) and summary["people"] > 1
-    sheets = {path.stem for path in (out / "sheets").iterdir()}
+    sheets = {path.stem for path in (out / "people").iterdir()}
     assert sheets == {head[3:] for head in heads} - {"-"}
     assert (out / "people.html").read_text().count("<img") == len(sheets)
     # The same person's copies are one person for any network.

@@ -33,7 +33,7 @@ from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
 
-PEOPLE, SUMMARY, PAGE = "people.txt", "summary.json", "people.html"
+PEOPLE, SUMMARY, PAGE = "people.txt", "people.json", "people.html"
 STRANGERS = 2.0
 """Similar strangers of an image at the default threshold; `benchmarks/clustering.py` says why."""
 MOST_FALSE = 0.01
@@ -61,7 +61,7 @@ def cluster(
     """Sort a set of faces without labels into people.
 
     OUT gets `people.txt`, which says who is who and can be edited, `people.html` with a contact
-    sheet of each person, `summary.json` and the embeddings, which the next call on the same set
+    sheet of each person, `people.json` and the embeddings, which the next call on the same set
     with the same model reads back; one that was stopped goes on. SET is not changed: `--write`
     makes a set of the people found, or of those that an edited `people.txt` names with `--apply`.
 
@@ -196,8 +196,8 @@ def _sheets(out: Path, source: Source, people: Sequence[tuple[str, list[int]]]) 
         f"<p>Numbers under the images are those in {PEOPLE}.",
     ]
     with writing(out), ThreadPoolExecutor() as pool, console.bars(counted=True) as bars:
-        (out / "sheets").mkdir(exist_ok=True)
-        for old in (out / "sheets").glob("*.jpg"):
+        (out / "people").mkdir(exist_ok=True)
+        for old in (out / "people").glob("*.jpg"):
             old.unlink()
         named = [(name, images) for name, images in people if name]
         progress = console.advance(bars, "sheets", len(named))
@@ -205,10 +205,10 @@ def _sheets(out: Path, source: Source, people: Sequence[tuple[str, list[int]]]) 
             part = named[start : start + _CHUNK]
             sheets = pool.map(lambda one: jpeg(grid(source, one[1][:_SHOWN])), part)
             for (name, images), content in zip(part, sheets, strict=True):
-                (out / "sheets" / f"{name}.jpg").write_bytes(content)
+                (out / "people" / f"{name}.jpg").write_bytes(content)
                 more = f", the first {_SHOWN} shown" if len(images) > _SHOWN else ""
                 page.append(f"<h2>{escape(name)}: {len(images):,} images{more}</h2>")
-                page.append(f"<img loading=lazy alt='' src='sheets/{name}.jpg'>")
+                page.append(f"<img loading=lazy alt='' src='people/{name}.jpg'>")
                 progress(1)
         atomic_write(out / PAGE, "\n".join(page).encode())
 

@@ -86,7 +86,7 @@ def one(
             "validation": {"pairs": []},
         }
     )
-    steps, rounds = (1, 1) if part.tiny else (40, 3)
+    steps, rounds = (1, 1) if part.tiny else (25, 2)
     with world(part.device.type) as place:
         found = throughput(settings, place, steps=steps, rounds=rounds)
     return {

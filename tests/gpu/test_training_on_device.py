@@ -108,46 +108,6 @@ def logged(output):
     ]
 
 
-def test_killed_and_resumed_training_ends_at_the_same_weights(slow_on_cpu, faces, tmp_path):
-    settings = {**SETTINGS, "data.train": faces, "training.device": slow_on_cpu.type}
-    end_at_the_same_weights(settings, tmp_path)
-
-
-def test_a_training_of_graphs_that_was_killed_ends_at_the_same_weights(cuda, faces, tmp_path):
-    settings = {**SETTINGS, **GRAPHED["muon, cache"], "data.train": faces}
-    settings |= {"training.device": cuda.type, "training.epochs": 30, "training.cuda_graph": True}
-    end_at_the_same_weights(settings, tmp_path)
-
-
-def end_at_the_same_weights(settings, tmp_path):
-    """A run that is killed after its first checkpoint and resumed, and one that is not."""
-    whole = start(**settings, output=tmp_path / "whole")
-    killed = start(**settings, output=tmp_path / "killed")
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and killed.poll() is None:
-        if list((tmp_path / "killed").glob("*/checkpoints/last/manifest.json")):
-            break
-        time.sleep(0.005)
-    assert killed.poll() is None, killed.communicate()[0][-3000:]
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    steps = max((line["step"] for line in logged(tmp_path / "killed")), default=0)
-    finish(whole)
-    last = max(line["step"] for line in logged(tmp_path / "whole"))
-    assert steps < last, "killed too late to test anything"
-    (folder,) = (tmp_path / "killed").iterdir()
-    finish(start("--resume", folder))
-    found, expected = (
-        safetensors.torch.load_file(
-            next((tmp_path / name).iterdir()) / "checkpoints" / "last" / "model.safetensors"
-        )
-        for name in ("killed", "whole")
-    )
-    assert found.keys() == expected.keys()
-    for key in expected:
-        assert torch.equal(found[key], expected[key]), key
-
-
 @pytest.mark.parametrize("autocast", ["off", "bf16"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_training_step_waits_for_the_device(cuda, faces, tmp_path, autocast, fused):
@@ -265,3 +225,46 @@ def test_a_compiled_step_takes_the_same_step(cuda, faces, tmp_path):
             batches = trainer.batches(0)
             losses[compiled] = [trainer.step([next(batches)])[0].item() for _ in range(4)]
     np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)
+
+
+# Last, as a run on a card may be short: these start three processes each.
+
+
+def test_killed_and_resumed_training_ends_at_the_same_weights(slow_on_cpu, faces, tmp_path):
+    settings = {**SETTINGS, "data.train": faces, "training.device": slow_on_cpu.type}
+    end_at_the_same_weights(settings, tmp_path)
+
+
+def test_a_training_of_graphs_that_was_killed_ends_at_the_same_weights(cuda, faces, tmp_path):
+    settings = {**SETTINGS, **GRAPHED["muon, cache"], "data.train": faces}
+    settings |= {"training.device": cuda.type, "training.epochs": 30, "training.cuda_graph": True}
+    end_at_the_same_weights(settings, tmp_path)
+
+
+def end_at_the_same_weights(settings, tmp_path):
+    """A run that is killed after its first checkpoint and resumed, and one that is not."""
+    whole = start(**settings, output=tmp_path / "whole")
+    killed = start(**settings, output=tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and killed.poll() is None:
+        if list((tmp_path / "killed").glob("*/checkpoints/last/manifest.json")):
+            break
+        time.sleep(0.005)
+    assert killed.poll() is None, killed.communicate()[0][-3000:]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    steps = max((line["step"] for line in logged(tmp_path / "killed")), default=0)
+    finish(whole)
+    last = max(line["step"] for line in logged(tmp_path / "whole"))
+    assert steps < last, "killed too late to test anything"
+    (folder,) = (tmp_path / "killed").iterdir()
+    finish(start("--resume", folder))
+    found, expected = (
+        safetensors.torch.load_file(
+            next((tmp_path / name).iterdir()) / "checkpoints" / "last" / "model.safetensors"
+        )
+        for name in ("killed", "whole")
+    )
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(found[key], expected[key]), key

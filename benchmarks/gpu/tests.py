@@ -24,6 +24,8 @@ SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S*::.+?) - (.*)$", re.MULTILINE)
 def run(part: Part, folder: Path = ROOT / "tests" / "gpu") -> None:
     marks = "gpu" if part.device.type == "cuda" else "not gpu and not slow"
     words = [sys.executable, "-m", "pytest", "-v", "-m", marks, "--tb=short", "--durations=3"]
+    # The project's own options print a dot a test; the names tell what was found in time.
+    words += ["-o", "addopts="]
     words += ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
     if part.tiny:
         words += ["-k", "tiny"]

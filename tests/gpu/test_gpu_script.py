@@ -83,6 +83,8 @@ def test_the_part_of_tests_keeps_what_was_found_before_its_time_was_up(tmp_path)
     (tmp_path / "test_endless.py").write_text(
         "import time\ndef test_d(): pass\ndef test_e(): time.sleep(60)"
     )
+    # As in the repository, whose options make pytest print dots.
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\nmarkers =\n gpu\n slow\n")
     part = Part(CPU, seconds=12)
     device_tests.run(part, tmp_path)
     bad, failure, endless, good = part.rows

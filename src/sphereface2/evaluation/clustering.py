@@ -42,9 +42,9 @@ def cluster(
         progress: called with the share of the work done since the last call.
 
     Examples:
-        >>> rows = np.array([[1, 0], [0, 1], [0.8, 0.6], [0.6, 0.8]], np.float32)
+        >>> rows = np.array([[1, 0], [0, 1], [0.8, 0.6]], np.float32)
         >>> cluster(rows, 0.7).tolist()
-        [0, 1, 0, 1]
+        [0, 1, 0]
     """
     sums, sizes = rows.copy(), np.ones(len(rows), np.int64)
     parent = np.arange(len(rows))

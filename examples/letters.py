@@ -31,11 +31,10 @@ SIDE, DIM = 32, 128
 FONTS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf")
 TRAIN, TEST = {"LATIN"}, {"GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "LAO"}
 LOSSES = {
-    "sphereface2": {"r": 30.0, "m": 0.4, "loss_weight": 10.0},
+    "sphereface2": {"r": 4.0, "m": 0.3, "loss_weight": 10.0},
     "softmax": {},
-    "normface": {"s": 16.0},
-    "cosface": {"s": 16.0, "m": 0.2},
-    "arcface": {"s": 16.0, "m": 0.2},
+    "cosface": {"s": 8.0, "m": 0.2},
+    "arcface": {"s": 8.0, "m": 0.2},
 }
 
 

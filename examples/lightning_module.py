@@ -19,7 +19,7 @@ class Recogniser(lightning.LightningModule):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.network = network()
-        self.head = heads.SphereFace2(DIM, classes, r=10.0, m=0.3, loss_weight=10.0)
+        self.head = heads.SphereFace2(DIM, classes, r=4.0, m=0.3, loss_weight=10.0)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)

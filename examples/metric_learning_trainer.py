@@ -17,7 +17,7 @@ def main(epochs: int = 3, loss: str = "sphereface2") -> float:
     """Equal error rate on letters of other scripts."""
     seen, unseen = letters()
     net = network()
-    options = {"r": 10.0, "m": 0.3, "loss_weight": 10.0} if loss == "sphereface2" else {}
+    options = {"r": 4.0, "m": 0.3, "loss_weight": 10.0} if loss == "sphereface2" else {}
     head = heads.build(loss, DIM, classes(seen), **options)
     trainer = trainers.MetricLossOnly(
         models={"trunk": net},

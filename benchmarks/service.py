@@ -34,6 +34,7 @@ from sphereface2.recognition.face_embedder import FaceEmbedder
 
 CLIENTS = (1, 8, 64)
 ROUNDS = 2
+RAMP = 1.0
 
 
 @contextmanager
@@ -79,11 +80,15 @@ class Client:
 
 
 def load(url: str, images: list[bytes], clients: int, seconds: float) -> list[float]:
-    """Latencies of all requests, in seconds; any refusal ends the benchmark."""
+    """Latencies of requests, in seconds; any refusal ends the benchmark.
+
+    Those of the first second do not count: in it all the clients connect at once.
+    """
     forms = [form("images", image) for image in images]
     latencies: list[list[float]] = [[] for _ in range(clients)]
     failures: list[int] = []
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter() + RAMP
+    end = begin + seconds
 
     def work(number: int) -> None:
         client = Client(url)
@@ -92,7 +97,8 @@ def load(url: str, images: list[bytes], clients: int, seconds: float) -> list[fl
             status = client.ask("POST", "/v1/embed", forms[turn % len(forms)], FORM)
             if status != 200:
                 failures.append(status)
-            latencies[number].append(time.perf_counter() - started)
+            if started >= begin:
+                latencies[number].append(time.perf_counter() - started)
             turn += 1
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]

@@ -1,4 +1,4 @@
-"""One decoder for the whole package: any image a user may have, as uint8 RGB the right way up."""
+"""One decoder and one encoder for the whole package: images as uint8 RGB the right way up."""
 
 from __future__ import annotations
 
@@ -124,6 +124,21 @@ def read_image(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         f"cannot read an image from a {type(image).__name__}; give a path, bytes, a PIL image, "
         "an array or a tensor"
     )
+
+
+def encode_image(pixels: np.ndarray, suffix: str, quality: int | None = None) -> bytes:
+    """The file of an image.
+
+    Args:
+        pixels: uint8 RGB (H, W, 3).
+        suffix: ``.jpg``, ``.png`` or ``.webp``.
+        quality: 1 to 100 of a JPEG or WebP; by default OpenCV's.
+    """
+    flag = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY}.get(
+        suffix, cv2.IMWRITE_WEBP_QUALITY
+    )
+    options = [] if quality is None or suffix == ".png" else [flag, quality]
+    return cv2.imencode(suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:

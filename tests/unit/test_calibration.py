@@ -13,7 +13,7 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.backbones.bundle import fingerprint
 from sphereface2.errors import UserError
-from sphereface2.evaluation.calibration import Calibration, CalibrationSet
+from sphereface2.evaluation.calibration import Calibration, CalibrationSet, named_by_mistake
 from sphereface2.evaluation.pairs import sample_pairs
 from sphereface2.evaluation.reliability import cllr, min_cllr, quality, reliability
 from sphereface2.evaluation.thresholds import pairs_needed
@@ -414,3 +414,9 @@ def test_quality_counts_what_the_thresholds_accept():
     assert found.far[0.1] == pytest.approx(0.1, abs=0.04)
     assert found.min_cllr <= found.cllr < 1
     assert found.ece < 0.05
+
+
+def test_more_comparisons_name_more_strangers():
+    assert named_by_mistake(1e-3, 1) == pytest.approx(1e-3)
+    assert named_by_mistake(1e-3, 1_000) == pytest.approx(1 - 0.999**1_000)
+    assert named_by_mistake(1e-12, 10) == pytest.approx(1e-11)  # without cancellation

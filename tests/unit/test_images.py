@@ -16,7 +16,7 @@ from PIL import Image
 from sphereface2 import images
 from sphereface2.data import Augmentation, BatchKey, FaceDataset, open_source
 from sphereface2.errors import UserError
-from sphereface2.images import SUFFIXES, decode, read_image
+from sphereface2.images import SUFFIXES, decode, encode_image, read_image
 
 SHAPE = (32, 32)
 
@@ -345,3 +345,14 @@ def test_heic_without_its_package_names_the_remedy(picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match=r"pip install 'sphereface2\[heif\]'"):
         decode(content)
+
+
+def test_an_image_is_encoded_as_it_was_in_the_quality_asked_for():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    assert np.array_equal(Image.open(io.BytesIO(encode_image(pixels, ".png", 50))), pixels)
+    for suffix in (".jpg", ".webp"):
+        worse, better = (encode_image(pixels, suffix, quality) for quality in (20, 95))
+        assert len(worse) < len(better)
+    red = np.full((16, 16, 3), (200, 30, 40), np.uint8)
+    decoded = np.asarray(Image.open(io.BytesIO(encode_image(red, ".jpg"))), int)
+    assert np.abs(decoded - red).max() < 4

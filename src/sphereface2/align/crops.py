@@ -14,7 +14,7 @@ from sphereface2.align.aligner import Aligner
 from sphereface2.align.template import check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
-from sphereface2.images import read_image
+from sphereface2.images import encode_image, read_image
 from sphereface2.signals import in_worker
 
 _QUALITY = 95
@@ -111,8 +111,7 @@ class Cropper:
         for number, (crop, face) in reversed(list(enumerate(found, 1))):
             end = f"_face{number}" if self.settings.all_faces else ""
             target = job.target.with_name(f"{job.target.name}{end}{self.settings.suffix}")
-            options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
-            encoded = cv2.imencode(self.settings.suffix, crop[..., ::-1], options)[1].tobytes()
+            encoded = encode_image(crop, self.settings.suffix, _QUALITY)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, encoded)
             faces.append({"crop": target.name, **face})

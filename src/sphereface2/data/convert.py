@@ -21,7 +21,7 @@ from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import atomic_folder
-from sphereface2.images import decode
+from sphereface2.images import decode, encode_image
 
 _SHARD_IMAGES = 10_000
 _CHUNK = 512  # images that the threads work on together
@@ -37,7 +37,7 @@ class Conversion:
     unreadable: list[str] = field(default_factory=list)
 
 
-_QUALITY = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY, "png": None}
+_FORMATS = ("jpg", "webp", "png")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Encoding:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in _QUALITY:
-            hint = did_you_mean(self.format, _QUALITY)
+        if self.format not in _FORMATS:
+            hint = did_you_mean(self.format, _FORMATS)
             raise UserError(
-                f"cannot encode as {self.format!r}{hint}; choose one of {', '.join(_QUALITY)}"
+                f"cannot encode as {self.format!r}{hint}; choose one of {', '.join(_FORMATS)}"
             )
         if not 1 <= self.quality <= 100:
             raise UserError(f"the quality must be 1 to 100, got {self.quality}")
@@ -78,10 +78,7 @@ class Encoding:
             factor = self.size / max(height, width)
             smaller = (max(1, round(width * factor)), max(1, round(height * factor)))
             image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
-        flag = _QUALITY[self.format]
-        options = [] if flag is None else [flag, self.quality]
-        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        return cv2.imencode(f".{self.format}", bgr, options)[1].tobytes()
+        return encode_image(image, f".{self.format}", self.quality)
 
 
 class _Add(Protocol):

@@ -15,7 +15,7 @@ from sphereface2.data.locate import ABOUT, DRAWN
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder, read_text
-from sphereface2.images import read_image
+from sphereface2.images import encode_image, read_image
 
 _PEOPLE, _IMAGES, _PAIRS = 1000, 20, 100
 
@@ -116,7 +116,7 @@ def pack_lfw(images: Path, test_pairs: Path, target: Path) -> tuple[int, int]:
     def crop(person: str, file: Path | None = None, number: str = "") -> bytes:
         image = read_image(file or images / person / f"{person}_{int(number):04d}.jpg")
         face = cv2.resize(image[_CROP], (synthetic.SIZE,) * 2, interpolation=cv2.INTER_AREA)
-        return synthetic.encode(face, 95)
+        return encode_image(face, ".jpg", 95)
 
     with atomic_folder(target) as temporary:
         label = total = 0

@@ -25,6 +25,7 @@ from sphereface2.data.locate import ABOUT, DRAWN
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder
+from sphereface2.images import encode_image
 
 SIZE = 112
 _FOLDS = 10
@@ -367,17 +368,14 @@ def _photograph(
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def encode(image: np.ndarray, quality: int) -> bytes:
-    """JPEG bytes of an RGB image."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
-
 def person(seed: int, number: int, images: int) -> list[bytes]:
     """``images`` JPEGs of person ``number``; the same for the same arguments, in any order."""
     rng = np.random.default_rng((seed, number))
     identity = Identity.draw(rng)
-    return [encode(render(identity, rng), int(rng.integers(60, 93))) for _ in range(images)]
+    return [
+        encode_image(render(identity, rng), ".jpg", int(rng.integers(60, 93)))
+        for _ in range(images)
+    ]
 
 
 def write(

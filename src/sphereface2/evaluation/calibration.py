@@ -277,6 +277,11 @@ class Calibration:
         return found
 
 
+def named_by_mistake(far: float, comparisons: int) -> float:
+    """The share of strangers with at least one false accept: 1 - (1 - far)^comparisons."""
+    return -math.expm1(comparisons * math.log1p(-far))
+
+
 def file_of(network: Path) -> Path:
     """Where the calibration of a model folder or an exported ``.onnx`` file lies."""
     if network.suffix == ".onnx":

@@ -24,10 +24,11 @@ from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import unit, weighted_sums
 from sphereface2.files import atomic_write, digest, owned, read_text, writing
+from sphereface2.images import encode_image
 from sphereface2.recognition.audit.clean import Chosen
 from sphereface2.recognition.audit.faces import Faces, embedded
 from sphereface2.recognition.audit.people import people_text, read_people
-from sphereface2.recognition.audit.report import grid, jpeg
+from sphereface2.recognition.audit.report import QUALITY, grid
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import open_images
@@ -203,7 +204,9 @@ def _sheets(out: Path, source: Source, people: Sequence[tuple[str, list[int]]]) 
         progress = console.advance(bars, "sheets", len(named))
         for start in range(0, len(named), _CHUNK):
             part = named[start : start + _CHUNK]
-            sheets = pool.map(lambda one: jpeg(grid(source, one[1][:_SHOWN])), part)
+            sheets = pool.map(
+                lambda one: encode_image(grid(source, one[1][:_SHOWN]), ".jpg", QUALITY), part
+            )
             for (name, images), content in zip(part, sheets, strict=True):
                 (out / "people" / f"{name}.jpg").write_bytes(content)
                 more = f", the first {_SHOWN} shown" if len(images) > _SHOWN else ""

@@ -15,9 +15,10 @@ import numpy as np
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, writing
-from sphereface2.images import decode
+from sphereface2.images import decode, encode_image
 from sphereface2.recognition.audit.findings import KINDS, Finding
 
+QUALITY = 85  # of JPEG
 _TILE, _GAP, _BESIDE = 96, 4, 4
 _STYLE = (
     "body{font:15px system-ui;margin:2em;max-width:75em}td,th{text-align:left;padding:.2em .8em "
@@ -81,12 +82,6 @@ def stack(strips: Sequence[np.ndarray], first: int = 1) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def jpeg(image: np.ndarray) -> bytes:
-    """The bytes of a JPEG."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-
-
 def members(labels: np.ndarray) -> Callable[[int], list[int]]:
     """Gives the first images of a label."""
     order = np.argsort(labels, kind="stable")
@@ -142,7 +137,7 @@ def write_report(
             first = [finding for finding in findings if finding.kind == kind][:limit]
             strips = [shown(finding, source, of) for finding in first]
             sheet = f"sheets/{kind.replace(' ', '-')}.jpg"
-            atomic_write(out / sheet, jpeg(stack(strips)))
+            atomic_write(out / sheet, encode_image(stack(strips), ".jpg", QUALITY))
             note = f"The first {len(first)} of {counts[kind]:,}" if limit < counts[kind] else "All"
             page += ["", f"## {kind.capitalize()}", "", f"{note}: {KINDS[kind]}.", ""]
             page += [f"![{kind}]({sheet})", "", "| | image | label | about | score | action |"]
@@ -152,7 +147,7 @@ def write_report(
                 texts = [f.image, f.label, f.about, f"{f.score:.3f}", f.action]
                 line = " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts)
                 page.append(f"| {number} | {line} |")
-                data = base64.b64encode(jpeg(image)).decode()
+                data = base64.b64encode(encode_image(image, ".jpg", QUALITY)).decode()
                 html.append(
                     f"<tr><td>{number}<td><img alt='' src='data:image/jpeg;base64,{data}'>"
                     + "".join(f"<td>{escape(text)}" for text in texts)

@@ -8,13 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, writing
-from sphereface2.images import read_image
+from sphereface2.images import encode_image, read_image
 
 _FILES = (".jpg", ".jpeg", ".png")
 _KNOWN, _UNKNOWN = (40, 130, 60), (120, 120, 120)
@@ -55,10 +54,9 @@ def write(reports: Sequence[dict[str, Any]], where: dict[str, Path]) -> list[Pat
     for image, found in groupby(answered, lambda report: report["image"]):
         pixels = annotated(read_image(Path(image)), [(one["box"], *_text(one)) for one in found])
         path = where[image]
-        content = cv2.imencode(path.suffix, pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, content.tobytes())
+            atomic_write(path, encode_image(pixels, path.suffix.lower(), 92))
         written.append(path)
     return written
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError
+from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import Seen, load_embedder, look, shown
 from sphereface2.recognition.gallery.gallery import Gallery
@@ -360,7 +361,7 @@ def _line(
         far = _far_for(fpir, max(1, comparisons), calibration.thresholds)
     far = calibration.far_default if far is None else far
     limit = calibration.threshold(far)
-    named = -math.expm1(comparisons * math.log1p(-far))
+    named = named_by_mistake(far, comparisons)
     sentence = f"threshold {limit:.4f} (FAR {far:g}"
     if comparisons > 1:
         share = f"about one stranger in {1 / named:,.0f}" if named < 0.5 else "most strangers"

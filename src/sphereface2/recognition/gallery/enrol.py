@@ -10,12 +10,11 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 
 from sphereface2 import console
 from sphereface2.errors import UserError
-from sphereface2.images import read_image
+from sphereface2.images import encode_image, read_image
 from sphereface2.recognition.gallery.faces import Faces, lasting, load_embedder, look, shown
 from sphereface2.recognition.gallery.gallery import Gallery
 from sphereface2.recognition.gallery.rows import Stored
@@ -311,7 +310,7 @@ def _embed(
             zip(waiting, rows, strict=True), key=lambda pair: pair[0][0].person
         ):
             theirs = list(group)
-            crops = [_jpeg(crop) for (_, crop), _ in theirs] if keep_crops else None
+            crops = [encode_image(crop, ".jpg") for (_, crop), _ in theirs] if keep_crops else None
             sources = [file.source for (file, _), _ in theirs]
             yield Enrolment(person, np.stack([row for _, row in theirs]), None, sources, crops)
         waiting.clear()
@@ -335,10 +334,6 @@ def _embed(
             waiting += [(file, one.crop) for one in seen]
         if waiting:
             yield from embedded()
-
-
-def _jpeg(crop: np.ndarray) -> bytes:
-    return bytes(cv2.imencode(".jpg", cv2.cvtColor(crop, cv2.COLOR_RGB2BGR))[1])
 
 
 def _joined(parts: list[Enrolment], metadata: dict[str, Any] | None) -> Enrolment:

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import cv2
 import numpy as np
 
 from sphereface2 import onnx_runtime
 from sphereface2.align import Face, warp
 from sphereface2.errors import UserError
-from sphereface2.images import read_image
+from sphereface2.images import encode_image, read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.service.batching import Batcher
 from sphereface2.recognition.service.errors import Refusal
@@ -48,7 +47,7 @@ class Seen:
 
     def png(self) -> str:
         """The crop as a data: address."""
-        return "data:image/png;base64," + base64.b64encode(encode(self.crop, ".png")).decode()
+        return "data:image/png;base64," + base64.b64encode(encode_image(self.crop, ".png")).decode()
 
 
 class Recogniser:
@@ -207,11 +206,3 @@ def sniff(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return None
-
-
-def encode(crop: np.ndarray, suffix: str) -> bytes:
-    """A crop (H, W, 3) RGB as a file's bytes."""
-    done, data = cv2.imencode(suffix, cv2.cvtColor(crop, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise RuntimeError(f"a crop of {crop.shape} could not be encoded")
-    return data.tobytes()

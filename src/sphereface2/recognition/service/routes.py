@@ -10,13 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 
+from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.recognition.gallery import Match
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.metrics import CONTENT_TYPE
 from sphereface2.recognition.service.state import (
     ERRORS,
     Current,
-    cosine,
     decision,
     doing,
     face_out,
@@ -97,7 +97,7 @@ async def verify(request: Request, service: Current) -> schemas.Verdict:
         schemas.PairOut(a=a, b=b, similarity=score, same=decision(score, threshold))
         for a, one in enumerate(first)
         for b, other in enumerate(second)
-        for score in [cosine(one.embedding @ other.embedding)]
+        for score in [float(np.clip(one.embedding @ other.embedding, -1, 1))]
     ]
     pairs.sort(key=lambda pair: -pair.similarity)
     best = pairs[0]
@@ -154,7 +154,7 @@ async def search(request: Request, service: Current) -> schemas.Found:
         threshold=threshold,
         far=far,
         people=people,
-        fpir=None if far is None else float(-np.expm1(people * np.log1p(-far))),
+        fpir=None if far is None else named_by_mistake(far, people),
         faces=faces,
     )
 
@@ -174,7 +174,7 @@ async def verify_person(name: str, request: Request, service: Current) -> schema
     rows = np.stack([one.embedding for one in seen])
     scores = await run_in_threadpool(service.gallery.verify, name, rows, fusion=asked.fusion)
     best = int(np.argmax(scores))
-    similarity = cosine(scores[best])
+    similarity = scores[best]
     same = decision(similarity, threshold)
     request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[same]
     return schemas.PersonVerdict(

@@ -187,29 +187,35 @@ class Embedded(BaseModel):
     embeddings: list[Embedding]
 
 
-class PairOut(BaseModel):
+class _Compared(BaseModel):
+    similarity: float = Field(description="The cosine, -1 to 1.")
+    same: bool | None = Field(
+        description="Whether it is at or above the threshold; null if the model is not calibrated."
+    )
+
+
+class PairOut(_Compared):
     """A face of the first image and one of the second."""
 
     a: int = Field(description="Which of the faces of the first image, from 0.")
     b: int = Field(description="Which of the faces of the second image, from 0.")
-    similarity: float = Field(description="The cosine, -1 to 1.")
-    same: bool | None = Field(description="The decision; null if the model is not calibrated.")
 
 
-class Verdict(BaseModel):
-    """Whether two images show one person: the most similar pair of faces decides."""
-
-    similarity: float = Field(description="The cosine, -1 to 1.")
-    same: bool | None = Field(description="The decision; null if the model is not calibrated.")
+class _Verdict(_Compared):
     threshold: float | None
     far: float | None
     probability: float | None = Field(description="With even odds beforehand.")
+    warnings: list[str] = Field(description="What makes an image a poor one to decide by.")
+
+
+class Verdict(_Verdict):
+    """Whether two images show one person: the most similar pair of faces decides."""
+
     faces: list[list[Face | None]] = Field(description="The faces of each image.")
     pairs: list[PairOut] = Field(description="Every pair of faces, the most similar first.")
     crops: list[str] | None = Field(
         None, description="data: addresses of the most similar faces, as PNG."
     )
-    warnings: list[str] = Field(description="What makes an image a poor one to decide by.")
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -236,18 +242,12 @@ class PersonOut(BaseModel):
     thumbnail: bool = Field(description="Whether a crop is kept.")
 
 
-class PersonVerdict(BaseModel):
+class PersonVerdict(_Verdict):
     """Whether an image shows an enrolled person: its most similar face decides."""
 
     person: PersonOut
-    similarity: float = Field(description="The cosine, -1 to 1.")
-    same: bool | None = Field(description="The decision; null if the model is not calibrated.")
-    threshold: float | None
-    far: float | None
-    probability: float | None = Field(description="With even odds beforehand.")
     face: Face | None
     crop: str | None = Field(None, description="data: address of the face, as PNG.")
-    warnings: list[str] = Field(description="What makes an image a poor one to decide by.")
 
 
 class Enrolled(PersonOut):
@@ -278,12 +278,10 @@ class PeoplePage(BaseModel):
     next: int | None = Field(description="The offset of the next page.")
 
 
-class MatchOut(BaseModel):
+class MatchOut(_Compared):
     """A candidate."""
 
     name: str
-    similarity: float
-    same: bool | None = Field(description="Whether it is at or above the threshold.")
     metadata: dict[str, Any]
     thumbnail: bool
 

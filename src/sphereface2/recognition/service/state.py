@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from sphereface2.align import Face
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
+from sphereface2.images import encode_image
 from sphereface2.recognition.gallery import (
     Gallery,
     Match,
@@ -24,7 +25,7 @@ from sphereface2.recognition.quality import Gate, measure
 from sphereface2.recognition.service import schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
-from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which, encode
+from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which
 from sphereface2.recognition.service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ class Service:
         warnings = self.check(seen)
         rows = np.stack([one.embedding for one in seen])
         if self.settings.keep_crops:
-            options["crops"] = [encode(one.crop, ".jpg") for one in seen]
+            options["crops"] = [encode_image(one.crop, ".jpg") for one in seen]
 
         def work() -> tuple[list[int], Person]:
             if asked.lookalikes == "refuse":
@@ -167,11 +168,6 @@ def doing(action: str) -> Any:
     return [Depends(name)]
 
 
-def cosine(value: float) -> float:
-    """A similarity without the rounding beyond -1 and 1."""
-    return float(np.clip(value, -1, 1))
-
-
 def decision(similarity: float, threshold: float | None) -> bool | None:
     """Whether a similarity reaches the threshold; None without one."""
     return None if threshold is None else similarity >= threshold
@@ -190,11 +186,10 @@ def face_out(face: Face | None) -> schemas.Face | None:
 
 def match_out(match: Match, threshold: float | None) -> schemas.MatchOut:
     """A candidate as the API gives it."""
-    similarity = cosine(match.score)
     return schemas.MatchOut(
         name=match.person,
-        similarity=similarity,
-        same=decision(similarity, threshold),
+        similarity=match.score,
+        same=decision(match.score, threshold),
         metadata=match.metadata,
         thumbnail=match.has_crop,
     )

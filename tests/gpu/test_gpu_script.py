@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu import backbones, capacity, partial_fc, run, speedrun
+from gpu import backbones, capacity, partial_fc, run, speedrun, steps
 from gpu import heads as head_table
 from gpu import tests as device_tests
 from gpu.measure import Part
@@ -38,7 +38,8 @@ def test_parts_measure_every_row(module, column, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "column"), [(backbones, "MFU full"), (speedrun, "held-out TAR@1e-1")]
+    ("module", "column"),
+    [(steps, "× eager"), (backbones, "MFU full"), (speedrun, "held-out TAR@1e-1")],
 )
 def test_parts_train_on_synthetic_faces(module, column):
     part = Part(CPU, tiny=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sphereface2 import FaceEmbedder, backbones
 from sphereface2.errors import UserError
-from sphereface2.recognition.service import keys
+from sphereface2.recognition.service import keys, server
 from sphereface2.recognition.service.batching import Batcher
 
 
@@ -140,3 +141,13 @@ def test_a_key_file_without_keys_or_with_a_bad_hash_admits_nobody(tmp_path: Path
         keys.KeyFile(path)
     with pytest.raises(UserError, match="does not exist"):
         keys.KeyFile(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_rotations_reach_what_finds_faces(tmp_path, monkeypatch, rotations):
+    network = backbones.build("sfnet4", width=0.125, input_size=32, embedding_dim=16)
+    embedder = FaceEmbedder(network)
+    monkeypatch.setattr(FaceEmbedder, "from_pretrained", lambda *_, **__: embedder)
+    monkeypatch.setattr(server.DrainingServer, "run", lambda one: setattr(one, "started", True))
+    server.run("model", str(tmp_path / "g.db"), server.Settings(rotations=rotations))
+    assert embedder.aligner.rotations == rotations

@@ -8,12 +8,15 @@ read without importing.
 from __future__ import annotations
 
 import ast
+import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError, convert
 
 from sphereface2.console import accept_any_encoding
 from sphereface2.errors import Stopped, UserError
@@ -93,7 +96,9 @@ def build(words: Sequence[str] = ()) -> App:
         help="Train, evaluate and use face recognition by binary classification.",
         version=f"sphereface2 {__version__}",
         help_format="plaintext",
-        default_parameter=Parameter(negative_iterable=(), name_transform=_option),
+        default_parameter=Parameter(
+            negative_iterable=(), name_transform=_option, converter=_converted
+        ),
         result_action="return_none",
         print_error=False,
         exit_on_error=False,
@@ -121,6 +126,26 @@ def _add(app: App, commands: Mapping[str, str], *, listed: bool) -> None:
 
 def _option(parameter: str) -> str:
     return _OPTIONS.get(parameter, parameter.strip("_").replace("_", "-"))
+
+
+def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The value of an argument's words.
+
+    Of a home (``--out=~/x``, which shells leave as it is) comes its path. Refused are empty words,
+    which variables that are not set leave and which would be the current folder, and fractions of
+    whole numbers, which would be rounded.
+    """
+    given = []
+    for token in tokens:
+        word = token.value
+        if not word:
+            raise UserError(
+                "an empty argument, as a shell variable leaves that is not set; give a value"
+            )
+        if int in (kind, *get_args(kind)) and re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", word):
+            raise UserError(f"{word} is not a whole number")
+        given.append(token.evolve(value=os.path.expanduser(word)) if word[:2] == "~/" else token)
+    return convert(kind, given)
 
 
 def _first_line(function: str) -> str:
@@ -152,6 +177,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    except UnusedCliTokensError as error:
+        name = " ".join(["sphereface2", *error.command_chain])  # type: ignore[misc]
+        unused = ", ".join(map(repr, error.unused_tokens))  # type: ignore[arg-type]
+        message = f"unexpected argument {unused}; `{name} --help` tells what it takes"
     except (UserError, CycloptsError) as error:
         message = str(error)
     except OSError as error:

@@ -28,7 +28,7 @@ from rich.table import Table
 from sphereface2.files import printable
 
 _NAMED = 20
-_ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±", "---..x><<>\"\"''-|~")
+_ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±█", "---..x><<>\"\"''-|~#")
 
 
 def bars(*, counted: bool = False) -> Progress:

@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -43,10 +43,16 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk, a limit
-            error.filename = str(path)
+        with suppress(OSError):
+            temporary.unlink()
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Let an error of the system name the file that was wanted, not the temporary one or none."""
+    if isinstance(error, OSError):
+        error.filename, error.filename2 = str(path), None
 
 
 @contextmanager
@@ -56,7 +62,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     ``path`` must not exist. On an exception the temporary folder is removed.
     """
     temporary = _temporary(path)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        _name(error, path)
+        raise
     try:
         yield temporary
         temporary.rename(path)
@@ -98,6 +108,17 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_folder(path: Path) -> None:
+    """UserError unless ``path`` is a folder to write in or can become one, before any work."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be a folder, as {place} is a file: name another place")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{path} cannot be written: {place} belongs to somebody else or is locked")
 
 
 def lock(file: IO[Any], busy: str) -> None:

@@ -1,5 +1,6 @@
 """What users have on disk under each format's name: every variant means what it says."""
 
+import json
 import os
 import pickle
 import struct
@@ -165,7 +166,9 @@ def test_images_under_every_suffix_are_read_and_the_rest_counted(tmp_path, capsy
     assert '"unread"' in capsys.readouterr().out
     info(root)
     assert "6 files were not read" in capsys.readouterr().out.replace("\n", " ")
-    report = align(root, tmp_path / "crops", workers=1, landmarks=None)
+    with pytest.raises(UserError, match="no face could be cropped"):
+        align(root, tmp_path / "crops", workers=1)
+    report = json.loads((tmp_path / "crops" / "report.json").read_text())
     assert any("5 files were not read" in note for note in report["passed_over"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -91,7 +92,8 @@ class Aligner:
         faces = self._detect(pixels, False)
         if not faces:
             raise NoFaceError(f"no face found in {_name(image)}; give an image that shows one")
-        return warp(pixels, faces[0].landmarks, self.size), faces[0]
+        main = replace(faces[0], others=len(faces) - 1)
+        return warp(pixels, main.landmarks, self.size), main
 
     def align_all(self, image: ImageLike) -> list[tuple[np.ndarray, Face]]:
         """Crop and face of every face, the largest and most central first; ``[]`` if none."""

@@ -27,11 +27,13 @@ class Face:
         score: the detector's confidence in [0, 1].
         landmarks: (5, 2) float32 x, y: left eye, right eye, nose, left and right mouth corner as
             seen in the image.
+        others: faces found beside it, where the image's main face was asked for.
     """
 
     box: np.ndarray
     score: float
     landmarks: np.ndarray
+    others: int = 0
 
 
 class Detector(Protocol):

@@ -20,8 +20,8 @@ from sphereface2.align import detector as detectors
 from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start_worker
 from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
-from sphereface2.data.folder import images_below
-from sphereface2.errors import UserError
+from sphereface2.data.folder import check_outside, images_below
+from sphereface2.errors import UserError, check_number
 from sphereface2.files import TEMPORARY, atomic_write, lock
 from sphereface2.images import SUFFIXES
 from sphereface2.signals import STOPPED, Stopper
@@ -93,6 +93,7 @@ def align(
         max_pixels=max_pixels,
         rotations=rotations,
     )
+    check_number("--max-pixels", max_pixels, least=1)
     if workers is not None and workers < 1:
         raise UserError(f"workers must be 1 or more, not {workers}")
     Cropper(settings)  # a wrong setting or a missing package shows here, once
@@ -107,6 +108,8 @@ def align(
             f"cannot write below {target}: {error}; make room or name another folder and run again"
         ) from error
     _print(report, target)
+    if not report["crops"]:
+        raise UserError(f"no face could be cropped: {target / REPORT} tells why, image by image")
     return report
 
 
@@ -138,8 +141,7 @@ def _names(source: Path, target: Path, known: Landmarks | None) -> tuple[list[st
             f"{source} {'is a file' if source.is_file() else 'does not exist'}; give a folder of "
             "images (a packed set becomes one by sphereface2 data convert SET FOLDER --to folder)"
         )
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{target} lies inside {source}; name a folder outside it for the crops")
+    check_outside(target, source)
     if known is not None:
         return sorted(known.points), []
     found = images_below(source)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -167,7 +168,9 @@ def _read(file: Path) -> Any:
             raise _runs_code(file, ", ".join(foreign))
         standing_in.enter_context(torch.serialization.safe_globals([_stand_in(n) for n in named]))
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickles' protocols
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             blamed = re.search(r"GLOBAL (\S+)", str(error))
             if blamed is None:

@@ -16,10 +16,11 @@ import numpy as np
 
 from sphereface2 import console
 from sphereface2.data import pairbin
+from sphereface2.data.folder import check_outside
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source
-from sphereface2.errors import UserError, did_you_mean
+from sphereface2.errors import UserError, check_number, did_you_mean
 from sphereface2.files import atomic_folder
 from sphereface2.images import decode, encode_image
 
@@ -93,7 +94,7 @@ def convert(
     *,
     to: str,
     encode: str | None = None,
-    quality: int = 75,
+    quality: int | None = None,
     size: int | None = None,
 ) -> Conversion:
     """Convert a data set between formats, or make a smaller copy of it.
@@ -114,19 +115,28 @@ def convert(
         target: Folder to create; a file with `--to bin`.
         to: "folder", "list", "recordio" or "webdataset"; "bin" for a verification set.
         encode: Encode the images anew as "webp", "jpg" or "png".
-        quality: Quality of WebP and JPEG, 1 to 100.
+        quality: Quality of WebP and JPEG that are encoded anew, 1 to 100; default: 75.
         size: Scale the longest side down to this many pixels; as WebP unless `--encode` is given.
 
     Raises:
         UserError: an unknown format, ``target`` exists or no image can be read.
     """
     anew = encode is not None or size is not None
-    encoding = Encoding(encode or "webp", quality, size) if anew else None
+    if quality is not None:
+        check_number("--quality", quality, least=1, most=100)
+    if quality is not None and (not anew or encode == "png"):
+        raise UserError(
+            "--quality is that of images encoded anew as WebP or JPEG: give --encode webp or "
+            "--encode jpg with it"
+        )
+    encoding = Encoding(encode or "webp", quality or 75, size) if anew else None
     target = Path(target)
     check_target(target, to, "bin")
     if to == "bin":
         return _convert_pairs(source, target, encoding)
-    done = write_source(open_source(source), target, to, encoding)
+    opened = open_source(source)
+    check_outside(target, opened)
+    done = write_source(opened, target, to, encoding)
     console.show(
         f"{done.images:,} images of {done.people:,} people in {target}",
         *console.named("unreadable images left out", done.unreadable),

@@ -165,6 +165,24 @@ def images_below(root: Path) -> Found:
     return found
 
 
+def check_outside(target: Path, source: object) -> None:
+    """Refuse to write into a folder all of whose images are a set's: they would be taken for more.
+
+    Args:
+        target: file or folder that is to be written.
+        source: an open set, or the folder of one; sets that are packed or listed may hold others.
+
+    Raises:
+        UserError: ``target`` lies in the set.
+    """
+    root = source if isinstance(source, Path) else getattr(source, "root", None)
+    if root is not None and target.resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"{target} lies inside {root}, where its images would count as the set's own: name a "
+            "place outside"
+        )
+
+
 def _refuse(error: OSError) -> None:
     raise UserError(
         f"the folder {error.filename} cannot be entered: {error.strerror}; change its "

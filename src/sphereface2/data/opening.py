@@ -12,6 +12,7 @@ from sphereface2.data.recordio import RecordIOSource
 from sphereface2.data.source import Source
 from sphereface2.data.webdataset import WebDatasetSource
 from sphereface2.errors import UserError
+from sphereface2.images import SUFFIXES
 
 _TRAIN_LISTS = frozenset(f"train{suffix}" for suffix in LIST_SUFFIXES)
 
@@ -59,9 +60,14 @@ def open_source(path: str | Path) -> Source:
         return WebDatasetSource(path)
     if suffix in LIST_SUFFIXES:
         return ListSource(path)
+    hint = ""
+    if suffix == ".bin":
+        hint = "; a .bin holds pairs, for --pairs of evaluate and calibrate"
+    elif suffix in SUFFIXES:
+        hint = "; give the folder that holds the image"
     raise UserError(
         f"{path} is not a training set: expected a folder, a .rec, .tar or list file "
-        f"({' '.join(sorted(LIST_SUFFIXES))})"
+        f"({' '.join(sorted(LIST_SUFFIXES))}){hint}"
     )
 
 
@@ -81,6 +87,11 @@ def load_pairs(
         UserError: the file is missing, damaged, of no known layout, or names missing images.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, and a verification set is a file: a .bin, a pairs.txt or a list "
+            "of pairs; every pair of a folder of people is --all-pairs"
+        )
     if not path.is_file():
         raise UserError(f"there is no verification set {path}")
     with path.open("rb") as file:

@@ -134,13 +134,15 @@ class Calibration:
             UserError: the calibration has no threshold for this FAR.
         """
         wanted = self.far_default if far is None else far
+        if not 0 < wanted < 1:
+            raise UserError(f"a FAR must lie between 0 and 1, got {wanted:g}")
         for known, found in self.thresholds.items():
             if math.isclose(known, wanted, rel_tol=1e-9):
                 return found.threshold
         raise UserError(
             f"this calibration has no threshold for a FAR of {wanted:g}, it has "
-            f"{', '.join(map(far_key, self.thresholds))}: repeat sphereface2 calibrate with "
-            f"--far {wanted:g}"
+            f"{', '.join(map(far_key, self.thresholds))}: choose one of these, or repeat "
+            f"sphereface2 calibrate with --far {wanted:g}"
         )
 
     def check_for_crops(self) -> None:

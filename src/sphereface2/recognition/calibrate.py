@@ -28,6 +28,7 @@ from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
 from sphereface2.evaluation.verification import pair_scores
+from sphereface2.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def calibrate(
         raise UserError("nothing to calibrate on: give --pairs FILE or --all-pairs SET")
     check_count("--seed", seed, 0)
     rng, folder = np.random.default_rng(seed), bundle.resolve(checkpoint).resolve()
+    check_folder(file_of(folder).parent)
     sets: list[PairSet | _Labelled] = [*open_pair_sets(pairs, images, names)]
     with (
         Embedder.load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sphereface2 import console
 from sphereface2.align import warp
 from sphereface2.align.unaligned import image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
+from sphereface2.data.folder import check_outside
 from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.opening import open_source
 from sphereface2.data.pairs import PairSet
@@ -29,7 +31,7 @@ from sphereface2.data.suites import (
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables
-from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
+from sphereface2.evaluation.all_pairs import AllPairsResult, count_pairs, evaluate_all_pairs
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
 from sphereface2.evaluation.one_threshold import OneThresholdResult, judge_thresholds
@@ -38,7 +40,7 @@ from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import read_lines
+from sphereface2.files import check_folder, read_lines
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -127,8 +129,6 @@ def evaluate(
         as_json: Print JSON instead of tables.
     """
     check_count("--seed", seed, 0)
-    if plots is not None:
-        require("plots", "matplotlib")
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
     if groups is not None and all_pairs is None:
         raise UserError("--groups belongs to --all-pairs, the set whose groups it names")
@@ -138,6 +138,8 @@ def evaluate(
     sets: list[tuple[Path, Set]] = [*zip(pairs, open_pair_sets(pairs, images, names), strict=True)]
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
+    if plots is not None:
+        _check_plots(plots, sets)
     sets += [(root, open_suite(name, root)) for name in suites if root is not None]
     group_of = None
     if groups is not None:
@@ -167,6 +169,14 @@ def evaluate(
     return found
 
 
+def _check_plots(plots: Path, sets: Sequence[tuple[Path, Set]]) -> None:
+    """Refuse a place of plots before the work, where it cannot be or is part of a set."""
+    require("plots", "matplotlib")
+    check_folder(plots)
+    for _, one in sets:
+        check_outside(plots, one)
+
+
 def _read_groups(path: Path, source: Source) -> list[str | None]:
     """The group of each image of a source, from a CSV of people or images and their groups."""
     group_of: dict[str, str] = {}
@@ -180,15 +190,31 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
                 f"{group_of[fields[0]]!r}: give each person or image one group"
             )
     names = source.class_names
-    found = [
-        group_of.get(source.name(index))
-        or group_of.get(names[label] if names is not None else str(label))
+    keys = [
+        (source.name(index), names[label] if names is not None else str(label))
         for index, label in enumerate(source.labels.tolist())
     ]
+    found = [group_of.get(image) or group_of.get(person) for image, person in keys]
     if not any(found):
         raise UserError(
             f"{path} names no person and no image of the set; its first image is called "
             f"{source.name(0)!r}, its person {names[source.labels[0]] if names else 0!r}"
+        )
+    # Before the minutes that embedding takes.
+    for group in sorted({one for one in found if one is not None}):
+        inside = source.labels[[one == group for one in found]]
+        try:
+            count_pairs(np.unique(inside, return_inverse=True)[1])
+        except UserError as error:
+            raise UserError(f"group {group!r} of {path} cannot be judged: {error}") from error
+    known = {name for key in keys for name in key}
+    strangers = [name for name in group_of if name not in known]
+    if None in found or strangers:
+        warnings.warn(
+            f"{path} gives {len(found) - found.count(None):,} of the {len(found):,} images a "
+            f"group; {len(strangers):,} of its {len(group_of):,} names are no person and no image "
+            f"of the set{f', the first {strangers[0]!r}' if strangers else ''}",
+            stacklevel=2,
         )
     return found
 

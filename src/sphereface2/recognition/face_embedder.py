@@ -193,6 +193,14 @@ class FaceEmbedder:
         crops: list[Any] = [first, second]
         if not aligned:
             found = [self.crop(image) for image in crops]
+            for image, (_, face) in zip(crops, found, strict=True):
+                if face.others:
+                    name = image if isinstance(image, str | Path) else "an image"
+                    warnings.warn(
+                        f"{name} shows {face.others + 1} faces, of which the largest and most "
+                        "central one is compared: crop the image if another one is meant",
+                        stacklevel=2,
+                    )
             crops, faces = [crop for crop, _ in found], (found[0][1], found[1][1])
         similarity = float(
             pair_scores(self.embed(crops, aligned=True), np.array([[0, 1]])).clip(-1, 1)[0]
@@ -237,6 +245,8 @@ class FaceEmbedder:
             UserError: there is no such path or model, or a file is damaged or foreign.
         """
         given = box.MODEL if path_or_hub_id is None else path_or_hub_id
+        if given in (box.MODEL, str(box.MODEL)) and str(device) not in ("None", "auto", "cpu"):
+            given = box.MODEL.parent  # torch's weights, for what ONNX Runtime does not compute on
         folder = hub.model_folder(given, revision=revision, **hub_options)
         embedder = Embedder.load(
             folder, device=device, flip=flip, batch_size=batch_size, threads=threads

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,14 @@ def open_images(path: str | Path) -> Source:
     """
     path = Path(path)
     if path.is_dir() and any(is_image(entry) for entry in path.iterdir()):
-        return ImageSource(path)
+        images = ImageSource(path)
+        if any("/" in name for name in images.found.images):
+            warnings.warn(
+                f"{path} holds images beside folders of images: all are taken for images of "
+                "nobody; where the folders are people, move the others out of it",
+                stacklevel=2,
+            )
+        return images
     return open_source(path)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from sphereface2 import console
+from sphereface2.align.unaligned import warn_if_unaligned
+from sphereface2.data.folder import check_outside
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.recognition import ray_engine
@@ -123,6 +125,10 @@ def embed_set(
         batch_size=batch_size,
         all_faces=faces == "all",
     )
+    check_outside(out, images)
+    if aligned:
+        name, indices = str(path), range(len(images))
+        warn_if_unaligned(name, images.read, indices, remedy="leave out --aligned")
     start = time.perf_counter()
     write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
     found = metadata(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sphereface2 import console
+from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.files import atomic_write, printable, writing
@@ -62,6 +63,9 @@ def verify(
         name = Path(plot).with_suffix(".png") if Path(plot).name else "NAME.png"
         raise UserError(f"--plot writes a PNG: name it {name}")
     model = chosen(model)
+    if aligned:
+        both = (Path(first), Path(second))
+        warn_if_unaligned("the pair", both.__getitem__, (0, 1), remedy="leave out --aligned")
     embedder = FaceEmbedder.from_pretrained(model, device=device)
     result = embedder.verify(
         Path(first), Path(second), far=far, threshold=threshold, prior=prior, aligned=aligned

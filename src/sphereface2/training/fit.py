@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from sphereface2.align.unaligned import warn_if_unaligned
+from sphereface2.backbones import bundle
 from sphereface2.data.dataset import FaceDataset
+from sphereface2.data.folder import check_outside
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import owned
+from sphereface2.files import check_folder, owned
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
 from sphereface2.training import resuming, starting
@@ -31,6 +33,8 @@ from sphereface2.training.report import report
 from sphereface2.training.teacher import Teacher, open_teacher
 from sphereface2.training.trainer import Progress, Trainer
 from sphereface2.training.validation import Validation
+
+_RANKS_A_CORE = 8  # processes that one core can drive, each with a copy of the network
 
 
 def fit(
@@ -97,6 +101,8 @@ def fit(
                 strict = resume is not None
                 found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
             inputs = open_inputs(settings, place, source)
+            if not resumes:
+                check_outside(folder, inputs.source)
             settings = inputs.settings
             changed = {} if found is None else resuming.check_settings(folder, found, settings)
             start = {"overrides": list(overrides), "changed": changed}
@@ -193,12 +199,20 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
         return os.cpu_count() or 1
     if not ranks.isdigit() or int(ranks) < 1:
         raise UserError(f"--ranks {ranks!r} must be a positive number or auto")
+    if int(ranks) > (most := _RANKS_A_CORE * (os.cpu_count() or 1)):
+        raise UserError(f"--ranks {ranks} is more than this machine bears ({most}): give auto")
     return int(ranks)
 
 
 def _run_folder(settings: RunConfig, given: Path | None) -> Path:
     """The folder ``given``, or the name of a new one."""
     if given is not None:
+        check_folder(given)
+        if (given / bundle.WEIGHTS).exists():
+            raise UserError(
+                f"{given} is a model's folder, whose network would hide the run's: give "
+                "--run-folder another one"
+            )
         return given
     run = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if run.exists():

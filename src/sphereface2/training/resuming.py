@@ -70,6 +70,8 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
         UserError: they are missing, cut, another's, or of a version that has other settings.
     """
     path = run / CONFIG
+    if not path.is_file():
+        raise UserError(f"{run} is no run, as it holds no {CONFIG}: give the folder of a run")
     tree = sections.read(path, "run's configuration", RunConfig)
     for section in _SECTIONS:
         if section not in tree:

@@ -169,8 +169,11 @@ _Loader.add_implicit_resolver(
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """Plain values for what `_Loader` gave: texts where ``hint``, a type, wants text."""
+    """Plain values for what `_Loader` gave: texts and lists where ``hint``, a type, wants them."""
     if isinstance(value, _Scalar):
+        listed = any(get_origin(one) is list for one in _alternatives(hint))
+        if listed and not isinstance(value.value, list | None):
+            return _typed([value], hint)  # one thing where several may be
         wants_text = str in _alternatives(hint) and value.value is not None
         return value.text if wants_text else _typed(value.value, hint)
     if isinstance(value, dict):

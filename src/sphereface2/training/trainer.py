@@ -380,7 +380,8 @@ class Trainer:
         if not figures:
             return False
         first = next(iter(figures.values()))
-        is_best = first > self.progress.best
+        # Few held-out people often give the same figure twice; the later network has learned more.
+        is_best = first >= self.progress.best
         if is_best:
             self.progress.best, self.progress.best_step = first, self.progress.step
         return is_best

@@ -26,7 +26,7 @@ from sphereface2.evaluation.label_errors import unit, weighted_sums
 from sphereface2.files import atomic_write, digest, owned, read_text, writing
 from sphereface2.images import encode_image
 from sphereface2.recognition.audit.clean import Chosen
-from sphereface2.recognition.audit.faces import Faces, embedded
+from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
 from sphereface2.recognition.audit.people import people_text, read_people
 from sphereface2.recognition.audit.report import QUALITY, grid
 from sphereface2.recognition.box import chosen
@@ -103,12 +103,13 @@ def cluster(
     if out is None:
         raise UserError("give --out, the folder of the result")
     start = time.perf_counter()
+    opened = opened_for(source, out, write)
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with owned(out):
         _check_unedited(out)
-        faces = embedded(source, embedder, out, align=align, batch_size=batch_size)
+        faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)
         limit = _threshold(embedder.calibration, len(faces.rows), threshold)
         with Stopper(STOPPED), console.bars() as bars:
             progress = console.advance(bars, "pairs of images", 1)

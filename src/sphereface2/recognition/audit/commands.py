@@ -16,7 +16,7 @@ from sphereface2 import console
 from sphereface2.errors import UserError, check_number
 from sphereface2.files import atomic_write, owned, writing
 from sphereface2.recognition.audit.clean import cleaned, write_set
-from sphereface2.recognition.audit.faces import Faces, embedded
+from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
 from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
 from sphereface2.recognition.audit.judge import Judgement, judge
 from sphereface2.recognition.audit.report import write_report
@@ -78,6 +78,7 @@ def audit(
     """
     check_number("--wrong", wrong, above=0, most=1)
     check_number("--false-pairs", false_pairs, least=0, below=1)
+    check_number("--move", move, least=0)
     check_number("--shown", shown, least=1)
     if apply is not None and write is None:
         raise UserError("--apply goes with --write, the folder for the cleaned set")
@@ -86,11 +87,12 @@ def audit(
     if apply is not None and write is not None:
         return _apply(source, apply, write, as_json)
     start = time.perf_counter()
+    opened = opened_for(source, out, write)
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with owned(out):
-        faces = embedded(source, embedder, out, align=align, batch_size=batch_size)
+        faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)
         with Stopper(STOPPED), console.bars() as bars:
             found = judge(faces, wrong=wrong, move=move, false_pairs=false_pairs, steps=steps(bars))
         summary = _summary(source, faces, found, embedder.fingerprint)

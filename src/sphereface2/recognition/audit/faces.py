@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sphereface2.align.unaligned import warn_if_unaligned
+from sphereface2.data.folder import check_outside
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import printable
+from sphereface2.files import check_folder, printable
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
 from sphereface2.recognition.features import write_table
@@ -55,6 +56,16 @@ class Faces:
         """What the set calls a label."""
         names = self.source.class_names
         return printable(names[label]) if names else str(label)
+
+
+def opened_for(path: Path, *places: Path | None) -> Source:
+    """The set at ``path``, before anything is written at ``places``, which lie outside it."""
+    source = open_images(path.resolve())
+    for place in places:
+        if place is not None:
+            check_outside(place, source)
+            check_folder(place)
+    return source
 
 
 def embedded(

@@ -15,12 +15,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.recognition.gallery.annotate import places, write
-from sphereface2.recognition.gallery.faces import Seen, load_embedder, look, shown
+from sphereface2.recognition.gallery.faces import (
+    Seen,
+    files_of,
+    load_embedder,
+    look,
+    shown,
+    warn_of_photographs,
+)
 from sphereface2.recognition.gallery.gallery import Gallery
 from sphereface2.recognition.gallery.types import Person, decide, metadata_of, person_name
+from sphereface2.recognition.verification import choose_threshold
 
 if TYPE_CHECKING:
     from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -77,11 +85,13 @@ def search(
         UserError: as elsewhere; or images could not be used, after the others were answered and
             printed.
     """
-    if not (files := [file for probe in probes for file in _files(probe)]):
+    if not (files := [file for probe in probes for file in files_of(probe)]):
         raise UserError("give images to search for, or folders of images")
     if annotate is not None and aligned:
         raise UserError("--annotate draws boxes on photographs, and --aligned images are crops")
     copies = {} if annotate is None else places(annotate, files)
+    if aligned:
+        warn_of_photographs(files)
     with Gallery.open(gallery, create=False) as opened:
         embedder = load_embedder(model, opened, device)
         stats = opened.stats()
@@ -170,9 +180,13 @@ def verify(
         For each image ``image``, ``person``, ``similarity``, ``threshold``, ``far`` and ``same``
         (None: the model is not calibrated).
     """
+    if not images:
+        raise UserError("give images that are said to show the person")
     with Gallery.open(gallery, create=False) as opened:
         embedder = load_embedder(model, opened, device)
         line = _line(embedder, far, None, threshold, 1, model or opened.model)
+        if aligned:
+            warn_of_photographs(images)
         crops = [look(embedder, image, aligned, "one")[0].crop for image in images]
         scores = opened.verify(person, embedder.embed(crops, aligned=True), fusion=fusion)
     reports: list[dict[str, Any]] = [
@@ -280,6 +294,8 @@ def index(gallery: str, /, *, hnsw_from: int | None = None, exact: bool = False)
     """
     if exact == (hnsw_from is not None):
         raise UserError("give --hnsw-from IMAGES or --exact")
+    if hnsw_from is not None:
+        check_count("--hnsw-from", hnsw_from, 0)
     with Gallery.open(gallery, create=False) as opened:
         opened.set_index(hnsw_from)
     console.show(f"{shown(gallery)}: {'exact' if exact else f'HNSW from {hnsw_from:,} images on'}")
@@ -346,6 +362,7 @@ def _line(
     if sum(value is not None for value in (far, fpir, threshold)) > 1:
         raise UserError("give one of --far, --fpir and --threshold")
     if threshold is not None:
+        choose_threshold(None, None, threshold)  # is it one
         return _Line(threshold, None, None, f"threshold {threshold:.4f}")
     calibration = embedder.calibration
     if calibration is None:
@@ -397,17 +414,6 @@ def _answer(report: dict[str, Any]) -> str:
         return f"{where}: {matches[0]}{rest}"
     verdict = "no threshold" if report["threshold"] is None else "unknown"
     return f"{where}: {verdict} (nearest {', '.join(matches)})"
-
-
-def _files(probe: Path) -> list[Path]:
-    """An image, or all those in a folder and below it."""
-    if not probe.is_dir():
-        return [probe]
-    from sphereface2.data.folder import images_below
-
-    if not (found := [probe / name for name in images_below(probe).images]):
-        raise UserError(f"{probe} holds no images")
-    return found
 
 
 def _nobody(person: str, gallery: str) -> UserError:

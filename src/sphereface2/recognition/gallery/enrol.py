@@ -15,7 +15,15 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.errors import UserError
 from sphereface2.images import encode_image, read_image
-from sphereface2.recognition.gallery.faces import Faces, lasting, load_embedder, look, shown
+from sphereface2.recognition.gallery.faces import (
+    Faces,
+    files_of,
+    lasting,
+    load_embedder,
+    look,
+    shown,
+    warn_of_photographs,
+)
 from sphereface2.recognition.gallery.gallery import Gallery
 from sphereface2.recognition.gallery.rows import Stored
 from sphereface2.recognition.gallery.types import (
@@ -81,7 +89,7 @@ def add(
     Args:
         gallery: A file, created if it does not exist, or postgresql+psycopg://user@host/database.
         person: Whom the images show.
-        images: Their images. All must be usable, or nobody is added.
+        images: Their images, or folders of them. All must be usable, or nobody is added.
         model: A run, a model folder or a hub id. By default the model the gallery was created
             with, or the one that a table names.
         folder: Enrol everybody in this folder, person/image. Files that are enrolled already are
@@ -113,9 +121,14 @@ def add(
     if not person and (metadata is not None or replace):
         raise UserError("--metadata and --replace go with one person and their images")
     about = None if metadata is None else metadata_of(metadata)
-    files = [_File(person_name(person), path, aligned) for path in images] if person else []
+    files = []
+    if person:
+        paths = [path for given in images for path in files_of(given)]
+        files = [_File(person_name(person), path, aligned) for path in paths]
     if folder is not None:
         files = _folder(folder, aligned)
+    if aligned and files:
+        warn_of_photographs([file.path for file in files])
     left_out: list[str] = []
     count = there = 0
     names: set[str] = set()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from sphereface2.align import Face, NoFaceError, warp
+from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 from sphereface2.recognition.gallery.gallery import Gallery
@@ -42,6 +44,27 @@ def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> lis
         )
     some = found if faces == "all" else found[:1]
     return [Seen(warp(pixels, face.landmarks, embedder.aligner.size), face) for face in some]
+
+
+def files_of(given: Path) -> list[Path]:
+    """An image, or all those in a folder and below it."""
+    if not given.is_dir():
+        return [given]
+    from sphereface2.data.folder import images_below
+
+    if not (found := [given / name for name in images_below(given).images]):
+        raise UserError(f"{given} holds no images")
+    return found
+
+
+def warn_of_photographs(files: Sequence[Path]) -> None:
+    """Warn where images that are said to be crops look like whole photographs."""
+    warn_if_unaligned(
+        "the images given" if len(files) > 1 else str(files[0]),
+        files.__getitem__,
+        range(len(files)),
+        remedy="leave out --aligned",
+    )
 
 
 def load_embedder(model: str | None, gallery: Gallery | None, device: str | None) -> FaceEmbedder:

@@ -92,6 +92,8 @@ class GalleryReader:
             if database.path is None or database.path.exists():
                 with database.read() as connection:
                     row = stamps.read(connection)
+                    if row is None and database.is_file:
+                        stamps.check_empty(connection, database.name)
             if row is None and not create:
                 raise NoGalleryError(
                     f"there is no gallery at {database.name}; `sphereface2 gallery add` creates one"

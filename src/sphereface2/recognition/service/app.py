@@ -51,6 +51,14 @@ _GALLERY_ERRORS = (
 _STATIC = Path(__file__).parent / "static"
 
 
+def check_far(embedder: FaceEmbedder, settings: Settings) -> None:
+    """UserError unless the model has a threshold for the FAR that the settings name."""
+    if settings.far is not None:
+        if embedder.calibration is None:
+            raise UserError("--far needs a calibrated model: run sphereface2 calibrate on it first")
+        embedder.calibration.threshold(settings.far)
+
+
 def create_app(
     embedder: FaceEmbedder, gallery: Gallery, settings: Settings | None = None
 ) -> FastAPI:
@@ -67,10 +75,7 @@ def create_app(
             the audit log cannot be used.
     """
     settings = settings or Settings()
-    if settings.far is not None:
-        if embedder.calibration is None:
-            raise UserError("--far needs a calibrated model: run sphereface2 calibrate on it first")
-        embedder.calibration.threshold(settings.far)
+    check_far(embedder, settings)
     keys = None if settings.keys is None else KeyFile(settings.keys)
     audit, metrics = Audit(settings.audit), Metrics()
     recogniser = Recogniser(embedder, metrics, settings)

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, read_text
 
 _FORMAT = "sphereface2-keys"
 _TOKEN = re.compile(r"sf2_([0-9a-f]{8})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -80,12 +80,14 @@ class KeyFile:
 def read(path: str | Path) -> list[Key]:
     """The keys in a file, oldest first; UserError if it is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+        if not Path(path).exists():
+            raise UserError(
+                f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
+            )
+        content = json.loads(read_text(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a key file: {error}") from error
     try:
         if content["format"] != _FORMAT:

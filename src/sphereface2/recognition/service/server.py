@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from sphereface2.align import Aligner
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
-from sphereface2.recognition.service.app import create_app
+from sphereface2.recognition.service.app import check_far, create_app
 from sphereface2.recognition.service.keys import KeyFile
 from sphereface2.recognition.service.security import is_loopback
 from sphereface2.recognition.service.settings import Settings
@@ -51,6 +52,22 @@ def check_binding(settings: Settings) -> None:
         )
 
 
+def check_address(host: str, port: int) -> None:
+    """UserError where the system does not let the service have its address and port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"the service cannot be reached at {host} port {port}: {error.strerror or error}; give "
+            "another --host or --port"
+        ) from error
+
+
 def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -59,11 +76,13 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     more and what is in work is finished. SIGINT skips the wait.
     """
     check_binding(settings)
+    check_address(settings.host, settings.port)
     embedder = FaceEmbedder.from_pretrained(checkpoint, device=settings.device)
     if settings.rotations:
         embedder.aligner = Aligner(rotations=True)
     if embedder.calibration is not None:
         embedder.calibration.check_for_crops()
+    check_far(embedder, settings)
     with Gallery.open(gallery, embedder=embedder, model=str(checkpoint)) as people:
         app = create_app(embedder, people, settings)
         config = uvicorn.Config(

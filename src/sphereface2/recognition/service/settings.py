@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,15 @@ class Settings:
         check_number("--rate", self.rate, least=0)
         check_number("--drain-seconds", self.drain_seconds, least=0)
         check_count("--max-queue", self.max_queue, 1)
+        for host in self.allow_host:
+            if not re.fullmatch(r"(\*\.)?[\w.-]+|\*|\[?[\da-fA-F:]+\]?", host):
+                raise UserError(f"--allow-host takes a name such as faces.example, got {host!r}")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"\w+://[^/\s]+|\*|null", origin):
+                raise UserError(
+                    "--allow-origin takes an origin such as https://intranet.example, got "
+                    f"{origin!r}"
+                )
         if self.max_queue < self.max_images:
             raise UserError(
                 f"--max-queue {self.max_queue} is less than the {self.max_images} images that one "

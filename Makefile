@@ -45,6 +45,9 @@ check: install  ## lint, format, types, direction of imports, declared packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# Benchmarks are scripts that nothing tests: their calls must fit the functions.
+	! MYPYPATH=src $(BIN)/mypy --scripts-are-modules --explicit-package-bases \
+	    benchmarks/*.py benchmarks/*/*.py | grep -E 'call-arg|name-defined|syntax'
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/deptry src
 

@@ -91,7 +91,7 @@ def made(model: Path, crops: Path, out: Path, batch_size: int, engine: str) -> b
     out.unlink(missing_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         embed_set(
-            model, crops, out, aligned=True, batch_size=batch_size, engine=engine, device="cpu"
+            model, crops, out=out, aligned=True, batch_size=batch_size, engine=engine, device="cpu"
         )
     return out.read_bytes()
 

@@ -45,13 +45,13 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        _name(error, path)
+        _name(error, temporary, path)
         raise
 
 
-def _name(error: BaseException, path: Path) -> None:
+def _name(error: BaseException, temporary: Path, path: Path) -> None:
     """Let an error of the system name the file that was wanted, not the temporary one or none."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename in (None, str(temporary)):
         error.filename, error.filename2 = str(path), None
 
 
@@ -64,14 +64,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
-        _name(error, path)
-        raise
-    try:
         yield temporary
         temporary.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name(error, temporary, path)
         raise
 
 

@@ -325,6 +325,11 @@ class _Judge:
         thresholds = own if groups and own else {}
         if self.calibration is not None:
             thresholds = {far: t.threshold for far, t in self.calibration.thresholds.items()}
+        if groups and not thresholds:
+            raise UserError(
+                f"--groups compares rates at one threshold, and {name} has too few pairs for one "
+                "of its own: run sphereface2 calibrate on the model, or give a larger set"
+            )
         resampled: Any = {"replicates": REPLICATES, "seed": self.seed}
         return judge_thresholds(
             embeddings, labels, thresholds, name=name, groups=groups, **resampled

@@ -1,0 +1,185 @@
+"""What newcomers and hostile strangers type: a sentence, status 2 and nothing left behind."""
+
+import pickle
+import re
+import shutil
+import socket
+import sqlite3
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from command_line import ran
+from skimage.data import astronaut
+
+from sphereface2 import backbones
+from sphereface2.files import atomic_folder, atomic_write
+from sphereface2.recognition.face_embedder import FaceEmbedder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``people/``, a ``model/``, ``pairs.bin`` and files that are none of these."""
+    root = tmp_path_factory.mktemp("mistakes")
+    rng = np.random.default_rng(0)
+    for person in "abcd":
+        (root / "people" / person).mkdir(parents=True)
+        for number in "12":
+            pixels = rng.integers(0, 255, (112, 112, 3), np.uint8)
+            cv2.imwrite(str(root / "people" / person / f"{number}.png"), pixels)
+    FaceEmbedder(backbones.build("sfnet4", embedding_dim=8, width=0.25)).save_pretrained(
+        root / "model"
+    )
+    (root / "pairs.bin").write_bytes(pickle.dumps(([b"x"] * 4, [True, False])))
+    (root / "file").write_text("a file")
+    (root / "few.csv").write_text("a,x\nb,x\nnobody,x\n")
+    (root / "one.csv").write_text("a,x\nb,y\n")
+    with sqlite3.connect(root / "foreign.db") as other:
+        other.execute("create table accounts (id)")
+    assert ran("gallery", "add", root / "g.db", "--folder", root / "people", *use(root)) == (
+        0,
+        f"added 8 images of 4 people to {root / 'g.db'}\n",
+        "",
+    )
+    return root
+
+
+def use(root: Path) -> list[object]:
+    return ["--model", root / "model", "--aligned"]
+
+
+CALLS = {
+    # An empty word is not the current folder, and no setting left out.
+    "embed model people --out=": "--out: an empty argument",
+    "verify people/a/1.png people/a/2.png --model=": "--model: an empty argument",
+    "fit --data.train people --start-from=": "--start-from: an empty argument",
+    # A fraction of a whole number is not rounded.
+    "embed model people --out x.parquet --batch-size 2.6": "--batch-size: 2.6 is not a whole",
+    "serve model --gallery g.db --port 80.7": "--port: 80.7 is not a whole number",
+    "verify a b c": "unexpected argument 'c'; `sphereface2 verify --help`",
+    # What is written into a set would be read as a part of it.
+    "data convert people people/e --to folder": "people/e lies inside .*people",
+    "data audit people --out people/e --model model": "people/e lies inside",
+    "data cluster people --out people/e --model model": "people/e lies inside",
+    "embed model people --out people/x.parquet --aligned": "lies inside",
+    "evaluate model --all-pairs people --plots people/e": "people/e lies inside",
+    "fit --data.train people --run-folder people/e": "people/e lies inside",
+    "align people people/e": "people/e lies inside",
+    # A model's folder, a file and another program's database are no place either.
+    "fit --data.train people --run-folder model": "is a model's folder",
+    "fit --data.train people --run-folder file/run": "cannot be a folder, as .*file is a file",
+    "evaluate model --pairs pairs.bin --plots file": "cannot be a folder, as .*file is a file",
+    "data convert people file/x --to folder": "file/x: Not a directory",
+    "gallery list foreign.db": "database of another program, with a table 'accounts'",
+    # Options that would have no effect, and values that no option has.
+    "data convert people x --to recordio --quality 10": "--quality is that of images encoded",
+    "data audit people --out x --model model --move nan": "--move must be a number",
+    "gallery search g.db people/a/1.png --aligned --threshold nan": "cosine in .-1, 1., not nan",
+    "gallery search g.db people/a/1.png --aligned --threshold 7": "cosine in .-1, 1., not 7",
+    "gallery index g.db --hnsw-from -1": "--hnsw-from must be an integer ≥ 0",
+    "gallery verify g.db a": "give images that are said to show the person",
+    "align people x --max-pixels -1": "--max-pixels must be a number ≥ 1",
+    "serve model --gallery new.db --far 0.1": "--far needs a calibrated model",
+    "serve model --gallery g.db --allow-origin intranet": "--allow-origin takes an origin",
+    "serve model --gallery g.db --allow-host http://x/": "--allow-host takes a name",
+    "fit --data.train people --ranks 9999": "--ranks 9999 is more than this machine bears",
+    "verify people/a/1.png people/a/2.png --device gpu": "'gpu' cannot be used here; use",
+    # Things that are of another kind.
+    "evaluate model --pairs people": "people is a folder, and a verification set is a file",
+    "data info pairs.bin --json": "",  # what a .bin is, `info` knows
+    "embed model pairs.bin --out x.parquet": "a .bin holds pairs, for --pairs",
+    "embed model people/a/1.png --out x.parquet": "give the folder that holds the image",
+    "fit --resume people": "people is no run, as it holds no config.yaml",
+    "evaluate model --all-pairs people --groups one.csv": "group 'x' of .*one.csv cannot be judged",
+    "data audit nosuch --out x --model model": "nosuch does not exist",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_mistake_is_a_sentence(place: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    done = ran(*call.split())
+    if CALLS[call]:
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert re.search(CALLS[call], last), last
+    assert sorted(place.rglob("*")) == before
+
+
+def test_several_faces_and_photographs_given_as_crops_are_told(place: Path, tmp_path: Path) -> None:
+    one = np.ascontiguousarray(astronaut()[:300, 50:400, ::-1])
+    cv2.imwrite(str(tmp_path / "one.png"), one)
+    cv2.imwrite(str(tmp_path / "two.png"), np.hstack([one, one]))
+    pair = tmp_path / "one.png", tmp_path / "two.png"
+    done = ran("verify", *pair, "--model", place / "model")
+    assert f"{pair[1]} shows 2 faces" in done.stderr and f"{pair[0]} shows" not in done.stderr
+    told = "hold whole photographs and not aligned crops .*: leave out --aligned"
+    assert re.search(told, ran("verify", *pair, *use(place)).stderr)
+    assert re.search(told, ran("gallery", "add", tmp_path / "g", "Ann", *pair, *use(place)).stderr)
+    search = ran("gallery", "search", tmp_path / "g", pair[0], "--aligned")
+    assert re.search(told, search.stderr)
+    (tmp_path / "people" / "ann").mkdir(parents=True)
+    shutil.copy(pair[0], tmp_path / "people" / "ann")
+    out = ["--out", tmp_path / "x.parquet", "--aligned"]
+    assert re.search(told, ran("embed", place / "model", tmp_path / "people", *out).stderr)
+
+
+def test_names_that_steer_a_terminal_are_refused(place: Path) -> None:
+    image = place / "people" / "a" / "1.png"
+    for name in ("a\nb", "a\x1b[2Jb", "a\u202eb", "a\u2028b"):
+        done = ran("gallery", "add", place / "names.db", name, image, *use(place))
+        assert done.returncode == 2 and "leave it out" in done.stderr
+    assert not (place / "names.db").exists()
+    # Persian and Hindi names need joiners.
+    done = ran("gallery", "add", place / "names.db", "نیم\u200cفاصله", image, *use(place))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_one_persons_images_is_enrolled(place: Path, tmp_path: Path) -> None:
+    done = ran("gallery", "add", tmp_path / "a.db", "Ann", place / "people" / "a", *use(place))
+    assert done.stdout.startswith("added 2 images of 1 people")
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = ran("serve", place / "nosuch", "--gallery", place / "g.db", "--port", port)
+    assert done.returncode == 2 and f"127.0.0.1 port {port}: Address already in use" in done.stderr
+
+
+def test_the_groups_that_a_file_leaves_out_are_counted(place: Path) -> None:
+    people = place / "people"
+    done = ran("evaluate", place / "model", "--all-pairs", people, "--groups", place / "few.csv")
+    assert done.stderr.endswith("calibrate on the model, or give a larger set\n")
+    assert "gives 4 of the 8 images a group; 1 of its 3 names are no person" in done.stderr
+    assert "the first 'nobody'" in done.stderr
+
+
+def test_images_beside_folders_of_people_are_told(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "people", tmp_path / "mixed")
+    shutil.copy(place / "people" / "a" / "1.png", tmp_path / "mixed")
+    out = tmp_path / "x.parquet"
+    done = ran("embed", place / "model", tmp_path / "mixed", "--out", out, "--aligned")
+    assert done.returncode == 0 and "all are taken for images of nobody" in done.stderr
+
+
+def test_a_home_is_expanded_where_the_shell_leaves_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    done = ran("data", "info", "~/people", "--json")
+    assert f'"path": "{place / "people"}"' in done.stdout
+
+
+def test_errors_name_the_file_that_was_wanted_and_no_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for wanted in (tmp_path / "file" / "x", tmp_path / ("n" * 250) / ("n" * 300)):
+        with pytest.raises(OSError, match=r"directory|long") as caught, atomic_folder(wanted):
+            pass
+        assert caught.value.filename == str(wanted)
+        with pytest.raises(OSError, match=r"directory|long") as caught:
+            atomic_write(wanted, b"")
+        assert caught.value.filename == str(wanted)

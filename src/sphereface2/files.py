@@ -11,6 +11,7 @@ import secrets
 import shutil
 import sys
 import time
+import unicodedata
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,7 +52,7 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
 
 def _name(error: BaseException, temporary: Path, path: Path) -> None:
     """Let an error of the system name the file that was wanted, not the temporary one or none."""
-    if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+    if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
         error.filename, error.filename2 = str(path), None
 
 
@@ -193,6 +194,27 @@ def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
 def printable(name: str) -> str:
     """A file's name as it can be printed and stored: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+_TURNS = frozenset("LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())  # noqa: SIM905
+
+
+def visible(text: str) -> str:
+    """A text of unknown origin as it can stand in a line of a terminal.
+
+    Ends of lines, controls and what turns the direction of letters round become escapes.
+
+    Examples:
+        >>> visible("Zoë\\x1b[2J")
+        'Zoë\\\\x1b[2J'
+    """
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in _TURNS
+        else character
+        for character in text
+    )
 
 
 def digest(*parts: bytes | str | np.ndarray) -> str:

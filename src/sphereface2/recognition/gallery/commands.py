@@ -17,6 +17,7 @@ from rich.table import Table
 from sphereface2 import console
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.calibration import named_by_mistake
+from sphereface2.files import visible
 from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import (
     Seen,
@@ -224,7 +225,7 @@ def set_metadata(gallery: str, person: str, /, *, metadata: str) -> Person:
         changed = opened.set_metadata(person, about)
     if changed is None:
         raise _nobody(person, gallery)
-    console.show(f"{changed.name}: {json.dumps(changed.metadata, ensure_ascii=False)}")
+    console.show(f"{visible(changed.name)}: {json.dumps(changed.metadata, ensure_ascii=False)}")
     return changed
 
 
@@ -240,7 +241,7 @@ def rename(gallery: str, person: str, new_name: str, /) -> Person:
         changed = opened.rename(person, new_name)
     if changed is None:
         raise _nobody(person, gallery)
-    console.show(f"{person} is now {changed.name}")
+    console.show(f"{visible(person)} is now {visible(changed.name)}")
     return changed
 
 
@@ -256,7 +257,7 @@ def remove(gallery: str, person: str, /) -> int:
         rest = _rest(opened)
     if not count:
         raise _nobody(person, gallery)
-    console.show(f"removed {person} and {count} images{rest}")
+    console.show(f"removed {visible(person)} and {count} images{rest}")
     return count
 
 
@@ -317,7 +318,7 @@ def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
     table = Table("person", "images", "metadata")
     for person in people:
         about = json.dumps(person.metadata, ensure_ascii=False) if person.metadata else ""
-        table.add_row(escape(person.name), str(person.images), escape(about))
+        table.add_row(escape(visible(person.name)), str(person.images), escape(about))
     console.show(table)
     return people
 
@@ -406,7 +407,7 @@ def _answer(report: dict[str, Any]) -> str:
     where = report["image"]
     if report["box"] is not None:
         where += " [" + ", ".join(f"{edge:.0f}" for edge in report["box"]) + "]"
-    matches = [f"{match['person']} {match['score']:.4f}" for match in report["matches"]]
+    matches = [f"{visible(match['person'])} {match['score']:.4f}" for match in report["matches"]]
     if not matches:
         return f"{where}: unknown (the gallery is empty)"
     if report["person"] is not None:

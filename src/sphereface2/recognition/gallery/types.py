@@ -157,23 +157,9 @@ def person_name(name: str) -> str:
             f"{str(name)[:40]!r}"
         )
     _utf8(clean, f"the name {clean!r}")
-    if odd := next((c for c in clean if _invisible(c)), None):
-        raise UserError(
-            f"the name {clean!r} contains {odd!r}, which ends a line or steers a terminal: leave "
-            "it out"
-        )
+    if "\0" in clean:
+        raise UserError(f"the name {clean!r} contains the character NUL; leave it out")
     return clean
-
-
-def _invisible(character: str) -> bool:
-    """Whether it is a control, an end of a line or turns the direction of the text round."""
-    return (
-        unicodedata.category(character) in ("Cc", "Zl", "Zp")
-        or unicodedata.bidirectional(character) in _TURNS
-    )
-
-
-_TURNS = frozenset("LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())  # noqa: SIM905
 
 
 def person_key(name: str) -> int:

@@ -23,4 +23,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN_ID" \
     --max-restarts "$RESTARTS" \
-    -m sphereface2 fit --head.sharded true "$@"
+    -m sphereface2 fit --head.sharded true --training.autocast bf16 "$@"

@@ -80,6 +80,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("--training.lr=1e20 --training.head_lr_multiplier=1e20", "must be ≤ 1e38, got 1e"),
         ("--data=3", "data must be a section of settings, got 3"),
         ("--head=3", "head must be a section of settings, got 3"),
+        (
+            "--head.sharded=true --training.autocast=fp16",
+            "sharded must be false with .*fp16",
+        ),
         ("--validation.fars=far", r"fars.0 must be a valid number, .*got far"),
         ("--training.nesterov=true --training.momentum=0", "momentum above 0"),
         ("training.epochs=3", "--key value"),

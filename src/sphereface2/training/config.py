@@ -407,6 +407,11 @@ def _check_head(config: RunConfig) -> None:
     head = heads.build(embedding_dim=2, num_classes=2, **options)
     if sharded and "process_group" not in head.scaling:
         raise UserError(f"sharded must be false: {options['name']} cannot be sharded")
+    if sharded and config.training.autocast == "fp16":
+        raise UserError(
+            "sharded must be false with training.autocast fp16, whose scaler knows no sharded "
+            "gradients: give training.autocast bf16"
+        )
     if sharded and config.training.log_similarities:
         raise UserError("training.log_similarities must be false with head.sharded true")
     if config.training.fused_head:

@@ -90,7 +90,7 @@ CALLS = {
     "data info pairs.bin --json": "",  # what a .bin is, `info` knows
     "embed model pairs.bin --out x.parquet": "a .bin holds pairs, for --pairs",
     "embed model people/a/1.png --out x.parquet": "give the folder that holds the image",
-    "fit --resume people": "people is no run, as it holds no config.yaml",
+    "fit --resume people": "people/config.yaml does not exist, so people is no run",
     "evaluate model --all-pairs people --groups one.csv": "group 'x' of .*one.csv cannot be judged",
     "data audit nosuch --out x --model model": "nosuch does not exist",
 }

@@ -71,7 +71,7 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        raise UserError(f"{run} is no run, as it holds no {CONFIG}: give the folder of a run")
+        raise UserError(f"{path} does not exist, so {run} is no run: give the folder of a run")
     tree = sections.read(path, "run's configuration", RunConfig)
     for section in _SECTIONS:
         if section not in tree:

@@ -62,7 +62,6 @@ CALLS = {
     "data convert people people/e --to folder": "people/e lies inside .*people",
     "data audit people --out people/e --model model": "people/e lies inside",
     "data cluster people --out people/e --model model": "people/e lies inside",
-    "embed model people --out people/x.parquet --aligned": "lies inside",
     "evaluate model --all-pairs people --plots people/e": "people/e lies inside",
     "fit --data.train people --run-folder people/e": "people/e lies inside",
     "align people people/e": "people/e lies inside",

@@ -10,7 +10,6 @@ from typing import Literal
 
 from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
-from sphereface2.data.folder import check_outside
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.recognition import ray_engine
@@ -125,7 +124,6 @@ def embed_set(
         batch_size=batch_size,
         all_faces=faces == "all",
     )
-    check_outside(out, images)
     if aligned:
         name, indices = str(path), range(len(images))
         warn_if_unaligned(name, images.read, indices, remedy="leave out --aligned")

@@ -68,8 +68,10 @@ BOX := runs/box
 box: install  ## make the model that comes with the package anew, with dlib's network as teacher
 	$(BIN)/pip install --quiet '.[teacher-dlib]'
 	$(BIN)/python benchmarks/box/dlib_network.py $(BOX)/dlib
-	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/dlib --run-folder $(BOX)/run --ranks auto
-	$(BIN)/python benchmarks/box/pack.py $(BOX)/run $(SPHEREFACE2_DATA)/celeb50k
+	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/dlib --run-folder $(BOX)/first --ranks auto
+	$(BIN)/python benchmarks/box/mapped.py $(BOX)/first $(SPHEREFACE2_DATA)/celeb50k $(BOX)/mapped.npz
+	$(BIN)/sphereface2 fit --config box_tune --start-from $(BOX)/first --teacher $(BOX)/mapped.npz --run-folder $(BOX)/run --ranks auto
+	$(BIN)/python benchmarks/box/pack.py $(BOX)/first $(BOX)/run $(SPHEREFACE2_DATA)/celeb50k
 
 report: install  ## rebuild reports/ from the published cells of the studies
 	@mkdir -p runs/study

@@ -85,10 +85,12 @@ def test_make_box_as_it_is_written(tmp_path: Path, recipe: Callable[[str], list[
     face = synthetic.person(0, 0, 1)
     assert Embedder(teacher).embed(face).shape == (1, 128)
 
-    small = {"backbone.width": 0.125, "training.epochs": 1, "training.batch_size": 8}
     held = {"data.validation_people": 115, "data.test_people": 2, "training.device": "cpu"}
-    words = [word for key, value in (small | held).items() for word in (f"--{key}", value)]
-    run("sphereface2 fit", *words)
+    brief = held | {"training.epochs": 1, "training.batch_size": 8}
+    words = [word for key, value in brief.items() for word in (f"--{key}", value)]
+    run("--config box ", *words, "--backbone.width", 0.125)
+    run("mapped.py")
+    run("--config box_tune", *words)
     (tmp_path / "packed").mkdir()
     run("pack.py", tmp_path / "packed")
     models = tmp_path / "packed", tmp_path / "packed" / "model.onnx"

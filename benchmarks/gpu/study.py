@@ -6,7 +6,7 @@
 A cell of a small network uses a small part of a GPU: with NVIDIA's MPS, which is started where it
 is installed, a dozen processes train six times as fast as one. It needs no install step, as run.py:
 the wheels and faces are those of `.gpu/`, copied to ``--work`` first. The next run goes on: unpack
-the cells there before.
+``cells.tar.xz`` into ``--work/cells`` before.
 
 ``cells.tar.xz`` holds the results, ``embeddings.tar`` the test people's embeddings of as many cells
 as fit, the first seeds first.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu.run import CARRIED, ROOT, python_path
 
 ROOM = 15_500_000
-"""Bytes of a file that is carried back."""
+"""Bytes of embeddings."""
 KEPT = ("cell.json", "failed.txt")
 
 
@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace, cells: Path) -> int:
 def pack(cells: Path, out: Path) -> None:
     """Pack the results of finished and failed cells, whole files only."""
     done = sorted(path.parent for path in cells.glob("*/cell.json"))
-    with tarfile.open(out / "cells.tar.xz", "w:xz") as archive:
+    # Fast rather than small, and by renaming: whoever packs may be at the end of borrowed time.
+    with tarfile.open(out / "cells.part", "w:xz", preset=1) as archive:
         for name in KEPT:
             for path in sorted(cells.glob(f"*/{name}")):
                 archive.add(path, path.relative_to(cells))
@@ -87,6 +88,7 @@ def pack(cells: Path, out: Path) -> None:
             archive.add(cells / "sets", "sets")
         for path in cells.parent.glob("study.log"):
             archive.add(path, path.name)
+    (out / "cells.part").rename(out / "cells.tar.xz")
     seeds = {}
     for folder in done:
         result = json.loads((folder / "cell.json").read_text())

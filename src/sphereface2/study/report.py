@@ -252,8 +252,8 @@ class Report:
             figure = "failed" if cell.key in found.failures else tables.NONE
         else:
             figure = tables.number(validation_tar(self.study, result), scale=100)
-            if found.chosen.get(cell.arm) == cell.changed:
-                figure = f"**{figure}**"
+        if found.chosen.get(cell.arm) == cell.changed:
+            figure = f"**{figure}**"
         return f"{escape(tables.settings(cell.changed))}<br>{figure}"
 
     # Results

@@ -161,7 +161,8 @@ def load(path: Path, cells: Path) -> Results:
     finals = design.finalists(study, {arm: best.get(arm, -1.0) for arm in study.arms})
     grid = design.grid(study.only(chosen), chosen, finals)
     pending = sum(_count(study, name) for name in study.arms if name not in chosen)
-    judged = {cell.key for cell in grid}
+    # A trial is told of before it is judged on verification sets.
+    judged = {cell.key for cell in grid} - {cell.key for cell in trials}
     found, failures = {}, {}
     for cell in distinct([*trials, *grid]):
         failure = cells / cell.key / runner.FAILURE

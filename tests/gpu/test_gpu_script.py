@@ -86,7 +86,7 @@ def test_the_part_of_tests_keeps_what_was_found_before_its_time_was_up(tmp_path)
     )
     # As in the repository, whose options make pytest print dots.
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\nmarkers =\n gpu\n slow\n")
-    part = Part(CPU, seconds=12)
+    part = Part(CPU, seconds=25)
     device_tests.run(part, tmp_path)
     bad, failure, endless, good = part.rows
     assert (bad["failed"], bad["status"], failure["test"].split("::")[1]) == (1, 1, "test_c[a b]")

@@ -222,28 +222,16 @@ def peers(data: Data) -> None:
     import hnswlib
     import lancedb
 
-    flat = faiss.IndexFlatIP(dim)
-    flat.add(data.gallery)
-    graph = faiss.IndexHNSWFlat(dim, 16, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction, graph.hnsw.efSearch = 128, 256
-    timed("FAISS HNSW", lambda: graph.add(data.gallery))
-    for name, index in (("FAISS flat", flat), ("FAISS HNSW", graph)):
-
-        def search(probe: np.ndarray, index=index) -> tuple[int, float]:
+    def by(index: object) -> Callable[[np.ndarray], tuple[int, float]]:
+        def search(probe: np.ndarray) -> tuple[int, float]:
             scores, rows = index.search(probe[None], 1)
             return int(rows[0, 0]), float(scores[0, 0])
 
-        data.report(name, usual(search))
-    other = hnswlib.Index("ip", dim)
-    other.init_index(size, M=16, ef_construction=128)
-    timed("hnswlib", lambda: other.add_items(data.gallery))
-    other.set_ef(256)
+        return usual(search)
 
-    def by_hnswlib(probe: np.ndarray) -> tuple[int, float]:
-        rows, distances = other.knn_query(probe, 1, num_threads=1)
-        return int(rows[0, 0]), 1 - float(distances[0, 0])
-
-    data.report("hnswlib", usual(by_hnswlib))
+    flat = faiss.IndexFlatIP(dim)
+    flat.add(data.gallery)
+    data.report("FAISS flat", by(flat))
     with tempfile.TemporaryDirectory() as folder:
         rows = [{"id": i, "vector": row} for i, row in enumerate(data.gallery)]
         table = lancedb.connect(folder).create_table("images", rows)
@@ -261,6 +249,20 @@ def peers(data: Data) -> None:
             lambda: table.create_index("dot", index_type="IVF_HNSW_SQ", num_partitions=1),
         )
         data.report("LanceDB HNSW", usual(lambda q: by_lance(q, ef=256, refine_factor=16)))
+    graph = faiss.IndexHNSWFlat(dim, 16, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction, graph.hnsw.efSearch = 128, 256
+    timed("FAISS HNSW", lambda: graph.add(data.gallery))
+    data.report("FAISS HNSW", by(graph))
+    other = hnswlib.Index("ip", dim)
+    other.init_index(size, M=16, ef_construction=128)
+    timed("hnswlib", lambda: other.add_items(data.gallery))
+    other.set_ef(256)
+
+    def by_hnswlib(probe: np.ndarray) -> tuple[int, float]:
+        rows, distances = other.knn_query(probe, 1, num_threads=1)
+        return int(rows[0, 0]), 1 - float(distances[0, 0])
+
+    data.report("hnswlib", usual(by_hnswlib))
 
 
 def tune(data: Data) -> None:

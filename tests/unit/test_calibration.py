@@ -175,6 +175,17 @@ def test_a_far_needs_enough_pairs():
             fit(scores, same, fars=[far])
 
 
+def test_no_threshold_where_copies_of_an_image_are_several_people():
+    """Twenty impostor pairs of one image: whoever is accepted, they are too."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(0.6, 0.1, 500), rng.normal(0.1, 0.1, 980), np.ones(20)])
+    same = np.arange(1500) < 500
+    with pytest.raises(UserError, match=r"no threshold has a FAR of 1e-2.*of all, 1\.0000"):
+        Calibration.fit(scores, same, fingerprint="x", fars=[0.01])
+    found = Calibration.fit(scores, same, fingerprint="x", fars=[0.05])
+    assert 0 < found.threshold() < 0.5
+
+
 def test_thresholds_hold_their_far_and_intervals_cover_the_true_one():
     """The true threshold of FAR f is 0.1 + 0.1 z(1 - f); 40 sets of 2,000 impostor pairs."""
     truth = {0.1: 0.1 + 0.1 * 1.281552, 0.01: 0.1 + 0.1 * 2.326348}

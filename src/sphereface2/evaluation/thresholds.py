@@ -90,6 +90,9 @@ def find_thresholds(
         replicates: number of resamples.
         seed: of the resampling.
 
+    Raises:
+        UserError: so many impostor pairs share the greatest similarity that no score has the FAR.
+
     Examples:
         >>> rng = np.random.default_rng(0)
         >>> same = np.arange(3000) < 1000
@@ -98,7 +101,16 @@ def find_thresholds(
         (True, 2000)
     """
     points = tar_at_far(scores, same, fars)
-    limits = [np.inf if point.threshold is None else point.threshold for point in points]
+    limits = []
+    for point in points:
+        if point.threshold is None:
+            raise UserError(
+                f"no threshold has a FAR of {far_key(point.at)}: more impostor pairs than it "
+                f"allows have the greatest similarity of all, {scores.max():.4f}; are copies of "
+                "one image under several people? `sphereface2 data audit` finds them; or give a "
+                "larger --far"
+            )
+        limits.append(point.threshold)
     limit_replicates, far_replicates = _resample(
         scores, same, np.array(fars), np.array(limits), people, replicates, seed
     )

@@ -156,16 +156,18 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
-    """Make ``folder`` this process's alone; one that died keeps nothing.
+    """Make ``folder``, and make it this process's alone; one that died keeps nothing.
 
     Args:
-        folder: existing; a file ``.lock`` in it says who has it.
+        folder: a file ``.lock`` in it says who has it.
         patience: seconds to wait for an owner that is about to end.
 
     Raises:
         UserError: another process has it; the message says which.
     """
     path = folder / ".lock"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with writing(path):
         file = path.open("a+")
     with file:

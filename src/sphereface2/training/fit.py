@@ -223,7 +223,6 @@ def _run_folder(settings: RunConfig, given: Path | None) -> Path:
 def _own(checkpointer: Checkpointer, owning: ExitStack) -> None:
     """Make the run's folder, keep other processes out and put its checkpoints in order."""
     folder = checkpointer.folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
     owning.enter_context(owned(folder))
     checkpointer.tidy()
 

@@ -105,8 +105,6 @@ def cluster(
     start = time.perf_counter()
     opened = opened_for(source, out, write)
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     with owned(out):
         _check_unedited(out)
         faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)

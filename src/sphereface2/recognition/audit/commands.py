@@ -89,8 +89,6 @@ def audit(
     start = time.perf_counter()
     opened = opened_for(source, out, write)
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     with owned(out):
         faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)
         with Stopper(STOPPED), console.bars() as bars:

@@ -2,11 +2,14 @@
 
     python benchmarks/audit.py SET                       # the model in the package
     python benchmarks/audit.py SET --model RUN --people 1000
+    python benchmarks/audit.py SET --trained --people 3000 --seeds 1
     python benchmarks/audit.py --drawn 1000000           # time and memory alone
 
 By default on people of SET that the model has not seen: of a run those that are not in its
 ``people.json``, of the model in the package the 800 kept out of its training; with ``--seen`` on as
-many that it was trained on. Their images are embedded once. In each trial errors are planted:
+many that it was trained on. Their images are embedded once; with ``--trained`` no model is taken,
+but in each trial a network of the scale of configs/study/losses.yaml is trained on the set with its
+errors (`cleaning.train`), and audits it. In each trial errors are planted:
 labels drawn anew, images added a second time (encoded anew, mirrored and cropped by up to 8 % in
 turn), and people split in two. Precision and recall, of all seeds together, are of what `judge`
 names with the command's defaults. Errors that the set has by nature count as false alarms.
@@ -18,23 +21,26 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.data.split import split_people
 from sphereface2.evaluation.label_errors import alike_labels, score_labels
 from sphereface2.images import decode
+from sphereface2.recognition.audit.duplicates import find_duplicates
 from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.judge import judge
 from sphereface2.recognition.box import MODEL
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.measures import measures
+from sphereface2.recognition.measures import SIDE, measures
 
 COPIES, SPLIT = 0.02, 0.01
 
@@ -68,15 +74,23 @@ def plant(
 
 
 def trial(
-    parts: dict[str, Any], truth: np.ndarray, share: float, seed: int
+    parts: dict[str, Any],
+    truth: np.ndarray,
+    share: float,
+    seed: int,
+    rows_of: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, tuple[int, int, int]]:
-    """Of each kind of error how many were planted, named, and both."""
+    """Of each kind of error how many were planted, named, and both.
+
+    ``rows_of(labels)`` embeds all images.
+    """
     rng = np.random.default_rng(seed)
     count = len(truth) - len(parts["copy_of"])
     labels, split = plant(truth[:count], share, rng)
     labels = np.concatenate([labels, labels[parts["copy_of"]]])
     source = SimpleNamespace(labels=labels, class_names=None, name=str)
-    faces = Faces(source=source, index=np.arange(len(labels)), left_out=[], **parts["columns"])
+    index, rows = np.arange(len(labels)), rows_of(labels)
+    faces = Faces(source=source, index=index, rows=rows, left_out=[], **parts["columns"])
     found = judge(
         faces, wrong=0.5, move=2.0, false_pairs=0.1, steps=lambda title: lambda amount: None
     ).findings
@@ -99,7 +113,7 @@ def trial(
 
 
 def drawn(images: int) -> dict[str, float]:
-    """An audit's steps on drawn embeddings of five images a person, 2 % of them wrong."""
+    """CPU seconds of an audit's steps on drawn embeddings, five a person, 2 % of them wrong."""
     rng = np.random.default_rng(0)
     truth = np.arange(images) // 5
     people = rng.standard_normal((int(truth[-1]) + 1, 144)).astype(np.float32)
@@ -111,13 +125,22 @@ def drawn(images: int) -> dict[str, float]:
         rows[part] /= np.linalg.norm(rows[part], axis=1, keepdims=True)
     labels, wrong = truth.copy(), rng.permutation(images)[: images // 50]
     labels[wrong] = rng.integers(labels.max() + 1, size=len(wrong))
+    # No two of them are alike, so all that is measured is the search for similar embeddings.
+    thumbnails = rng.integers(256, size=(images, SIDE**2), dtype=np.uint8)
+    pixels = np.arange(images).astype("S16")
     times = {"images": float(images), "before_mib": peak()}
-    start = time.perf_counter()
+    start = time.process_time()
+    find_duplicates(rows, thumbnails, pixels)
+    times["duplicates"] = time.process_time() - start
+    start = time.process_time()
     scores = score_labels(rows, labels)
-    times |= {"labels": time.perf_counter() - start, "named": float((scores.wrong > 0.5).sum())}
-    start = time.perf_counter()
+    named = np.flatnonzero(scores.wrong > 0.5)
+    hit = int(np.isin(named, np.flatnonzero(labels != truth)).sum())
+    times |= {"labels": time.process_time() - start, "named": len(named), "hit": hit}
+    times["planted"] = int((labels != truth).sum())
+    start = time.process_time()
     alike_labels(rows, labels, 1 - scores.wrong)
-    return times | {"pairs of labels": time.perf_counter() - start, "peak_mib": peak()}
+    return times | {"pairs of labels": time.process_time() - start, "peak_mib": peak()}
 
 
 def peak() -> float:
@@ -134,12 +157,29 @@ def people_of(source: Source, model: str, seen: bool) -> np.ndarray:
     return np.unique(np.asarray(source.labels)[chosen])
 
 
+def embedded(images: list[np.ndarray], model: str) -> Callable[[np.ndarray], np.ndarray]:
+    rows = FaceEmbedder.from_pretrained(model, device="cpu").embed(images, aligned=True)
+    return lambda labels: rows
+
+
+def trained(images: list[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    import cleaning
+
+    size = (cleaning.SIDE, cleaning.SIDE)
+    small = np.stack([cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in images])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pixels = cleaning.tensor(small, device)
+    return lambda labels: cleaning.embed(cleaning.train(pixels, labels, 7, 0), pixels)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", type=Path, nargs="?")
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--people", type=int, default=800)
     parser.add_argument("--seen", action="store_true")
+    parser.add_argument("--trained", action="store_true", help="a network on each set with errors")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.05, 0.2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--drawn", type=int)
     given = parser.parse_args()
@@ -150,7 +190,8 @@ def main() -> None:
         parser.error("give SET, or --drawn")
     source = open_source(given.set)
     rng = np.random.default_rng(0)
-    who = rng.permutation(people_of(source, given.model, given.seen))[: given.people]
+    seen = given.seen or given.trained
+    who = rng.permutation(people_of(source, given.model, seen))[: given.people]
     chosen = np.flatnonzero(np.isin(source.labels, who))
     chosen = chosen[np.bincount(source.labels)[source.labels[chosen]] <= 10]
     images = [decode(source.read(int(i))) for i in chosen]
@@ -158,19 +199,18 @@ def main() -> None:
     copied = rng.permutation(len(images))[: round(COPIES * len(images))]
     images += [copy(images[i], k % 3, rng) for k, i in enumerate(copied.tolist())]
     pairs = np.stack([copied, np.arange(len(truth), len(images))], axis=1)
-    embedder = FaceEmbedder.from_pretrained(given.model, device="cpu")
-    rows = embedder.embed(images, aligned=True)
+    rows_of = trained(images) if given.trained else embedded(images, given.model)
     kept = [measures(i, image, None) for i, image in enumerate(images)]
     columns = {
         name: np.array([one[name] for one in kept])
         for name in ("pixels", "sharpness", "brightness", "contrast")
     }
     columns["thumbnails"] = np.stack([np.frombuffer(one["thumbnail"], np.uint8) for one in kept])
-    parts = {"columns": columns | {"rows": rows}, "pairs": pairs, "copy_of": copied}
+    parts = {"columns": columns, "pairs": pairs, "copy_of": copied}
     everybody = np.concatenate([truth, truth[copied]])
     print(json.dumps({"images": len(images), "people": int(truth.max()) + 1}), flush=True)
-    for share in (0.0, 0.05, 0.2):
-        trials = [trial(parts, everybody, share, seed) for seed in range(given.seeds)]
+    for share in given.shares:
+        trials = [trial(parts, everybody, share, seed, rows_of) for seed in range(given.seeds)]
         for kind in trials[0]:
             planted, named, hit = (sum(one[kind][i] for one in trials) for i in range(3))
             line = {"share": share, "kind": kind, "planted": planted, "named": named, "hit": hit}

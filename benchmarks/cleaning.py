@@ -6,14 +6,18 @@ At the scale of configs/study/losses.yaml: SFNet-10 of a quarter of the width, 4
 SphereFace2, 3,000 people, seven passes. In each cell (a seed and a share of wrong labels, drawn
 anew at random) a network is trained on the labels as they are, *raw*. It audits its own training
 set, whose wrong labels it has learned from, with `judge`'s defaults; new networks are trained on
-the set *cleaned* as the report says, and with images moved to the label that they look like
-(``--move 0.9``). Of 1,000 other people, TAR at two FARs over all pairs. A line a cell, then the
-means over seeds and the paired differences to raw with their standard errors.
+the set *cleaned* as the report says, and with images *moved* to the label that they look like
+(``--move 0.9``). With ``--table AUDIT/embeddings.parquet``, of ``data audit SET --out AUDIT``, one
+more is trained on the set as that audit's model cleans it, *by table*. Of 1,000 other people, TAR
+at two FARs over all pairs. A line a cell, then the means over seeds and the paired differences to
+raw with their standard errors. What is done stays in ``--work`` and is not done again; processes
+with different seeds may share it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import time
@@ -25,12 +29,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from sphereface2 import backbones
 from sphereface2.data.opening import open_source
 from sphereface2.data.split import split_people
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.files import atomic_write
 from sphereface2.heads import SphereFace2
 from sphereface2.images import decode
 from sphereface2.recognition.audit.clean import cleaned
@@ -41,6 +47,8 @@ from sphereface2.training.config import TrainingConfig
 from sphereface2.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
 
 SIDE, FARS = 48, (1e-2, 1e-3)
+#: Networks by what they are trained on: who embeds the set for the audit, and ``--move``.
+CLEANED = {"cleaned": ("raw", 2.0), "moved": ("raw", 0.9), "by table": ("table", 2.0)}
 MEASURES = ("pixels", "sharpness", "brightness", "contrast")
 
 
@@ -62,6 +70,7 @@ def opened(path: Path, people: int, test_people: int) -> dict[str, np.ndarray]:
     rows = [kept for _, kept in found]
     grey = b"".join(kept["thumbnail"] for kept in rows)
     return {
+        "index": train,
         "images": np.stack([image for image, _ in found]),
         "labels": np.unique(labels[train], return_inverse=True)[1],
         "test_images": np.stack([image for image, _ in others]),
@@ -115,39 +124,66 @@ def tensor(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().to(device)
 
 
-def cell(path: Path, seed: int, share: float, epochs: float, device: str) -> dict[str, Any]:
+def rows_of(table: Path, index: np.ndarray) -> np.ndarray:
+    """The embeddings of images of a set, of length 1, from the table of its audit."""
+    read = pq.read_table(table, columns=["index", "embedding"])
+    places = read["index"].to_numpy()
+    order = np.searchsorted(places, index)
+    if (places[order] != index).any():
+        raise SystemExit(f"{table} lacks images that are trained on; give that of the whole set")
+    flat = read["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    rows = flat.reshape(len(places), -1)[order].astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def cell(given: argparse.Namespace, path: Path, seed: int, share: float) -> dict[str, Any]:
+    """A seed and a share of wrong labels; its networks that are trained already are not again."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
     data = dict(np.load(path))
-    images, others = tensor(data["images"], device), tensor(data["test_images"], device)
-    truth = data["labels"]
+    images, others = (tensor(data[name], given.device) for name in ("images", "test_images"))
     rng = np.random.default_rng(seed)
-    labels, people = truth.copy(), int(truth.max()) + 1
+    labels, people = data["labels"].copy(), int(data["labels"].max()) + 1
     wrong = rng.permutation(len(labels))[: round(share * len(labels))]
     labels[wrong] = (labels[wrong] + rng.integers(1, people, len(wrong))) % people
+    place = path.with_suffix("") / f"{seed}-{share}-{given.epochs}"
+    place.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"seed": seed, "share": share, "images": len(labels)}
 
-    def rates(network: backbones.Backbone) -> list[float | None]:
-        found = evaluate_all_pairs(embed(network, others), data["test_labels"], FARS)
-        return [point.value for point in found.tar]
+    def done(name: str, some: np.ndarray, their: np.ndarray) -> None:
+        file, start = place / f"{name}.json", time.perf_counter()
+        if not file.exists():
+            network = train(images[torch.as_tensor(some)], their, given.epochs, seed)
+            found = evaluate_all_pairs(embed(network, others), data["test_labels"], FARS)
+            kept = {"tar": [point.value for point in found.tar], "images": len(some)}
+            kept["seconds"] = round(time.perf_counter() - start, 1)
+            if name == "raw":
+                np.save(place / "rows.npy", embed(network, images))
+            atomic_write(file, json.dumps(kept).encode())
+        result[name] = json.loads(file.read_text())
 
-    raw = train(images, labels, epochs, seed)
-    rows = embed(raw, images)
+    done("raw", np.arange(len(labels)), labels)
+    rows = {"raw": np.load(place / "rows.npy")}
+    if given.table is not None:
+        rows["table"] = rows_of(given.table, data["index"])
     source = SimpleNamespace(labels=labels, num_classes=people, class_names=None, name=str)
     columns = {name: data[name] for name in ("thumbnails", *MEASURES)}
-    faces = Faces(source=source, index=np.arange(len(labels)), rows=rows, left_out=[], **columns)
-    result = {"seed": seed, "share": share, "images": len(labels), "raw": rates(raw)}
-    for name, move in (("cleaned", 2.0), ("moved", 0.9)):
+    for name, (whose, move) in CLEANED.items():
+        if whose not in rows:
+            continue
+        faces = Faces(source, np.arange(len(labels)), rows[whose], left_out=[], **columns)
         found = judge(
             faces, wrong=0.5, move=move, false_pairs=0.1, steps=lambda title: lambda amount: None
         ).findings
         chosen = cleaned(source, found)
-        network = train(images[torch.as_tensor(chosen.index)], chosen.labels, epochs, seed)
-        result[name] = rates(network)
-        result[f"{name} images"] = len(chosen.index)
+        done(name, chosen.index, chosen.labels)
         named = {f.index for f in found if f.kind == "wrong label"}
-    hit = len(named & set(wrong.tolist()))
-    result |= {"precision": hit / max(len(named), 1), "recall": hit / max(len(wrong), 1)}
-    return result | {"seconds": time.perf_counter() - start}
+        hit = len(named & set(wrong.tolist()))
+        result[name] |= {
+            "named": len(named),
+            "precision": hit / max(len(named), 1),
+            "recall": hit / max(len(wrong), 1),
+        }
+    return result
 
 
 def told(results: list[dict[str, Any]]) -> None:
@@ -155,21 +191,22 @@ def told(results: list[dict[str, Any]]) -> None:
         some = [one for one in results if one["share"] == share]
         for place, far in enumerate(FARS):
             line: dict[str, Any] = {"share": share, "TAR at FAR": far, "seeds": len(some)}
-            raw = np.array([one["raw"][place] for one in some], float)
-            for name in ("raw", "cleaned", "moved"):
-                values = np.array([one[name][place] for one in some], float)
+            raw = np.array([one["raw"]["tar"][place] for one in some], float)
+            line["raw"] = round(float(raw.mean()), 4)
+            for name in (name for name in CLEANED if name in some[0]):
+                values = np.array([one[name]["tar"][place] for one in some], float)
                 line[name] = round(float(values.mean()), 4)
-                if name != "raw":
-                    gain = values - raw
-                    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
-                    line[f"{name} - raw"] = [round(float(gain.mean()), 4), round(float(error), 4)]
+                gain = values - raw
+                error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
+                line[f"{name} - raw"] = [round(float(gain.mean()), 4), round(float(error), 4)]
             print(json.dumps(line), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/cleaning.npz"), help="images")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/cleaning"), help="what is done")
+    parser.add_argument("--table", type=Path, help="embeddings.parquet of data audit SET")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.2])
@@ -179,10 +216,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=6)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    np.savez(given.work, **opened(given.set, given.people, given.test_people))
+    given.work.mkdir(parents=True, exist_ok=True)
+    path = given.work / f"{given.people}-{given.test_people}.npz"
+    if not path.exists():
+        content = io.BytesIO()
+        np.savez(content, **opened(given.set, given.people, given.test_people))
+        atomic_write(path, content.getvalue())
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         waiting = [
-            pool.submit(cell, given.work, seed, share, given.epochs, given.device)
+            pool.submit(cell, given, path, seed, share)
             for seed in given.seeds
             for share in given.shares
         ]

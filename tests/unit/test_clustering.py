@@ -6,7 +6,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
 from sklearn.metrics.cluster import pair_confusion_matrix
 
-from sphereface2.evaluation import clustering
+from sphereface2.evaluation import clustering, neighbours
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster, compare
 from sphereface2.recognition.audit.cluster import STRANGERS, threshold_for
@@ -24,7 +24,7 @@ def drawn(people: int = 60, images: int = 5, noise: float = 0.8) -> tuple[np.nda
 def test_clusters_are_those_of_average_linkage(
     threshold: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clustering, "_BLOCK", 64)  # pairs of many tiles
+    monkeypatch.setattr(neighbours, "_BLOCK", 64)  # pairs of many tiles
     rows, _ = drawn()
     tree = linkage(pdist(rows.astype(np.float64), "cosine"), "average")
     oracle = fcluster(tree, 1 - threshold, "distance") - 1
@@ -40,7 +40,7 @@ def test_forgotten_pairs_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cluster(rows, 0.5)
     monkeypatch.setattr(clustering, "_MANY", 100)
     monkeypatch.setattr(clustering, "MOST", 4)
-    monkeypatch.setattr(clustering, "_BLOCK", 64)
+    monkeypatch.setattr(neighbours, "_BLOCK", 64)
     assert len(clustering._pairs(rows, 0.5, None, None)[0]) < 600 * 9 < 30 * 190
     found = cluster(rows, 0.5)
     assert compare(found, truth).bcubed_f > compare(whole, truth).bcubed_f - 0.03

@@ -16,11 +16,11 @@ from threading import Lock
 
 import numpy as np
 
-from sphereface2.evaluation.tiles import Tiles
+from sphereface2.evaluation.neighbours import pairs_from
 
 MOST = 32
 """Similar images that each image remembers where there are too many pairs to remember all."""
-_BLOCK, _MANY = 1024, 1 << 24  # pairs, which are always remembered
+_MANY = 1 << 24  # pairs, which are always remembered
 
 
 def cluster(
@@ -34,6 +34,7 @@ def cluster(
 
     A pair above the threshold takes 12 bytes. Where there are more than 16 million and more than 64
     an image, an image forgets all but its `MOST` most similar ones, and the result is not exact.
+    Nor is it quite among more than 262,144 images, whose pairs `pairs_from` finds by a graph.
 
     Args:
         rows: float32 (N, d), of length 1.
@@ -86,14 +87,13 @@ def _pairs(
     kept = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))]
     lock, many = Lock(), max(_MANY, 2 * MOST * len(rows))
 
-    def keep(i: int, j: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
+    def keep(a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
         with lock:
-            kept.append(((i + a).astype(np.int32), (j + b).astype(np.int32), scores))
+            kept.append((a.astype(np.int32), b.astype(np.int32), scores))
             if sum(len(part[0]) for part in kept) > many:
                 kept[:] = [_best(len(rows), *map(np.concatenate, zip(*kept, strict=True)))]
 
-    everybody = np.arange(len(rows))
-    Tiles(rows, everybody, _BLOCK, workers).impostors_from(threshold, keep, progress)
+    pairs_from(rows, threshold, keep, workers=workers, progress=progress)
     a, b, scores = map(np.concatenate, zip(*kept, strict=True))
     order = np.lexsort((b, a))
     return a[order].astype(np.int64), b[order].astype(np.int64), scores[order]

@@ -26,12 +26,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sphereface2.evaluation.tiles import Tiles
+from sphereface2.evaluation.neighbours import nearest_other, pairs_from
 
 _GRID = np.linspace(-1, 1, 401)
 _SAMPLE = 400_000  # impostor scores, drawn
 _LEAST = 500  # images of a group of labels of like size
-_BLOCK = 1024
 _PRIOR = 10.0
 _TAIL = 4000  # pairs of labels that the tail is fitted on, at least
 
@@ -89,7 +88,7 @@ def score_labels(
         found = [_two_groups(own[g], impostors[np.isin(sizes, others[g])]) for g in groups]
         for group, (posterior, *_) in zip(groups, found, strict=True):
             wrong[group] = posterior
-    other, nearest = _nearest(rows, labels, unit(sums), progress)
+    other, nearest = nearest_other(rows, labels, unit(sums), progress=progress)
     moves = np.zeros(len(rows), np.float32)
     strange = _density(other, 1 - wrong)  # of the best score among labels of other people
     for group, (_, share, genuine, impostor) in zip(groups, found, strict=True):
@@ -238,27 +237,6 @@ def _three(
     return wrong.astype(np.float32), moves.astype(np.float32)
 
 
-def _nearest(
-    rows: np.ndarray,
-    labels: np.ndarray,
-    centres: np.ndarray,
-    progress: Callable[[float], None] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best cosine of each row to another label's centre, and that label."""
-    best = np.empty(len(rows), np.float32)
-    nearest = np.empty(len(rows), np.int64)
-    step = max(1, min(_BLOCK, (1 << 25) // len(centres)))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        scores = rows[part] @ centres.T
-        scores[np.arange(len(scores)), labels[part]] = -np.inf
-        nearest[part] = scores.argmax(axis=1)
-        best[part] = scores[np.arange(len(scores)), nearest[part]]
-        if progress is not None:
-            progress(len(scores) / len(rows))
-    return best, nearest
-
-
 @dataclass(frozen=True)
 class AlikeLabels:
     """Pairs of labels, the most alike first.
@@ -309,10 +287,7 @@ def alike_labels(
     limit = float(np.quantile(sample, 1 - wanted)) if pairs else 1.0
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def keep(i: int, j: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
-        kept.append((i + a, j + b, scores))
-
-    Tiles(scaled, np.arange(people), _BLOCK, workers).impostors_from(limit, keep, progress)
+    pairs_from(scaled, limit, lambda *found: kept.append(found), workers=workers, progress=progress)
     a, b, scores = (np.concatenate(part) for part in zip(*kept, strict=True))
     order = np.lexsort((b, a, -scores))
     a, b, scores = a[order], b[order], scores[order]

@@ -25,9 +25,19 @@ def one_thread() -> AbstractContextManager[object]:
     return _blas().limit(limits=1, user_api="blas")
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     return len(usable) or os.cpu_count() or 1
+
+
+def _reaching(scores: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """``np.nonzero(scores >= limit)``, eight at a time: where few reach it, far quicker."""
+    hit = np.zeros(-(-scores.size // 8) * 8, bool)
+    np.greater_equal(scores.reshape(-1), limit, out=hit[: scores.size])
+    places = (8 * np.flatnonzero(hit.view(np.uint64))[:, None] + np.arange(8)).ravel()
+    a, b = np.divmod(places[hit[places]], scores.shape[1])
+    return a, b
 
 
 class Tiles:
@@ -42,7 +52,7 @@ class Tiles:
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}.")
         self.rows, self.people = rows, people
-        self.block, self.workers = min(block, len(rows)), workers or _usable_cpus()
+        self.block, self.workers = min(block, len(rows)), workers or usable_cpus()
         self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
         starts = range(0, len(rows), self.block)
         self.all = [(i, j) for i in starts for j in starts if j >= i]
@@ -140,7 +150,7 @@ class Tiles:
                 scores[self._genuine(i, j)] = -np.inf
             if i == j:
                 scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
-            a, b = np.nonzero(scores >= limit)
+            a, b = _reaching(scores, limit)
             work(i, j, a, b, scores[a, b])
 
         self._run(self.all, select, progress)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from sphereface2.evaluation.tiles import Tiles
+from sphereface2.evaluation.neighbours import pairs_from
 from sphereface2.recognition.measures import SIDE
 
 #: Least cosine of two embeddings, and least correlation of their thumbnails before they are laid
 #: over each other and after: `benchmarks/audit.py` says what they find.
 SIMILAR, ALIKE, SAME = 0.8, 0.6, 0.98
-_BLOCK, _SAMPLE = 1024, 1_000_000
+_SAMPLE = 1_000_000
 _FEW = 20_000  # pairs, which are always compared
 _NEAR = 0.85  # correlation after a few steps from which the fit is worth many
 _BEND = 1.08  # ratio of the scales of two axes
@@ -55,15 +55,13 @@ def find_duplicates(
     copies = np.flatnonzero(first[group] != np.arange(len(rows)))
     found = [Duplicate(int(first[group[i]]), int(i), True, 1.0) for i in copies]
     one = np.sort(first)  # one image of each group
-    flat = thumbnails[one]
+    different = rows[one] if len(one) < len(rows) else rows
 
-    def compare(i: int, j: int, a: np.ndarray, b: np.ndarray, _: np.ndarray) -> None:
-        for x, y, score in _same(flat, i + a, j + b):
-            found.append(Duplicate(int(one[x]), int(one[y]), False, score))
+    def compare(a: np.ndarray, b: np.ndarray, _: np.ndarray) -> None:
+        for x, y, score in _same(thumbnails, one[a], one[b]):
+            found.append(Duplicate(x, y, False, score))
 
-    Tiles(rows[one], np.arange(len(one)), _BLOCK, workers).impostors_from(
-        _limit(rows[one]), compare, progress
-    )
+    pairs_from(different, _limit(different), compare, workers=workers, progress=progress)
     return sorted(found, key=lambda d: (d.first, d.second))
 
 

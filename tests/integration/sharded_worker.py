@@ -100,6 +100,39 @@ def equality(
             torch.testing.assert_close(whole(found.detach()), right, rtol=1e-7, atol=1e-10)
 
 
+def between_samples(classes: int, steps: int) -> None:
+    """The same of the loss between samples, whose memory has rows of nobody at first."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = heads.SampleToSampleConfig(s=9.0, m=0.2, weight=0.5)
+    dense = heads.SampleToSample(DIM, classes, config).double()
+    sharded = heads.SampleToSample(DIM, classes, config, dist.group.WORLD).double()
+    for step in range(steps):
+        parts = batch(step, classes)
+        x, labels = parts[rank]
+        everybody = torch.cat([x for x, _ in parts]).requires_grad_()
+        all_labels = torch.cat([labels for _, labels in parts])
+        x.requires_grad_()
+        if step:
+            losses = []
+            for loss, samples, of in ((dense, everybody, all_labels), (sharded, x, labels)):
+                loss.start(samples, of)
+                losses.append(loss(samples, of))
+                loss.zero_grad()
+                losses[-1].backward()
+            mean = losses[1].detach() / size
+            dist.all_reduce(mean)
+            torch.testing.assert_close(mean, losses[0].detach(), rtol=1e-9, atol=0)
+            before = sum(len(x) for x, _ in parts[:rank])
+            expected = everybody.grad[before : before + len(x)]
+            torch.testing.assert_close(x.grad / size, expected, rtol=1e-7, atol=1e-12)
+            torch.testing.assert_close(sharded.bias.grad, dense.bias.grad, rtol=1e-7, atol=1e-12)
+        dense.remember(everybody, all_labels)
+        sharded.remember(x, labels)
+        assert torch.equal(whole(sharded.memory), dense.memory)
+    torch.testing.assert_close(sharded.bias, dense.bias)
+    assert sharded.is_started
+
+
 def bytes_moved(classes: int) -> dict[str, int]:
     """Bytes that a step hands to each collective, counted where torch is called."""
     counted: Counter[str] = Counter()
@@ -163,6 +196,8 @@ def main() -> None:
         equality(53, 20, fused=True)
         equality(53, 20, name="siglip")
         equality(53, 20, name="sface")
+        between_samples(23, 8)
+        between_samples(4, 8)
         # A sample of everybody: the weights and own classes of a rank's share are right.
         equality(53, 20, scaling={"negatives": "uniform", "negative_share": 1.0})
     elif task == "bytes":

@@ -458,7 +458,7 @@ def test_where_there_are_no_symbolic_links_training_goes_on(faces: Path, tmp_pat
 
 
 @pytest.mark.parametrize("ranks", [1, variant(2)])
-def test_a_run_with_a_teacher_is_resumed_bit_for_bit(
+def test_a_run_with_a_teacher_and_a_loss_between_samples_is_resumed_bit_for_bit(
     faces: Path, whole: Path, tmp_path: Path, ranks: int
 ) -> None:
     """The teacher is a model, of another dimension, whose table stays in the run's folder."""
@@ -468,6 +468,8 @@ def test_a_run_with_a_teacher_is_resumed_bit_for_bit(
         "teacher.path": whole,
         "backbone.embedding_dim": 6,
         "training.ema": 0.5,
+        "sample_to_sample.weight": 0.5,
+        "sample_to_sample.begin": 0.5,
     }
     uncut = Run(tmp_path / "uncut", distilled, ranks)
     assert uncut.wait() == [0] * ranks, uncut.told()

@@ -165,6 +165,22 @@ def test_replayed_steps_are_the_steps(case: str, recorded: list[Recorder]) -> No
     assert all(isinstance(rate, float) for rate in rates)
 
 
+def test_a_loss_between_samples_begins_in_a_step_that_is_not_replayed(
+    recorded: list[Recorder],
+) -> None:
+    changes = {"sample_to_sample__weight": 0.3, "sample_to_sample__s": 8.0}
+    eager, graphed = training_step(**changes), training_step(**changes, training__cuda_graph=True)
+    eager.samples_from = graphed.samples_from = WARM_UP + 3
+    np.testing.assert_allclose(trained(graphed), trained(eager), rtol=1e-4)
+    assert [one.replays for one in recorded] == [STEPS - WARM_UP - 1]
+    assert eager.samples is not None and graphed.samples is not None
+    before = -8.0 * 0.1 / 2  # what a bias without people would start at
+    assert eager.samples.bias.item() < before - 1
+    for key, value in eager.samples.state_dict().items():
+        ours = graphed.samples.state_dict()[key]
+        torch.testing.assert_close(ours, value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 def test_what_goes_wrong_in_a_replayed_step_is_told_with_its_number(
     recorded: list[Recorder],
 ) -> None:

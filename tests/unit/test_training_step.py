@@ -72,6 +72,7 @@ NEVER_WAITS = {
     "accumulated": {"training__accumulate": 2, "training__autocast": "bf16"},
     "adamw": {"training__optimizer": "adamw"},
     "muon": {"training__optimizer": "muon"},
+    "between samples": {"sample_to_sample__weight": 1.0},
 }
 
 

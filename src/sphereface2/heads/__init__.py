@@ -15,6 +15,7 @@ from sphereface2.heads.fixed_margins import (
 from sphereface2.heads.fused import FusedSGD
 from sphereface2.heads.one_vs_all import OneVersusAllHead
 from sphereface2.heads.registry import available, build, defaults, parameters, register
+from sphereface2.heads.sample_to_sample import SampleToSample, SampleToSampleConfig
 from sphereface2.heads.sigmoid import UCE, SFace, SigmoidLoss
 from sphereface2.heads.softmax import SoftmaxHead
 from sphereface2.heads.sphereface2 import OneVersusAllBCE, SphereFace2
@@ -34,6 +35,8 @@ __all__ = [
     "OneVersusAllBCE",
     "OneVersusAllHead",
     "SFace",
+    "SampleToSample",
+    "SampleToSampleConfig",
     "Scaling",
     "SigmoidLoss",
     "Softmax",

@@ -28,6 +28,7 @@ from sphereface2.data.conditions import LabelNoise, Subset
 from sphereface2.data.hardening import hardenings
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
+from sphereface2.heads import SampleToSampleConfig
 from sphereface2.training import sections
 
 Count = Annotated[int, Field(ge=1)]
@@ -284,6 +285,7 @@ class RunConfig:
     prototypes over the ranks."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sample_to_sample: SampleToSampleConfig = field(default_factory=SampleToSampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
@@ -441,9 +443,7 @@ def _check_prototypes(config: RunConfig) -> None:
             f"teacher.labels must be 0 or 1 with training.fused_head, got {teacher.labels:g}: the "
             "prototypes take their step before the loss is weighted; change teacher.weight instead"
         )
-    if training.start_from is None:
-        return
-    if teacher.prototypes != "random" and training.prototypes != "random":
+    if training.start_from and "random" not in (teacher.prototypes, training.prototypes):
         raise UserError(
             f"training.prototypes {training.prototypes} and teacher.prototypes "
             f"{teacher.prototypes} both say where the head starts: set one of them to random"

@@ -57,13 +57,17 @@ def _by_factor(
 
 
 def build_optimizers(
-    config: TrainingConfig, backbone: nn.Module, head: Head, teacher: nn.Module | None = None
+    config: TrainingConfig,
+    backbone: nn.Module,
+    head: Head,
+    teacher: nn.Module | None = None,
+    samples: nn.Module | None = None,
 ) -> list[torch.optim.Optimizer]:
     """SGD or AdamW with one parameter group a kind; Muon for filters and a fused head's own after.
 
     Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
-    A teacher's map is trained like the backbone.
+    A teacher's map is trained like the backbone, the bias of a loss between samples like a head's.
     """
     body = dict(backbone.named_parameters())
     if teacher is not None:
@@ -81,13 +85,11 @@ def build_optimizers(
         groups.append(([p for p in parameters if p.ndim <= 1], factor, 0.0))
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
-    orthogonal: list[torch.optim.Optimizer] = []
-    if filters:
-        orthogonal = [Muon(filters, config.muon_lr, momentum=config.momentum)]
+    head_rest += [] if samples is None else samples.parameters()
+    orthogonal = [Muon(filters, config.muon_lr, momentum=config.momentum)] if filters else []
     head_rate = config.head_lr_multiplier
-    head_decay = config.head_weight_decay
-    if head_decay is None:
-        head_decay = config.weight_decay
+    decay = config.head_weight_decay
+    head_decay = config.weight_decay if decay is None else decay
     fused: list[torch.optim.Optimizer] = []
     if config.fused_head:
         prototypes = [p for p in prototypes if p is not head.weight]

@@ -35,6 +35,7 @@ _FIXED = (
     "data.subset",
     "data.label_noise",
     "teacher.prototypes",
+    "sample_to_sample",
     "training.optimizer",
     "training.fused_head",
     "training.fused_momentum",

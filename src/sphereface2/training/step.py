@@ -70,7 +70,9 @@ class TrainingStep:
         teacher: whose embeddings those of the network follow, if any.
 
     Attributes:
-        network, head, teacher: bare modules, on the device.
+        network, head, teacher, samples: bare modules, on the device; ``samples`` is the loss
+            between samples, if there is one.
+        samples_from: number of the first step in which that loss counts.
         forward, loss, distil: the same as they are called: replicated over the ranks. With
             ``training.compile`` the network's units are compiled in place; a deep copy's are not.
         optimizers: of all parameters.
@@ -106,7 +108,10 @@ class TrainingStep:
         self.teacher = None if teacher is None else teacher.to(device)
         if self.teacher is not None:
             self.teacher.place_prototypes(self.head)
-        self.optimizers = build_optimizers(settings, self.network, self.head, self.teacher)
+        self.samples, self.samples_from = self._between_samples(num_classes), 2
+        self.optimizers = build_optimizers(
+            settings, self.network, self.head, self.teacher, self.samples
+        )
         self.dtype = AUTOCAST[settings.autocast]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
 
@@ -128,6 +133,16 @@ class TrainingStep:
             device, settings.max_loss_ratio, check_norm=not self.scaler.is_enabled()
         )
         self._graph = self._graphed() if settings.cuda_graph else None
+
+    def _between_samples(self, num_classes: int) -> heads.SampleToSample | None:
+        wanted, world = self.config.sample_to_sample, self.world
+        if not wanted.weight:
+            return None
+        group = world.group if world.size > 1 else None
+        with world.device:
+            return heads.SampleToSample(
+                self.network.embedding_dim, num_classes, wanted, group, even=True
+            )
 
     def _graphed(self) -> Graphed[tuple[Tensor, Tensor]]:
         """The step as a CUDA graph.
@@ -161,6 +176,8 @@ class TrainingStep:
         found = {"backbone": self.network, "head": self.head}
         if self.teacher is not None and any(True for _ in self.teacher.parameters()):
             found["teacher"] = self.teacher
+        if self.samples is not None:
+            found["samples"] = self.samples
         return found
 
     def begin(self, batch_size: int) -> None:
@@ -215,10 +232,13 @@ class TrainingStep:
             step: its number, from 1, to be told if it goes wrong.
 
         Returns:
-            () mean loss over the ranks and () norm of the gradient before clipping, on the device;
-            with ``training.cuda_graph`` the next step overwrites them.
+            () mean loss over the ranks, without that between samples, which would make it jump, and
+            () norm of the gradient before clipping, on the device; with ``training.cuda_graph`` the
+            next step overwrites them.
         """
-        if self._graph is None:
+        between = self.samples
+        starts = between is not None and step >= self.samples_from and not between.is_started
+        if self._graph is None or starts:
             return self._take(batches, step)
         (batch,) = batches
         # All numbers travel as one tensor: the bits of pairs of float32 as int64.
@@ -265,9 +285,10 @@ class TrainingStep:
                     embeddings = self.forward(pixels)
                     if settings.clip_embedding_norm is not None:
                         embeddings.register_hook(self._clip_embedding_gradient)
-                    loss = self._losses(embeddings, labels, batch) / len(batches)
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+                    told = self._losses(embeddings, labels, batch)
+                    loss = told + self._of_samples(embeddings, labels, step)
+                self.scaler.scale(loss / len(batches)).backward()
+            total += told.detach() / len(batches)
         total = self.world.sum(total) / self.world.size
         eager = [one for one in self.optimizers if not isinstance(one, heads.FusedSGD)]
         for optimizer in eager:
@@ -290,6 +311,21 @@ class TrainingStep:
         targets = self.teacher.of(batch.positions).to(self.world.device, non_blocking=True)
         loss: Tensor = weights.weight * self.distil(embeddings, targets)
         return loss + weights.labels * self.loss(embeddings, labels) if weights.labels else loss
+
+    def _of_samples(self, embeddings: Tensor, labels: Tensor, step: int | Tensor) -> Tensor | float:
+        """The loss between samples, where it counts; the batch is remembered for the next."""
+        between = self.samples
+        if between is None:
+            return 0.0
+        counts = step >= self.samples_from
+        loss: Tensor | float = 0.0
+        if isinstance(counts, Tensor):  # decided on the device in each replay
+            loss = between(embeddings, labels) * counts
+        elif counts:
+            between.start(embeddings, labels)
+            loss = between(embeddings, labels)
+        between.remember(embeddings, labels)
+        return loss
 
     def _clip_embedding_gradient(self, gradient: Tensor) -> Tensor:
         """Scale the batch's gradient by its embeddings (of all ranks) down to the limit."""

@@ -123,6 +123,8 @@ class Trainer:
         self.keys = EveryEpoch(sampler, self.epoch_steps * settings.accumulate)
         self.loader = build_loader(dataset, self.keys, world, workers)
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
+        # At the second step at the earliest: the memory is empty before.
+        self.samples_begin = max(1, round(config.sample_to_sample.begin * self.epoch_steps)) + 1
         self.progress = Progress(world_size=world.size, epoch_steps=self.epoch_steps)
         self.checkpointer = ckpt.Checkpointer(run, world)
         self.run = run
@@ -213,6 +215,7 @@ class Trainer:
         batches = self.batches(self.position * settings.accumulate)
         logged = copy.copy(progress)
         since = time.perf_counter()
+        self.step.samples_from = self.samples_begin - progress.shift
         self.step.begin(self.sampler.batch_size // self.world.size)
         try:
             with log, self.stopper.deferred(), closing(batches):

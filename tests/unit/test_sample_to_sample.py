@@ -1,0 +1,73 @@
+"""The loss between samples against its equation, written out sample by sample in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sphereface2.heads import SampleToSample, SampleToSampleConfig, sample_to_sample
+
+DIM, PEOPLE = 6, 9
+CONFIG = SampleToSampleConfig(weight=0.7, s=12.0, m=0.15)
+
+
+def batches(count, samples=5):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(count):
+        x = 3 * torch.randn(samples, DIM, generator=generator, dtype=torch.float64)
+        # A person twice in a batch.
+        labels = torch.randint(PEOPLE, (samples,), generator=generator)
+        labels[-1] = labels[0]
+        yield x.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("chunk", [100, 4])
+def test_it_is_its_published_equation(chunk, monkeypatch):
+    monkeypatch.setattr(sample_to_sample, "default_chunk", lambda *_: chunk)
+    between = SampleToSample(DIM, PEOPLE, CONFIG).double()
+    memory: dict[int, torch.Tensor] = {}
+    threshold = None
+    left_out = 0
+    for x, labels in batches(6):
+        if memory:
+            unit = F.normalize(x, dim=1)
+            sums, terms = [], []
+            if threshold is None:
+                for sample, label in zip(unit.detach(), labels.tolist(), strict=True):
+                    others = [s for person, s in memory.items() if person != label]
+                    sums.append(sum(math.exp(CONFIG.s * float(sample @ other)) for other in others))
+                start = sum(map(math.log, sums)) / len(sums)
+                threshold = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+                between.start(x, labels)
+            for sample, label in zip(unit, labels.tolist(), strict=True):
+                left_out += label not in memory
+                for person, seen in memory.items():
+                    z = CONFIG.s * (sample @ seen)
+                    z = CONFIG.s * CONFIG.m - z + threshold if person == label else z - threshold
+                    terms.append(F.softplus(z))
+            expected = CONFIG.weight * sum(terms) / len(labels)
+            loss = between(x, labels)
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+            ours = torch.autograd.grad(loss, [x, between.bias])
+            theirs = torch.autograd.grad(expected, [x, threshold])
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(ours[1], -theirs[1], rtol=1e-6, atol=1e-9)
+        between.remember(x, labels)
+        for sample, label in zip(x.detach(), labels.tolist(), strict=True):
+            memory[label] = F.normalize(sample, dim=0)
+    assert left_out and 1 < len(memory) < PEOPLE
+    nobody = torch.zeros(DIM, dtype=torch.float64)
+    rows = torch.stack([memory.get(person, nobody) for person in range(PEOPLE)])
+    torch.testing.assert_close(between.memory, rows)
+
+
+def test_its_state_goes_on():
+    first, second = (SampleToSample(DIM, PEOPLE, CONFIG).double() for _ in range(2))
+    x, labels = next(batches(1))
+    first.remember(x, labels)
+    first.start(x, labels)
+    second.load_state_dict(first.state_dict())
+    first.start(x + 1, labels)
+    second.start(x + 1, labels)  # it has started
+    torch.testing.assert_close(second(x + 1, labels), first(x + 1, labels), rtol=0, atol=0)

@@ -37,6 +37,21 @@ def test_wrong_labels_are_found_at_their_share(share: float) -> None:
         assert right == pytest.approx(found.moves[moved].mean(), abs=0.1)
 
 
+def test_wrong_labels_are_found_among_few_people() -> None:
+    planted = named = hit = 0
+    for seed in range(4):
+        rows, truth = drawn(seed, noise=0.8)
+        rows, truth = rows[:100], truth[:100]
+        rng = np.random.default_rng(seed)
+        labels = truth.copy()
+        chosen = rng.permutation(100)[:5]
+        labels[chosen] = (labels[chosen] + rng.integers(1, 20, 5)) % 20
+        found = score_labels(rows, labels).wrong > 0.5
+        planted, named = planted + 5, named + int(found.sum())
+        hit += int(found[chosen].sum())
+    assert hit > 0.85 * planted and hit > 0.8 * named
+
+
 def test_own_and_nearest_scores_by_their_definition() -> None:
     rows, labels = drawn()
     found = score_labels(rows, labels, rounds=1)

@@ -192,10 +192,11 @@ def _two_groups(
 
     known = own[np.isfinite(own)]
     mixed, impostor = _density(known), _density(impostors)
-    # Genuine scores add to the share below each quantile, so the least estimate is the nearest.
+    # Genuine scores add to the share below each quantile, so the least estimate is the nearest. One
+    # more than was counted, as in few scores none may lie below a low one.
     levels = np.linspace(0.05, 0.5, 10)
     bounds = np.quantile(impostors, levels)
-    below = np.searchsorted(np.sort(known), bounds, side="right") / max(len(known), 1)
+    below = (np.searchsorted(np.sort(known), bounds, side="right") + 1) / max(len(known), 1)
     share = float(np.clip((below / levels).min(), 1e-4, 0.9))
     ratio = np.clip(share * impostor / mixed, 0, 1)
     # It falls with the score; values where there are no scores follow their neighbours.

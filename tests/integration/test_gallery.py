@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -435,6 +436,30 @@ def test_what_is_no_gallery_is_told(tmp_path: Path, server: Postgres) -> None:
     (tmp_path / "g.db").write_bytes(content)
     with pytest.raises(UserError, match="restore a backup"), opened(tmp_path / "g.db") as gallery:
         gallery.search(vectors(0))
+
+
+@pytest.mark.parametrize("table", ["accounts (id)", "stamp (id)", "people (id, name)"])
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_another_programs_database_keeps_its_bytes(tmp_path: Path, table: str, mode: str) -> None:
+    other, here = sqlite3.connect(tmp_path / "other.db"), tmp_path / "here"
+    other.execute(f"PRAGMA journal_mode = {mode}")
+    other.execute(f"CREATE TABLE {table}")
+    other.commit()
+    here.mkdir()
+    for path in tmp_path.glob("other.db*"):  # as after a crash: what is in the log only, stays so
+        (here / path.name).write_bytes(path.read_bytes())
+    other.close()
+
+    def files() -> dict[str, bytes]:
+        # The -shm file is memory that SQLite's processes share, and is made anew.
+        found = (path for path in here.iterdir() if not path.name.endswith("-shm"))
+        return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in found}
+
+    before = files()
+    for create in (True, False):
+        with pytest.raises(UserError, match=f"another program, with a table '{table.split()[0]}'"):
+            opened(here / "other.db", create=create)
+        assert files() == before
 
 
 def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:

@@ -49,6 +49,10 @@ def use(root: Path) -> list[object]:
     return ["--model", root / "model", "--aligned"]
 
 
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+
+
 CALLS = {
     # An empty word is not the current folder, and no setting left out.
     "embed model people --out=": "--out: an empty argument",
@@ -65,6 +69,10 @@ CALLS = {
     "evaluate model --all-pairs people --plots people/e": "people/e lies inside",
     "fit --data.train people --run-folder people/e": "people/e lies inside",
     "align people people/e": "people/e lies inside",
+    "gallery search g.db people --annotate people": "people lies inside people",
+    "gallery search g.db people --annotate people/a/e.jpg": "is one file for 8 images",
+    "gallery search g.db people/a --annotate people/a/e": "people/a/e lies inside people/a",
+    "gallery search g.db people/a/1.png people/a/2.png --annotate people/a": "holds images that",
     # A model's folder, a file and another program's database are no place either.
     "fit --data.train people --run-folder model": "is a model's folder",
     "fit --data.train people --run-folder file/run": "cannot be a folder, as .*file is a file",
@@ -98,14 +106,14 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_mistake_is_a_sentence(place: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    before = sorted(place.rglob("*"))
+    before = contents(place)
     done = ran(*call.split())
     if CALLS[call]:
         assert done.returncode == 2
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: ")
         assert re.search(CALLS[call], last), last
-    assert sorted(place.rglob("*")) == before
+    assert contents(place) == before
 
 
 def test_several_faces_and_photographs_given_as_crops_are_told(place: Path, tmp_path: Path) -> None:

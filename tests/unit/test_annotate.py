@@ -58,3 +58,5 @@ def test_where_the_copies_go(tmp_path):
         annotate.places(tmp_path / "a.jpg", [first, second])
     with pytest.raises(UserError, match="would replace the photograph"):
         annotate.places(first, [first])
+    with pytest.raises(UserError, match="x holds images that are searched for"):
+        annotate.places(tmp_path / "y" / ".." / "x", [first, second])

@@ -23,7 +23,8 @@ def places(out: Path, images: Sequence[Path]) -> dict[str, Path]:
     """Where the annotated copy of each image goes: ``out`` itself, or a file of that folder.
 
     Raises:
-        UserError: one file for several images, an image would be overwritten, or a missing package.
+        UserError: one file for several images, an image would be overwritten, the images' own
+            folder, or a missing package.
     """
     require("annotated images", "matplotlib")  # whose font has more scripts than Pillow's
     if out.suffix.lower() in _FILES and not out.is_dir():
@@ -37,6 +38,11 @@ def places(out: Path, images: Sequence[Path]) -> dict[str, Path]:
             seen[image.stem] += 1
             end = "" if seen[image.stem] == 1 else f"_{seen[image.stem]}"
             found[str(image)] = out / f"{image.stem}{end}.jpg"
+        if any(image.resolve().parent == out.resolve() for image in images):
+            raise UserError(
+                f"--annotate {out} holds images that are searched for, and the copies would be "
+                "taken for more of them: give another folder"
+            )
     originals = {image.resolve() for image in images}
     if taken := [path for path in found.values() if path.resolve() in originals]:
         raise UserError(f"--annotate would replace the photograph {taken[0]}: give another place")

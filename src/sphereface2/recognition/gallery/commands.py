@@ -90,7 +90,13 @@ def search(
         raise UserError("give images to search for, or folders of images")
     if annotate is not None and aligned:
         raise UserError("--annotate draws boxes on photographs, and --aligned images are crops")
-    copies = {} if annotate is None else places(annotate, files)
+    copies: dict[str, Path] = {}
+    if annotate is not None:
+        from sphereface2.data.folder import check_outside
+
+        copies = places(annotate, files)
+        for probe in filter(Path.is_dir, probes):
+            check_outside(annotate, probe)
     if aligned:
         warn_of_photographs(files)
     with Gallery.open(gallery, create=False) as opened:

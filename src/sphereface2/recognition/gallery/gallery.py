@@ -137,8 +137,8 @@ class Gallery(GalleryReader):
         name = person_name(person)
         key, text = person_key(name), metadata_json(name, metadata)
         with self._change() as connection:
-            self._rows.set(connection, key, metadata=text)
-            return self._rows.describe(connection, [key]).get(key)
+            there = self._rows.set(connection, key, metadata=text)
+            return self._rows.describe(connection, [key])[key] if there else None
 
     def rename(self, person: str, new_name: str) -> Person | None:
         """Give a person another name.
@@ -150,7 +150,8 @@ class Gallery(GalleryReader):
             PersonExistsError: somebody of the new name is there.
         """
         key, name = person_key(person_name(person)), person_name(new_name)
-        with self._change() as connection:
+        # Alone: nobody is enrolled under either name while rows go from one to the other.
+        with self._change(alone=True) as connection:
             return self._rows.rename(connection, key, name)
 
     def remove(self, person: str) -> int:

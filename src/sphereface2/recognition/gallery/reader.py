@@ -92,12 +92,11 @@ class GalleryReader:
             if database.path is None or database.path.exists():
                 with database.read() as connection:
                     row = stamps.read(connection)
-                    if row is None and database.is_file:
-                        stamps.check_empty(connection, database.name)
             if row is None and not create:
                 raise NoGalleryError(
                     f"there is no gallery at {database.name}; `sphereface2 gallery add` creates one"
                 )
+            database.log_ahead()
             if row is None:
                 facts = {"fingerprint": fingerprint, "dim": dim, "model": model}
                 row = stamps.create(database, storage=storage or STORAGES[0], **facts)
@@ -176,7 +175,7 @@ class GalleryReader:
         """The k people most like each probe, best first.
 
         The answer does not say whether the best is the right one: compare its score with a
-        calibrated threshold (see `decide`). On SQLite, all probes of a call see one state.
+        calibrated threshold (see `decide`). All probes of a call see one state of the gallery.
 
         Args:
             embeddings: (q, d) or (d,), brought to length 1.

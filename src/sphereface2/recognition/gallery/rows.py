@@ -290,9 +290,14 @@ class Rows:
             for person, image, vector, *rest in (row.values() for row in rows):
                 copy.write_row((person, image, packed(vector, self._storage), *rest))
 
-    def set(self, connection: Connection, key: int, **values: Any) -> None:
-        """Put values in the place of a person's, and lock the row."""
-        connection.execute(sa.update(self.people).where(self.people.c.id == key).values(**values))
+    def set(self, connection: Connection, key: int, **values: Any) -> bool:
+        """Put values in the place of a person's, and lock the row; whether the person is there.
+
+        PostgreSQL's next statement would see whom another process enrolled since: who is not there
+        now is not there for the whole change.
+        """
+        changed = sa.update(self.people).where(self.people.c.id == key).values(**values)
+        return connection.execute(changed).rowcount > 0
 
     def rename(self, connection: Connection, old: int, name: str) -> Person | None:
         """Give a person another name: the key is the name's, so that the rows are written anew."""
@@ -314,7 +319,8 @@ class Rows:
 
     def remove(self, connection: Connection, key: int) -> int:
         """Remove a person; how many images went."""
-        self.set(connection, key, name=self.people.c.name)
+        if not self.set(connection, key, name=self.people.c.name):
+            return 0
         images = sa.delete(self.images).where(self.images.c.person == key)
         count = connection.execute(images).rowcount
         connection.execute(sa.delete(self.people).where(self.people.c.id == key))
@@ -323,7 +329,8 @@ class Rows:
     def remove_image(self, connection: Connection, key: int, image: int) -> bool:
         """Remove one image of a person; whether it was there. UserError if it is the last."""
         images = self.images
-        self.set(connection, key, name=self.people.c.name)
+        if not self.set(connection, key, name=self.people.c.name):
+            return False
         mine = sa.select(images.c.id, images.c.embedding).where(images.c.person == key)
         rows = {row.id: row.embedding for row in connection.execute(mine)}
         if rows.pop(image, None) is None:

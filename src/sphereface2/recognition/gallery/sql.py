@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,16 +102,18 @@ class Database:
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             except OSError as error:
                 raise UserError(f"the gallery {path} cannot be opened: {error.strerror}") from error
-        mode = "rw"
-        if not os.access(path, os.W_OK) or not os.access(path.resolve().parent, os.W_OK):
-            # SQLite reads beside a writer only through that one's -shm file. Without one nobody
-            # writes, and the file is taken as it is.
-            mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
-        address = f"file:{quote(str(path.resolve()))}?mode={mode}"
+        address = f"file:{quote(str(path.resolve()))}?mode="
+        # SQLite reads beside a writer only through that one's -shm file. Without one nobody
+        # writes, and the file is taken as it is.
+        mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
+        if path.exists() and path.stat().st_size:
+            _check_whose(path, address + mode)
+        if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
+            mode = "rw"
 
         def connect() -> sqlite3.Connection:
             connection = sqlite3.connect(
-                address,
+                address + mode,
                 uri=True,
                 isolation_level=None,
                 check_same_thread=False,
@@ -119,7 +121,6 @@ class Database:
             )
             for pragma in (
                 f"page_size = {_PAGE_BYTES}",
-                *(["journal_mode = WAL"] if mode == "rw" else []),
                 "synchronous = FULL",
                 "foreign_keys = ON",
                 "secure_delete = ON",
@@ -206,6 +207,12 @@ class Database:
             connection.close()
         self.engine.dispose()
 
+    def log_ahead(self) -> None:
+        """Have SQLite write changes to a log beside the file: readers and a writer do not wait."""
+        if self.is_file and not self.read_only:
+            with self._told("changed"), self._raw() as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+
     def erase(self, *, patience: float | None = None) -> bool:
         """Overwrite what changes left behind in SQLite's log; whether none of it is left.
 
@@ -282,6 +289,24 @@ class Database:
                 "or give another file"
             )
         return GalleryUnavailableError(f"the gallery {self.name} cannot be {what}: {reason}{kept}")
+
+
+def _check_whose(path: Path, address: str) -> None:
+    """UserError if a SQLite file is another program's, which stays as it is to the byte.
+
+    To open it for writing would already move what its log holds into it.
+    """
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as connection:
+            tables = [name for (name,) in connection.execute(query)]
+    except sqlite3.Error:
+        return  # told when it is opened
+    if tables and not {"stamp", "people", "images"} <= set(tables):
+        raise UserError(
+            f"{path} is the database of another program, with a table {tables[0]!r}: give the "
+            "gallery a file of its own"
+        )
 
 
 def _tune(connection: Any, _: Any) -> None:

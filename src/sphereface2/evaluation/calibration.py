@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sphereface2.errors import UserError, check_choice
+from sphereface2.evaluation.one_threshold import CheckedSet
 from sphereface2.evaluation.results import Resampling, far_key, to_dict
 from sphereface2.evaluation.thresholds import Threshold, check_fars, find_thresholds
 from sphereface2.evaluation.verification import check_both
@@ -84,6 +85,7 @@ class Calibration:
         intervals: how those of the thresholds were made.
         images: "crops" as they were given, "aligned" crops of photographs, or whole
             "photographs"; None where an older version did not record it.
+        checked: sets that the thresholds were checked on.
     """
 
     fingerprint: str
@@ -94,6 +96,7 @@ class Calibration:
     data: Sequence[CalibrationSet]
     intervals: Resampling
     images: Images | None = None
+    checked: Sequence[CheckedSet] = ()
 
     @property
     def far_default(self) -> float:
@@ -231,6 +234,7 @@ class Calibration:
             "data": [to_dict(one) for one in self.data],
             "intervals": to_dict(self.intervals),
             "images": self.images,
+            "checked": [one.to_dict() for one in self.checked],
         }
 
     def save(self, network: str | Path) -> Path:
@@ -411,6 +415,7 @@ def _read(path: Path) -> Calibration:
             tuple(CalibrationSet(**one) for one in data),
             Resampling(**content["intervals"]),
             content.get("images"),
+            tuple(map(CheckedSet.from_dict, content.get("checked", ()))),
         )
     except (
         OSError,

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.all_pairs import count_pairs, sorted_rows
 from sphereface2.evaluation.bootstrap import draws, interval, ratio_intervals
 from sphereface2.evaluation.results import Estimate, Resampling, Result, to_dict
-from sphereface2.evaluation.tiles import Tiles
+from sphereface2.evaluation.tiles import Tiles, count_pairs, sorted_rows
 
 _KEPT = 4_000_000  # accepted impostor pairs that are held before they are counted
 
@@ -75,6 +74,45 @@ class AtThreshold:
 
         ci = self.far.ci and (decades(self.far.ci[0]), decades(self.far.ci[1]))
         return Estimate(decades(self.far.value), ci)
+
+
+@dataclass(frozen=True)
+class CheckedSet:
+    """What the thresholds of a calibration do on a labelled set that it was not fitted on.
+
+    Attributes:
+        name: of the set.
+        fingerprint: of the set, see `Source.fingerprint`.
+        images, people: numbers of the set.
+        thresholds: on all pairs of the set, each with the FAR that was asked of it; rates and
+            `AtThreshold.transfer` have intervals over people.
+    """
+
+    name: str
+    fingerprint: str
+    images: int
+    people: int
+    thresholds: tuple[AtThreshold, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``calibration.json`` has it."""
+        found = {key: getattr(self, key) for key in ("name", "fingerprint", "images", "people")}
+        rates = [
+            one.to_dict() | {"far_ci": one.far.ci, "tar_ci": one.tar.ci} for one in self.thresholds
+        ]
+        return {**found, "thresholds": rates}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CheckedSet:
+        """What `to_dict` gave."""
+        thresholds = []
+        for one in content["thresholds"]:
+            far, tar = (Estimate(one[key], tuple(one[f"{key}_ci"])) for key in ("far", "tar"))
+            counts = {key: int(one[key]) for key in ("genuine", "impostor", "accepted")}
+            at = AtThreshold(one["threshold"], far, tar, **counts, asked=one["asked"])
+            thresholds.append(at)
+        facts = {key: content[key] for key in ("name", "fingerprint", "images", "people")}
+        return cls(**facts, thresholds=tuple(thresholds))
 
 
 def all_pairs_at(

@@ -12,6 +12,7 @@ from threading import Event, Lock
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from sphereface2.errors import UserError
 from sphereface2.evaluation.selection import Search, value_of
 
 
@@ -38,6 +39,35 @@ def _reaching(scores: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]
     places = (8 * np.flatnonzero(hit.view(np.uint64))[:, None] + np.arange(8)).ravel()
     a, b = np.divmod(places[hit[places]], scores.shape[1])
     return a, b
+
+
+def sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings, float32, and people numbered from 0, sorted by person."""
+    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"embeddings (N, d) and labels (N,) are needed, not {embeddings.shape}, {labels.shape}."
+        )
+    people = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    order = np.argsort(people, kind="stable")
+    rows = embeddings[order].astype(np.float32, copy=False)
+    if not np.isfinite(rows).all():
+        raise UserError("the embeddings hold NaN or infinite values")
+    return rows, people[order]
+
+
+def count_pairs(people: np.ndarray) -> tuple[int, int]:
+    """Genuine and impostor pairs; UserError unless there are both."""
+    images = np.bincount(people).astype(np.int64)
+    genuine = int((images * (images - 1) // 2).sum())
+    impostors = len(people) * (len(people) - 1) // 2 - genuine
+    if not genuine or not impostors:
+        raise UserError(
+            f"the {len(people)} images of {len(images)} people make no "
+            f"{'impostor' if genuine else 'genuine'} pair: all-pairs evaluation needs two people "
+            "and a person with two images"
+        )
+    return genuine, impostors
 
 
 class Tiles:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
+from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.align.unaligned import image_reader, warn_if_unaligned
@@ -22,11 +23,18 @@ from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL
-from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
-from sphereface2.evaluation.one_threshold import boundary
+from sphereface2.evaluation.calibration import (
+    Calibration,
+    CalibrationSet,
+    Images,
+    Method,
+    file_of,
+)
+from sphereface2.evaluation.one_threshold import CheckedSet, all_pairs_at, boundary
 from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
+from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import check_folder
 
@@ -61,7 +69,7 @@ class CalibrationReport:
         checkpoint: as it was given.
         file: where the calibration was written.
         replaced: whether there was one before.
-        calibration: that was fitted.
+        calibration: that was fitted, with the sets that it was checked on.
         shared_bias: None where the network does not come from a SphereFace2 head.
     """
 
@@ -99,6 +107,7 @@ def calibrate(
     images: Path | None = None,
     names: Path | None = None,
     all_pairs: Sequence[Path] = (),
+    check: Sequence[Path] = (),
     fars: Sequence[float] = (1e-2,),
     method: Method = "logistic",
     align: bool = False,
@@ -117,6 +126,8 @@ def calibrate(
             `X.bin`.
         all_pairs: Labelled set of which every pair is used, or a sample where there are too many;
             repeatable. Of the model's own training set, only the held-out people are used.
+        check: Labelled set of others, such as those of another camera, to check the thresholds on:
+            the false accept rate that they reach there is reported and kept; repeatable.
         fars: False accept rate to give a threshold for; repeatable, the first is the default of
             decisions.
         method: "logistic", a straight line, or "isotonic", any rising curve.
@@ -139,14 +150,17 @@ def calibrate(
         console.bars() as bars,
     ):
         sets += [_choose(path, embedder.metadata) for path in all_pairs]
+        others = [_choose(path, embedder.metadata) for path in check]
         check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
+        _check_others(sets, others)
         given: Images = "aligned" if align else _how_given(sets)
         scored = [_score(embedder, one, rng, bars) for one in sets]
-        fingerprint, metadata = embedder.fingerprint, embedder.metadata
-    scores, same, people = _join(scored)
-    options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
-    options |= {"data": [one.data for one in scored], "images": given}
-    calibration = Calibration.fit(scores, same, fingerprint=fingerprint, **options)
+        scores, same, people = _join(scored)
+        options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
+        options |= {"data": [one.data for one in scored], "images": given}
+        calibration = Calibration.fit(scores, same, fingerprint=embedder.fingerprint, **options)
+        judged = tuple(_check_on(calibration, embedder, one, seed, bars) for one in others)
+        calibration, metadata = replace(calibration, checked=judged), embedder.metadata
     bias, replaced = shared_bias(metadata, scores, same), file_of(folder).exists()
     file = str(calibration.save(folder))
     report = CalibrationReport(str(checkpoint), file, replaced, calibration, bias)
@@ -197,6 +211,18 @@ def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
     return _Labelled(source, held_out, f"{name}, {count} people held out of training")
 
 
+def _check_others(sets: Sequence[PairSet | _Labelled], others: Sequence[_Labelled]) -> None:
+    """Refuse sets to check the thresholds on that would tell nothing."""
+    fitted = {one.source.fingerprint() for one in sets if isinstance(one, _Labelled)}
+    for other in others:
+        if other.source.fingerprint() in fitted:
+            raise UserError(
+                f"--check {other.name} is a set that the thresholds are found on, where they hold: "
+                "name one of other people or images"
+            )
+        count_pairs(np.unique(other.source.labels[other.chosen], return_inverse=True)[1])
+
+
 def _impostors(one: PairSet | _Labelled) -> int:
     """Number of impostor pairs of a set."""
     if isinstance(one, PairSet):
@@ -226,16 +252,38 @@ def _score(
         fingerprint, pairs, same = one.fingerprint(), one.pairs, one.same
         people = None if one.people is None else one.people[pairs]
     else:
-        lost, advance = [], console.advance(bars, one.name, len(one.chosen))
-        embeddings = embedder.embed_source(
-            one.source, one.chosen, unreadable=lost, progress=advance
-        )
-        labels = np.delete(one.source.labels[one.chosen], lost)
+        embeddings, labels, lost = _embed(embedder, one, bars)
         fingerprint, (pairs, same) = one.source.fingerprint(), sample_pairs(labels, rng, MOST_PAIRS)
         people = labels[pairs]
     count = None if lost is None else len(lost)
     data = CalibrationSet.of(one.name, same, people, fingerprint, count)
     return _Scored(pair_scores(embeddings, pairs), same, people, data)
+
+
+def _embed(
+    embedder: Embedder, one: _Labelled, bars: Progress
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Embeddings and labels of a labelled set, and the places of the images that are unreadable."""
+    lost: list[int] = []
+    advance = console.advance(bars, one.name, len(one.chosen))
+    rows = embedder.embed_source(one.source, one.chosen, unreadable=lost, progress=advance)
+    return rows, np.delete(one.source.labels[one.chosen], lost), lost
+
+
+def _check_on(
+    calibration: Calibration, embedder: Embedder, other: _Labelled, seed: int, bars: Progress
+) -> CheckedSet:
+    rows, labels, _ = _embed(embedder, other, bars)
+    found = all_pairs_at(
+        rows,
+        labels,
+        {far: one.threshold for far, one in calibration.thresholds.items()},
+        replicates=calibration.intervals.replicates,
+        seed=seed,
+        progress=console.advance(bars, f"{other.name}: pairs", 1),
+    )
+    fingerprint, people = other.source.fingerprint(), len(np.unique(labels))
+    return CheckedSet(other.name, fingerprint, len(labels), people, tuple(found))
 
 
 def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -285,7 +333,27 @@ def _show(report: CalibrationReport) -> None:
         )
     replaces = ", replacing the calibration that was there" if report.replaced else ""
     lines.append(f"{calibration.method} calibration written to {report.file}{replaces}")
-    console.show(place, *lines)
+    console.show(place, *lines, *map(_checked_table, calibration.checked))
+
+
+def _checked_table(checked: CheckedSet) -> Table:
+    title = f"{checked.name}: all pairs of {checked.images:,} images of {checked.people:,} others"
+    place = console.table(
+        title, ["threshold for", "FAR here", "interval", "log10", "interval", "TAR"], dim=[2, 4]
+    )
+    for one in checked.thresholds:
+        transfer, far = one.transfer, one.far
+        assert one.asked is not None and far.ci is not None
+        assert transfer is not None and transfer.ci is not None
+        place.add_row(
+            f"FAR {far_key(one.asked)}",
+            f"{_percent(far.value)} %",
+            f"{_percent(far.ci[0])}–{_percent(far.ci[1])} %",
+            f"{transfer.value:+.2f}",
+            f"{transfer.ci[0]:+.2f} … {transfer.ci[1]:+.2f}",
+            f"{100 * one.tar.value:.1f} %",
+        )
+    return place
 
 
 def _percent(share: float) -> str:

@@ -202,8 +202,33 @@ def _calibration(calibration: Calibration | None) -> str:
             "| FAR | threshold | 95 % interval | TAR | impostor pairs |",
             "|---|---|---|---|---|",
             *rows,
+            *_elsewhere(calibration),
         ]
     )
+
+
+def _elsewhere(calibration: Calibration) -> list[str]:
+    """What the thresholds do on other sets."""
+    if not calibration.checked:
+        return [
+            "\nWhat FAR they have on other people and images is not known: `sphereface2 calibrate "
+            "--check SET` measures it."
+        ]
+    lines = [
+        "\nThe same thresholds elsewhere; log10 is that of the FAR there over the FAR asked for.\n",
+        "| set | images | people | asked | FAR there | log10 | 95 % interval | TAR |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in calibration.checked:
+        for at in one.thresholds:
+            assert at.transfer is not None and at.transfer.ci is not None
+            low, high = at.transfer.ci
+            lines.append(
+                f"| {one.name} | {one.images:,} | {one.people:,} | {at.asked:g} | "
+                f"{at.far.value:.2g} | {at.transfer.value:+.2f} | {low:+.2f} to {high:+.2f} | "
+                f"{100 * at.tar.value:.1f} % |"
+            )
+    return lines
 
 
 _LIMITS = (

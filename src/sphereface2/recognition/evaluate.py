@@ -31,13 +31,14 @@ from sphereface2.data.suites import (
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables
-from sphereface2.evaluation.all_pairs import AllPairsResult, count_pairs, evaluate_all_pairs
+from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
 from sphereface2.evaluation.one_threshold import OneThresholdResult, judge_thresholds
 from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
+from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
 from sphereface2.files import check_folder, read_lines

@@ -9,9 +9,10 @@ from itertools import pairwise
 import numpy as np
 
 from sphereface2.data.pairs import PairSet
-from sphereface2.evaluation.all_pairs import count_pairs, evaluate_all_pairs, sorted_rows
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.one_threshold import best_threshold
 from sphereface2.evaluation.results import OperatingPoint
+from sphereface2.evaluation.tiles import count_pairs, sorted_rows
 from sphereface2.evaluation.verification import allowed_accepts, kfold_accuracy
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -1,7 +1,7 @@
 """Gallery: enrolment, opening, search latency, and what approximate search loses.
 
     OMP_NUM_THREADS=1 python benchmarks/gallery.py             # 10,000 and 100,000 images, SQLite
-    python benchmarks/gallery.py --sizes 1000000 --probes 200  # some twenty minutes
+    python benchmarks/gallery.py --sizes 1000000 --probes 200  # an hour; see --folder
     python benchmarks/gallery.py --postgresql --sizes 100000   # a server of its own, with pgvector
     python benchmarks/gallery.py --peers --sizes 100000        # FAISS, LanceDB, hnswlib
 
@@ -142,16 +142,17 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
     size, dim = data.gallery.shape
     start = time.perf_counter()
     with Gallery.open(address, fingerprint=MODEL, dim=dim, storage=options.storage) as gallery:
-        if not gallery.is_file:  # PostgreSQL builds an index faster than it grows one
-            gallery.set_index(None)
-        for _ in gallery.add_many(data.people()):
-            pass
-        inserted = time.perf_counter() - start
-        print(f"  enrolled {size / inserted:,.0f} images/s", flush=True)
-        if not gallery.is_file:
+        if gallery.get("person 0") is None:  # else kept by `--folder`
+            if not gallery.is_file:  # PostgreSQL builds an index faster than it grows one
+                gallery.set_index(None)
+            for _ in gallery.add_many(data.people()):
+                pass
+            inserted = time.perf_counter() - start
+            print(f"  enrolled {size / inserted:,.0f} images/s", flush=True)
             start = time.perf_counter()
             gallery.set_index(0)
             print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
+        if not gallery.is_file:
             gallery.compact()
             with gallery._db.read() as connection:
                 sizes = connection.exec_driver_sql(
@@ -180,15 +181,13 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
         each = 1e3 * min(took) / len(many)
         print(f"  100 probes in a call: {each:.2f} ms each, {min(took) / min(bound):.2f} x product")
         if gallery.is_file:
-            start = time.perf_counter()
-            gallery.set_index(0)
-            print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
+            gallery._search._residents[0].hnsw.wait()
         data.report("HNSW", first(gallery))
         rng, times, cpu = np.random.default_rng(1), [], []
         for i in range(40):
             rows = noise(rng, IMAGES, dim)
             start, begun = time.perf_counter(), time.thread_time()
-            gallery.add(f"new {i}", rows)
+            gallery.add(f"new {i} {time.time_ns()}", rows)
             cpu.append(time.thread_time() - begun)
             times.append(time.perf_counter() - start)
         p50, p99 = 1e3 * np.percentile(times, [50, 99])
@@ -297,6 +296,9 @@ def main() -> None:
     parser.add_argument("--latencies", type=int, default=100, help="searches timed one by one")
     parser.add_argument("--storage", default=None, help="float32 or float16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, help="keep the SQLite galleries there, and take them if they are"
+    )
     parser.add_argument("--postgresql", action="store_true", help="a server instead of SQLite")
     parser.add_argument("--peers", action="store_true", help="FAISS, hnswlib and LanceDB instead")
     parser.add_argument("--tune", action="store_true", help="the index's settings instead")
@@ -321,7 +323,8 @@ def main() -> None:
                 measure(server.database(), data, options)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                measure(str(Path(folder) / "gallery.db"), data, options)
+                place = options.folder or Path(folder)
+                measure(str(place / f"{size}_{data.gallery.shape[1]}.db"), data, options)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ class Postgres:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        # While one of them dies, a server does not start: their shared memory is still in use.
+        while any(_runs(pid) for pid in pids):
+            time.sleep(0.01)
 
     def sql(self, text: str, database: str = "postgres") -> str:
         """Run SQL by psql; the rows."""
@@ -103,6 +106,13 @@ class Postgres:
     def address(self, database: str, user: str = "postgres") -> str:
         """The address of a database."""
         return f"postgresql+psycopg://{user}@127.0.0.1:{self.port}/{database}"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def missing() -> str | None:

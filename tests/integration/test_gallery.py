@@ -519,6 +519,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         assert files() == []
         gallery.set_index(100)
         assert files() == ["g.db-hnsw-aaaaaaaa"]
+        assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())  # private
     with opened(address) as gallery, opened(address) as other:
         hnsw = ready(gallery)
         assert not hnsw._removed

@@ -119,6 +119,25 @@ def test_a_change_between_the_statements_of_another(server: Postgres) -> None:
     )
 
 
+def test_searches_and_the_index_do_not_wait_for_each_other(server: Postgres) -> None:
+    address = server.database()
+    database = address.rpartition("/")[2]
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with Gallery.open(address, fingerprint=MODEL, dim=DIM) as one, Gallery.open(address) as two:
+        one.add("x", rows(0, 2))
+        with ThreadPoolExecutor(1) as pool, two._db.read() as search:
+            search.exec_driver_sql("SELECT count(*) FROM people")
+            changed = pool.submit(one.set_index, None)
+            while server.sql(waiting, database) == "0\n" and not changed.done():
+                pass
+            assert search.exec_driver_sql("SELECT count(*) FROM images").scalar() == 2
+            search.exec_driver_sql("ROLLBACK")
+            changed.result(timeout=20)
+        assert two.search(rows(0, 1), k=1)[0][0].person == "x"
+        one.set_index(0)
+        assert two.search(rows(0, 1), k=1)[0][0].person == "x"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_change_between_the_statements_of_every_other(server: Postgres) -> None:

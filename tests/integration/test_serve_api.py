@@ -212,8 +212,9 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
     renamed = client.patch("/v1/people/d", json={"name": "e", "metadata": {"z": 3}}).json()
     assert (renamed["name"], renamed["metadata"]) == ("e", {"z": 3})
     assert client.get("/v1/people/d").status_code == 404
-    taken = client.patch("/v1/people/e", json={"name": "c"})
+    taken = client.patch("/v1/people/e", json={"name": "c", "metadata": {"z": 4}})
     assert (taken.status_code, taken.json()["code"]) == (409, "exists")
+    assert client.get("/v1/people/e").json()["metadata"] == {"z": 3}  # both or neither
     assert client.patch("/v1/people/e", json={"name": "d"}).json()["name"] == "d"
     assert client.patch("/v1/people/nobody", json={"metadata": {}}).status_code == 404
     person = client.get("/v1/people/Ada Łovelace").json()

@@ -140,8 +140,10 @@ class Gallery(GalleryReader):
             there = self._rows.set(connection, key, metadata=text)
             return self._rows.describe(connection, [key])[key] if there else None
 
-    def rename(self, person: str, new_name: str) -> Person | None:
-        """Give a person another name.
+    def rename(
+        self, person: str, new_name: str, *, metadata: dict[str, Any] | None = None
+    ) -> Person | None:
+        """Give a person another name, and other metadata if there are any.
 
         Returns:
             The person as they are now, or None if nobody of the old name is there.
@@ -150,8 +152,11 @@ class Gallery(GalleryReader):
             PersonExistsError: somebody of the new name is there.
         """
         key, name = person_key(person_name(person)), person_name(new_name)
+        text = None if metadata is None else metadata_json(name, metadata)
         # Alone: nobody is enrolled under either name while rows go from one to the other.
         with self._change(alone=True) as connection:
+            if text is not None:
+                self._rows.set(connection, key, metadata=text)
             return self._rows.rename(connection, key, name)
 
     def remove(self, person: str) -> int:

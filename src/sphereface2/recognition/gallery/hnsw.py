@@ -208,6 +208,7 @@ class Hnsw:
                 return
             temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
             try:
+                temporary.touch(0o600)  # as the gallery itself: these are people's faces
                 self._index.save(temporary)
                 self._keep(temporary, self._file, self._seq)
             finally:

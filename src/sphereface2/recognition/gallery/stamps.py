@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -9,7 +10,8 @@ from sqlalchemy.engine import Connection
 
 from sphereface2.errors import UserError
 from sphereface2.recognition.gallery.rows import Rows
-from sphereface2.recognition.gallery.sql import Database
+from sphereface2.recognition.gallery.sql import BUSY_SECONDS, Database
+from sphereface2.recognition.gallery.types import GalleryUnavailableError
 from sphereface2.version import __version__
 
 FORMAT_VERSION = 1
@@ -58,16 +60,40 @@ def create(database: Database, **facts: Any) -> Any:
 
 
 def index_server(connection: Connection, row: Any) -> None:
-    """Make the indexes of PostgreSQL that the stamp asks for anew; without a stamp, drop them."""
+    """Have PostgreSQL keep the indexes that the stamp asks for, and no other; without one, none."""
+    if row is None or row.hnsw_from is None:
+        _lock_out_searches(connection)
     for table, column in (("images", "embedding"), ("people", "template")):
-        connection.exec_driver_sql(f"DROP INDEX IF EXISTS {table}_hnsw")
-        if row is not None and row.hnsw_from is not None:
-            connection.exec_driver_sql(
-                f"CREATE INDEX {table}_hnsw ON {table} "
-                f"USING hnsw (({column}::halfvec({row.dim})) halfvec_ip_ops) "
-                # Rows of another model, which other transactions still see, stay out.
-                f"WHERE vector_dims({column}) = {row.dim}"
-            )
+        connection.exec_driver_sql(
+            f"DROP INDEX IF EXISTS {table}_hnsw"
+            if row is None or row.hnsw_from is None
+            else f"CREATE INDEX IF NOT EXISTS {table}_hnsw ON {table} "
+            f"USING hnsw (({column}::halfvec({row.dim})) halfvec_ip_ops) "
+            # Rows of another model, which other transactions still see, stay out.
+            f"WHERE vector_dims({column}) = {row.dim}"
+        )
+
+
+def _lock_out_searches(connection: Connection) -> None:
+    """Take the tables for this transaction alone.
+
+    A search may hold one of them and wait for the other: then it is let through.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            with connection.begin_nested():
+                connection.exec_driver_sql("SET LOCAL lock_timeout = '500ms'")
+                connection.exec_driver_sql("LOCK TABLE images, people IN ACCESS EXCLUSIVE MODE")
+                connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+            return
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != "55P03":  # no time-out of the lock
+                raise
+            if time.monotonic() > until:
+                raise GalleryUnavailableError(
+                    "the gallery is searched without a pause; nothing was changed; try again later"
+                ) from error
 
 
 def check(row: Any, uri: str, **wanted: Any) -> None:

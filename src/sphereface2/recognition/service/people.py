@@ -160,16 +160,16 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
     openapi_extra=bodies.documentation(schemas.ChangeRequest),
 )
 async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
-    """Rename a person, or replace the metadata; the images stay."""
+    """Rename a person, replace the metadata, or both at once; the images stay."""
     asked = await bodies.read(request, schemas.ChangeRequest)
 
     def work() -> Person:
-        current = service.person(name).name
-        if asked.metadata is not None:
-            service.gallery.set_metadata(current, asked.metadata)
+        gallery, metadata = service.gallery, asked.metadata
         if asked.name is not None:
-            service.gallery.rename(current, asked.name)
-        return service.person(asked.name or current)
+            return service.known(gallery.rename(name, asked.name, metadata=metadata))
+        return service.known(
+            gallery.get(name) if metadata is None else gallery.set_metadata(name, metadata)
+        )
 
     return person_out(await run_in_threadpool(work))
 

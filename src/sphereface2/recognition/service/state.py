@@ -99,7 +99,10 @@ class Service:
 
     def person(self, name: str) -> Person:
         """An enrolled person; a 404 if there is none."""
-        person = self.gallery.get(name)
+        return self.known(self.gallery.get(name))
+
+    def known(self, person: Person | None) -> Person:
+        """The person; a 404 if there is none."""
         if person is None:
             raise UnknownPersonError("no person of that name is enrolled")
         return person

@@ -1,6 +1,6 @@
-"""Runs a study on a GPU, many cells at a time, and packs what is done.
+"""Runs studies on a GPU, many cells at a time, and packs what is done.
 
-    python benchmarks/gpu/study.py --seconds 300                  # run, then pack into --out
+    python benchmarks/gpu/study.py --seconds 420                  # run, then pack into --out
     python benchmarks/gpu/study.py --pack-only --out FOLDER       # at any time, also beside the run
 
 A cell of a small network uses a small part of a GPU: with NVIDIA's MPS, which is started where it
@@ -22,12 +22,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.run import CARRIED, ROOT, python_path
 
+QUEUE = [
+    ROOT / "configs" / "study" / f"{name}.yaml"
+    for name in ("claim", "one-threshold", "confirmation")
+]
+"""Those of which cells are missing, the most valuable first."""
 ROOM = 15_500_000
 """Bytes of embeddings."""
 KEPT = ("cell.json", "failed.txt")
@@ -35,8 +41,8 @@ KEPT = ("cell.json", "failed.txt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--study", type=Path, default=ROOT / "configs" / "study" / "claim.yaml")
-    parser.add_argument("--seconds", type=float, default=300, help="after which no cell starts")
+    parser.add_argument("--study", type=Path, nargs="+", default=QUEUE, help="in this order")
+    parser.add_argument("--seconds", type=float, default=420, help="after which no cell starts")
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--work", type=Path, default=Path("/tmp/study"))
     parser.add_argument("--data", type=Path, default=CARRIED / "faces")
@@ -55,7 +61,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, cells: Path) -> int:
-    """Run the study; its exit status. What it says goes to ``study.log`` in the work folder."""
+    """Run the studies; 0 if none failed. What they say goes to ``study.log`` in the work folder."""
     work: Path = arguments.work
     data = shutil.copytree(arguments.data, work / "faces", dirs_exist_ok=True)
     with (work / "study.log").open("a") as log:
@@ -70,10 +76,14 @@ def run(arguments: argparse.Namespace, cells: Path) -> int:
             arguments.mps.mkdir(exist_ok=True)
             # Fails where one runs already, which will do.
             subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, stdout=log)
-        command = [sys.executable, "-m", "sphereface2", "study", "run", str(arguments.study)]
+        command = [sys.executable, "-m", "sphereface2", "study", "run"]
         command += ["--cells", str(cells), "--jobs", str(arguments.jobs)]
-        command += ["--seconds", str(arguments.seconds)]
-        return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        until, status = time.monotonic() + arguments.seconds, 0
+        for study in arguments.study:
+            left = max(0.0, until - time.monotonic())
+            words = [*command, "--seconds", f"{left:.0f}", str(study)]
+            status |= subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
+        return status
 
 
 def pack(cells: Path, out: Path) -> None:

@@ -345,6 +345,25 @@ def test_several_studies_have_an_index(copied):
         write_reports([paths[0], paths[0]], cells=copied / "cells", out=copied / "out")
 
 
+def test_finalists_are_told_pair_by_pair(copied):
+    """Apart from the baseline, and with how people differ in the first condition."""
+    finals = [{"arms": ["sphereface2"]}, {"arms": ["cosface"]}]
+    tree = TREE | {"baseline": "normface", "finals": finals}
+    (copied / "study.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    text = section(report(copied), "## Finalists, pair by pair")
+    found = results.load(copied / "study.yaml", copied / "cells")
+    for condition in TREE["conditions"]:
+        head, _, row = rows(section(text, f"### {condition}, pair by pair"))
+        told = dict(zip(head, row, strict=True))
+        assert row[0] == "sphereface2 less cosface<br>over people<br>over seeds" and row[1] == "3"
+        arms = (found.series(arm, condition, "TAR@1e-3") for arm in ("sphereface2", "cosface"))
+        ours, theirs = ([figure.value for figure in one.values()] for one in arms)
+        low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        bounds = [f"{100 * bound:+.2f}".replace("-", "−") for bound in (low, high)]
+        assert told["TAR@1e-3"].split("<br>")[2] == " … ".join(bounds)
+        assert ("Gini of own FARs" in told) == (condition == "clean")
+
+
 def test_a_transferred_threshold_has_the_interval_of_all_pairs():
     rng = np.random.default_rng(5)
     labels = np.repeat(np.arange(120), 4)

@@ -15,7 +15,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.extras import require
 from sphereface2.files import atomic_write
-from sphereface2.study import results, sections, tables
+from sphereface2.study import finalists, results, sections, tables
 from sphereface2.study.design import Cell, Study
 from sphereface2.study.results import MAIN_FAR, Results
 from sphereface2.study.runner import CELLS, validation_tar
@@ -261,6 +261,10 @@ class Report:
     @property
     def comparisons(self) -> list[sections.Comparison]:
         return sections.comparisons(self.found, self.folder)
+
+    @property
+    def pairs(self) -> list[finalists.Pairs]:
+        return finalists.pairs(self.found)
 
     @property
     def across(self) -> list[sections.Across]:

@@ -178,10 +178,8 @@ def load(path: Path, cells: Path) -> Results:
         )
     _check_data(found, cells)
     used = {cell.key for cell in grid if cell.key in found}
-    # How people differ is reported of the arms as they are, without sweeps or other conditions.
-    closer = {
-        cell.key for cell in grid if cell.role == "grid" and cell.condition == study.first_condition
-    }
+    # How people differ is reported of the first condition.
+    closer = {cell.key for cell in grid if cell.condition == study.first_condition}
     figures = _figures({key: found[key] for key in used}, closer, cells / stored.SETS)
     return Results(study, chosen, trials, grid, pending, found, failures, figures)
 

@@ -194,6 +194,15 @@ def _change(before: Series, after: Series) -> str:
     return f"{change} ({tables.number(found.value / start, scale=100, digits=1, sign=True)} %)"
 
 
+ONE_THRESHOLD = (
+    Column(results.own_name(MAIN_FAR, scaled=True), "spread of own thresholds", 1.0, 4, "min"),
+    Column(OWN_GINI, "Gini of own FARs", 1.0, 3, "min"),
+    Column(UNIFORM, "uniform accuracy, %"),
+    Column(DECADES, "threshold carried over, mean size of log10", 1.0, 2, "min"),
+)
+"""How well one threshold serves everybody, as a sweep's table has it."""
+
+
 def sweeps(found: Results, folder: Path) -> list[SweepPlot]:
     """Each sweep, drawn in ``sweep-K.png``."""
     every = found.study.sweeps.items()
@@ -218,10 +227,12 @@ def _sweep(found: Results, folder: Path, k: int, name: str, sweep: Sweep) -> Swe
         for value in values
     ]
     header, columns = [panel.title for panel in panels], [tables.means(line) for line in lines]
-    carried = [series for _, series in found.sweep(name, DECADES)[0]]
-    if any(carried):
-        header.append("threshold carried over, mean size of log10")
-        columns.append(tables.means(carried, scale=1.0, best="min"))
+    for column in ONE_THRESHOLD:
+        line = [series for _, series in found.sweep(name, column.name)[0]]
+        if any(line):
+            header.append(column.title)
+            shown = tables.means(line, scale=column.scale, digits=column.digits, best=column.best)
+            columns.append(shown)
     table = tables.table([escape(label), *header], [*zip(names, *columns, strict=True)])
     return SweepPlot(name, label, seeds, plot, table)
 

@@ -187,7 +187,8 @@ def main() -> None:
         print(json.dumps(drawn(given.drawn)))
         return
     if given.set is None:
-        parser.error("give SET, or --drawn")
+        print("nothing measured: give SET, or --drawn")
+        return
     source = open_source(given.set)
     rng = np.random.default_rng(0)
     seen = given.seen or given.trained

@@ -204,7 +204,7 @@ def told(results: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("set", type=Path)
+    parser.add_argument("set", type=Path, nargs="?")
     parser.add_argument("--work", type=Path, default=Path("/tmp/cleaning"), help="what is done")
     parser.add_argument("--table", type=Path, help="embeddings.parquet of data audit SET")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -215,6 +215,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=7)
     parser.add_argument("--jobs", type=int, default=6)
     given = parser.parse_args()
+    if given.set is None:
+        print("nothing measured: give SET")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / f"{given.people}-{given.test_people}.npz"

@@ -142,7 +142,8 @@ def main() -> None:
         print(json.dumps(drawn(given.drawn)))
         return
     if given.set is None:
-        parser.error("give SET, or --drawn")
+        print("nothing measured: give SET, or --drawn")
+        return
     source = open_source(given.set)
     split = split_people(source, 400, 0, test_people=400, max_images=10)
     chosen = np.sort(np.concatenate([split.validation, split.test]))

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def test_make_targets_that_are_named_exist() -> None:
     for page in PAGES:
         named = re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", page.read_text(), re.MULTILINE)
         assert {one or other for one, other in named} <= targets, page
+
+
+def test_extras_that_are_named_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for page in PAGES:
+        for named in re.findall(r"(?:sphereface2|\.)\[([a-z0-9,-]+)\]", page.read_text()):
+            assert set(named.split(",")) <= set(project["optional-dependencies"]), page
 
 
 def test_links_between_files_lead_somewhere() -> None:

@@ -53,7 +53,10 @@ def run(place: Path, *words: object) -> str:
 @pytest.mark.slow
 def test_the_way_of_a_newcomer_from_the_wheel(place: Path) -> None:
     assert "small" in run(
-        place, "python", "-c", "from sphereface2.training.command import recipes; print(*recipes())"
+        place,
+        "python",
+        "-c",
+        "from sphereface2.training.sections import recipes; print(*recipes())",
     )
     run(place, "python", "-c", DRAW)
     run(place, "sphereface2", "data", "info", "faces")

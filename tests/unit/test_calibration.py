@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -307,6 +308,13 @@ def test_an_exported_file_has_its_own_calibration_or_its_checkpoints(model):
     assert Calibration.load(exported, fingerprint=fingerprint(net)).to_dict() == ours.to_dict()
     # An int8 file lies there too, and is another network.
     assert Calibration.load(exported, fingerprint="int8") is None
+    # `export runs/NAME` writes into the run, whose best checkpoint has the calibration.
+    best = folder / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    (folder / "calibration.json").rename(best / "calibration.json")
+    assert Calibration.load(exported, fingerprint=fingerprint(net)).to_dict() == ours.to_dict()
+    assert Calibration.load(exported, fingerprint="int8") is None
+    (best / "calibration.json").rename(folder / "calibration.json")
     path = fit(*gaussian(200, 2000), fingerprint="int8").save(exported)
     assert path == folder / "x.calibration.json"
     assert Calibration.load(exported, fingerprint="int8").fingerprint == "int8"
@@ -314,6 +322,7 @@ def test_an_exported_file_has_its_own_calibration_or_its_checkpoints(model):
         Calibration.load(exported, fingerprint=fingerprint(net))
     for leftover in (path, exported, folder / "calibration.json"):
         leftover.unlink()
+    shutil.rmtree(best.parent)
     with pytest.raises(UserError, match="cannot be written"):
         ours.save(folder / "absent")
 

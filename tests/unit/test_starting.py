@@ -173,6 +173,17 @@ def test_settings_that_contradict_the_weights_are_refused(run, tmp_path):
         starting.settings(None, words(**{"training.start_from": tmp_path / "model.onnx"}))
 
 
+def test_a_start_without_a_file_has_the_recipe_for_it_and_any_other_file_has_its_own(run, tmp_path):
+    start = {"training.start_from": run}
+    found = starting.settings(None, words(**start, **{"head.r": 20, "training.epochs": 3}))
+    training, head = found.training, found.head
+    assert (found.name, training.lr, training.epochs) == ("finetune", 0.01, 3)
+    assert found.data.augmentation.affine == 0.6 and (head["r"], head["m"]) == (20, 0.3)
+    (tmp_path / "own.yaml").write_text("name: own\n")
+    assert starting.settings(tmp_path / "own.yaml", words(**start)).training.lr == 0.1
+    assert starting.settings(None, ["--training.epochs", "3"]).training.lr == 0.1
+
+
 def test_frozen_parts_and_batch_norm_stay(run):
     step = training_step(training__freeze=["stages.0"], training__lr=0.5)
     before = {key: value.clone() for key, value in step.network.state_dict().items()}

@@ -259,23 +259,23 @@ class Calibration:
 
         Args:
             network: a model folder or an exported ``.onnx`` file; the latter has its own
-                calibration, or that of the checkpoint in whose folder it lies, if they compute the
-                same.
+                calibration, or that of the checkpoint or run in whose folder it lies, if they
+                compute the same.
             fingerprint: of the network there.
 
         Raises:
             UserError: the file is damaged, or belongs to another network.
         """
         network = Path(network)
-        path, borrowed = file_of(network), False
+        path = file_of(network)
         if not path.exists() and network.suffix == ".onnx":
-            path, borrowed = network.with_name(FILE), True
+            others = (network.parent / FILE, network.parent / "checkpoints" / "best" / FILE)
+            lent = [_read(other) for other in others if other.exists()]
+            return next((one for one in lent if one.fingerprint == fingerprint), None)
         if not path.exists():
             return None
         found = _read(path)
         if found.fingerprint != fingerprint:
-            if borrowed:
-                return None
             raise UserError(
                 f"{path} belongs to another network than the one beside it: delete it, or "
                 "overwrite it with sphereface2 calibrate"

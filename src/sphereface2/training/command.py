@@ -15,6 +15,7 @@ from sphereface2.training import config as configuration
 from sphereface2.training import starting
 from sphereface2.training.config import RunConfig
 from sphereface2.training.fit import fit as train
+from sphereface2.training.sections import recipes
 
 OPTIONS = ("config", "teacher", "resume", "start-from", "run-folder", "ranks", "print-config")
 
@@ -45,7 +46,8 @@ def fit(
     - `sphereface2 fit --resume runs/small-20250101-120000`: go on with an interrupted run.
 
     Args:
-        config: Name of a recipe, or a YAML file of settings.
+        config: Name of a recipe, or a YAML file of settings; for fine-tuning, by default the recipe
+            finetune.
         teacher: Model or table of embeddings that the network's embeddings follow; short for
             `--teacher.path`.
         resume: Run folder to continue from its last checkpoint, with its own settings.
@@ -81,14 +83,6 @@ def fit(
         print(configuration.dump(shown), end="")
         return
     train(path, resume=resume, run=run_folder, ranks=ranks, overrides=overrides)
-
-
-def recipes() -> dict[str, Path]:
-    """The configurations that come with the package, by name."""
-    package = Path(__file__).parents[1]
-    installed = package / "configs"
-    folder = installed if installed.is_dir() else package.parents[1] / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def settings_help() -> str:

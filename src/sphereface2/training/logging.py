@@ -147,7 +147,8 @@ class RunLog:
             return
         self._write("validation", step, epoch, {"seconds": seconds, **values})
         figures = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
-        self.say(f"epoch {epoch:.2f}: {figures}")
+        if figures:  # a run without held-out people or pairs has none
+            self.say(f"epoch {epoch:.2f}: {figures}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -23,6 +23,14 @@ from sphereface2.files import read_yaml
 T = TypeVar("T")
 
 
+def recipes() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parents[1] / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def read(path: Path, what: str, section: type | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file has none.
 

@@ -28,6 +28,7 @@ from sphereface2.training.config import RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
 from sphereface2.training.optim import belongs
 from sphereface2.training.resuming import PEOPLE, same_network
+from sphereface2.training.sections import recipes
 
 _FREE = ("dropout",)  # options of a backbone that fine-tuning may set anew
 _AT_ONCE = 8192
@@ -36,6 +37,8 @@ _AT_ONCE = 8192
 def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     """`configuration.load`, with the backbone of ``training.start_from`` where that is given.
 
+    Without a file, a start has the recipe ``finetune``: the defaults are those of a new network.
+
     Raises:
         UserError: there is no such network, or a setting of the backbone contradicts it.
     """
@@ -43,6 +46,9 @@ def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     training = tree.get("training")
     start = training.get("start_from") if isinstance(training, dict) else None
     if start is not None:
+        if path is None:
+            path = recipes()["finetune"]
+            tree, given = configuration.read(path, overrides)
         wanted = tree.get("backbone") or {}
         own = load(str(start)).config
         theirs = {"name": own["name"], **own["kwargs"]}

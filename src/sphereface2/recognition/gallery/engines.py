@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sphereface2.recognition.gallery.hnsw import Hnsw, Ranked, View
-from sphereface2.recognition.gallery.rows import Rows, parts, person_of
+from sphereface2.recognition.gallery.rows import SEQ, Rows, parts, person_of
 from sphereface2.recognition.gallery.search import Resident, exact
 from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.stamps import check_moved, stamp
@@ -22,10 +22,7 @@ from sphereface2.recognition.gallery.types import Person, packed
 
 _CANDIDATES = 16
 _PEOPLE_KEPT = 100_000  # in memory
-_STATE = (
-    "SELECT (SELECT fingerprint FROM stamp), "
-    "(SELECT seq FROM sqlite_sequence WHERE name = 'changes')"
-)
+_STATE = f"SELECT (SELECT fingerprint FROM stamp), ({SEQ})"
 
 #: A probe's answer: people and cosines, best first.
 Found = list[tuple[Person, float]]

@@ -147,7 +147,8 @@ class Hnsw:
         with self._lock:
             if self._index is None or self._seq != view.seq:
                 return None
-            found = self._index.search(probe, max(_CANDIDATES, 4 * k)).keys.astype(np.int64)
+            size = max(_CANDIDATES, 4 * k)
+            found = self._index.search(probe, size, threads=1).keys.astype(np.int64)
             rows = self._order[np.searchsorted(self._ids, found).clip(max=len(self._ids) - 1)]
         rows = rows[view.ids[rows] == found]
         ranked = best_people(view.rows[rows] @ probe, view.owners[rows], k) if len(rows) else []

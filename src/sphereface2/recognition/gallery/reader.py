@@ -39,6 +39,7 @@ class GalleryReader:
 
     def __init__(self, database: Database, row: Any) -> None:
         self._db, self._closed, self.unerased = database, False, False
+        self._counted: tuple[Any, int, int] | None = None  # see `_sizes`
         self._take(row)
 
     def _take(self, row: Any) -> None:
@@ -250,7 +251,7 @@ class GalleryReader:
     def count(self, *, query: str = "") -> int:
         """How many people there are, or how many of them `people` finds by ``query``."""
         with self._read() as connection:
-            return _count(connection, self._rows.people, self._rows.named(query))
+            return self._rows.count(connection, query) if query else self._sizes(connection)[0]
 
     def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
         """Everybody by name, or those of these names, with their images, oldest first."""
@@ -266,18 +267,19 @@ class GalleryReader:
         """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
         ``hnsw_from``, ``uri``, ``package_version``, ``unerased``."""
         with self._read() as connection:
-            facts: dict[str, Any] = {
-                table.name: _count(connection, table)
-                for table in (self._rows.people, self._rows.images)
-            }
+            facts: dict[str, Any] = dict(
+                zip(("people", "images"), self._sizes(connection), strict=True)
+            )
         for fact in ("dim", "fingerprint", "model", "storage", "hnsw_from", "package_version"):
             facts[fact] = getattr(self._stamp, fact)
         return {**facts, "uri": self.uri, "unerased": self.unerased}
 
-
-def _count(connection: Connection, table: sa.Table, *which: sa.ColumnElement[bool]) -> int:
-    query = sa.select(sa.func.count()).select_from(table).where(*which)
-    return int(connection.scalar(query) or 0)
+    def _sizes(self, connection: Connection) -> tuple[int, int]:
+        """Numbers of people and images, counted once as long as nothing changes."""
+        state, known = self._rows.state(connection), self._counted
+        if known is None or known[0] != state:
+            self._counted = known = (state, *self._rows.sizes(connection))
+        return known[1:]
 
 
 def _match(person: Person, score: float) -> Match:

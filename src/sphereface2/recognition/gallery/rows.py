@@ -7,6 +7,7 @@ can be partitioned by person, or distributed over servers, as they are.
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -87,6 +88,8 @@ def bytes_type(storage: str) -> np.dtype[Any]:
 
 
 _TEXT = sa.Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
+#: The number of the last change that a transaction of SQLite sees.
+SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'changes'"
 # SQLite's record of who changed, by which a process brings its matrix in memory up to date. Every
 # change of a person touches the person's row.
 _CHANGES = (
@@ -188,6 +191,28 @@ class Rows:
         """People by name, of those whose name contains ``part``."""
         query = self._described.where(self.named(part)).order_by(self.people.c.name)
         return [person_of(row) for row in connection.execute(query.limit(limit).offset(offset))]
+
+    def state(self, connection: Connection) -> Any:
+        """What another transaction that sees the same tables has in common with this one."""
+        if self._dialect is sqlite:
+            return connection.exec_driver_sql(SEQ).scalar()
+        # The second: a distributed database may change rows elsewhere.
+        snapshot = connection.exec_driver_sql("SELECT pg_current_snapshot()::text").scalar()
+        return snapshot, int(time.monotonic())
+
+    def count(self, connection: Connection, part: str) -> int:
+        """How many people `page` finds."""
+        query = sa.select(sa.func.count()).select_from(self.people).where(self.named(part))
+        return int(connection.scalar(query) or 0)
+
+    def sizes(self, connection: Connection) -> tuple[int, int]:
+        """Numbers of people and images."""
+        counts = (
+            sa.select(sa.func.count()).select_from(table).scalar_subquery()
+            for table in (self.people, self.images)
+        )
+        people, images = connection.execute(sa.select(*counts)).one()
+        return people, images
 
     def stored(self, connection: Connection, keys: list[int] | None) -> dict[int, Stored]:
         """Everybody, or these people, with their images, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
@@ -129,11 +130,12 @@ async def search(request: Request, service: Current) -> schemas.Found:
     (seen,) = await service.embed(request, [asked.image], asked.aligned, asked.faces)
     rows = np.stack([one.embedding for one in seen])
 
-    def work() -> tuple[list[list[Match]], int]:
+    def work() -> tuple[list[list[Match]], dict[str, Any]]:
         found = service.gallery.search(rows, k=asked.k, fusion=asked.fusion)
-        return found, service.gallery.count()
+        return found, service.gallery.stats()
 
-    found, people = await run_in_threadpool(work)
+    found, sizes = await run_in_threadpool(work)
+    comparisons = sizes["people" if asked.fusion == "mean" else "images"]
     faces = []
     for one, matches in zip(seen, found, strict=True):
         listed = [match_out(match, threshold) for match in matches]
@@ -153,8 +155,8 @@ async def search(request: Request, service: Current) -> schemas.Found:
     return schemas.Found(
         threshold=threshold,
         far=far,
-        people=people,
-        fpir=None if far is None else named_by_mistake(far, people),
+        people=sizes["people"],
+        fpir=None if far is None else named_by_mistake(far, comparisons),
         faces=faces,
     )
 

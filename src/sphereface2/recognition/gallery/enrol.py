@@ -152,8 +152,9 @@ def add(
 
     with ExitStack() as stack:
         stack.callback(lambda: [print(f"left out: {line}", file=sys.stderr) for line in left_out])
-        opened = _existing(gallery, stack)
-        embedder = None
+        opened = embedder = None
+        with suppress(NoGalleryError):
+            opened = stack.enter_context(Gallery.open(gallery, create=False))
         if features is None or model is not None:
             embedder = load_embedder(model, opened, device)
         if folder is not None and opened is not None:
@@ -289,13 +290,6 @@ def reembed(
     went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
     console.show(f"{shown(gallery)} now holds {len(after):,} people embedded by {model}{went}")
     return {"people": len(after), "gone": gone, "left_out": left_out}
-
-
-def _existing(gallery: str, stack: ExitStack) -> Gallery | None:
-    try:
-        return stack.enter_context(Gallery.open(gallery, create=False))
-    except NoGalleryError:
-        return None
 
 
 def _embed(

@@ -131,17 +131,15 @@ def _add_layers(app: FastAPI, settings: Settings, metrics: Metrics, audit: Audit
 def _add_page(app: FastAPI) -> None:
     revalidate = {"Cache-Control": "no-cache"}
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(_STATIC / "index.html", headers=revalidate)
+    def add(path: str, file: str) -> None:
+        async def answer() -> Response:
+            return FileResponse(_STATIC / file, headers=revalidate)
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return FileResponse(_STATIC / "docs.html", headers=revalidate)
+        app.add_api_route(path, answer, include_in_schema=False)
 
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
-        return FileResponse(_STATIC / "icon.svg", headers=revalidate)
+    add("/", "index.html")
+    add("/docs", "docs.html")
+    add("/favicon.ico", "icon.svg")
 
     class Static(StaticFiles):
         def file_response(self, *args: object, **kwargs: object) -> Response:

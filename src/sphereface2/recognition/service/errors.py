@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -22,12 +20,7 @@ class Refusal(HTTPException):
         self.code = code
 
     def response(self) -> Response:
-        """The JSON answer."""
-        return JSONResponse(
-            body(self.code, str(self.detail)), status_code=self.status_code, headers=self.headers
-        )
-
-
-def body(code: str, sentence: str) -> dict[str, Any]:
-    """The JSON of an error; what the sentence quotes may be no text that can be sent."""
-    return {"code": code, "error": sentence.encode("utf-8", "replace").decode()}
+        """The JSON answer; what the sentence quotes may be no text that can be sent."""
+        sentence = str(self.detail).encode("utf-8", "replace").decode()
+        content = {"code": self.code, "error": sentence}
+        return JSONResponse(content, status_code=self.status_code, headers=self.headers)

@@ -126,6 +126,30 @@ def test_tiny_batch_of_one_and_a_single_block(device, name):
         assert_near(found_gradient, gradient, 1e-4)
 
 
+def test_the_loss_between_samples_equals_float64(device):
+    """With people of whom nobody was seen, and one twice in a batch."""
+    config = heads.SampleToSampleConfig(weight=0.5, s=12.0)
+    with device:
+        ours = heads.SampleToSample(DIM, 300, config)
+    exact = heads.SampleToSample(DIM, 300, config).double()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        x = torch.randn(64, DIM, generator=generator).double().requires_grad_()
+        labels = torch.randint(300, (64,), generator=generator)
+        moved = x.detach().float().to(device).requires_grad_()
+        if step:
+            ours.start(moved, labels.to(device))
+            exact.start(x, labels)
+            losses = ours(moved, labels.to(device)), exact(x, labels)
+            torch.testing.assert_close(losses[0].cpu().double(), losses[1], rtol=1e-4, atol=0)
+            for loss in losses:
+                loss.backward()
+            torch.testing.assert_close(moved.grad.cpu().double(), x.grad, rtol=1e-3, atol=1e-6)
+        ours.remember(moved, labels.to(device))
+        exact.remember(x, labels)
+    torch.testing.assert_close(ours.memory.cpu().double(), exact.memory, rtol=1e-5, atol=1e-6)
+
+
 def test_sampled_negatives_are_unbiased(device):
     oracle, ours = pair("sphereface2", {"r": 4.0}, "sampled", device)
     ours.negative_share = 0.3

@@ -62,6 +62,11 @@ GRAPHED = {
         "data.workers": 0,
         "data.augmentation.photometric": 0.5,
     },
+    "between samples": {
+        **EAGER_HEAD,
+        "sample_to_sample.weight": 0.5,
+        "sample_to_sample.s": 8,
+    },
     "fused": {},
     "sampled, bf16": {
         "head.negatives": "uniform",

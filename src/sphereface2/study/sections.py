@@ -64,11 +64,11 @@ class Across:
 
 @dataclass(frozen=True)
 class SweepPlot:
-    """A sweep's plot and table; both None if no cell is done."""
+    """A sweep's plot and table, None if no cell is done; ``seeds``: how many its values have."""
 
     name: str
     label: str
-    seeds: int
+    seeds: list[int]
     plot: str | None = None
     table: str | None = None
 
@@ -215,9 +215,9 @@ def _sweep(found: Results, folder: Path, k: int, name: str, sweep: Sweep) -> Swe
         points, own = found.sweep(name, figure)
         values = [value for value, _ in points]
         panels.append(plots.Panel(title, {sweep.arm: [series for _, series in points]}))
-    label, seeds = f"{sweep.key} of {sweep.arm}", len(sweep.seeds or found.study.seeds[:1])
-    lines = [panel.lines[sweep.arm] for panel in panels]
-    if not any(series for line in lines for series in line):
+    label, lines = f"{sweep.key} of {sweep.arm}", [panel.lines[sweep.arm] for panel in panels]
+    seeds = sorted({len(series) for line in lines for series in line if series})
+    if not seeds:
         return SweepPlot(name, label, seeds)
     plot = f"sweep-{k + 1}.png"
     plots.plot_sweep(panels, values, own, label, folder / plot)

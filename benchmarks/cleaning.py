@@ -168,7 +168,7 @@ def cell(given: argparse.Namespace, path: Path, seed: int, share: float) -> dict
     source = SimpleNamespace(labels=labels, num_classes=people, class_names=None, name=str)
     columns = {name: data[name] for name in ("thumbnails", *MEASURES)}
     for name, (whose, move) in CLEANED.items():
-        if whose not in rows:
+        if whose not in rows or name not in given.ways:
             continue
         faces = Faces(source, np.arange(len(labels)), rows[whose], left_out=[], **columns)
         found = judge(
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("set", type=Path, nargs="?")
     parser.add_argument("--work", type=Path, default=Path("/tmp/cleaning"), help="what is done")
     parser.add_argument("--table", type=Path, help="embeddings.parquet of data audit SET")
+    parser.add_argument("--ways", nargs="+", choices=CLEANED, default=list(CLEANED))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.2])

@@ -1,10 +1,11 @@
-"""The Triton kernel against the eager equations: compiled on CUDA, interpreted on the CPU."""
+"""The Triton kernels against the eager equations: compiled on CUDA, interpreted on the CPU."""
 
 import dataclasses
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +19,29 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture
 def kernels(device):
-    """The module with the kernel. Triton reads when it is imported whether it interprets."""
+    """The module of the terms. Triton reads when it is imported whether it interprets."""
     if (device.type == "cpu") != INTERPRETED:
         pytest.skip("compiled on CUDA; interpreted on the CPU by the test below")
     return pytest.importorskip("sphereface2.heads.kernels", exc_type=ImportError)
 
 
+@pytest.fixture
+def row_kernels(kernels):
+    return pytest.importorskip("sphereface2.heads.row_kernels")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_the_kernel_in_tritons_interpreter():
+def test_the_kernels_in_tritons_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
-        + ["-m", "not gpu", "-q", __file__],
+        + [
+            "-m",
+            "not gpu",
+            "-q",
+            __file__,
+            str(Path(__file__).with_name("test_product_kernels.py")),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -53,13 +65,13 @@ ROWS = [
     (
         "_unit_rows",
         {"weight_ptr": w, "into_ptr": into},
-        {"INDEXED": i, "COPY": c, "STORE": s} | SHAPE,
+        {"INDEXED": i, "COPY": c, "STORE": s, "INVERSE": inverse} | SHAPE,
     )
-    for w, into, i, c, s in [
-        ("float32", "float32", False, False, True),
-        ("float32", "bfloat16", False, True, False),
-        ("bfloat16", "bfloat16", False, True, False),
-        ("bfloat16", "float32", True, True, False),
+    for w, into, i, c, s, inverse in [
+        ("float32", "float32", False, False, True, False),
+        ("float32", "bfloat16", False, True, False, True),
+        ("bfloat16", "bfloat16", False, True, False, False),
+        ("bfloat16", "float32", True, True, False, False),
     ]
 ]
 STEPS = [
@@ -99,9 +111,9 @@ def test_it_compiles_for_hopper_with_wide_accesses(name, types, constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sphereface2.heads import kernels
+    from sphereface2.heads import kernels, row_kernels
 
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels, name, None) or getattr(row_kernels, name)
     names = kernel.arg_names
     known = {n: "*fp32" for n in names if n.endswith("_ptr")} | POINTERS
     known |= dict.fromkeys(INTEGERS, "i32") | {n: NUMBERS[kind] for n, kind in types.items()}
@@ -227,20 +239,20 @@ def test_sums_add_up_over_blocks_with_exact_own_cosines(device, kernels):
 
 
 @pytest.mark.parametrize("dim", [512, 40])
-def test_rows_at_unit_length(device, kernels, dim):
+def test_rows_at_unit_length(device, row_kernels, dim):
     torch.manual_seed(0)
     weight = torch.randn(23, dim, device=device)
     weight[3] = 0
     expected = renormalise_(weight.clone())
     rows = torch.tensor([20, 3, 7], device=device)
     into = torch.full((3, dim), torch.nan, device=device, dtype=torch.bfloat16)
-    kernels.unit_rows(weight, rows, into, store=False)
+    row_kernels.unit_rows(weight, rows, into, store=False)
     assert near(into, expected[rows].double().cpu(), 8e-3)  # the interpreter cuts digits off
-    kernels.unit_rows(weight, slice(0, 20), None, store=True)
+    row_kernels.unit_rows(weight, slice(0, 20), None, store=True)
     assert near(weight[:20], expected[:20].double().cpu(), 1e-6)
     assert not near(weight[20:], expected[20:].double().cpu(), 1e-1)
     once = weight[:20].clone()
-    kernels.unit_rows(weight, slice(0, 20), None, store=True)
+    row_kernels.unit_rows(weight, slice(0, 20), None, store=True)
     assert torch.equal(weight[:20], once)  # evaluation changes nothing
 
 
@@ -251,7 +263,7 @@ SETTINGS = [
 ]
 
 
-def stepped(kernels, weight, velocity, gradient, rows, skip, seed, settings):
+def stepped(row_kernels, weight, velocity, gradient, rows, skip, seed, settings):
     """W and momentum after a step by the kernel, and after the eager one in float64."""
     exact = weight.double().cpu(), velocity.double().cpu()
     kept = rows if isinstance(rows, slice) else rows[~skip].cpu()
@@ -265,13 +277,13 @@ def stepped(kernels, weight, velocity, gradient, rows, skip, seed, settings):
     exact[0][kept] = unit - 0.3 * step
     moving = velocity if settings["momentum"] else None
     rate = torch.full((), 0.3, device=weight.device)
-    kernels.step_rows_(weight, moving, gradient, rows, skip, seed, rate, **settings)
+    row_kernels.step_rows_(weight, moving, gradient, rows, skip, seed, rate, **settings)
     return exact
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("dim", [512, 40])
-def test_a_step_equals_float64(device, kernels, settings, dim):
+def test_a_step_equals_float64(device, row_kernels, settings, dim):
     torch.manual_seed(0)
     weight, velocity = (torch.randn(23, dim, device=device) for _ in range(2))
     cases = [
@@ -284,18 +296,20 @@ def test_a_step_equals_float64(device, kernels, settings, dim):
         ),
     ]
     for rows, skip, gradient in cases:
-        exact = stepped(kernels, weight, velocity, gradient, rows, skip, None, settings)
+        exact = stepped(row_kernels, weight, velocity, gradient, rows, skip, None, settings)
         assert near(weight, exact[0], 1e-6) and near(velocity, exact[1], 1e-6)
 
 
-def test_a_steps_rounding_is_right_on_average(device, kernels):
+def test_a_steps_rounding_is_right_on_average(device, row_kernels):
     torch.manual_seed(0)
     rows, dim = 600, 64
     one = [torch.randn(1, dim, device=device) for _ in range(3)]
     weight, velocity, gradient = (x.bfloat16().repeat(rows, 1) for x in one)
     before = weight.clone()
     seed = torch.tensor([2**40 + 7], device=device)
-    exact = stepped(kernels, weight, velocity, gradient, slice(0, rows), None, seed, SETTINGS[1])
+    exact = stepped(
+        row_kernels, weight, velocity, gradient, slice(0, rows), None, seed, SETTINGS[1]
+    )
     noises = []
     for found, expected in zip((weight, velocity), exact, strict=True):
         found = found.double().cpu()
@@ -311,5 +325,5 @@ def test_a_steps_rounding_is_right_on_average(device, kernels):
     assert torch.corrcoef(up - up.view(2, rows, dim).mean(1).repeat(1, rows))[0, 1].abs() < 0.03
     for same, value in ((True, seed), (False, seed + 1)):
         again, moving = before.clone(), one[1].bfloat16().repeat(rows, 1)
-        stepped(kernels, again, moving, gradient, slice(0, rows), None, value, SETTINGS[1])
+        stepped(row_kernels, again, moving, gradient, slice(0, rows), None, value, SETTINGS[1])
         assert torch.equal(again, weight) == same

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.heads.base import Head
-from sphereface2.heads.blocks import Block
+from sphereface2.heads.blocks import Block, GradientProduct
 from sphereface2.heads.sharding import local
 
 MomentumType = Literal["full", "bfloat16"]
@@ -92,13 +92,16 @@ class FusedSGD(torch.optim.Optimizer):
         self.rate: Tensor | None = None
 
     @torch.no_grad()
-    def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
+    def update_(
+        self, block: Block, unit: Tensor | None, gradient: Tensor | GradientProduct
+    ) -> None:
         """Take the step of some rows of W; see `RowUpdate`."""
         (group,) = self.param_groups
         (weight,) = group["params"]
         if unit is None:
             self._step_by_kernel(block, gradient)
             return
+        assert isinstance(gradient, Tensor)
         rows, gradient = block.rows, gradient.to(unit.dtype)
         if block.skip is not None and isinstance(rows, Tensor):
             counts = ~block.skip
@@ -127,20 +130,23 @@ class FusedSGD(torch.optim.Optimizer):
         if not (isinstance(rows, slice) and stored.dtype == unit.dtype):
             self._store(unit, stored, rows)
 
-    def _step_by_kernel(self, block: Block, gradient: Tensor) -> None:
-        from sphereface2.heads import kernels
+    def _step_by_kernel(self, block: Block, gradient: Tensor | GradientProduct) -> None:
+        from sphereface2.heads import product_kernels, row_kernels
 
         (group,) = self.param_groups
         (weight,) = group["params"]
         velocity = self.state[weight].get("momentum_buffer")
         if self.seed is None or self.rate is None:
             # On the device, so that nothing waits; from its generator, which checkpoints keep.
-            self.seed = torch.randint(2**62, (1,), device=gradient.device)
+            self.seed = torch.randint(2**62, (1,), device=weight.device)
             rate = group["lr"]  # a tensor already in a step that is recorded
             if not isinstance(rate, Tensor):
-                rate = torch.full((), rate, dtype=torch.float32, device=gradient.device)
+                rate = torch.full((), rate, dtype=torch.float32, device=weight.device)
             self.rate = rate
-        kernels.step_rows_(
+        step: Callable[..., None] = row_kernels.step_rows_
+        if isinstance(gradient, GradientProduct):
+            step = product_kernels.step_with_product_
+        step(
             local(weight.data),
             None if velocity is None else local(velocity),
             gradient,

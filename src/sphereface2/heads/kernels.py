@@ -1,7 +1,7 @@
-"""SphereFace2's passes over a block of classes as Triton kernels, one read and one write each.
+"""SphereFace2's terms of a block of classes as a Triton kernel: one read and one write.
 
-The eager code reads and writes a block about ten times for the terms, and as often for a step. It
-remains the reference, and what runs wherever these kernels do not.
+The eager code reads and writes a block about ten times. It remains the reference, and what runs
+wherever the kernels do not.
 """
 
 from __future__ import annotations
@@ -13,23 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sphereface2.heads.base import SMALLEST_NORM
 from sphereface2.margins import ANGLE_LIMITS, COSINE_LIMIT, BinaryMargin, Own, Terms
 
 SPLIT = tl.constexpr(4096)
 """Columns a program: a row of a block is shared by several, so that small batches fill a GPU."""
 TILE = tl.constexpr(1024)
-ELEMENTS = 2048
-"""Numbers of W a program."""
 _COSINE = tl.constexpr(COSINE_LIMIT)
 _SMALLEST = tl.constexpr(ANGLE_LIMITS[0])
 _LARGEST = tl.constexpr(ANGLE_LIMITS[1])
 _PI = tl.constexpr(math.pi)
-_SMALLEST_NORM = tl.constexpr(SMALLEST_NORM)
-_CLOSE = tl.constexpr(8 * torch.finfo(torch.float32).eps)
-"""As in `base.renormalise_`."""
-_ROUNDS = tl.constexpr(7)
-"""Of Philox4x32: the fewest with which its authors found no fault (Salmon et al., SC 2011)."""
 
 
 def block_terms_(
@@ -94,101 +86,19 @@ def add_block_terms_(
         margin.t,
         KIND=margin.margin_type,
         SLOPE=margin.detach == "margin" and margin.t != 1,
-        POWER=int(margin.t) if margin.t in (1, 2, 3, 4) else 0,
+        POWER=t_as_constant(margin),
         SKIPS=skip is not None,
         GIVEN=own_cos is not None,
     )
 
 
-def unit_rows(weight: Tensor, rows: slice | Tensor, into: Tensor | None, *, store: bool) -> None:
-    """Rows of W, (C, d) float32 or bfloat16, at unit length.
-
-    Args:
-        rows: a range or int64 indices.
-        into: (c, d) of either type, contiguous: the result; None: none but in W.
-        store: write them back into W.
-    """
-    count, dim, start, indices = _range(weight, rows)
-    width = triton.next_power_of_2(dim)
-    each = max(1, ELEMENTS // width)
-    _unit_rows[(triton.cdiv(count, each),)](
-        weight,
-        weight if into is None else into,
-        weight if indices is None else indices,
-        start,
-        count,
-        dim,
-        INDEXED=indices is not None,
-        COPY=into is not None,
-        STORE=store,
-        ROWS=each,
-        WIDTH=width,
-    )
-
-
-def step_rows_(
-    weight: Tensor,
-    velocity: Tensor | None,
-    gradient: Tensor,
-    rows: slice | Tensor,
-    skip: Tensor | None,
-    seed: Tensor | None,
-    rate: Tensor,
-    *,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-) -> None:
-    """SGD's step with rows of W that are normalised on the way: `FusedSGD.update_` in one pass.
-
-    Args:
-        weight: (C, d), float32 or bfloat16, which is rounded to stochastically.
-        velocity: (C, d) momentum, of either type; None: none.
-        gradient: (c, d) by the normalised rows, contiguous.
-        rows: a range or int64 indices.
-        skip: (c,) bool, rows to leave alone.
-        seed: (1,) int64 of the noise of rounding; needed for bfloat16.
-        rate: () float32, the learning rate.
-    """
-    count, dim, start, indices = _range(weight, rows)
-    width = max(4, triton.next_power_of_2(dim))
-    each = max(1, ELEMENTS // width)
-    _step_rows[(triton.cdiv(count, each),)](
-        weight,
-        weight if velocity is None else velocity,
-        gradient,
-        weight if indices is None else indices,
-        weight if skip is None else skip,
-        weight if seed is None else seed,
-        rate,
-        start,
-        count,
-        dim,
-        momentum,
-        weight_decay,
-        INDEXED=indices is not None,
-        SKIPS=skip is not None,
-        MOMENTUM=velocity is not None,
-        NESTEROV=nesterov,
-        ROUNDS=_rounds(weight) or (velocity is not None and _rounds(velocity)),
-        ROWS=each,
-        WIDTH=width,
-    )
-
-
-def _range(weight: Tensor, rows: slice | Tensor) -> tuple[int, int, int, Tensor | None]:
-    """Rows, d, the first row and the indices if there are any."""
-    if isinstance(rows, slice):
-        return rows.stop - rows.start, weight.shape[1], rows.start, None
-    return len(rows), weight.shape[1], 0, rows
-
-
-def _rounds(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16
+def t_as_constant(margin: BinaryMargin) -> int:
+    """t where it is a small integer, of which powers are products; else 0."""
+    return int(margin.t) if margin.t in (1, 2, 3, 4) else 0
 
 
 @triton.jit
-def _power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
+def power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
     """u^t for u in [0, 1]; POWER is t where that is a small integer, else 0."""
     if POWER == 1:
         result = u
@@ -204,7 +114,7 @@ def _power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _slope(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
+def slope(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
     """g'(cos) = t·u^(t-1) with u = (cos + 1)/2."""
     if POWER == 2:
         result = t * u
@@ -233,7 +143,7 @@ def _acos(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _log1p(u: tl.tensor) -> tl.tensor:
+def log1p(u: tl.tensor) -> tl.tensor:
     """log(1 + u) for u ≥ 0: log(w)·u/(w-1) with w = 1 + u, in spite of the rounding of w."""
     w = 1 + u
     rest = w - 1
@@ -283,14 +193,14 @@ def _block_terms(
         theta = _acos(tl.minimum(tl.maximum(cos_y, -_COSINE), _COSINE))
         theta = theta + m if KIND == "A" else theta * m
         margined = tl.cos(tl.minimum(tl.maximum(theta, _SMALLEST), _LARGEST))
-    g = 2 * _power((margined + 1) * 0.5, t, POWER) - 1
+    g = 2 * power((margined + 1) * 0.5, t, POWER) - 1
     p = r * (g - m if KIND == "C" else g) + bias
     small_y = tl.exp(-tl.abs(p))
     pull = -lam * tl.where(p <= 0, 1.0, small_y) / (1 + small_y)
-    loss = tl.where(mine, (tl.maximum(-p, 0.0) + _log1p(small_y)) * lam / r, 0.0)
+    loss = tl.where(mine, (tl.maximum(-p, 0.0) + log1p(small_y)) * lam / r, 0.0)
     dbias = tl.where(mine, pull / r, 0.0)
     if SLOPE:
-        pull = pull * _slope((cos_y + 1) * 0.5, t, POWER)
+        pull = pull * slope((cos_y + 1) * 0.5, t, POWER)
 
     # softplus(n) = max(n, 0) + log(1 + exp(-|n|)). Logarithms are dear, so that the factors are
     # multiplied first: 1 + product = Π (1 + exp(-|n|)), at most 2 each, where nothing cancels.
@@ -301,7 +211,7 @@ def _block_terms(
         column = begin + first + tl.arange(0, TILE)
         inside = column < columns
         base = (tl.load(line + column, mask=inside, other=0.0).to(tl.float32) + 1) * 0.5
-        n = 2 * r * _power(base, t, POWER) + (r * (offset - 1) + bias)
+        n = 2 * r * power(base, t, POWER) + (r * (offset - 1) + bias)
         counts = inside & (column != own)
         if SKIPS:
             counts = counts & (tl.load(skip_ptr + column, mask=inside, other=1) == 0)
@@ -311,111 +221,12 @@ def _block_terms(
         push = tl.where(counts, share * tl.where(n >= 0, 1.0, u) / (1 + u), 0.0)
         pushes += push
         if SLOPE:
-            push = push * _slope(base, t, POWER)
+            push = push * slope(base, t, POWER)
         derivative = tl.where(mine & (column == own), pull, push)
         tl.store(line + column, derivative.to(cos_ptr.dtype.element_ty), mask=inside)
-    loss += tl.sum(largest + _log1p(product)) * share / r
+    loss += tl.sum(largest + log1p(product)) * share / r
     dbias += tl.sum(pushes) / r
     place = sums_ptr + row * splits + split
     tl.store(place, tl.load(place) + loss)
     place += samples * splits
     tl.store(place, tl.load(place) + dbias)
-
-
-@triton.jit
-def _unit(w: tl.tensor) -> tl.tensor:
-    """The rows of (rows, d) at unit length, as `base.renormalise_` has it."""
-    norm = tl.sqrt(tl.sum(w * w, axis=1))
-    norm = tl.where(tl.abs(norm - 1) < _CLOSE, 1.0, tl.maximum(norm, _SMALLEST_NORM))
-    return w / norm[:, None]
-
-
-@triton.jit(do_not_specialize=["start", "count"])
-def _unit_rows(
-    weight_ptr: tl.tensor,
-    into_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    start: tl.tensor,
-    count: tl.tensor,
-    dim: tl.tensor,
-    INDEXED: tl.constexpr,
-    COPY: tl.constexpr,
-    STORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    source = (row + start).to(tl.int64)
-    if INDEXED:
-        source = tl.load(rows_ptr + row, mask=row < count, other=0)
-    mask = (row < count)[:, None] & (column < dim)[None, :]
-    place = weight_ptr + source[:, None] * dim + column[None, :]
-    unit = _unit(tl.load(place, mask=mask, other=0.0).to(tl.float32))
-    if COPY:
-        target = into_ptr + row.to(tl.int64)[:, None] * dim + column[None, :]
-        tl.store(target, unit.to(into_ptr.dtype.element_ty), mask=mask)
-    if STORE:
-        tl.store(place, unit.to(weight_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _rounded(x: tl.tensor, noise: tl.tensor) -> tl.tensor:
-    """float32 to bfloat16, as `fused.stochastic_round` with noise on 0 … 65535."""
-    bits = (x.to(tl.int32, bitcast=True) + noise) & -65536
-    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
-
-
-@triton.jit(do_not_specialize=["start", "count"])
-def _step_rows(
-    weight_ptr: tl.tensor,
-    velocity_ptr: tl.tensor,
-    gradient_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    skip_ptr: tl.tensor,
-    seed_ptr: tl.tensor,
-    rate_ptr: tl.tensor,
-    start: tl.tensor,
-    count: tl.tensor,
-    dim: tl.tensor,
-    momentum: tl.tensor,
-    decay: tl.tensor,
-    INDEXED: tl.constexpr,
-    SKIPS: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    alive = row < count
-    if SKIPS:
-        alive = alive & (tl.load(skip_ptr + row, mask=alive, other=1) == 0)
-    source = (row + start).to(tl.int64)
-    if INDEXED:
-        source = tl.load(rows_ptr + row, mask=alive, other=0)
-    mask = alive[:, None] & (column < dim)[None, :]
-    place = source[:, None] * dim + column[None, :]
-    given = gradient_ptr + row.to(tl.int64)[:, None] * dim + column[None, :]
-    weight = _unit(tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32))
-    step = tl.load(given, mask=mask, other=0.0).to(tl.float32) + decay * weight
-    if ROUNDS:
-        # One call gives four numbers of 32 bits: the lower half of each is for W, the upper one
-        # for the momentum.
-        quarter = tl.arange(0, WIDTH // 4)
-        offset = source[:, None] * (WIDTH // 4) + quarter[None, :]
-        a, b, c, d = tl.randint4x(tl.load(seed_ptr), offset, n_rounds=_ROUNDS)
-        noise = tl.interleave(tl.interleave(a, b), tl.interleave(c, d))
-    if MOMENTUM:
-        velocity = tl.load(velocity_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        velocity = velocity * momentum + step
-        step = step + velocity * momentum if NESTEROV else velocity
-        if velocity_ptr.dtype.element_ty == tl.bfloat16:
-            velocity = _rounded(velocity, (noise >> 16).to(tl.int32))
-        tl.store(velocity_ptr + place, velocity, mask=mask)
-    weight = weight - tl.load(rate_ptr) * step
-    if weight_ptr.dtype.element_ty == tl.bfloat16:
-        weight = _rounded(weight, (noise & 65535).to(tl.int32))
-    tl.store(weight_ptr + place, weight, mask=mask)

@@ -34,7 +34,7 @@ def cluster(
 
     A pair above the threshold takes 12 bytes. Where there are more than 16 million and more than 64
     an image, an image forgets all but its `MOST` most similar ones, and the result is not exact.
-    Nor is it quite among more than 262,144 images, whose pairs `pairs_from` finds by a graph.
+    Nor is it quite among more than 1,048,576 images, whose pairs `pairs_from` finds by a graph.
 
     Args:
         rows: float32 (N, d), of length 1.

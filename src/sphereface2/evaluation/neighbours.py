@@ -17,7 +17,7 @@ import numpy as np
 
 from sphereface2.evaluation.tiles import Tiles, usable_cpus
 
-ALL = 1 << 18
+ALL = 1 << 20
 """Rows whose scores are all computed."""
 NEAR = 32
 """Neighbours of a row that are looked at where they are not."""

@@ -243,6 +243,16 @@ def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
     assert done.returncode == 2 and "is a set that the thresholds are found on" in done.stderr
 
 
+def test_photographs_to_check_on_are_told_of(place, net, call, tmp_path):
+    for p, k in np.ndindex(3, 2):
+        photo = np.full((60 + 10 * p, 80 + k, 3), 40 * p, np.uint8)
+        (tmp_path / "door" / f"P{p}").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "door" / f"P{p}" / f"{k}.png"), photo)
+    words = ("--all-pairs", place / "faces", "--far", "0.1", "--check", tmp_path / "door")
+    assert "door seems to hold whole photographs" in call("calibrate", net, *words).stderr
+    assert json.loads((net / "calibration.json").read_text())["images"] == "crops"
+
+
 def test_a_calibration_that_is_replaced_is_mentioned(place, net, call):
     words = ("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces")
     first, second = (call(*words, "--far", "0.2").stdout for _ in range(2))

@@ -21,6 +21,18 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path: Path) -> None:
     assert loaded.head == {"name": "cosface"}
 
 
+def test_another_head_does_not_get_what_a_file_has_for_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("head: {name: sphereface2, lam: 0.8, m: 0.3, streaming: true}\n")
+    assert config.load(path, ["--head.s", "9", "--head.name", "cosface"]).head == {
+        "name": "cosface",
+        "s": 9,
+        "streaming": True,
+    }
+    same = config.load(path, ["--head.name", "sphereface2", "--head.m", "0.2"]).head
+    assert (same["lam"], same["m"]) == (0.8, 0.2)
+
+
 def test_dump_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     wanted = config.load(None, ["--head.name", "sphereface2", "--head.r", "64", "--name", "x"])
     path = tmp_path / "config.yaml"

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.evaluation import one_threshold
-from sphereface2.evaluation.one_threshold import all_pairs_at, by_group, uniform_accuracy
+from sphereface2.evaluation.one_threshold import (
+    AtThreshold,
+    all_pairs_at,
+    by_group,
+    uniform_accuracy,
+)
+from sphereface2.evaluation.results import Estimate
 
 
 def drawn(seed, people=7, most=5, dim=6):
@@ -35,8 +41,14 @@ def test_rates_are_those_of_every_pair(seed, block):
         assert one.tar.value == pytest.approx((scores[same] >= limit).mean())
         assert (one.genuine, one.impostor) == (same.sum(), (~same).sum())
         assert one.asked == far
-        reached = max(one.far.value, 0.5 / one.impostor)
+        reached = max(one.far.value, min(0.5 / one.impostor, far))
         assert one.transfer.value == pytest.approx(np.log10(reached / far))
+
+
+def test_a_set_too_small_to_tell_is_no_threshold_that_fails():
+    for impostor, decades in ((9, 0.0), (5000, -2.0)):
+        found = AtThreshold(0.4, Estimate(0.0, (0.0, 0.0)), Estimate(1.0), 2, impostor, 0, 1e-2)
+        assert found.transfer.value == found.transfer.ci[0] == pytest.approx(decades)
 
 
 def test_false_accepts_are_counted_alike_however_often_they_are_tallied(monkeypatch):

@@ -57,7 +57,8 @@ class AtThreshold:
     def transfer(self) -> Estimate | None:
         """log10 of the FAR reached over the FAR asked for: 0 is a threshold that carries over.
 
-        Where no impostor pair was accepted, half a pair is counted. None without ``asked``.
+        Where no impostor pair was accepted, half a pair is counted, or the share asked for where
+        that is less: a set too small to tell is no reproach. None without ``asked``.
 
         Examples:
             >>> far, tar = Estimate(1e-2, (5e-3, 2e-2)), Estimate(0.9)
@@ -67,7 +68,7 @@ class AtThreshold:
         """
         if self.asked is None:
             return None
-        least, asked = 0.5 / self.impostor, self.asked
+        least, asked = min(0.5 / self.impostor, self.asked), self.asked
 
         def decades(far: float) -> float:
             return math.log10(max(far, least) / asked)

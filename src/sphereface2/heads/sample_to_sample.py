@@ -145,7 +145,8 @@ class SampleToSample(nn.Module):
         batch = self.shard.gather(unit_rows(embeddings.to(memory.dtype)), labels, even=self.even)
         # exp(s·cos - s) summed over shards; in float64, cosines down to -1 at s = 64 are no 0.
         total = batch.x.new_zeros(len(batch.x), dtype=torch.float64)
-        for block in self._plan(batch.labels - self.shard.start, len(memory) or 1):
+        chunk = default_chunk(memory.device.type, *batch.x.shape)
+        for block in self._plan(batch.labels - self.shard.start, chunk):
             z = (batch.x @ memory[block.rows].T).double().sub_(1).mul_(self.config.s).exp_()
             block.own.put_(z, 0.0)
             assert block.skip is not None

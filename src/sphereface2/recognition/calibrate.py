@@ -154,6 +154,8 @@ def calibrate(
         check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
         _check_others(sets, others)
         given: Images = "aligned" if align else _how_given(sets)
+        if not align:
+            _how_given(others)
         scored = [_score(embedder, one, rng, bars) for one in sets]
         scores, same, people = _join(scored)
         options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}

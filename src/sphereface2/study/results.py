@@ -301,12 +301,13 @@ def _transfer_figures(
     for one in result.transfer:
         images = np.array(one.images, np.float64)
         impostors = images * (images.sum() - images)
-        least = 1 / impostors.sum()  # half a pair, each of which is met from two sides
+        half = 1 / impostors.sum()  # of a pair, each of which is met from two sides
         for at in one.thresholds:
             if at.asked is None:
                 values = at.far, 1 - at.tar
                 figures |= zip(boundary_names(one.name), map(Figure, values), strict=True)
                 continue
+            least = min(half, at.asked)  # as `AtThreshold.transfer` has it
             accepts, far = np.array(at.accepts, np.float64), max(at.far, least)
             value = float(np.log10(far / at.asked))
             # A pair is there as often as the product of its two people, so that to first order the

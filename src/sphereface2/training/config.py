@@ -308,8 +308,7 @@ def read(path: Path | None, overrides: Sequence[str] = ()) -> tuple[dict[str, An
     """The settings that are given, as nested plain values, and those that `overrides` gave."""
     tree = {} if path is None else sections.read(path, "configuration", RunConfig)
     given = dict(sections.parse(overrides, RunConfig))
-    for key, value in given.items():
-        sections.assign(tree, key, value)
+    sections.override(tree, given)
     return tree, frozenset(given)
 
 

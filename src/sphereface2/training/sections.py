@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import read_yaml
+from sphereface2.heads import Scaling
 
 T = TypeVar("T")
 
@@ -87,6 +88,23 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"--{key}: {'.'.join(parents[: depth + 1])} is not a section")
     tree[leaf] = value
+
+
+def override(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Set many. A head of another name does not get what the tree has for its own loss.
+
+    Example:
+        >>> tree = {"head": {"name": "sphereface2", "lam": 0.7, "sharded": True}}
+        >>> override(tree, {"head.name": "cosface", "head.m": 0.3})
+        >>> tree
+        {'head': {'sharded': True, 'name': 'cosface', 'm': 0.3}}
+    """
+    head, name = tree.get("head"), given.get("head.name")
+    if name is not None and isinstance(head, dict) and head.get("name", name) != name:
+        shared = {"sharded", *get_type_hints(Scaling)}
+        tree["head"] = {key: head[key] for key in head if key in shared}
+    for key, value in given.items():
+        assign(tree, key, value)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import count, product
@@ -134,8 +135,41 @@ def test_searches_and_the_index_do_not_wait_for_each_other(server: Postgres) -> 
             search.exec_driver_sql("ROLLBACK")
             changed.result(timeout=20)
         assert two.search(rows(0, 1), k=1)[0][0].person == "x"
+        with two._db.read() as search:  # there is no index left to take the tables for
+            search.exec_driver_sql("SELECT count(*) FROM images")
+            one.set_index(None)
         one.set_index(0)
         assert two.search(rows(0, 1), k=1)[0][0].person == "x"
+
+
+@pytest.mark.slow
+def test_the_index_goes_while_the_server_tidies_up(server: Postgres) -> None:
+    """An autovacuum that would take a minute is stopped, as the server does for any lock."""
+    address = server.database()
+    database = address.rpartition("/")[2]
+    running = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND query LIKE 'autovacuum: VACUUM%images'"
+    )
+    slow = "autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1"
+    with Gallery.open(address, fingerprint=MODEL, dim=DIM) as gallery:
+        for name in "vwxyz":  # four images a page, and a page in 100 ms
+            crops = [np.random.default_rng(0).bytes(1_700)] * 500
+            gallery.add(name, rows(0, 500), crops=crops)
+        server.sql(f"ALTER TABLE images SET ({slow})", database)
+        server.sql("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+        server.sql("SELECT pg_reload_conf()")
+        try:
+            until = time.monotonic() + 60
+            while server.sql(running, database) == "0\n":
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            start = time.monotonic()
+            gallery.set_index(None)
+            assert time.monotonic() - start < 10
+        finally:
+            server.sql("ALTER SYSTEM RESET autovacuum_naptime")
+            server.sql("SELECT pg_reload_conf()")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import cycle
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,30 +62,35 @@ def create(database: Database, **facts: Any) -> Any:
 
 def index_server(connection: Connection, row: Any) -> None:
     """Have PostgreSQL keep the indexes that the stamp asks for, and no other; without one, none."""
-    if row is None or row.hnsw_from is None:
+    wanted = row is not None and row.hnsw_from is not None
+    there = "SELECT coalesce(to_regclass('images_hnsw'), to_regclass('people_hnsw')) IS NOT NULL"
+    if not wanted and connection.exec_driver_sql(there).scalar():
         _lock_out_searches(connection)
     for table, column in (("images", "embedding"), ("people", "template")):
         connection.exec_driver_sql(
-            f"DROP INDEX IF EXISTS {table}_hnsw"
-            if row is None or row.hnsw_from is None
-            else f"CREATE INDEX IF NOT EXISTS {table}_hnsw ON {table} "
+            f"CREATE INDEX IF NOT EXISTS {table}_hnsw ON {table} "
             f"USING hnsw (({column}::halfvec({row.dim})) halfvec_ip_ops) "
             # Rows of another model, which other transactions still see, stay out.
             f"WHERE vector_dims({column}) = {row.dim}"
+            if wanted
+            else f"DROP INDEX IF EXISTS {table}_hnsw"
         )
 
 
 def _lock_out_searches(connection: Connection) -> None:
     """Take the tables for this transaction alone.
 
-    A search may hold one of them and wait for the other: then it is let through.
+    A search may hold one of them and wait for the other: then it is let through. For the first it
+    is waited longer than the server's deadlock_timeout, 1 s, after which the server stops an
+    autovacuum that is in the way; either table comes first in turn.
     """
     until = time.monotonic() + BUSY_SECONDS
-    while True:
+    for one, other in cycle([("images", "people"), ("people", "images")]):
         try:
             with connection.begin_nested():
-                connection.exec_driver_sql("SET LOCAL lock_timeout = '500ms'")
-                connection.exec_driver_sql("LOCK TABLE images, people IN ACCESS EXCLUSIVE MODE")
+                for table, patience in ((one, "2s"), (other, "500ms")):
+                    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{patience}'")
+                    connection.exec_driver_sql(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
                 connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
             return
         except sa.exc.OperationalError as error:
@@ -92,7 +98,8 @@ def _lock_out_searches(connection: Connection) -> None:
                 raise
             if time.monotonic() > until:
                 raise GalleryUnavailableError(
-                    "the gallery is searched without a pause; nothing was changed; try again later"
+                    "the gallery's tables are in use without a pause; nothing was changed; try "
+                    "again later"
                 ) from error
 
 

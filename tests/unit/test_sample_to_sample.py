@@ -71,3 +71,15 @@ def test_its_state_goes_on():
     first.start(x + 1, labels)
     second.start(x + 1, labels)  # it has started
     torch.testing.assert_close(second(x + 1, labels), first(x + 1, labels), rtol=0, atol=0)
+
+
+def test_who_meets_nobody_else_does_not_start_the_bias_at_infinity():
+    between, alone = (SampleToSample(DIM, 2, CONFIG).double() for _ in range(2))
+    x, labels = torch.eye(DIM, dtype=torch.float64)[:2], torch.tensor([0, 0])
+    for loss in (between, alone):
+        loss.remember(x[:1], labels[:1])
+    between.start(x, torch.tensor([0, 1]))  # the second meets the first, at a cosine of 0
+    assert between.bias.item() == pytest.approx(-CONFIG.s * CONFIG.m / 2, abs=1e-6)
+    alone.start(x, labels)
+    alone.remember(x[1:], torch.tensor([1]))
+    assert torch.isfinite(alone(x, labels))

@@ -151,7 +151,10 @@ class SampleToSample(nn.Module):
             block.own.put_(z, 0.0)
             assert block.skip is not None
             total += z.masked_fill_(block.skip, 0.0).sum(1)
-        level = self.shard.sum(total).log_().add_(self.config.s).mean()
+        total = self.shard.sum(total)
+        met = total > 0  # not where the memory has nobody else
+        levels = total.log_().add_(self.config.s).where(met, 0.0)
+        level = levels.sum() / met.sum().clamp_min(1)
         self.bias.copy_(-level - self.config.s * self.config.m / 2)
         self.started.fill_(True)
         self.is_started = True

@@ -50,7 +50,8 @@ def fit(
     """Train, validate, save and report.
 
     Args:
-        config: YAML file of a ``RunConfig``; None: the defaults.
+        config: YAML file of a ``RunConfig``; None: the defaults, or the recipe ``finetune`` where
+            ``training.start_from`` is given.
         resume: a run folder whose last checkpoint to continue from, or one of its checkpoints,
             with the run's own configuration; ``overrides`` change it from there on.
         run: the run's folder, where a launcher that restarts the same command (torchrun, Slurm,

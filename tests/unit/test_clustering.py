@@ -46,6 +46,24 @@ def test_forgotten_pairs_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(found, truth).bcubed_f > compare(whole, truth).bcubed_f - 0.03
 
 
+@pytest.mark.parametrize("by_graph", [True, False])
+def test_somebody_in_several_videos_is_one_cluster(
+    by_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose frames have more frames of the same video near than neighbours are remembered."""
+    if by_graph:
+        monkeypatch.setattr(neighbours, "ALL", 0)
+    else:
+        monkeypatch.setattr(clustering, "_MANY", 1000)
+        monkeypatch.setattr(neighbours, "_BLOCK", 64)
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(12), 4 * 40)
+    rows = rng.normal(size=(12, 32))[truth] + 0.1 * rng.normal(size=(len(truth), 32))
+    rows += np.repeat(0.6 * rng.normal(size=(12 * 4, 32)), 40, axis=0)
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    assert compare(cluster(rows, 0.5, workers=1), truth).f == 1
+
+
 def test_scores_are_those_of_their_definitions() -> None:
     rng = np.random.default_rng(0)
     found, truth = rng.integers(9, size=300), rng.integers(7, size=300)

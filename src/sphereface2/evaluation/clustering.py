@@ -16,7 +16,7 @@ from threading import Lock
 
 import numpy as np
 
-from sphereface2.evaluation.neighbours import pairs_from
+from sphereface2.evaluation import neighbours
 
 MOST = 32
 """Similar images that each image remembers where there are too many pairs to remember all."""
@@ -49,7 +49,7 @@ def cluster(
     """
     sums, sizes = rows.copy(), np.ones(len(rows), np.int64)
     parent = np.arange(len(rows))
-    a, b, scores = _pairs(rows, threshold, workers, progress)
+    a, b, scores, all_known = _pairs(rows, threshold, workers, progress)
     while len(a):
         joined = _mutual(a, b, scores)
         into, gone = a[joined], b[joined]
@@ -70,6 +70,12 @@ def cluster(
         a = np.concatenate([a[old], new[0][reach]])
         b = np.concatenate([b[old], new[1][reach]])
         scores = np.concatenate([scores[old], means[reach]])
+        if not len(a) and not all_known:
+            there = np.unique(parent)
+            centres = sums[there]
+            centres /= sizes[there, None]
+            a, b, scores, all_known = _pairs(centres, threshold, workers, None)
+            a, b = there[a], there[b]
     _, first, found = np.unique(parent, return_index=True, return_inverse=True)
     order = np.lexsort((first, -np.bincount(found)))
     rank = np.empty_like(order)
@@ -82,21 +88,24 @@ def _pairs(
     threshold: float,
     workers: int | None,
     progress: Callable[[float], None] | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs a < b of rows whose cosine reaches the threshold, sorted, and the cosines."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Pairs a < b of rows whose product reaches the threshold, sorted, the products, and if all."""
+    all_known = len(rows) <= neighbours.ALL
     kept = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))]
     lock, many = Lock(), max(_MANY, 2 * MOST * len(rows))
 
     def keep(a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
+        nonlocal all_known
         with lock:
             kept.append((a.astype(np.int32), b.astype(np.int32), scores))
             if sum(len(part[0]) for part in kept) > many:
+                all_known = False
                 kept[:] = [_best(len(rows), *map(np.concatenate, zip(*kept, strict=True)))]
 
-    pairs_from(rows, threshold, keep, workers=workers, progress=progress)
+    neighbours.pairs_from(rows, threshold, keep, workers=workers, progress=progress)
     a, b, scores = map(np.concatenate, zip(*kept, strict=True))
     order = np.lexsort((b, a))
-    return a[order].astype(np.int64), b[order].astype(np.int64), scores[order]
+    return a[order].astype(np.int64), b[order].astype(np.int64), scores[order], all_known
 
 
 def _best(

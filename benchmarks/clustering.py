@@ -101,10 +101,10 @@ def drawn(images: int) -> dict[str, float]:
             got.append(int((a % step == 0).sum()))
             work(a, b, scores)
 
-        pairs_from(some, limit, both, **options)
+        pairs_from(some, limit, both if len(some) == images else work, **options)  # or of clusters
 
     start_at, begun = time.process_time(), time.perf_counter()
-    with mock.patch("sphereface2.evaluation.clustering.pairs_from", counted):
+    with mock.patch("sphereface2.evaluation.neighbours.pairs_from", counted):
         found = cluster(rows, LIMIT)
     seconds, wall = time.process_time() - start_at, time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

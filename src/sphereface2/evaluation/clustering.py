@@ -34,7 +34,9 @@ def cluster(
 
     A pair above the threshold takes 12 bytes. Where there are more than 16 million and more than 64
     an image, an image forgets all but its `MOST` most similar ones, and the result is not exact.
-    Nor is it quite among more than 1,048,576 images, whose pairs `pairs_from` finds by a graph.
+    Nor is it quite among more than 1,048,576 images, whose pairs `pairs_from` finds by a graph. Of
+    many images that are nearly the same, none then knows others of the person: so the clusters
+    found are compared anew, by their means, until none are alike.
 
     Args:
         rows: float32 (N, d), of length 1.

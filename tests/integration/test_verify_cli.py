@@ -237,8 +237,11 @@ def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
     card = model_card(bundle.load(net), read.fingerprint, read)
     assert f"| foggy | 100 | {PEOPLE} | 0.1 | " in card and "is not known" not in card
     table = call(*words, "--check", foggy).stdout
-    assert "foggy: all pairs of 100 images of 20 others" in table
+    assert "foggy: all pairs of 100 images of 20 others" in table and "left out" not in table
     assert f"{checked['thresholds'][0]['transfer']:+.2f}" in table
+    next(foggy.glob("*/*.png")).write_bytes(b"")
+    table = " ".join(call(*words, "--check", foggy).stdout.split())
+    assert "99 images of 20 others; 1 unreadable images left out" in table
     done = call(*words, "--check", place / "faces")
     assert done.returncode == 2 and "is a set that the thresholds are found on" in done.stderr
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from threading import Lock
 from typing import Any, NamedTuple
@@ -85,6 +85,7 @@ class CheckedSet:
         name: of the set.
         fingerprint: of the set, see `Source.fingerprint`.
         images, people: numbers of the set.
+        unreadable: images left out.
         thresholds: on all pairs of the set, each with the FAR that was asked of it; rates and
             `AtThreshold.transfer` have intervals over people.
     """
@@ -93,11 +94,12 @@ class CheckedSet:
     fingerprint: str
     images: int
     people: int
+    unreadable: int
     thresholds: tuple[AtThreshold, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As ``calibration.json`` has it."""
-        found = {key: getattr(self, key) for key in ("name", "fingerprint", "images", "people")}
+        found = {one.name: getattr(self, one.name) for one in fields(self)[:-1]}
         rates = [
             one.to_dict() | {"far_ci": one.far.ci, "tar_ci": one.tar.ci} for one in self.thresholds
         ]
@@ -112,7 +114,7 @@ class CheckedSet:
             counts = {key: int(one[key]) for key in ("genuine", "impostor", "accepted")}
             at = AtThreshold(one["threshold"], far, tar, **counts, asked=one["asked"])
             thresholds.append(at)
-        facts = {key: content[key] for key in ("name", "fingerprint", "images", "people")}
+        facts = {one.name: content[one.name] for one in fields(cls)[:-1]}
         return cls(**facts, thresholds=tuple(thresholds))
 
 

@@ -275,7 +275,7 @@ def _embed(
 def _check_on(
     calibration: Calibration, embedder: Embedder, other: _Labelled, seed: int, bars: Progress
 ) -> CheckedSet:
-    rows, labels, _ = _embed(embedder, other, bars)
+    rows, labels, lost = _embed(embedder, other, bars)
     found = all_pairs_at(
         rows,
         labels,
@@ -285,7 +285,7 @@ def _check_on(
         progress=console.advance(bars, f"{other.name}: pairs", 1),
     )
     fingerprint, people = other.source.fingerprint(), len(np.unique(labels))
-    return CheckedSet(other.name, fingerprint, len(labels), people, tuple(found))
+    return CheckedSet(other.name, fingerprint, len(labels), people, len(lost), tuple(found))
 
 
 def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -326,6 +326,7 @@ def _show(report: CalibrationReport) -> None:
         place.add_row("-b/r", similarity, "", far, "", tar)
     lines = [
         f"{one.name}: {one.genuine:,} genuine and {one.impostor:,} impostor pairs"
+        f"{_left_out(one.unreadable)}"
         for one in calibration.data
     ]
     if bias is not None:
@@ -339,7 +340,8 @@ def _show(report: CalibrationReport) -> None:
 
 
 def _checked_table(checked: CheckedSet) -> Table:
-    title = f"{checked.name}: all pairs of {checked.images:,} images of {checked.people:,} others"
+    whom = f"{checked.images:,} images of {checked.people:,} others"
+    title = f"{checked.name}: all pairs of {whom}{_left_out(checked.unreadable)}"
     place = console.table(
         title, ["threshold for", "FAR here", "interval", "log10", "interval", "TAR"], dim=[2, 4]
     )
@@ -356,6 +358,10 @@ def _checked_table(checked: CheckedSet) -> Table:
             f"{100 * one.tar.value:.1f} %",
         )
     return place
+
+
+def _left_out(unreadable: int | None) -> str:
+    return f"; {unreadable:,} unreadable images left out" if unreadable else ""
 
 
 def _percent(share: float) -> str:

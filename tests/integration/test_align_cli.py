@@ -62,32 +62,25 @@ def children(pid):
 def test_ended_and_run_again_it_ends_as_if_never_ended(photos, tmp_path, how):
     whole = align(photos, tmp_path / "whole", "--workers", 1)
     assert whole.returncode == 0, whole.stderr
-    for attempt in range(5):  # on a busy machine it may end before the signal comes
-        cut = tmp_path / f"cut{attempt}"
-        journal = cut / "faces.jsonl"
-        running = subprocess.Popen(
-            command(photos, cut, "--workers", 2),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-        limit = time.monotonic() + 60
-        while running.poll() is None and not (
-            journal.exists() and journal.read_bytes().count(b"\n") > 8
-        ):
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        workers = []
-        if running.poll() is None:
-            workers = children(running.pid)
-            if how == signal.SIGKILL:
-                os.kill(running.pid, how)
-            else:
-                os.killpg(running.pid, how)  # as a terminal does
-        _, told = running.communicate()
-        if running.returncode != 0:
-            break
+    cut = tmp_path / "cut"
+    running = subprocess.Popen(
+        command(photos, cut, "--workers", 2),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    journal = cut / "faces.jsonl"
+    limit = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
+        assert running.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    workers = children(running.pid)
+    if how == signal.SIGKILL:
+        os.kill(running.pid, how)
+    else:
+        os.killpg(running.pid, how)  # as a terminal does
+    _, told = running.communicate()
     if how == signal.SIGINT:
         assert (running.returncode, told) == (130, f"{STOPPED}\n")
     limit = time.monotonic() + 10

@@ -45,10 +45,11 @@ def test_rates_are_those_of_every_pair(seed, block):
         assert one.transfer.value == pytest.approx(np.log10(reached / far))
 
 
-def test_a_set_too_small_to_tell_is_no_threshold_that_fails():
+def test_a_set_too_small_to_tell_says_so():
     for impostor, decades in ((9, 0.0), (5000, -2.0)):
         found = AtThreshold(0.4, Estimate(0.0, (0.0, 0.0)), Estimate(1.0), 2, impostor, 0, 1e-2)
         assert found.transfer.value == found.transfer.ci[0] == pytest.approx(decades)
+        assert found.transfer.ci[1] == pytest.approx(np.log10(3 / impostor / 1e-2))
 
 
 def test_false_accepts_are_counted_alike_however_often_they_are_tallied(monkeypatch):

@@ -58,7 +58,8 @@ class AtThreshold:
         """log10 of the FAR reached over the FAR asked for: 0 is a threshold that carries over.
 
         Where no impostor pair was accepted, half a pair is counted, or the share asked for where
-        that is less: a set too small to tell is no reproach. None without ``asked``.
+        that is less: a set too small to tell is no reproach. Nor is it praise: the interval then
+        reaches up to three pairs, whose absence is as likely as 5 %. None without ``asked``.
 
         Examples:
             >>> far, tar = Estimate(1e-2, (5e-3, 2e-2)), Estimate(0.9)
@@ -73,7 +74,8 @@ class AtThreshold:
         def decades(far: float) -> float:
             return math.log10(max(far, least) / asked)
 
-        ci = self.far.ci and (decades(self.far.ci[0]), decades(self.far.ci[1]))
+        most = 0.0 if self.accepted else 3 / self.impostor
+        ci = self.far.ci and (decades(self.far.ci[0]), decades(max(self.far.ci[1], most)))
         return Estimate(decades(self.far.value), ci)
 
 

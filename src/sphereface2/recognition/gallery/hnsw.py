@@ -230,4 +230,4 @@ def _new_index(dim: int) -> Any:
 
 def _effort(images: int) -> int:
     """How many candidates a search keeps: more among more, for the same recall."""
-    return round(160 * max(1.0, images / 100_000) ** 0.3)
+    return round(160 * max(1.0, images / 100_000) ** 0.6)

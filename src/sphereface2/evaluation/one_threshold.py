@@ -19,7 +19,7 @@ import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import draws, interval, ratio_intervals
-from sphereface2.evaluation.results import Estimate, Resampling, Result, to_dict
+from sphereface2.evaluation.results import Estimate, Resampling, Result, least_far, to_dict
 from sphereface2.evaluation.tiles import Tiles, count_pairs, sorted_rows
 
 _KEPT = 4_000_000  # accepted impostor pairs that are held before they are counted
@@ -69,7 +69,7 @@ class AtThreshold:
         """
         if self.asked is None:
             return None
-        least, asked = min(0.5 / self.impostor, self.asked), self.asked
+        least, asked = least_far(self.impostor, self.asked), self.asked
 
         def decades(far: float) -> float:
             return math.log10(max(far, least) / asked)

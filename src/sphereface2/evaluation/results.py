@@ -122,6 +122,14 @@ class PairsVerified(Result):
         return {"pairs": self.pairs, **super().to_dict()}
 
 
+def least_far(impostor: float, asked: float) -> float:
+    """The FAR to take the logarithm of where none of so many pairs was accepted.
+
+    Half a pair, or the share asked for where that is less: a set too small to tell is no reproach.
+    """
+    return min(0.5 / impostor, asked)
+
+
 def far_key(far: float) -> str:
     """The spelling of a FAR, an FPIR or a count in reports.
 

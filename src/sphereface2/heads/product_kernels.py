@@ -8,7 +8,7 @@ benchmarks/gpu/NOTES.md counts what this saves.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sphereface2.heads.blocks import Block, GradientProduct
 from sphereface2.heads.kernels import log1p, power, slope, t_as_constant
-from sphereface2.heads.row_kernels import rounds, take_step
+from sphereface2.heads.row_kernels import padded, rounds, take_step
 from sphereface2.margins import BinaryMargin
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -45,6 +45,19 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+
+    def programs(self, rows: int, columns: int) -> int:
+        """How many make a result of this size."""
+        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
+
+    def options(self) -> dict[str, Any]:
+        """What a kernel is compiled with."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+        return sizes | {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+        }
 
 
 TERMS_TILES = (
@@ -93,7 +106,7 @@ def terms_of_product(
     """
     samples, columns = into.shape
     tiles = TERMS_TILES[0]
-    _terms_of_product[(triton.cdiv(samples, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+    _terms_of_product[(tiles.programs(samples, columns),)](
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
         TensorDescriptor.from_tensor(rows, [tiles.columns, tiles.depth]),
         into,
@@ -115,12 +128,7 @@ def terms_of_product(
         SLOPE=margin.detach == "margin" and margin.t != 1,
         POWER=t_as_constant(margin),
         WIDTH=min(tiles.columns // 2, 64),
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        maxnreg=tiles.registers,
+        **tiles.options(),
     )
 
 
@@ -142,7 +150,7 @@ def step_with_product_(
     dcos, x = gradient.dcos, gradient.x
     count, dim = rows.stop - rows.start, weight.shape[1]
     tiles = STEP_TILES[0]
-    _step_with_product[(triton.cdiv(count, tiles.rows) * triton.cdiv(dim, tiles.columns),)](
+    _step_with_product[(tiles.programs(count, dim),)](
         TensorDescriptor.from_tensor(dcos, [tiles.depth, tiles.rows]),
         TensorDescriptor.from_tensor(x, [tiles.depth, tiles.columns]),
         weight,
@@ -159,14 +167,9 @@ def step_with_product_(
         weight_decay,
         MOMENTUM=velocity is not None,
         NESTEROV=nesterov,
-        ROUNDS=rounds(weight) or (velocity is not None and rounds(velocity)),
-        WIDTH=max(4, triton.next_power_of_2(dim)),
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        maxnreg=tiles.registers,
+        ROUNDS=rounds(weight, velocity),
+        WIDTH=padded(dim),
+        **tiles.options(),
     )
 
 

@@ -38,8 +38,7 @@ def unit_rows(
         inverse: (c,) float32, gets 1 / the rows' norms; the rows then keep their lengths.
     """
     count, dim, start, indices = _range(weight, rows)
-    width = triton.next_power_of_2(dim)
-    each = max(1, ELEMENTS // width)
+    width, each = _tile(dim)
     _unit_rows[(triton.cdiv(count, each),)](
         weight,
         weight if into is None else into,
@@ -82,8 +81,7 @@ def step_rows_(
         rate: () float32, the learning rate.
     """
     count, dim, start, indices = _range(weight, rows)
-    width = max(4, triton.next_power_of_2(dim))
-    each = max(1, ELEMENTS // width)
+    width, each = _tile(dim)
     _step_rows[(triton.cdiv(count, each),)](
         weight,
         weight if velocity is None else velocity,
@@ -101,7 +99,7 @@ def step_rows_(
         SKIPS=skip is not None,
         MOMENTUM=velocity is not None,
         NESTEROV=nesterov,
-        ROUNDS=rounds(weight) or (velocity is not None and rounds(velocity)),
+        ROUNDS=rounds(weight, velocity),
         ROWS=each,
         WIDTH=width,
     )
@@ -114,8 +112,19 @@ def _range(weight: Tensor, rows: slice | Tensor) -> tuple[int, int, int, Tensor 
     return len(rows), weight.shape[1], 0, rows
 
 
-def rounds(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16
+def padded(dim: int) -> int:
+    """Numbers of a row as the kernels count them; noise comes in fours."""
+    return max(4, triton.next_power_of_2(dim))
+
+
+def _tile(dim: int) -> tuple[int, int]:
+    """Width of a row and rows of a program."""
+    return padded(dim), max(1, ELEMENTS // padded(dim))
+
+
+def rounds(*tensors: Tensor | None) -> bool:
+    """Whether one of what a step writes is rounded, and needs noise."""
+    return any(one is not None and one.dtype == torch.bfloat16 for one in tensors)
 
 
 @triton.jit

@@ -23,13 +23,7 @@ from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import LEVEL
-from sphereface2.evaluation.calibration import (
-    Calibration,
-    CalibrationSet,
-    Images,
-    Method,
-    file_of,
-)
+from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
 from sphereface2.evaluation.one_threshold import CheckedSet, all_pairs_at, boundary
 from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
 from sphereface2.evaluation.results import far_key, to_dict

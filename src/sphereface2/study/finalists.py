@@ -7,7 +7,7 @@ from itertools import combinations
 
 from sphereface2.study import results, sections, tables
 from sphereface2.study.measure import FARS
-from sphereface2.study.results import MAIN_FAR, Results
+from sphereface2.study.results import Results
 from sphereface2.study.tables import Column, escape
 
 
@@ -25,10 +25,7 @@ def pairs(found: Results) -> list[Pairs]:
     group = {arm for one in study.finals for arm in one.arms} - {study.baseline}
     columns = [Column(name, results.accuracy_title(name)) for name in found.pair_sets]
     columns += [Column(results.tar_name(far), results.tar_name(far)) for far in FARS]
-    own = [
-        Column(results.own_name(MAIN_FAR, scaled=True), "spread of own thresholds", 1.0, 4),
-        Column(results.OWN_GINI, "Gini of own FARs", 1.0, 3),
-    ]
+    own = list(sections.ONE_THRESHOLD[:2])  # of people
     tables_found = []
     for condition in study.conditions:
         # How people differ is measured under the first condition.

@@ -12,7 +12,7 @@ import numpy as np
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import draws, pair_weights, ratios
-from sphereface2.evaluation.results import far_key
+from sphereface2.evaluation.results import far_key, least_far
 from sphereface2.study import design, runner, statistics, stored
 from sphereface2.study.design import Cell, Study
 from sphereface2.study.measure import FARS, OWN_FARS, PairMeasures, PairSetFacts, bits
@@ -301,13 +301,12 @@ def _transfer_figures(
     for one in result.transfer:
         images = np.array(one.images, np.float64)
         impostors = images * (images.sum() - images)
-        half = 1 / impostors.sum()  # of a pair, each of which is met from two sides
         for at in one.thresholds:
             if at.asked is None:
                 values = at.far, 1 - at.tar
                 figures |= zip(boundary_names(one.name), map(Figure, values), strict=True)
                 continue
-            least = min(half, at.asked)  # as `AtThreshold.transfer` has it
+            least = least_far(impostors.sum() / 2, at.asked)  # each is met from two sides
             accepts, far = np.array(at.accepts, np.float64), max(at.far, least)
             value = float(np.log10(far / at.asked))
             # A pair is there as often as the product of its two people, so that to first order the

@@ -3,9 +3,11 @@
 import os
 import signal
 
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+# A worker of pytest-xdist inherits what the process that started it has set here for itself.
+threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 # For the processes that tests start too, and before torch reads it.
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))
 # A shell's background jobs ignore Ctrl-C, those of nohup the hangup, and so would the programs that
 # tests start and interrupt. A handler of any kind is not inherited by them.
 for ignored, handler in {

@@ -242,8 +242,30 @@ def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
     next(foggy.glob("*/*.png")).write_bytes(b"")
     table = " ".join(call(*words, "--check", foggy).stdout.split())
     assert "99 images of 20 others; 1 unreadable images left out" in table
-    done = call(*words, "--check", place / "faces")
-    assert done.returncode == 2 and "is a set that the thresholds are found on" in done.stderr
+
+
+def test_what_a_set_to_check_on_shares_with_the_calibration(place, net, call, tmp_path):
+    """Copies of images are left out, whatever their names; people in both are told of."""
+    fitted, other = tmp_path / "fitted", tmp_path / "other"
+    names = ["Ann Lee", "Zoë", "12"]  # a number names nobody
+    for p in range(10):
+        name = names[p] if p < len(names) else f"P{p}"
+        shutil.copytree(place / f"faces/P{p:02}", fitted / name)
+        shutil.copytree(place / f"faces/P{p + 10:02}", other / name.replace("Ann ", "ann_"))
+    shutil.copy(fitted / "P9/0.png", other / "P8/copy.png")
+    words = ("calibrate", net, "--all-pairs", fitted, "--far", "0.2")
+    done = call(*words, "--check", other, "--json")
+    (checked,) = json.loads(done.stdout)["calibration"]["checked"]
+    told = "other, without 1 image of the calibration, 3 of its 10 people in the calibration"
+    assert (checked["name"], checked["images"]) == (told, 50) and told in done.stderr
+    listed = ("calibrate", net, "--pairs", place / "fit.txt", "--images", place / "faces")
+    used = set((place / "fit.txt").read_text().split()) - {"0", "1"}  # of the first ten people
+    told = call(*listed, "--far", "0.2", "--check", fitted).stderr
+    assert f"fitted, without {len(used)} images of the calibration" in told
+    done = call(*words, "--check", fitted)
+    assert done.returncode == 2 and "has no image but those" in done.stderr
+    done = call(*words, "--check", other, "--check", f"{other}/")
+    assert done.returncode == 2 and "given twice" in done.stderr
 
 
 def test_photographs_to_check_on_are_told_of(place, net, call, tmp_path):

@@ -58,10 +58,11 @@ def read(path: Path, names: Path | None = None) -> PairSet:
     who, folds = read_people(names, path, same) if names is not None else (None, None)
 
     distinct, index = _distinct(path, images, who)
-    people = None
+    people = class_names = None
     if who is not None:
         people = np.empty(len(distinct), np.int64)
-        people[index] = np.unique(who, return_inverse=True)[1]
+        named, people[index] = np.unique(who, return_inverse=True)
+        class_names = named.tolist()
     return PairSet(
         name=path.stem,
         images=distinct,
@@ -69,6 +70,7 @@ def read(path: Path, names: Path | None = None) -> PairSet:
         same=same,
         folds=consecutive_folds(len(same)) if folds is None else folds,
         people=people,
+        class_names=class_names,
     )
 
 

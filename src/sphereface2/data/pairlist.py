@@ -117,7 +117,8 @@ def _pair_set(
             f"{len(missing)} of the {len(paths)} images that {path} lists are missing, "
             f"the first is {missing[0]}: is {root} the right image folder?"
         )
-    people = np.unique([person_of(p) for p in files], return_inverse=True)[1].astype(np.int64)
+    names, labels = np.unique([person_of(p) for p in files], return_inverse=True)
+    people = labels.astype(np.int64)
     agrees = np.array_equal(people[index[:, 0]] == people[index[:, 1]], same)
     return PairSet(
         name=name or path.stem,
@@ -127,6 +128,7 @@ def _pair_set(
         folds=folds,
         people=people if agrees else None,
         image_names=[str(p) for p in paths],
+        class_names=names.tolist() if agrees else None,
     )
 
 

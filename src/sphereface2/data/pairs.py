@@ -15,6 +15,11 @@ from sphereface2.files import digest
 Image = bytes | np.ndarray
 
 
+def content(image: Image) -> bytes:
+    """What tells an image, encoded or decoded, from others."""
+    return image if isinstance(image, bytes) else f"{image.shape}".encode() + image.tobytes()
+
+
 class ImageFiles(Sequence[bytes]):
     """Image files as a sequence of their encoded bytes, read when asked for."""
 
@@ -45,6 +50,7 @@ class PairSet:
         folds: int64 (P,), the fold of each pair, 0 to K-1; all 0 where there are no folds.
         people: int64 (N,), the identity of each image, or None where the set does not say.
         image_names: N names for messages, or None.
+        class_names: the name of each of ``people``, or None.
     """
 
     name: str
@@ -54,16 +60,14 @@ class PairSet:
     folds: np.ndarray
     people: np.ndarray | None = None
     image_names: Sequence[str] | None = field(default=None, repr=False)
+    class_names: Sequence[str] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def fingerprint(self) -> str:
         """sha256 over the images and the pairs; reads every image."""
-        images = (
-            image if isinstance(image, bytes) else f"{image.shape}".encode() + image.tobytes()
-            for image in (self.images[i] for i in range(len(self.images)))
-        )
+        images = (content(self.images[i]) for i in range(len(self.images)))
         return digest(self.pairs.astype(np.int64), self.same.astype(bool), *images)
 
     def image_name(self, index: int) -> str:

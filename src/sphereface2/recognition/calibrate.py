@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from sphereface2 import console
 from sphereface2.align.unaligned import image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
-from sphereface2.data.pairs import PairSet
+from sphereface2.data.overlap import comparable, comparable_names, image_digests
+from sphereface2.data.pairs import Image, PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.split import split_people
 from sphereface2.data.suites import open_pair_sets
@@ -134,6 +137,9 @@ def calibrate(
     if not pairs and not all_pairs:
         raise UserError("nothing to calibrate on: give --pairs FILE or --all-pairs SET")
     check_count("--seed", seed, 0)
+    for option, given_sets in (("--pairs", pairs), ("--all-pairs", all_pairs), ("--check", check)):
+        if twice := [p for p, n in Counter(map(Path.resolve, given_sets)).items() if n > 1]:
+            raise UserError(f"{option} {twice[0]} is given twice: each set counts once")
     rng, folder = np.random.default_rng(seed), bundle.resolve(checkpoint).resolve()
     check_folder(file_of(folder).parent)
     sets: list[PairSet | _Labelled] = [*open_pair_sets(pairs, images, names)]
@@ -146,7 +152,7 @@ def calibrate(
         sets += [_choose(path, embedder.metadata) for path in all_pairs]
         others = [_choose(path, embedder.metadata) for path in check]
         check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
-        _check_others(sets, others)
+        others = _apart(sets, others, bars)
         given: Images = "aligned" if align else _how_given(sets)
         if not align:
             _how_given(others)
@@ -207,16 +213,73 @@ def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
     return _Labelled(source, held_out, f"{name}, {count} people held out of training")
 
 
-def _check_others(sets: Sequence[PairSet | _Labelled], others: Sequence[_Labelled]) -> None:
-    """Refuse sets to check the thresholds on that would tell nothing."""
-    fitted = {one.source.fingerprint() for one in sets if isinstance(one, _Labelled)}
+def _apart(
+    sets: Sequence[PairSet | _Labelled], others: Sequence[_Labelled], bars: Progress
+) -> list[_Labelled]:
+    """The sets to check the thresholds on, without the images that they are found on.
+
+    People who are in both are told of, and the set's name says so wherever it stands.
+
+    Raises:
+        UserError: what is left of a set would tell nothing.
+    """
+    if not others:
+        return []
+    found, names = set[str](), set[str]()
+    for one in sets:
+        found.update(_digests(one, bars))
+        names |= comparable_names(_names(one))
+    apart = []
     for other in others:
-        if other.source.fingerprint() in fitted:
+        labels = other.source.labels[other.chosen]
+        images = np.isin(_digests(other, bars), list(found - {""}))
+        called = dict(enumerate(other.source.class_names or ()))
+        people = set(labels[images].tolist()) | {
+            label
+            for label in np.unique(labels[~images]).tolist()
+            if comparable(called.get(label, "")) in names
+        }
+        left, name = labels[~images], other.name
+        if images.all():
             raise UserError(
-                f"--check {other.name} is a set that the thresholds are found on, where they hold: "
-                "name one of other people or images"
+                f"--check {name} has no image but those that the thresholds are found on, where "
+                "they hold: name a set of other people or images"
             )
-        count_pairs(np.unique(other.source.labels[other.chosen], return_inverse=True)[1])
+        if copies := int(images.sum()):
+            name += f", without {copies:,} image{'s' * (copies > 1)} of the calibration"
+        if known := len(people.intersection(left.tolist())):
+            name += f", {known:,} of its {len(np.unique(left)):,} people in the calibration"
+        try:
+            count_pairs(np.unique(left, return_inverse=True)[1])
+        except UserError as error:
+            raise UserError(f"--check {name}: {error}") from error
+        if known:
+            warnings.warn(f"--check {name}: it says little about other people", stacklevel=3)
+        elif copies:
+            warnings.warn(f"--check {name}", stacklevel=3)
+        apart.append(_Labelled(other.source, other.chosen[~images], name))
+    return apart
+
+
+def _digests(one: PairSet | _Labelled, bars: Progress) -> list[str]:
+    read, indices = _images(one)
+    advance = console.advance(bars, f"{one.name}: compared", len(indices))
+    return image_digests(read, indices, progress=advance)
+
+
+def _names(one: PairSet | _Labelled) -> list[str]:
+    """Names of the people in a set, where it has them."""
+    if isinstance(one, PairSet):
+        return list(one.class_names or ())
+    called = one.source.class_names
+    return [called[k] for k in np.unique(one.source.labels[one.chosen])] if called else []
+
+
+def _images(one: PairSet | _Labelled) -> tuple[Callable[[int], Image], Sequence[int] | np.ndarray]:
+    """What gives image ``i`` of a set, and the indices of those that are used."""
+    if isinstance(one, PairSet):
+        return one.images.__getitem__, range(len(one.images))
+    return one.source.read, one.chosen
 
 
 def _impostors(one: PairSet | _Labelled) -> int:
@@ -229,12 +292,7 @@ def _impostors(one: PairSet | _Labelled) -> int:
 
 def _how_given(sets: Sequence[PairSet | _Labelled]) -> Images:
     """Whether the images are crops, or whole photographs, which is warned of."""
-    unaligned = [
-        warn_if_unaligned(one.name, one.images.__getitem__, range(len(one.images)))
-        if isinstance(one, PairSet)
-        else warn_if_unaligned(one.name, one.source.read, one.chosen)
-        for one in sets
-    ]
+    unaligned = [warn_if_unaligned(one.name, *_images(one)) for one in sets]
     return "photographs" if any(unaligned) else "crops"
 
 

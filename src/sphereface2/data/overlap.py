@@ -1,0 +1,53 @@
+"""What sets have in common: images, byte for byte, and people, by name."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
+
+import numpy as np
+
+from sphereface2.data.pairs import Image, content
+from sphereface2.errors import UserError
+from sphereface2.files import digest
+
+
+def image_digests(
+    read: Callable[[int], Image],
+    indices: Sequence[int] | np.ndarray,
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> list[str]:
+    """sha256 of each image's bytes, encoded or decoded; "" of one that cannot be read.
+
+    Args:
+        read: gives image ``i``.
+        indices: of the images.
+        progress: called after each image.
+    """
+    found = []
+    for index in indices:
+        try:
+            found.append(digest(content(read(int(index)))))
+        except (OSError, UserError):
+            found.append("")
+        if progress is not None:
+            progress(1)
+    return found
+
+
+def comparable(name: str) -> str | None:
+    """A person's name as it is compared between sets; None for a number, which each set gives anew.
+
+    Examples:
+        >>> comparable("lfw/Zoë_Saldana") == comparable("zoë saldana"), comparable("n000012")
+        (True, None)
+    """
+    bare = unicodedata.normalize("NFC", PurePath(name).name).replace("_", " ").casefold()
+    return None if any(map(str.isdigit, bare)) or not bare else bare
+
+
+def comparable_names(names: Iterable[str] | None) -> set[str]:
+    """Those of ``names`` that can be compared between sets."""
+    return {bare for name in names or () if (bare := comparable(name)) is not None}

@@ -179,8 +179,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return stop.status
     except UnusedCliTokensError as error:
         name = " ".join(["sphereface2", *error.command_chain])  # type: ignore[misc]
-        unused = ", ".join(map(repr, error.unused_tokens))  # type: ignore[arg-type]
-        message = f"unexpected argument {unused}; `{name} --help` tells what it takes"
+        unused = [*map(repr, error.unused_tokens or ())]
+        unused[3:] = [f"and {len(unused) - 3} more"] if len(unused) > 3 else []
+        message = f"unexpected argument {', '.join(unused)}; `{name} --help` tells what it takes"
     except (UserError, CycloptsError) as error:
         message = str(error)
     except OSError as error:

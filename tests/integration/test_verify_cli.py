@@ -266,6 +266,10 @@ def test_what_a_set_to_check_on_shares_with_the_calibration(place, net, call, tm
     assert done.returncode == 2 and "has no image but those" in done.stderr
     done = call(*words, "--check", other, "--check", f"{other}/")
     assert done.returncode == 2 and "given twice" in done.stderr
+    for path in other.glob("*/*.png"):
+        path.write_bytes(b"no image")
+    for given in ((*words, "--check", other), ("evaluate", net, "--all-pairs", other)):
+        assert "that was tried can be read" in call(*given).stderr
 
 
 def test_photographs_to_check_on_are_told_of(place, net, call, tmp_path):

@@ -296,7 +296,8 @@ def test_a_result_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch)
         ({"to": "onnx", "int8": True, "calibration": "absent"}, "absent does not exist"),
         ({"to": "onnx", "int8": True, "calibration": "few"}, "has 4 readable images"),
         ({"to": "onnx", "out": "model.bin"}, "must end in .onnx"),
-        ({"to": "onnx", "out": "nowhere/model.onnx"}, "nowhere must be a folder"),
+        ({"to": "onnx", "out": "file/model.onnx"}, "file cannot be a folder"),
+        ({"to": "onnx", "out": "few.onnx"}, "few.onnx is a folder"),
         ({"to": "torch_export", "out": "/proc/x.pt2"}, "/proc/x.pt2 cannot be written: No such"),
     ],
 )
@@ -304,6 +305,8 @@ def test_mistakes_are_named(checkpoint, drawn, tmp_path, monkeypatch, options, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "p1").symlink_to(drawn / "p1")
+    (tmp_path / "few.onnx").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message):
         export(checkpoint, **options)
 

@@ -28,6 +28,20 @@ def image_reader(align: bool) -> Callable[[ImageLike], np.ndarray]:
     return lambda image: aligner.align(image)[0]
 
 
+def check_readable(
+    name: str, read: Callable[[int], ImageLike], indices: Sequence[int] | np.ndarray
+) -> None:
+    """Refuse a set before the work: UserError if none of six images of it, spread evenly, reads."""
+    first: Exception | None = None
+    for place in _sample(indices):
+        try:
+            read_image(read(place))
+            return
+        except (OSError, UserError) as error:
+            first = first or error
+    raise UserError(f"no image of {name} that was tried can be read: {first}") from first
+
+
 def warn_if_unaligned(
     name: str,
     read: Callable[[int], ImageLike],
@@ -63,9 +77,9 @@ def looks_unaligned(
     """
     shapes, scales = set(), []
     detector = detectors.create(detectors.DEFAULT)
-    for place in np.unique(np.linspace(0, len(indices) - 1, _SAMPLE).astype(int)):
+    for index in _sample(indices):
         try:
-            pixels = read_image(read(int(indices[place])))
+            pixels = read_image(read(index))
         except (OSError, UserError):
             continue
         shapes.add(pixels.shape[:2])
@@ -85,3 +99,8 @@ def looks_unaligned(
         first, second = (f"{width}×{height}" for height, width in sorted(shapes)[:2])
         return f"their sizes differ, {first} and {second} for example"
     return None
+
+
+def _sample(indices: Sequence[int] | np.ndarray) -> list[int]:
+    places = np.unique(np.linspace(0, len(indices) - 1, _SAMPLE).astype(int))
+    return [int(indices[place]) for place in places]

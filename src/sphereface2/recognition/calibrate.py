@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sphereface2 import console
-from sphereface2.align.unaligned import image_reader, warn_if_unaligned
+from sphereface2.align.unaligned import check_readable, image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.overlap import comparable, comparable_names, image_digests
@@ -151,6 +151,8 @@ def calibrate(
     ):
         sets += [_choose(path, embedder.metadata) for path in all_pairs]
         others = [_choose(path, embedder.metadata) for path in check]
+        for one in (*sets, *others):
+            check_readable(one.name, *_images(one))
         check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
         others = _apart(sets, others, bars)
         given: Images = "aligned" if align else _how_given(sets)

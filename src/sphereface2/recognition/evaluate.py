@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from sphereface2 import console
 from sphereface2.align import warp
-from sphereface2.align.unaligned import image_reader, warn_if_unaligned
+from sphereface2.align.unaligned import check_readable, image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.folder import check_outside
 from sphereface2.data.hardening import Hardening, hardenings
@@ -131,6 +131,7 @@ def evaluate(
     """
     check_count("--seed", seed, 0)
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
+    bundle.resolve(checkpoint)  # before sets of many files are opened
     if groups is not None and all_pairs is None:
         raise UserError("--groups belongs to --all-pairs, the set whose groups it names")
     harder = hardenings(
@@ -145,12 +146,16 @@ def evaluate(
     group_of = None
     if groups is not None:
         group_of = _read_groups(groups, next(one for _, one in sets if isinstance(one, Source)))
-    if not align:
-        for path, one in sets:
-            if isinstance(one, PairSet):
-                warn_if_unaligned(one.name, one.images.__getitem__, range(len(one.images)))
-            elif isinstance(one, Source):
-                warn_if_unaligned(str(path), one.read, range(len(one)))
+    for path, one in sets:
+        if isinstance(one, PairSet):
+            images_of: Any = (one.name, one.images.__getitem__, range(len(one.images)))
+        elif isinstance(one, Source):
+            images_of = (str(path), one.read, range(len(one)))
+        else:
+            continue
+        check_readable(*images_of)
+        if not align:
+            warn_if_unaligned(*images_of)
     with (
         Embedder.load(
             checkpoint, device=device, flip=flip, batch_size=batch_size, read=image_reader(align)

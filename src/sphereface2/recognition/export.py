@@ -26,7 +26,7 @@ from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.extras import require
-from sphereface2.files import atomic_write, digest, writing
+from sphereface2.files import atomic_write, check_folder, digest, writing
 from sphereface2.images import decode
 from sphereface2.recognition.as_insightface import AsInsightface
 from sphereface2.recognition.quantising import quantised
@@ -127,6 +127,7 @@ def export(
     ):
         raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
     path = _target(checkpoint, out, to, int8)
+    check_folder(path.parent)
     folder = bundle.resolve(checkpoint).resolve() if share_weights else None
     if folder is not None and path.parent.resolve() != folder:
         raise UserError(f"with --share-weights the file must lie beside its weights, in {folder}")
@@ -186,6 +187,7 @@ def export(
             f"{least:.6f} at least; nothing was written"
         )
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     result = Exported(path, len(content), mean, least, description)
     _print(result, to)
@@ -212,10 +214,8 @@ def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Pa
     path = Path(out)
     if path.suffix != suffix:
         raise UserError(f"{path} must end in {suffix}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
-            f"{path} cannot be written: {path.parent} must be a folder, and the path itself not one"
-        )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give --out a file")
     return path
 
 

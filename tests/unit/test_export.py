@@ -286,6 +286,21 @@ def test_a_result_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_import_sees_images_as_the_exported_file_says(checkpoint, float32, tmp_path):
+    """Not square, BGR, three means: nothing of it is a default of `import`."""
+    out = import_weights(float32, tmp_path / "model", from_="onnx", size=(32, 48), colour="BGR")
+    with Embedder.load(float32) as theirs, Embedder.load(out) as ours:
+        assert ours.network.preprocessing == bundle.load(checkpoint).preprocessing
+        assert ours.fingerprint == theirs.fingerprint
+        np.testing.assert_array_equal(ours.embed(faces(3)), theirs.embed(faces(3)))
+    for wrong in ({"size": (32,)}, {"mean": (127.5,)}, {"std": (60, 61, 63)}, {"colour": "RGB"},
+                  {"output": "norm"}):  # fmt: skip
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"says that its {name} is .*: leave --{name} out"):
+            import_weights(float32, tmp_path / "again", from_="onnx", **wrong)
+        assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -69,7 +69,12 @@ class Found:
 
 
 def load(
-    file: Path, layout: str, *, mean: tuple[float, ...], std: tuple[float, ...], colour: str
+    file: Path,
+    layout: str,
+    *,
+    mean: tuple[float, ...] = (127.5,) * 3,
+    std: tuple[float, ...] = (127.5,) * 3,
+    colour: str,
 ) -> Found:
     """Read a checkpoint of another project as one of this package's networks.
 

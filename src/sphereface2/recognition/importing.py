@@ -35,8 +35,8 @@ def import_weights(
     *,
     from_: Literal["arcface_torch", "adaface", "cvlface", "opensphere", "onnx"],
     size: Annotated[Sequence[int], Parameter(consume_multiple=True)] = (),
-    mean: _Numbers = (127.5,),
-    std: _Numbers = (127.5,),
+    mean: _Numbers = (),
+    std: _Numbers = (),
     colour: Literal["RGB", "BGR"] | None = None,
     output: str | None = None,
 ) -> Path:
@@ -52,10 +52,11 @@ def import_weights(
             networks of AdaFace and CVLface, SFNets and IResNets of OpenSphere; or onnx, any network
             with one image as its input.
         size: ONNX without a fixed size: side of the images, or height and width, in pixels.
-        mean: Subtracted from the pixels, which are in 0..255: one number, or three.
-        std: Divides them afterwards: one number, or three.
+        mean: Subtracted from the pixels, which are in 0..255: one number, or three; default: 127.5.
+        std: Divides them afterwards: one number, or three; default: 127.5.
         colour: Order of the channels that the network sees; default: BGR for adaface, what a
-            `.yaml` file beside that of cvlface says, RGB for the others.
+            `.yaml` file beside that of cvlface says, RGB for the others. An `.onnx` file of
+            `sphereface2 export` says all this itself.
         output: ONNX with several outputs: name of the embedding's.
 
     Raises:
@@ -64,8 +65,9 @@ def import_weights(
     """
     if out.exists():
         raise UserError(f"{out} exists already: give a new folder")
-    options: dict[str, Any] = {"mean": _three("mean", mean), "std": _three("std", std)}
-    options["colour"] = colour or _colour(file, from_)
+    options: dict[str, Any] = {
+        name: _three(name, values) for name, values in (("mean", mean), ("std", std)) if values
+    }
     if from_ != "onnx" and (size or output):
         raise UserError("--size and --output are for --from onnx: other files say it themselves")
     ignored: dict[str, int] = {}
@@ -74,11 +76,11 @@ def import_weights(
         from sphereface2.recognition.importing_onnx import adapted
 
         sides = as_size(size[0] if len(size) == 1 else tuple(size), "--size") if size else None
-        network = OnnxNetwork(adapted(file, size=sides, output=output, **options))
+        network = OnnxNetwork(adapted(file, size=sides, output=output, colour=colour, **options))
     else:
         from sphereface2.backbones import foreign
 
-        found = foreign.load(file, from_, **options)
+        found = foreign.load(file, from_, colour=colour or _colour(file, from_), **options)
         network, ignored = found.network, found.ignored
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2 import onnx_runtime
-from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION
+from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
 from sphereface2.extras import require
@@ -24,44 +24,51 @@ SHORTEST = 16
 def adapted(
     file: Path,
     *,
-    size: tuple[int, int] | None,
-    output: str | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    colour: str,
+    size: tuple[int, int] | None = None,
+    output: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    colour: str | None = None,
 ) -> bytes:
     """The file's network with images (batch, 3, h, w) as its input and its embeddings (batch, d).
 
     A transposition is added where the graph takes (batch, h, w, 3), and a flattening where the
     embedding has more dimensions. A fixed batch becomes free if the embeddings stay the same;
-    otherwise it stays 1, and the images are embedded one by one.
+    otherwise it stays 1, and the images are embedded one by one. A file that `export` wrote says
+    itself how it sees images, and stays as it is.
 
     Args:
         file: an ONNX file.
         size: (height, width), where the graph leaves them open.
         output: name of the embedding, where there are several.
-        mean, std, colour: of `Preprocessing`.
+        mean, std, colour: of `Preprocessing`; default: 127.5, 127.5 and RGB.
 
     Raises:
-        UserError: no such graph, or a missing package.
+        UserError: no such graph, a missing package, or the file says something else of its images.
     """
     require("imports of ONNX files", "onnx")
     import onnx
 
     if not file.is_file():
         raise UserError(f"{file} does not exist or is no file")
+    given = {"size": size, "mean": mean, "std": std, "colour": colour, "output": output}
     try:
         model = onnx.load(file)
+        if any(item.key == METADATA_KEY for item in model.metadata_props):
+            content: bytes = model.SerializeToString()
+            _check_stated(OnnxNetwork(content), given, file)
+            return content
         _run(model, None)
     except UserError:
         raise
     except Exception as error:  # of protobuf and of ONNX Runtime, which share no base but this
         raise UserError(f"{file} is damaged or not an ONNX file") from error
+    mean, std, colour = mean or (127.5,) * 3, std or (127.5,) * 3, colour or "RGB"
     sides, batch, channels_last = _input(model, size, file)
     rng = np.random.default_rng(0)
     probes = rng.uniform(-1, 1, (batch or 2, 3, *sides)).astype(np.float32)
-    given = probes.transpose(0, 2, 3, 1) if channels_last else probes
-    name, found = _embedding(_run(model, np.ascontiguousarray(given)), output, len(probes), file)
+    images = probes.transpose(0, 2, 3, 1) if channels_last else probes
+    name, found = _embedding(_run(model, np.ascontiguousarray(images)), output, len(probes), file)
     alone = onnx.ModelProto.FromString(model.SerializeToString())
     _rewire(alone, sides, channels_last, name, found, batch)
     if batch:
@@ -88,6 +95,19 @@ def adapted(
         "metadata": {"imported": {"from": "onnx", "file": file.name}},
     }
     return described(alone, description)
+
+
+def _check_stated(network: OnnxNetwork, given: dict[str, Any], file: Path) -> None:
+    """Refuse options that contradict what a file that `export` wrote says about itself."""
+    seen = network.preprocessing
+    stated = {"size": seen.size, "mean": seen.mean, "std": seen.std, "colour": seen.colour_order}
+    for name, value in {**stated, "output": EMBEDDINGS}.items():
+        if given[name] not in (None, value):
+            shown = value if isinstance(value, str) else " ".join(f"{one:g}" for one in value)
+            raise UserError(
+                f"{file} was written by `sphereface2 export` and says that its {name} is {shown}: "
+                f"leave --{name} out"
+            )
 
 
 def _run(model: Any, images: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import yaml
 
 from sphereface2.errors import UserError
 from sphereface2.files import read_yaml
+from sphereface2.markdown import code, escape, table
 from sphereface2.version import __version__
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _data(data: dict[str, Any], facts: dict[str, Any], imported: dict[str, Any])
         lines.append("Nothing is recorded about the data that this network was trained on.")
     if imported:
         lines.append(
-            f"Imported from weights of {imported['from']}: `{imported['file']}`, SHA-256 "
+            f"Imported from weights of {imported['from']}: {code(imported['file'])}, SHA-256 "
             f"`{imported['sha256']}`."
         )
     if steps := facts.get("steps"):
@@ -163,26 +164,17 @@ def _data(data: dict[str, Any], facts: dict[str, Any], imported: dict[str, Any])
 def _figures_text(facts: dict[str, Any], synthetic: bool) -> str:
     rows = []
     for one in facts.get("sets") or []:
-        rows.append(
-            f"| {one['name']} | {one['pairs']:,} pairs | {100 * one['accuracy']:.2f} ± "
-            f"{100 * one['accuracy_std']:.2f} % | {100 * one['eer']:.2f} % | {_tars(one)} |"
-        )
+        accuracy = f"{100 * one['accuracy']:.2f} ± {100 * one['accuracy_std']:.2f} %"
+        size = f"{one['pairs']:,} pairs"
+        rows.append([one["name"], size, accuracy, f"{100 * one['eer']:.2f} %", _tars(one)])
     if held := facts.get("held_out"):
-        rows.append(
-            f"| {held['people']:,} held-out people | all {held['pairs']:,} pairs | – | – | "
-            f"{_tars(held)} |"
-        )
+        size = f"all {held['pairs']:,} pairs"
+        rows.append([f"{held['people']:,} held-out people", size, "–", "–", _tars(held)])
     if not rows:
         return "## Figures\n\nNone are recorded: measure it with `sphereface2 evaluate`."
-    lines = [
-        "## Figures\n",
-        "| set | size | accuracy (mean ± s.d. over folds) | EER | TAR at FAR |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]
-    if synthetic:
-        lines.append("\nThese are figures on drawn faces.")
-    return "\n".join(lines)
+    header = ["set", "size", "accuracy (mean ± s.d. over folds)", "EER", "TAR at FAR"]
+    note = "\nThese are figures on drawn faces." if synthetic else ""
+    return f"## Figures\n\n{table(header, rows)}{note}".rstrip()
 
 
 def _calibration(calibration: Calibration | None) -> str:
@@ -192,43 +184,39 @@ def _calibration(calibration: Calibration | None) -> str:
             "like those it will judge."
         )
     rows = [
-        f"| {one.far:g} | {one.threshold:.4f} | {one.ci[0]:.4f} to {one.ci[1]:.4f} | "
-        f"{100 * one.tar:.1f} % | {one.impostors:,} |"
+        [
+            f"{one.far:g}",
+            f"{one.threshold:.4f}",
+            f"{one.ci[0]:.4f} to {one.ci[1]:.4f}",
+            f"{100 * one.tar:.1f} %",
+            f"{one.impostors:,}",
+        ]
         for one in calibration.thresholds.values()
     ]
-    return "\n".join(
-        [
-            "## Threshold\n",
-            "| FAR | threshold | 95 % interval | TAR | impostor pairs |",
-            "|---|---|---|---|---|",
-            *rows,
-            *_elsewhere(calibration),
-        ]
-    )
+    header = ["FAR", "threshold", "95 % interval", "TAR", "impostor pairs"]
+    return f"## Threshold\n\n{table(header, rows)}\n{_elsewhere(calibration)}"
 
 
-def _elsewhere(calibration: Calibration) -> list[str]:
+def _elsewhere(calibration: Calibration) -> str:
     """What the thresholds do on other sets."""
     if not calibration.checked:
-        return [
-            "\nWhat FAR they have on other people and images is not known: `sphereface2 calibrate "
+        return (
+            "What FAR they have on other people and images is not known: `sphereface2 calibrate "
             "--check SET` measures it."
-        ]
-    lines = [
-        "\nThe same thresholds elsewhere; log10 is that of the FAR there over the FAR asked for.\n",
-        "| set | images | people | asked | FAR there | log10 | 95 % interval | TAR |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        )
+    rows = []
     for one in calibration.checked:
         for at in one.thresholds:
             assert at.transfer is not None and at.transfer.ci is not None
             low, high = at.transfer.ci
-            lines.append(
-                f"| {one.name} | {one.images:,} | {one.people:,} | {at.asked:g} | "
-                f"{at.far.value:.2g} | {at.transfer.value:+.2f} | {low:+.2f} to {high:+.2f} | "
-                f"{100 * at.tar.value:.1f} % |"
-            )
-    return lines
+            there = [f"{at.asked:g}", f"{at.far.value:.2g}", f"{at.transfer.value:+.2f}"]
+            interval, tar = f"{low:+.2f} to {high:+.2f}", f"{100 * at.tar.value:.1f} %"
+            rows.append([one.name, f"{one.images:,}", f"{one.people:,}", *there, interval, tar])
+    header = ["set", "images", "people", "asked", "FAR there", "log10", "95 % interval", "TAR"]
+    return (
+        "The same thresholds elsewhere; log10 is that of the FAR there over the FAR asked for.\n\n"
+        f"{table(header, rows)}".rstrip()
+    )
 
 
 _LIMITS = (
@@ -242,7 +230,8 @@ _LIMITS = (
 
 def _licence(license: str, name: str | None, link: str | None, synthetic: bool) -> str:
     if name != UNSTATED:
-        terms = f"[{name or license}]({link})" if link else f"{name or license}"
+        called = escape(name or license)
+        terms = f"[{called}]({link})" if link else called
         return f"## Licence\n\nThe weights: {terms}. The software is under Apache-2.0."
     bound = (
         "the drawn faces bring no terms of their own"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
+from sphereface2 import markdown
 from sphereface2.study import results, sections, tables
 from sphereface2.study.measure import FARS
 from sphereface2.study.results import Results
-from sphereface2.study.tables import Column, escape
+from sphereface2.study.tables import Column
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def pairs(found: Results) -> list[Pairs]:
                     tables.difference(one, scale=column.scale, digits=column.digits)
                     for one, column in zip(both, shown, strict=True)
                 ]
-                label = f"{escape(a)} less {escape(b)}<br>over people<br>over seeds"
+                label = markdown.lines(f"{a} less {b}", "over people", "over seeds")
                 rows.append([label, str(len(seeds)), *cells])
         if rows:
             header = ["Difference", "Seeds", *(column.title for column in shown)]
-            tables_found.append(Pairs(condition, tables.table(header, rows)))
+            tables_found.append(Pairs(condition, markdown.table(header, rows)))
     return tables_found

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sphereface2 import markdown
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.extras import require
@@ -21,7 +22,7 @@ from sphereface2.study.results import MAIN_FAR, Results
 from sphereface2.study.runner import CELLS, validation_tar
 from sphereface2.study.statistics import REPLICATES, Contrast
 from sphereface2.study.stored import CellResult
-from sphereface2.study.tables import Column, escape
+from sphereface2.study.tables import Column
 
 REPORT, INDEX = "report.md", "index.md"
 
@@ -92,7 +93,12 @@ def _write(path: Path, **content: Any) -> None:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"md": escape, "count": count, "number": tables.number, "far": far_key}
+    environment.filters |= {
+        "md": markdown.escape,
+        "count": count,
+        "number": tables.number,
+        "far": far_key,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)  # plots are written while rendering
     text = environment.get_template(f"{path.name}.jinja").render(**content)
     atomic_write(path, text.encode())
@@ -188,8 +194,7 @@ class Report:
             "CPU time": f"{hours:,.2f} hours, of the processes that finished the cells",
             "Versions": _versions(first),
         }
-        rows = [[name, escape(fact)] for name, fact in facts.items()]
-        return tables.table(["What", "Which"], rows, left=2)
+        return markdown.table(["What", "Which"], [*facts.items()], left=2)
 
     @property
     def mixed_versions(self) -> dict[str, str]:
@@ -211,9 +216,9 @@ class Report:
                 result = found.found[found.cells_of(arms[0], name)[0].key]
                 numbers = (result.data.people, result.data.images, result.training.steps)
                 sizes = [f"{number:,}" for number in numbers]
-            rows.append([escape(name), escape(tables.settings(changed)), *sizes])
+            rows.append([name, tables.settings(changed), *sizes])
         header = ["Condition", "Settings", "People trained on", "Images", "Steps"]
-        return tables.table(header, rows, left=2)
+        return markdown.table(header, rows, left=2)
 
     @property
     def failed(self) -> list[Cell]:
@@ -241,9 +246,9 @@ class Report:
         for name, arm in self.study.arms.items():
             shown = [self._trial(cell) for cell in self.found.trials if cell.arm == name]
             shown += [tables.NONE] * (self.trials - len(shown))
-            rows.append([escape(name), escape(tables.settings(arm.settings)), *shown])
+            rows.append([name, tables.settings(arm.settings), *shown])
         header = ["Arm", "Settings", *(f"Trial {k + 1}" for k in range(self.trials))]
-        return tables.table(header, rows, left=2)
+        return markdown.table(header, rows, left=2)
 
     def _trial(self, cell: Cell) -> str:
         found = self.found
@@ -253,8 +258,8 @@ class Report:
         else:
             figure = tables.number(validation_tar(self.study, result), scale=100)
         if found.chosen.get(cell.arm) == cell.changed:
-            figure = f"**{figure}**"
-        return f"{escape(tables.settings(cell.changed))}<br>{figure}"
+            figure = markdown.Markdown(f"**{figure}**")
+        return markdown.lines(tables.settings(cell.changed), figure)
 
     # Results
 

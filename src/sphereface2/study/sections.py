@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sphereface2 import markdown
 from sphereface2.evaluation.results import far_key
 from sphereface2.study import plots, results, tables
 from sphereface2.study.design import Sweep
@@ -23,7 +24,7 @@ from sphereface2.study.results import (
     Results,
 )
 from sphereface2.study.statistics import Contrast, Series, contrast
-from sphereface2.study.tables import Column, escape
+from sphereface2.study.tables import Column
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def across(found: Results, folder: Path) -> list[Across]:
 
 
 def _across(panel: plots.Panel, names: Sequence[str], baseline: str | None) -> Across:
-    lines, escaped = panel.lines, [escape(name) for name in names]
+    lines = panel.lines
     columns = [tables.means([line[k] for line in lines.values()]) for k in range(len(names))]
     changes = [[_change(line[0], after) for after in line[1:]] for line in lines.values()]
     against = None
@@ -174,11 +175,11 @@ def _across(panel: plots.Panel, names: Sequence[str], baseline: str | None) -> A
             for arm, line in lines.items()
             if arm != baseline
         }
-        against = _difference_table(baseline, rows, [Column(name, name) for name in escaped[1:]])
+        against = _difference_table(baseline, rows, [Column(name, name) for name in names[1:]])
     return Across(
         panel.title,
-        tables.by_arm(["Arm", *escaped], lines, columns),
-        tables.by_arm(["Arm", *escaped[1:]], lines, zip(*changes, strict=True)),
+        tables.by_arm(["Arm", *names], lines, columns),
+        tables.by_arm(["Arm", *names[1:]], lines, zip(*changes, strict=True)),
         against,
     )
 
@@ -222,7 +223,7 @@ def _sweep(found: Results, folder: Path, k: int, name: str, sweep: Sweep) -> Swe
     plot = f"sweep-{k + 1}.png"
     plots.plot_sweep(panels, values, own, label, folder / plot)
     names = [
-        escape(tables.value(value))
+        tables.value(value)
         + (" (the arm's own)" if sweep.arm in found.chosen and value == own else "")
         for value in values
     ]
@@ -233,8 +234,8 @@ def _sweep(found: Results, folder: Path, k: int, name: str, sweep: Sweep) -> Swe
             header.append(column.title)
             shown = tables.means(line, scale=column.scale, digits=column.digits, best=column.best)
             columns.append(shown)
-    table = tables.table([escape(label), *header], [*zip(names, *columns, strict=True)])
-    return SweepPlot(name, label, seeds, plot, table)
+    rows = [*zip(names, *columns, strict=True)]
+    return SweepPlot(name, label, seeds, plot, markdown.table([label, *header], rows))
 
 
 def scores(found: Results, folder: Path) -> Scores | None:
@@ -443,6 +444,6 @@ def _difference_table(
             tables.difference(one, scale=column.scale, digits=column.digits)
             for one, column in zip(row, columns, strict=True)
         ]
-        cells.append([f"{escape(arm)}<br>over people<br>over seeds", *shown])
-    header = [f"Difference to {escape(baseline)}", *(column.title for column in columns)]
-    return tables.table(header, cells)
+        cells.append([markdown.lines(arm, "over people", "over seeds"), *shown])
+    header = [f"Difference to {baseline}", *(column.title for column in columns)]
+    return markdown.table(header, cells)

@@ -1,12 +1,13 @@
-"""Numbers and tables as Markdown."""
+"""Numbers as Markdown."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sphereface2 import markdown
+from sphereface2.markdown import Markdown, table
 from sphereface2.study.statistics import Contrast, Series, half_width
 
 NONE = "–"
@@ -23,22 +24,9 @@ class Column:
     best: str | None = "max"
 
 
-def escape(text: str) -> str:
-    """Text that Markdown shows as it is, in a table's cell too."""
-    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A table whose first ``left`` columns are text and the others numbers."""
-    rule = ["---" if k < left else "---:" for k in range(len(header))]
-    lines = [header, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def by_arm(header: Sequence[str], arms: Iterable[str], columns: Iterable[Sequence[str]]) -> str:
     """A table with a row for each arm, from its columns."""
-    names = [escape(arm) for arm in arms]
-    return table(header, [*zip(names, *columns, strict=True)])
+    return table(header, [*zip(arms, *columns, strict=True)])
 
 
 def number(value: float | None, *, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
@@ -58,8 +46,8 @@ def mean(
         return NONE
     middle = number(sum(shown) / len(shown), scale=scale, digits=digits)
     half = half_width(shown)
-    middle = f"**{middle}**" if bold else middle
-    return middle if half is None else f"{middle} ± {number(half, scale=scale, digits=digits)}"
+    after = "" if half is None else f" ± {number(half, scale=scale, digits=digits)}"
+    return Markdown(f"**{middle}**{after}" if bold else f"{middle}{after}")
 
 
 def means(
@@ -83,14 +71,14 @@ def difference(found: Contrast | None, *, scale: float = 100.0, digits: int = 2)
     if found is None or found.value != found.value:
         return NONE
     value = number(found.value, scale=scale, digits=digits, sign=True)
-    lines = [f"**{value}**" if found.marked else value]
+    shown = [Markdown(f"**{value}**") if found.marked else value]
     for bounds in (found.people, found.seeds):
         if bounds is None:
-            lines.append(NONE)
+            shown.append(NONE)
         else:
             low, high = (number(b, scale=scale, digits=digits, sign=True) for b in bounds)
-            lines.append(f"{low} … {high}")
-    return "<br>".join(lines)
+            shown.append(f"{low} … {high}")
+    return markdown.lines(*shown)
 
 
 def value(setting: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from sphereface2 import markdown
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, writing
@@ -122,10 +123,8 @@ def write_report(
     """
     of = members(np.asarray(source.labels))
     counts = Counter(finding.kind for finding in findings)
-    page = [f"# {title}", "", "| | |", "|---|---:|"]
-    page += [f"| {name} | {value} |" for name, value in facts.items()]
-    page += [f"| {KINDS[kind]} | {counts[kind]:,} |" for kind in KINDS]
     rows = [*facts.items(), *((KINDS[kind], f"{counts[kind]:,}") for kind in KINDS)]
+    page = [f"# {markdown.escape(title)}", "", markdown.table(["", ""], rows)]
     cells = "".join(f"<tr><td>{escape(k)}<td class=n>{escape(str(v))}" for k, v in rows)
     html = [
         f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>",
@@ -139,19 +138,20 @@ def write_report(
             sheet = f"sheets/{kind.replace(' ', '-')}.jpg"
             atomic_write(out / sheet, encode_image(stack(strips), ".jpg", QUALITY))
             note = f"The first {len(first)} of {counts[kind]:,}" if limit < counts[kind] else "All"
-            page += ["", f"## {kind.capitalize()}", "", f"{note}: {KINDS[kind]}.", ""]
-            page += [f"![{kind}]({sheet})", "", "| | image | label | about | score | action |"]
-            page += ["|---:|---|---|---|---:|---|"]
+            page += [f"## {kind.capitalize()}", "", f"{note}: {KINDS[kind]}.", ""]
+            page += [f"![{kind}]({sheet})", ""]
+            lines: list[list[str]] = []
             html += [f"<h2>{kind.capitalize()}</h2><p>{note}: {KINDS[kind]}.<table>"]
             for number, (f, image) in enumerate(zip(first, strips, strict=True), 1):
                 texts = [f.image, f.label, f.about, f"{f.score:.3f}", f.action]
-                line = " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts)
-                page.append(f"| {number} | {line} |")
+                lines.append([str(number), *texts])
                 data = base64.b64encode(encode_image(image, ".jpg", QUALITY)).decode()
                 html.append(
                     f"<tr><td>{number}<td><img alt='' src='data:image/jpeg;base64,{data}'>"
                     + "".join(f"<td>{escape(text)}" for text in texts)
                 )
             html.append("</table>")
-        atomic_write(out / "report.md", ("\n".join(page) + "\n").encode())
+            header = ["", "image", "label", "about", "score", "action"]
+            page.append(markdown.table(header, lines, left=len(header)))
+        atomic_write(out / "report.md", "\n".join(page).encode())
         atomic_write(out / "report.html", "\n".join(html).encode())

@@ -146,16 +146,7 @@ def evaluate(
     group_of = None
     if groups is not None:
         group_of = _read_groups(groups, next(one for _, one in sets if isinstance(one, Source)))
-    for path, one in sets:
-        if isinstance(one, PairSet):
-            images_of: Any = (one.name, one.images.__getitem__, range(len(one.images)))
-        elif isinstance(one, Source):
-            images_of = (str(path), one.read, range(len(one)))
-        else:
-            continue
-        check_readable(*images_of)
-        if not align:
-            warn_if_unaligned(*images_of)
+    _look_at(sets, align)
     with (
         Embedder.load(
             checkpoint, device=device, flip=flip, batch_size=batch_size, read=image_reader(align)
@@ -181,6 +172,20 @@ def _check_plots(plots: Path, sets: Sequence[tuple[Path, Set]]) -> None:
     check_folder(plots)
     for _, one in sets:
         check_outside(plots, one)
+
+
+def _look_at(sets: Sequence[tuple[Path, Set]], align: bool) -> None:
+    """Refuse sets of images that cannot be read, and warn of photographs, before the work."""
+    for path, one in sets:
+        if isinstance(one, PairSet):
+            images_of: Any = (one.name, one.images.__getitem__, range(len(one.images)))
+        elif isinstance(one, Source):
+            images_of = (str(path), one.read, range(len(one)))
+        else:
+            continue
+        check_readable(*images_of)
+        if not align:
+            warn_if_unaligned(*images_of)
 
 
 def _read_groups(path: Path, source: Source) -> list[str | None]:

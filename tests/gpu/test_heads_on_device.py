@@ -246,11 +246,13 @@ def test_bf16_products_cost_three_digits(device, name, options, form, weight_dty
         assert_near(ours.weight.grad, oracle.weight.grad, 1e-2)
 
 
+# How many people have a part in Q-Margin's sum, in blocks, only the device can tell.
+WAITLESS = [case for case in CASES + BF16 if case.values[::2] != ("q_margin", "streaming")]
 # Rows of a sample that count for nothing are skipped by the kernels; without them, taken out.
-EAGERLY_WAITLESS = [case for case in CASES + BF16 if case.values[2] != "sampled"]
+EAGERLY_WAITLESS = [case for case in WAITLESS if case.values[2] != "sampled"]
 
 
-@pytest.mark.parametrize(("name", "options", "form"), CASES + BF16)
+@pytest.mark.parametrize(("name", "options", "form"), WAITLESS)
 def test_no_head_waits_for_the_device(cuda, name, options, form):
     head = heads.build(name, 64, 700, **options, **FORMS[form]).to(cuda)
     head.trust_batches = True

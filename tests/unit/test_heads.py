@@ -23,8 +23,8 @@ def batch(size=6, dim=8, classes=5, seed=0):
 def test_the_family_is_complete():
     assert set(NAMES) == {
         "adaface", "arcface", "bce", "circle", "cocoloss", "combined", "cosface",
-        "curricularface", "normface", "sface", "siglip", "softmax", "sphereface", "sphereface2",
-        "sphereface_r", "uce",
+        "curricularface", "normface", "q_margin", "sface", "siglip", "softmax", "sphereface",
+        "sphereface2", "sphereface_r", "uce",
     }  # fmt: skip
 
 
@@ -87,6 +87,8 @@ def test_bad_sizes(name, dim, classes, message):
         ("sphereface_r", {"form": "v3"}, "form must be one of 'v0', 'v1', 'v2', got 'v3'"),
         ("adaface", {"momentum": 0}, "momentum must be a number > 0 and ≤ 1, got 0"),
         ("circle", {"m": -1}, "m must be a number ≥ 0 and ≤ 1, got -1"),
+        ("q_margin", {"alpha": 1}, "alpha must be a number > 1 and ≤ 2, got 1"),
+        ("q_margin", {"s": 64, "m": 1.0, "alpha": 2}, r"\(alpha - 1\)·s·m must be a number ≤ 30"),
         ("bce", {"r": -1}, "r must be a number > 0, got -1"),
     ],
 )

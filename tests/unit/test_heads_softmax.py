@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import losses as pml
 
 from sphereface2 import heads
+from sphereface2.heads.divergence import posteriors
 
 F64 = torch.float64
 
@@ -247,6 +248,89 @@ def test_circle_loss_is_the_papers_form():
     compare(head, x, labels, total / len(labels), w)
 
 
+def q_margin_loss(logits, labels, alpha, log_q):
+    """max_p [⟨p, z⟩ - D(p ‖ q)] + D(e_y ‖ q) - z_y, p by bisection and with its derivative."""
+    y = F.one_hot(labels, logits.shape[1]).to(F64)
+    q = (y * log_q).exp()
+
+    def distribution(tau):
+        return q * (1 + (alpha - 1) * (logits - tau[:, None])).clamp_min(0) ** (1 / (alpha - 1))
+
+    def divergence(p):
+        u = p / q
+        return (q * (u**alpha - 1 - alpha * (u - 1)) / (alpha * (alpha - 1))).sum(1)
+
+    with torch.no_grad():
+        low, high = logits.amin(1) - 1e3, logits.amax(1) + 1e3
+        for _ in range(200):
+            tau = (low + high) / 2
+            above = distribution(tau).sum(1) > 1
+            low, high = torch.where(above, tau, low), torch.where(above, high, tau)
+    tau.requires_grad_()
+    slope = torch.autograd.grad(distribution(tau).sum(), tau)[0]
+    tau = tau.detach()
+    p = distribution(tau - (distribution(tau).sum(1) - 1) / slope)  # τ's own derivative by z
+    assert torch.allclose(p.sum(1), torch.ones((), dtype=F64), rtol=1e-9)
+    return ((p - y) * logits).sum(1) - divergence(p) + divergence(y), p
+
+
+@pytest.mark.parametrize("form", [{}, {"streaming": True, "chunk_size": 3}])
+@pytest.mark.parametrize(
+    ("alpha", "s", "m"), [(1.25, 20.0, 0.2), (1.1, 40.0, 0.0), (1.5, 10.0, 0.3), (1.9, 2.0, 0.1)]
+)
+def test_q_margin_is_its_published_equation(form, alpha, s, m, monkeypatch):
+    monkeypatch.setattr("sphereface2.heads.divergence.CANDIDATES", 1)  # too few at first
+    head, x, labels = make("q_margin", batch=12, alpha=alpha, s=s, m=m, **form)
+    w = unit_copy(head)
+    losses, p = q_margin_loss(s * F.normalize(x, dim=1) @ w.T, labels, alpha, -s * m)
+    assert (p == 0).any()
+    assert (p > 0).sum(1).max() > 2
+    compare(head, x, labels, losses.mean(), w)
+
+
+def test_q_margin_becomes_cosface_and_the_sparsemax():
+    head, x, labels = make("q_margin", batch=12, alpha=1 + 1e-7, s=8.0, m=0.3)
+    rival = heads.CosFace(5, 7, s=8.0, m=0.3).to(F64)
+    rival.load_state_dict(head.state_dict())
+    torch.testing.assert_close(head(x, labels), rival(x, labels), rtol=1e-5, atol=0)
+    head, x, labels = make("q_margin", batch=12, alpha=2, s=4.0, m=0.0)
+    w = unit_copy(head)
+    logits = 4 * F.normalize(x, dim=1) @ w.T
+    falling = logits.sort(dim=1, descending=True).values
+    sizes = torch.arange(1, 8)
+    size = (1 + sizes * falling > falling.cumsum(1)).sum(1)
+    tau = (torch.where(sizes <= size[:, None], falling, 0).sum(1) - 1) / size
+    squares = torch.where(logits > tau[:, None], logits**2 - tau[:, None] ** 2, 0).sum(1)
+    expected = squares / 2 + 0.5 - logits.gather(1, labels[:, None])[:, 0]
+    compare(head, x, labels, expected.mean(), w)
+
+
+def test_q_margin_loses_nothing_beyond_its_margin():
+    head = heads.build("q_margin", 2, 3, s=10.0, m=0.2, alpha=1.5)
+    gap = math.exp(0.5 * 10 * 0.2) / 0.5  # of z_y to the largest of the others
+    logits = torch.tensor([[gap + 0.01, 0.0, -9.0], [gap - 0.2, 0.0, -9.0]], requires_grad=True)
+    labels = torch.tensor([0, 0])
+    losses = [head.divergence(row[None], labels[:1], "sum") for row in logits]
+    assert losses[0].item() == pytest.approx(0, abs=1e-5)
+    assert losses[1].item() > 1e-4
+    sum(losses).backward()
+    assert torch.equal(logits.grad[:, 2], torch.zeros(2))
+    assert logits.grad[0].abs().max() < 1e-5 < logits.grad[1, 1]
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.25, 1.5, 2.0])
+def test_posteriors_sum_to_one_over_many_people(alpha):
+    torch.manual_seed(0)
+    for s in (0.0, 1.0, 64.0):
+        logits = s * torch.randn(2, 20_000).mul(0.2).clamp(-1, 1)
+        p = posteriors(logits[:, 0], logits[:, 1:], alpha, log_q=-s * 0.1)
+        torch.testing.assert_close(p.own + p.others.sum(1), torch.ones(2))
+        exact = posteriors(logits[:, 0].double(), logits[:, 1:].double(), alpha, log_q=-s * 0.1)
+        torch.testing.assert_close(p.others.double(), exact.others, rtol=0, atol=1e-4)
+        assert not p.others[logits[:, 1:] <= p.threshold[:, None]].any()
+        assert (p.others > 0).float().mean() <= (1 if s < 64 or alpha < 1.1 else 0.3)
+
+
 @pytest.mark.parametrize("classes", [2, 10, 10_000])
 def test_the_scale_of_cocoloss_reaches_its_bound(classes):
     """The best arrangement with all negatives opposite costs ε = 1e-4."""
@@ -268,7 +352,9 @@ def test_normface_learns_its_scale():
 
 
 @given(
-    name=st.sampled_from(["softmax", "normface", "cosface", "arcface", "combined", "sphereface"]),
+    name=st.sampled_from(
+        ["softmax", "normface", "cosface", "arcface", "combined", "sphereface", "q_margin"]
+    ),
     batch=st.integers(1, 4),
     dim=st.integers(2, 5),
     classes=st.integers(2, 6),
@@ -296,6 +382,7 @@ def test_margins_make_the_task_harder():
     for name, values in (
         ("cosface", (0.0, 0.2, 0.4)),
         ("arcface", (0.0, 0.3, 0.6)),
+        ("q_margin", (0.0, 0.2, 0.4)),
         ("sphereface_r", (1.0, 1.3, 1.7)),
     ):
         found = []

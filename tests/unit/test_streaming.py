@@ -80,7 +80,7 @@ def test_a_learned_scale_gets_its_gradient_through_blocks():
     assert_equal_to(1e-10, outcome(streamed, x, labels), outcome(dense, x, labels))
 
 
-@pytest.mark.parametrize("name", ["sphereface2", "cosface"])
+@pytest.mark.parametrize("name", ["sphereface2", "cosface", "q_margin"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_float32_and_autocast_at_the_size_of_a_training_step(name, autocast):
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from sphereface2.heads.adaptive_margins import AdaFace, CurricularFace, SphereFace
 from sphereface2.heads.base import Head, Scaling
+from sphereface2.heads.divergence import QMargin
 from sphereface2.heads.fixed_margins import (
     ArcFace,
     CircleLoss,
@@ -34,6 +35,7 @@ __all__ = [
     "NormFace",
     "OneVersusAllBCE",
     "OneVersusAllHead",
+    "QMargin",
     "SFace",
     "SampleToSample",
     "SampleToSampleConfig",

@@ -70,11 +70,19 @@ class SoftmaxHead(Head):
         x = unit_rows(embeddings)
         lengths = torch.linalg.vector_norm(embeddings, dim=1)
         if self.streaming:
-            return streamed_softmax(self, x, lengths, labels, self.chunk(x))
+            return self.streamed(x, lengths, labels)
         cos = x @ self.unit_weight(x.dtype).T
         with torch.no_grad():
             self.prepare(cos.gather(1, labels[:, None])[:, 0], lengths)
-        return F.cross_entropy(self._logits(cos, lengths, labels), labels)
+        return self.divergence(self._logits(cos, lengths, labels), labels, "mean")
+
+    def divergence(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The loss from logits (B, C), which may be altered: ``reduction`` "mean" or "sum"."""
+        return F.cross_entropy(logits, labels, reduction=reduction)
+
+    def streamed(self, x: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of unit embeddings (B, d) that had norms (B,), block after block."""
+        return streamed_softmax(self, x, lengths, labels, self.chunk(x))
 
     def _logits(self, cos: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         own = labels[:, None]
@@ -87,7 +95,7 @@ class SoftmaxHead(Head):
         unit = unit_rows(embeddings).detach()
         cos = (unit @ self.unit_weight(unit.dtype).T).detach().requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(self._logits(cos, lengths, labels), labels, reduction="sum")
+            loss = self.divergence(self._logits(cos, lengths, labels), labels, "sum")
         return torch.autograd.grad(loss, cos)[0]
 
 

@@ -35,6 +35,11 @@ class Face:
     landmarks: np.ndarray
     others: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Box, score and landmarks, JSON-able."""
+        box, landmarks = self.box.tolist(), self.landmarks.tolist()
+        return {"box": box, "landmarks": landmarks, "score": float(self.score)}
+
 
 class Detector(Protocol):
     """Finds faces. Its ``name`` says what it is and in which version. Threads may share it."""

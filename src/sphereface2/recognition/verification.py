@@ -44,15 +44,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        faces = [
-            face
-            and {
-                "box": face.box.tolist(),
-                "landmarks": face.landmarks.tolist(),
-                "score": float(face.score),
-            }
-            for face in self.faces
-        ]
+        faces = [face and face.to_dict() for face in self.faces]
         decision = {True: "same", False: "different", None: None}[self.same]
         return {**self.__dict__, "decision": decision, "faces": faces}
 

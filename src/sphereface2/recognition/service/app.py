@@ -10,6 +10,7 @@ import fastapi_offline
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -98,10 +99,10 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = Service(recogniser, gallery, metrics, settings)
-    access = Depends(Access(keys, settings.rate))
-    app.include_router(people.router, dependencies=[access])
-    app.include_router(routes.api, dependencies=[access])
-    app.include_router(routes.operation, dependencies=[access])
+    documented = HTTPBearer(auto_error=False, description="An API key.")
+    access = [Depends(Access(keys, settings.rate)), Depends(documented)]
+    for router in (people.router, routes.api, routes.operation):
+        app.include_router(router, dependencies=access)
     app.include_router(routes.probes)
     _add_page(app)
     _add_errors(app)

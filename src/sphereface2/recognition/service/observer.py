@@ -89,9 +89,11 @@ class Observer:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         state, method = scope["state"], scope["method"]
         route = getattr(scope.get("route"), "path_format", "other")
-        self.metrics.request(route, method if method in _METHODS else "other", status, seconds)
+        known = method if method in _METHODS else "other"
+        self.metrics.requests.labels(route, known, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
         if code := state.get("code"):
-            self.metrics.refused(code)
+            self.metrics.refused.labels(code).inc()
         path = scope["path"]
         if path in _UNAUDITED or path.startswith("/static/"):
             return

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
-from fastapi.security import HTTPBearer
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 
-from sphereface2.recognition.gallery import Person, UnknownPersonError
+from sphereface2.recognition.gallery import Person
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.errors import Refusal
-from sphereface2.recognition.service.state import ERRORS, Current, doing, person_out
+from sphereface2.recognition.service.state import ERRORS, Current, doing, enrolled, person_out
 
 
-class _Text(Convertor[str]):
+class _Text(PathConvertor):
     """A name in an address: a gallery takes any text, slashes and line breaks too."""
 
     regex = "(?s:.+)"
 
-    def convert(self, value: str) -> str:
-        """As it is."""
-        return value
-
-    def to_string(self, value: str) -> str:
-        """As it is."""
-        return value
-
 
 register_url_convertor("text", _Text())
+router = APIRouter(prefix="/v1/people", tags=["people"], responses=ERRORS)
+_JPEG: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {200: {"content": {"image/jpeg": {}}}},
+}
 
 
-router = APIRouter(
-    prefix="/v1/people",
-    tags=["people"],
-    responses=ERRORS,
-    dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
-)
-
-
-@router.get("", dependencies=doing("list"))
+@router.get("", **doing("list"))
 def list_people(
     service: Current,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
@@ -59,12 +47,7 @@ def list_people(
     )
 
 
-@router.post(
-    "",
-    status_code=201,
-    dependencies=doing("enrol"),
-    openapi_extra=bodies.documentation(schemas.EnrolRequest),
-)
+@router.post("", status_code=201, **doing("enrol", schemas.EnrolRequest))
 async def enrol(request: Request, service: Current) -> schemas.Enrolled:
     """Add a person with one image or several."""
     asked = await bodies.read(request, schemas.EnrolRequest)
@@ -73,48 +56,30 @@ async def enrol(request: Request, service: Current) -> schemas.Enrolled:
 
 
 # Before the route of a name, which takes slashes too.
-@router.get(
-    "/{name:text}/thumbnail",
-    dependencies=doing("thumbnail"),
-    response_class=Response,
-    responses={200: {"content": {"image/jpeg": {}}}},
-)
+@router.get("/{name:text}/thumbnail", **_JPEG, **doing("thumbnail"))
 def thumbnail(name: str, service: Current) -> Response:
     """The first crop kept of a person."""
     service.person(name)
     return _jpeg(service.gallery.crop(name))
 
 
-@router.get("/{name:text}/images", dependencies=doing("read"))
+@router.get("/{name:text}/images", **doing("read"))
 def list_images(name: str, service: Current) -> schemas.PersonImages:
     """A person's images."""
-    found = service.gallery.stored([name])
-    if not found:
-        raise UnknownPersonError("no person of that name is enrolled")
-    person, images = found[0]
+    person, images = enrolled(service.gallery.stored([name]))[0]
     return schemas.PersonImages(
         **person_out(person).model_dump(),
         enrolled=[schemas.ImageOut(id=str(image.id), source=image.source) for image in images],
     )
 
 
-@router.get(
-    "/{name:text}/images/{image:int}/crop",
-    dependencies=doing("thumbnail"),
-    response_class=Response,
-    responses={200: {"content": {"image/jpeg": {}}}},
-)
+@router.get("/{name:text}/images/{image:int}/crop", **_JPEG, **doing("thumbnail"))
 def image_crop(name: str, image: int, service: Current) -> Response:
     """The crop kept of one image of a person."""
     return _jpeg(service.gallery.crop(name, image))
 
 
-@router.post(
-    "/{name:text}/images",
-    status_code=201,
-    dependencies=doing("add"),
-    openapi_extra=bodies.documentation(schemas.ImagesRequest),
-)
+@router.post("/{name:text}/images", status_code=201, **doing("add", schemas.ImagesRequest))
 async def add_images(name: str, request: Request, service: Current) -> schemas.Enrolled:
     """Add images to a person."""
     asked = await bodies.read(request, schemas.ImagesRequest)
@@ -122,11 +87,7 @@ async def add_images(name: str, request: Request, service: Current) -> schemas.E
     return await service.enrol(request, name, asked, known=True)
 
 
-@router.delete(
-    "/{name:text}/images/{image:int}",
-    status_code=204,
-    dependencies=doing("remove image"),
-)
+@router.delete("/{name:text}/images/{image:int}", status_code=204, **doing("remove image"))
 def remove_image(name: str, image: int, service: Current) -> Response:
     """Delete one image of a person; the last one cannot be, the person can."""
     if not service.gallery.remove_image(name, image):
@@ -134,17 +95,13 @@ def remove_image(name: str, image: int, service: Current) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/{name:text}", dependencies=doing("read"))
+@router.get("/{name:text}", **doing("read"))
 def get_person(name: str, service: Current) -> schemas.PersonOut:
     """One person."""
-    return person_out(service.person(name))
+    return service.person(name)
 
 
-@router.put(
-    "/{name:text}",
-    dependencies=doing("replace"),
-    openapi_extra=bodies.documentation(schemas.ReplaceRequest),
-)
+@router.put("/{name:text}", **doing("replace", schemas.ReplaceRequest))
 async def replace_person(name: str, request: Request, service: Current) -> schemas.Enrolled:
     """Put new images and metadata in the place of all there were."""
     asked = await bodies.read(request, schemas.ReplaceRequest)
@@ -154,31 +111,24 @@ async def replace_person(name: str, request: Request, service: Current) -> schem
     )
 
 
-@router.patch(
-    "/{name:text}",
-    dependencies=doing("change"),
-    openapi_extra=bodies.documentation(schemas.ChangeRequest),
-)
+@router.patch("/{name:text}", **doing("change", schemas.ChangeRequest))
 async def change_person(name: str, request: Request, service: Current) -> schemas.PersonOut:
     """Rename a person, replace the metadata, or both at once; the images stay."""
     asked = await bodies.read(request, schemas.ChangeRequest)
 
-    def work() -> Person:
+    def work() -> Person | None:
         gallery, metadata = service.gallery, asked.metadata
         if asked.name is not None:
-            return service.known(gallery.rename(name, asked.name, metadata=metadata))
-        return service.known(
-            gallery.get(name) if metadata is None else gallery.set_metadata(name, metadata)
-        )
+            return gallery.rename(name, asked.name, metadata=metadata)
+        return gallery.get(name) if metadata is None else gallery.set_metadata(name, metadata)
 
-    return person_out(await run_in_threadpool(work))
+    return person_out(enrolled(await run_in_threadpool(work)))
 
 
-@router.delete("/{name:text}", status_code=204, dependencies=doing("remove"))
+@router.delete("/{name:text}", status_code=204, **doing("remove"))
 def remove_person(name: str, service: Current) -> Response:
     """Delete a person: embeddings, metadata and kept crops."""
-    if not service.gallery.remove(name):
-        raise UnknownPersonError("no person of that name is enrolled")
+    enrolled(service.gallery.remove(name))
     return Response(status_code=204)
 
 

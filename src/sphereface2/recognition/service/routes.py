@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
-from fastapi.security import HTTPBearer
+from prometheus_client import generate_latest
 
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.recognition.gallery import Match
@@ -22,21 +22,16 @@ from sphereface2.recognition.service.state import (
     doing,
     face_out,
     match_out,
-    person_out,
 )
 
 _CURVE_POINTS = 201
 
-api = APIRouter(
-    prefix="/v1",
-    responses=ERRORS,
-    dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
-)
+api = APIRouter(prefix="/v1", tags=["recognition"], responses=ERRORS)
 operation = APIRouter(tags=["operation"])
 probes = APIRouter(tags=["operation"])
 
 
-@api.get("/model", tags=["recognition"], dependencies=doing("model"))
+@api.get("/model", **doing("model"))
 def model(service: Current) -> schemas.ModelOut:
     """What the server computes with: the model, its thresholds, its calibrated curve."""
     calibration, curve = service.calibration, None
@@ -63,12 +58,7 @@ def model(service: Current) -> schemas.ModelOut:
     )
 
 
-@api.post(
-    "/embed",
-    tags=["recognition"],
-    dependencies=doing("embed"),
-    openapi_extra=bodies.documentation(schemas.EmbedRequest),
-)
+@api.post("/embed", **doing("embed", schemas.EmbedRequest))
 async def embed(request: Request, service: Current) -> schemas.Embedded:
     """Embeddings of the faces of images."""
     asked = await bodies.read(request, schemas.EmbedRequest)
@@ -83,12 +73,7 @@ async def embed(request: Request, service: Current) -> schemas.Embedded:
     )
 
 
-@api.post(
-    "/verify",
-    tags=["recognition"],
-    dependencies=doing("verify"),
-    openapi_extra=bodies.documentation(schemas.VerifyRequest),
-)
+@api.post("/verify", **doing("verify", schemas.VerifyRequest))
 async def verify(request: Request, service: Current) -> schemas.Verdict:
     """Whether two images show one person."""
     asked = await bodies.read(request, schemas.VerifyRequest)
@@ -103,26 +88,15 @@ async def verify(request: Request, service: Current) -> schemas.Verdict:
     pairs.sort(key=lambda pair: -pair.similarity)
     best = pairs[0]
     chosen = [first[best.a], second[best.b]]
-    request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[best.same]
     return schemas.Verdict(
-        similarity=best.similarity,
-        same=best.same,
-        threshold=threshold,
-        far=far,
-        probability=service.probability(best.similarity),
+        **service.verdict(request, best.similarity, threshold, far, chosen),
         faces=[[face_out(one.face) for one in faces] for faces in (first, second)],
         pairs=pairs,
         crops=[one.png() for one in chosen] if asked.crops else None,
-        warnings=service.check(chosen),
     )
 
 
-@api.post(
-    "/search",
-    tags=["recognition"],
-    dependencies=doing("search"),
-    openapi_extra=bodies.documentation(schemas.SearchRequest),
-)
+@api.post("/search", **doing("search", schemas.SearchRequest))
 async def search(request: Request, service: Current) -> schemas.Found:
     """Who in the gallery the faces of an image look most like, and whether it is anybody."""
     asked = await bodies.read(request, schemas.SearchRequest)
@@ -161,12 +135,7 @@ async def search(request: Request, service: Current) -> schemas.Found:
     )
 
 
-@api.post(
-    "/people/{name:text}/verify",
-    tags=["recognition"],
-    dependencies=doing("verify person"),
-    openapi_extra=bodies.documentation(schemas.VerifyPersonRequest),
-)
+@api.post("/people/{name:text}/verify", **doing("verify person", schemas.VerifyPersonRequest))
 async def verify_person(name: str, request: Request, service: Current) -> schemas.PersonVerdict:
     """Whether an image shows an enrolled person."""
     asked = await bodies.read(request, schemas.VerifyPersonRequest)
@@ -176,19 +145,11 @@ async def verify_person(name: str, request: Request, service: Current) -> schema
     rows = np.stack([one.embedding for one in seen])
     scores = await run_in_threadpool(service.gallery.verify, name, rows, fusion=asked.fusion)
     best = int(np.argmax(scores))
-    similarity = scores[best]
-    same = decision(similarity, threshold)
-    request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[same]
     return schemas.PersonVerdict(
-        person=person_out(person),
-        similarity=similarity,
-        same=same,
-        threshold=threshold,
-        far=far,
-        probability=service.probability(similarity),
+        **service.verdict(request, scores[best], threshold, far, [seen[best]]),
+        person=person,
         face=face_out(seen[best].face),
         crop=seen[best].png() if asked.crops else None,
-        warnings=service.check([seen[best]]),
     )
 
 
@@ -216,4 +177,4 @@ async def readyz(service: Current) -> Response:
 @operation.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Current) -> Response:
     """Prometheus metrics."""
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE)

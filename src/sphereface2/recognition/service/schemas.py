@@ -66,11 +66,28 @@ def _metadata(value: Any) -> Any:
     return value
 
 
-Image = Annotated[
+_Bytes = Annotated[
     bytes, BeforeValidator(_image), WithJsonSchema({"type": "string", "format": "byte"})
 ]
+Image = Annotated[_Bytes, Field(description="A JPEG, PNG or WebP file; base64 in JSON.")]
 # Validation stops at the first bad one.
-Images = Annotated[list[Image], FailFast(), Field(min_length=1, max_length=MAX_IMAGES)]
+Images = Annotated[
+    list[_Bytes],
+    FailFast(),
+    Field(
+        min_length=1,
+        max_length=MAX_IMAGES,
+        description="JPEG, PNG or WebP files; base64 in JSON.",
+    ),
+]
+Faces = Annotated[
+    Literal["largest", "all"],
+    Field(description="Take the largest face of an image, or every face."),
+]
+Fusion = Annotated[
+    Literal["max", "mean"],
+    Field(description="A person's score: of the nearest image, or of the template."),
+]
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_name)]
 Value = str | bool | int | FiniteFloat | None
 Metadata = Annotated[dict[str, Value], BeforeValidator(_metadata)]
@@ -88,51 +105,43 @@ class _Decided(_Request):
         lt=1,
         description="The false accept rate to decide at: one that the model is calibrated for.",
     )
-    faces: Literal["largest", "all"] = Field(
-        "largest", description="Answer for the largest face of an image, or for every face."
-    )
+    faces: Faces = "largest"
     crops: bool = Field(False, description="Send the aligned faces back.")
 
 
 class EmbedRequest(_Request):
     """Images to embed."""
 
-    images: Images = Field(description="JPEG, PNG or WebP files; base64 in JSON.")
-    faces: Literal["largest", "all"] = Field(
-        "largest", description="Embed the largest face of each image, or every face."
-    )
+    images: Images
+    faces: Faces = "largest"
 
 
 class VerifyRequest(_Decided):
     """Two images to compare."""
 
-    a: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
-    b: Image = Field(description="The image to compare it with.")
+    a: Image
+    b: Image
 
 
 class VerifyPersonRequest(_Decided):
     """An image to compare with an enrolled person."""
 
-    image: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
-    fusion: Literal["max", "mean"] = Field(
-        "max", description="The score: of the person's nearest image, or of their template."
-    )
+    image: Image
+    fusion: Fusion = "max"
 
 
 class SearchRequest(_Decided):
     """An image to look for in the gallery."""
 
-    image: Image = Field(description="A JPEG, PNG or WebP file; base64 in JSON.")
+    image: Image
     k: int = Field(5, ge=1, le=100, description="People to return for each face.")
-    fusion: Literal["max", "mean"] = Field(
-        "max", description="A person's score: of the nearest image, or of the template."
-    )
+    fusion: Fusion = "max"
 
 
 class ImagesRequest(_Request):
     """Images of a person."""
 
-    images: Images = Field(description="JPEG, PNG or WebP files; base64 in JSON.")
+    images: Images
     faces: Literal["one", "largest"] = Field(
         "one", description="Refuse an image with several faces, or take the largest."
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 
 from sphereface2.align import Face
 from sphereface2.errors import UserError
@@ -22,7 +23,7 @@ from sphereface2.recognition.gallery import (
     person_name,
 )
 from sphereface2.recognition.quality import Gate, measure
-from sphereface2.recognition.service import schemas
+from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
 from sphereface2.recognition.service.recogniser import Recogniser, Seen, Which
@@ -32,6 +33,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.ErrorOut, "description": "What was wrong with the request."},
     503: {"model": schemas.ErrorOut, "description": "Too busy: see Retry-After."},
 }
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -66,12 +68,6 @@ class Service:
         except UserError as error:
             raise Refusal(422, "unknown_far", str(error)) from None
 
-    def probability(self, similarity: float) -> float | None:
-        """With even odds beforehand, or nothing without a calibration."""
-        if self.calibration is None:
-            return None
-        return float(self.calibration.probability(np.array([similarity]))[0])
-
     async def embed(
         self, request: Request, images: Sequence[bytes], aligned: bool, which: Which
     ) -> list[list[Seen]]:
@@ -97,15 +93,31 @@ class Service:
                 raise Refusal(422, "poor_image", str(error)) from None
         return warnings
 
-    def person(self, name: str) -> Person:
-        """An enrolled person; a 404 if there is none."""
-        return self.known(self.gallery.get(name))
+    def verdict(
+        self,
+        request: Request,
+        similarity: float,
+        threshold: float | None,
+        far: float | None,
+        seen: Sequence[Seen],
+    ) -> dict[str, Any]:
+        """What the answer to a comparison says, whatever ``seen`` was compared with."""
+        same, probability = decision(similarity, threshold), None
+        if self.calibration is not None:
+            probability = float(self.calibration.probability(similarity))
+        request.state.outcome = {None: "not calibrated", True: "same", False: "different"}[same]
+        return {
+            "similarity": similarity,
+            "same": same,
+            "threshold": threshold,
+            "far": far,
+            "probability": probability,
+            "warnings": self.check(seen),
+        }
 
-    def known(self, person: Person | None) -> Person:
-        """The person; a 404 if there is none."""
-        if person is None:
-            raise UnknownPersonError("no person of that name is enrolled")
-        return person
+    def person(self, name: str) -> schemas.PersonOut:
+        """An enrolled person; a 404 if there is none."""
+        return person_out(enrolled(self.gallery.get(name)))
 
     async def enrol(
         self, request: Request, name: str, asked: schemas.ImagesRequest, **options: Any
@@ -127,14 +139,14 @@ class Service:
         if self.settings.keep_crops:
             options["crops"] = [encode_image(one.crop, ".jpg") for one in seen]
 
-        def work() -> tuple[list[int], Person]:
+        def work() -> tuple[list[int], schemas.PersonOut]:
             if asked.lookalikes == "refuse":
                 self._refuse_lookalikes(name, rows)
             return self.gallery.add(name, rows, **options), self.person(name)
 
         added, person = await run_in_threadpool(work)
         return schemas.Enrolled(
-            **person_out(person).model_dump(), added=[str(one) for one in added], warnings=warnings
+            **person.model_dump(), added=[str(one) for one in added], warnings=warnings
         )
 
     def _refuse_lookalikes(self, name: str, rows: np.ndarray) -> None:
@@ -160,15 +172,23 @@ async def _service(request: Request) -> Service:
 Current = Annotated[Service, Depends(_service)]
 
 
-def doing(action: str) -> Any:
-    """Dependencies that name the request for the audit log before anything can go wrong."""
+def doing(action: str, body: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Options of a route: its name in the audit log, before anything can go wrong; its body."""
 
     async def name(request: Request) -> None:
         request.state.action = action
         if person := request.path_params.get("name"):
             request.state.person = person[: schemas.MAX_NAME]
 
-    return [Depends(name)]
+    documented = bodies.documentation(body) if body else None
+    return {"dependencies": [Depends(name)], "openapi_extra": documented}
+
+
+def enrolled(found: Found | None) -> Found:
+    """What was found of a person; a 404 if nothing was."""
+    if not found:
+        raise UnknownPersonError("no person of that name is enrolled")
+    return found
 
 
 def decision(similarity: float, threshold: float | None) -> bool | None:
@@ -178,13 +198,7 @@ def decision(similarity: float, threshold: float | None) -> bool | None:
 
 def face_out(face: Face | None) -> schemas.Face | None:
     """A face as the API gives it."""
-    if face is None:
-        return None
-    return schemas.Face(
-        box=np.asarray(face.box).tolist(),
-        score=float(face.score),
-        landmarks=np.asarray(face.landmarks).tolist(),
-    )
+    return None if face is None else schemas.Face(**face.to_dict())
 
 
 def match_out(match: Match, threshold: float | None) -> schemas.MatchOut:

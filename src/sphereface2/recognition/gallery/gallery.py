@@ -18,7 +18,6 @@ from sphereface2.recognition.gallery.types import (
     Checked,
     Enrolment,
     Person,
-    checked,
     metadata_json,
     person_key,
     person_name,
@@ -75,7 +74,7 @@ class Gallery(GalleryReader):
             UserError: a bad name, metadata that is not JSON or too long, embeddings that are not
                 finite or of another dimension, more than 1,000 images of one person.
         """
-        item = checked(Enrolment(person, embeddings, metadata, sources, crops), self.dim)
+        item = Enrolment(person, embeddings, metadata, sources, crops).check(self.dim)
         with self._change() as connection:
             stored = self._rows.add(connection, [item], replace=replace, known=known)
         if replace:
@@ -103,7 +102,7 @@ class Gallery(GalleryReader):
         size = 0
         for item in people:
             try:
-                one = checked(item, self.dim)
+                one = item.check(self.dim)
             except UserError as error:
                 if refused is None:
                     raise

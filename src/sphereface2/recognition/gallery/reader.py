@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from sphereface2.errors import UserError, check_choice
 from sphereface2.recognition.gallery import stamps
 from sphereface2.recognition.gallery.engines import FileSearch, ServerSearch
-from sphereface2.recognition.gallery.rows import STORAGES, Rows, Stored
+from sphereface2.recognition.gallery.rows import STORAGES, Rows, Stored, person_of
 from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.types import (
     FUSIONS,
@@ -234,8 +234,12 @@ class GalleryReader:
 
     def crop(self, person: str, image: int | None = None) -> bytes | None:
         """The crop kept of a person's image, or the first of them, as it was given; else None."""
+        images, key = self._rows.images, person_key(person_name(person))
+        query = sa.select(images.c.crop).where(images.c.person == key, images.c.crop.is_not(None))
+        if image is not None:
+            query = query.where(images.c.id == image)
         with self._read() as connection:
-            return self._rows.crop(connection, person_key(person_name(person)), image)
+            return connection.scalar(query.order_by(images.c.id).limit(1))
 
     def people(self, offset: int = 0, limit: int | None = None, *, query: str = "") -> list[Person]:
         """People by name, or a page of them.
@@ -245,13 +249,17 @@ class GalleryReader:
             limit: people to return; None: all that follow.
             query: part of the names, in upper or lower case; empty: everybody.
         """
+        rows = self._rows
+        page = rows.described.where(rows.named(query)).order_by(rows.people.c.name)
         with self._read() as connection:
-            return self._rows.page(connection, offset, limit, query)
+            return [person_of(row) for row in connection.execute(page.limit(limit).offset(offset))]
 
     def count(self, *, query: str = "") -> int:
         """How many people there are, or how many of them `people` finds by ``query``."""
+        rows = self._rows
+        count = sa.select(sa.func.count()).select_from(rows.people).where(rows.named(query))
         with self._read() as connection:
-            return self._rows.count(connection, query) if query else self._sizes(connection)[0]
+            return connection.scalar(count) or 0 if query else self._sizes(connection)[0]
 
     def stored(self, names: Iterable[str] | None = None) -> list[Stored]:
         """Everybody by name, or those of these names, with their images, oldest first."""
@@ -278,7 +286,11 @@ class GalleryReader:
         """Numbers of people and images, counted once as long as nothing changes."""
         state, known = self._rows.state(connection), self._counted
         if known is None or known[0] != state:
-            self._counted = known = (state, *self._rows.sizes(connection))
+            people, images = (
+                connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+                for table in (self._rows.people, self._rows.images)
+            )
+            self._counted = known = (state, people, images)
         return known[1:]
 
 

@@ -112,7 +112,8 @@ class Rows:
         storage: how embeddings are held, ``float32`` or ``float16``.
 
     Attributes:
-        description: SQL that selects people as `person_of` takes them, without a WHERE.
+        described: selects people as `person_of` takes them.
+        description: the same as SQL, without a WHERE.
     """
 
     def __init__(self, is_file: bool, storage: str) -> None:
@@ -139,14 +140,14 @@ class Rows:
             sa.Column("crop", sa.LargeBinary),
         )
         theirs = images.c.person == people.c.id
-        self._described = sa.select(
+        self.described = sa.select(
             people.c.id,
             people.c.name,
             people.c.metadata,
             sa.select(sa.func.count()).where(theirs).scalar_subquery().label("images"),
             sa.exists().where(theirs, images.c.crop.is_not(None)).label("has_crop"),
         )
-        self.description = str(self._described.compile(dialect=self._dialect.dialect()))
+        self.description = str(self.described.compile(dialect=self._dialect.dialect()))
 
     def create(self, connection: Connection) -> None:
         """Create what is missing of the tables; tables that exist are taken as they are."""
@@ -170,7 +171,7 @@ class Rows:
         return {
             row.id: person_of(row)
             for some in parts(list(keys))
-            for row in connection.execute(self._described.where(self.people.c.id.in_(some)))
+            for row in connection.execute(self.described.where(self.people.c.id.in_(some)))
         }
 
     def named(self, part: str) -> sa.ColumnElement[bool]:
@@ -185,13 +186,6 @@ class Rows:
         fold = sa.func.lower(sa.collate(name, "default"))
         return fold.contains(part.lower(), autoescape=True)
 
-    def page(
-        self, connection: Connection, offset: int, limit: int | None, part: str
-    ) -> list[Person]:
-        """People by name, of those whose name contains ``part``."""
-        query = self._described.where(self.named(part)).order_by(self.people.c.name)
-        return [person_of(row) for row in connection.execute(query.limit(limit).offset(offset))]
-
     def state(self, connection: Connection) -> Any:
         """What another transaction that sees the same tables has in common with this one."""
         if self._dialect is sqlite:
@@ -200,26 +194,12 @@ class Rows:
         snapshot = connection.exec_driver_sql("SELECT pg_current_snapshot()::text").scalar()
         return snapshot, int(time.monotonic())
 
-    def count(self, connection: Connection, part: str) -> int:
-        """How many people `page` finds."""
-        query = sa.select(sa.func.count()).select_from(self.people).where(self.named(part))
-        return int(connection.scalar(query) or 0)
-
-    def sizes(self, connection: Connection) -> tuple[int, int]:
-        """Numbers of people and images."""
-        counts = (
-            sa.select(sa.func.count()).select_from(table).scalar_subquery()
-            for table in (self.people, self.images)
-        )
-        people, images = connection.execute(sa.select(*counts)).one()
-        return people, images
-
     def stored(self, connection: Connection, keys: list[int] | None) -> dict[int, Stored]:
         """Everybody, or these people, with their images, oldest first."""
         images = self.images
         query = sa.select(images.c.person, images.c.id, images.c.source).order_by(images.c.id)
         if keys is None:
-            people = {row.id: person_of(row) for row in connection.execute(self._described)}
+            people = {row.id: person_of(row) for row in connection.execute(self.described)}
             queries = [query]
         else:
             people = self.describe(connection, keys)
@@ -236,14 +216,6 @@ class Rows:
         if mean:
             vector, owner = self.people.c.template, self.people.c.id
         return list(connection.scalars(sa.select(vector).where(owner == key)))
-
-    def crop(self, connection: Connection, key: int, image: int | None) -> bytes | None:
-        """The crop of an image of a person, or their first."""
-        images = self.images
-        query = sa.select(images.c.crop).where(images.c.person == key, images.c.crop.is_not(None))
-        if image is not None:
-            query = query.where(images.c.id == image)
-        return connection.scalar(query.order_by(images.c.id).limit(1))
 
     # -- changing --------------------------------------------------------------------------------
 
@@ -373,16 +345,17 @@ class Rows:
         people, images = self.people, self.images
         new_images, new_people, lost_images, lost_people = [], [], [], []
         for key, (_, theirs) in there.items():
-            kept = [image.id for image in theirs if image.id in vectors]
-            if not kept:
+            kept = []
+            for row in ({"person_": key, "id_": image.id} for image in theirs):
+                if (vector := vectors.get(row["id_"])) is None:
+                    lost_images.append(row)
+                else:
+                    kept.append(vector)
+                    new_images.append({**row, "embedding": vector})
+            if kept:
+                new_people.append({"id_": key, "template": template(np.stack(kept))})
+            else:
                 lost_people.append({"id_": key})
-                continue
-            lost_images += [
-                {"person_": key, "id_": image.id} for image in theirs if image.id not in vectors
-            ]
-            new_images += [{"person_": key, "id_": i, "embedding": vectors[i]} for i in kept]
-            mean = template(np.stack([vectors[i] for i in kept]))
-            new_people.append({"id_": key, "template": mean})
         image = (images.c.person == sa.bindparam("person_")) & (images.c.id == sa.bindparam("id_"))
         somebody = people.c.id == sa.bindparam("id_")
         for statement, rows in (

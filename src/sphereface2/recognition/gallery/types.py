@@ -86,9 +86,26 @@ class Enrolment:
     sources: Sequence[str | None] | None = None
     crops: Sequence[bytes | None] | None = None
 
-    def check(self, dim: int) -> None:
+    def check(self, dim: int) -> Checked:
         """UserError if a gallery of embeddings of ``dim`` numbers refuses it."""
-        checked(self, dim)
+        name = person_name(self.person)
+        vectors = unit(self.embeddings, dim)
+        if not len(vectors):
+            raise UserError(f"{name!r} has no image; give at least one")
+        check_count(name, len(vectors))
+        none = [None] * len(vectors)
+        sources = none if self.sources is None else list(self.sources)
+        crops = none if self.crops is None else list(self.crops)
+        for what, given in (("sources", sources), ("crops", crops)):
+            if len(given) != len(vectors):
+                raise UserError(f"{name!r} has {len(vectors)} images and {len(given)} {what}")
+        for source in filter(None, sources):
+            if (size := _bytes(source, f"a source of {name!r}")) > SOURCE_BYTES:
+                raise UserError(
+                    f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the maximum"
+                )
+        metadata = None if self.metadata is None else metadata_json(name, self.metadata)
+        return Checked(self, person_key(name), name, vectors, sources, crops, metadata)
 
 
 @dataclass(frozen=True)
@@ -102,37 +119,6 @@ class Checked:
     sources: list[str | None]
     crops: list[bytes | None]
     metadata: str | None
-
-
-def checked(item: Enrolment, dim: int) -> Checked:
-    """Check an enrolment against every limit.
-
-    Raises:
-        UserError: a bad name, metadata, source or embedding, or more than 1,000 images.
-    """
-    name = person_name(item.person)
-    vectors = unit(item.embeddings, dim)
-    if not len(vectors):
-        raise UserError(f"{name!r} has no image; give at least one")
-    check_count(name, len(vectors))
-    sources, crops = _each(item.sources, vectors), _each(item.crops, vectors)
-    for what, given in (("sources", sources), ("crops", crops)):
-        if len(given) != len(vectors):
-            raise UserError(f"{name!r} has {len(vectors)} images and {len(given)} {what}")
-    for source in sources:
-        if source is not None and (size := len(_utf8(source, f"a source of {name!r}"))):
-            if size > SOURCE_BYTES:
-                raise UserError(
-                    f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the maximum"
-                )
-            if "\0" in source:
-                raise UserError(f"a source of {name!r} contains the character NUL; leave it out")
-    metadata = None if item.metadata is None else metadata_json(name, item.metadata)
-    return Checked(item, person_key(name), name, vectors, sources, crops, metadata)
-
-
-def _each(values: Sequence[Any] | None, vectors: np.ndarray) -> list[Any]:
-    return [None] * len(vectors) if values is None else list(values)
 
 
 def check_count(name: str, images: int) -> None:
@@ -156,9 +142,7 @@ def person_name(name: str) -> str:
             f"a person's name has 1 to {NAME_LENGTH} characters, not only spaces; got "
             f"{str(name)[:40]!r}"
         )
-    _utf8(clean, f"the name {clean!r}")
-    if "\0" in clean:
-        raise UserError(f"the name {clean!r} contains the character NUL; leave it out")
+    _bytes(clean, f"the name {clean!r}")
     return clean
 
 
@@ -260,8 +244,11 @@ def decide(matches: Sequence[Match], threshold: float) -> Match | None:
     return matches[0] if matches and matches[0].score >= threshold else None
 
 
-def _utf8(text: str, what: str) -> bytes:
+def _bytes(text: str, what: str) -> int:
+    """The length of a text in UTF-8; UserError if no database stores it."""
+    if "\0" in text:
+        raise UserError(f"{what} contains the character NUL; leave it out")
     try:
-        return text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         raise UserError(f"{what} is not valid Unicode") from error

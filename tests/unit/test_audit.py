@@ -177,7 +177,7 @@ def test_of_the_copies_of_a_photograph_one_stays_where_it_fits_best() -> None:
         source=SimpleNamespace(labels=labels, name=str),
         index=np.arange(7),
         labels=labels,
-        person=str,
+        whose=lambda row: str(labels[row]),
     )
     wrong = np.array([0, 0, 0, 0, 0.9, 0.9, 0], np.float32)
     scores = SimpleNamespace(

@@ -90,6 +90,23 @@ class Job:
     measured: bool = False
     all_faces: bool = False
 
+    @classmethod
+    def of(
+        cls, path: Path, source: Source, embedder: FaceEmbedder, *, aligned: bool, **options: Any
+    ) -> Job:
+        """All of a set by a model; ``options`` are the type of numbers and what else a row has."""
+        return cls(
+            path=path,
+            images=len(source),
+            input=source.fingerprint(),
+            model=embedder.fingerprint,
+            embedding_dim=embedder.embedding_dim,
+            aligner=None if aligned else embedder.aligner.name,
+            flip=embedder.embedder.flip,
+            batch_size=embedder.embedder.batch_size,
+            **options,
+        )
+
     @property
     def aligned(self) -> bool:
         """Whether the images are crops already."""
@@ -112,19 +129,14 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """All that a row depends on, JSON-able."""
+        own = ("path", "measured", "all_faces")
+        facts = {name: value for name, value in vars(self).items() if name not in own}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
-            "model": self.model,
-            "embedding_dim": self.embedding_dim,
-            "flip": self.flip,
+            **facts,
             "aligned": self.aligned,
-            "aligner": self.aligner,
-            "dtype": self.dtype,
-            "batch_size": self.batch_size,
-            "input": self.input,
-            "images": self.images,
             **({"measured": True} if self.measured else {}),
             **({"faces": "all"} if self.all_faces else {}),
         }

@@ -93,7 +93,8 @@ def embed_set(
         raise UserError(f"--engine must be local or ray, not {engine!r}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, not {batch_size}")
-    if faces == "all" and aligned:
+    every = faces == "all"
+    if every and aligned:
         raise UserError(
             "--faces all looks for faces in photographs, and --aligned images are crops"
         )
@@ -112,18 +113,7 @@ def embed_set(
         batch_size=batch_size,
     )
     images = open_images(path)  # after the model: a wrong one is named before a long walk
-    job = Job(
-        path=path,
-        images=len(images),
-        input=images.fingerprint(),
-        model=embedder.fingerprint,
-        embedding_dim=embedder.embedding_dim,
-        aligner=None if aligned else embedder.aligner.name,
-        flip=flip,
-        dtype=dtype,
-        batch_size=batch_size,
-        all_faces=faces == "all",
-    )
+    job = Job.of(path, images, embedder, aligned=aligned, dtype=dtype, all_faces=every)
     if aligned:
         name, indices = str(path), range(len(images))
         warn_if_unaligned(name, images.read, indices, remedy="leave out --aligned")
@@ -138,9 +128,7 @@ def embed_set(
         seconds=time.perf_counter() - start,
     )
     left_out = f"; {report.skipped:,} left out, see {out}.skipped.csv" if report.skipped else ""
-    what = f"{report.embedded:,} of {report.images:,} images embedded"
-    if faces == "all":
-        what = f"{report.embedded:,} faces of {report.images:,} images embedded"
+    what = f"{report.embedded:,} {'faces ' if every else ''}of {report.images:,} images embedded"
     console.show(f"{what} in {out}{left_out}")
     return report
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 
+from sphereface2 import console
 from sphereface2.data.convert import Conversion, write_source
 from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
@@ -141,3 +144,20 @@ def write_set(chosen: Chosen, target: Path) -> Conversion:
             names = "".join(f"{printable(name)}\n" for name in chosen.class_names)
             (folder / "names.txt").write_text(names, encoding="utf-8")
     return Conversion(target, len(lines), chosen.num_classes)
+
+
+def written(done: Conversion) -> dict[str, Any]:
+    """A set that was written, as summaries have it."""
+    return {"path": str(done.target), "images": done.images, "people": done.people}
+
+
+def show(summary: dict[str, Any], parts: Sequence[Table | str], as_json: bool) -> dict[str, Any]:
+    """Print a summary as JSON, or ``parts`` that tell of it and the set that was written."""
+    if as_json:
+        console.print_json(summary)
+    else:
+        console.show(*parts)
+        if done := summary.get("written"):
+            place = f"in {done['path']}"
+            console.show(f"{done['images']:,} images of {done['people']:,} people {place}")
+    return summary

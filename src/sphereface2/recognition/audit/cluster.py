@@ -25,7 +25,7 @@ from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import unit, weighted_sums
 from sphereface2.files import atomic_write, digest, owned, read_text, writing
 from sphereface2.images import encode_image
-from sphereface2.recognition.audit.clean import Chosen
+from sphereface2.recognition.audit.clean import Chosen, show, written
 from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
 from sphereface2.recognition.audit.people import people_text, read_people
 from sphereface2.recognition.audit.report import QUALITY, grid
@@ -99,7 +99,7 @@ def cluster(
         check_target(write, to)
     if apply is not None and write is not None:
         named = read_people(apply, open_images(source))
-        return _told({"written": _write(named, write, to, align)}, None, as_json)
+        return show({"written": _write(named, write, to, align)}, [], as_json)
     if out is None:
         raise UserError("give --out, the folder of the result")
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def cluster(
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
     with owned(out):
         _check_unedited(out)
-        faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)
+        faces = embedded(opened, source, embedder, out, align=align)
         limit = _threshold(embedder.calibration, len(faces.rows), threshold)
         with Stopper(STOPPED), console.bars() as bars:
             progress = console.advance(bars, "pairs of images", 1)
@@ -126,7 +126,7 @@ def cluster(
             atomic_write(out / PEOPLE, text.encode())
     if write is not None:
         summary["written"] = _write(read_people(out / PEOPLE, faces.source), write, to, align)
-    return _told(summary, out, as_json)
+    return show(summary, _lines(summary, out), as_json)
 
 
 def _threshold(calibration: Calibration | None, images: int, given: float | None) -> float:
@@ -231,26 +231,18 @@ def _summary(
     return summary
 
 
-def _told(summary: dict[str, Any], out: Path | None, as_json: bool) -> dict[str, Any]:
-    if as_json:
-        console.print_json(summary)
-        return summary
-    lines = []
-    if out is not None:
-        lines += [
-            f"{summary['people']:,} people with {summary['images_of_people']:,} of "
-            f"{summary['images']:,} images, from a mean similarity of {summary['threshold']:.3f}",
-            f"look at {out / PAGE}, edit {out / PEOPLE}, then --apply it",
-        ]
+def _lines(summary: dict[str, Any], out: Path) -> list[str]:
+    lines = [
+        f"{summary['people']:,} people with {summary['images_of_people']:,} of "
+        f"{summary['images']:,} images, from a mean similarity of {summary['threshold']:.3f}",
+        f"look at {out / PAGE}, edit {out / PEOPLE}, then --apply it",
+    ]
     if (scores := summary.get("against_labels")) is not None:
         lines.append(
             f"against the set's labels: pairwise F {console.percent(scores['f'])}, "
             f"BCubed F {console.percent(scores['bcubed_f'])}"
         )
-    if (done := summary.get("written")) is not None:
-        lines.append(f"{done['images']:,} images of {done['people']:,} people in {done['path']}")
-    console.show(*lines)
-    return summary
+    return lines
 
 
 class _Crops(Chosen):
@@ -269,5 +261,4 @@ class _Crops(Chosen):
 def _write(people: Chosen, target: Path, to: str, align: bool) -> dict[str, Any]:
     if align:
         people = _Crops(people.source, people.index, people.labels, people.class_names)
-    done = write_source(people, target, to)
-    return {"path": str(target), "images": done.images, "people": done.people}
+    return written(write_source(people, target, to))

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from rich.progress import Progress
+from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError, check_number
 from sphereface2.files import atomic_write, owned, writing
-from sphereface2.recognition.audit.clean import cleaned, write_set
+from sphereface2.recognition.audit.clean import cleaned, show, write_set, written
 from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
 from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
 from sphereface2.recognition.audit.judge import Judgement, judge
@@ -85,12 +86,13 @@ def audit(
     if write is not None and write.exists():
         raise UserError(f"{write} exists already; give --write a new folder")
     if apply is not None and write is not None:
-        return _apply(source, apply, write, as_json)
+        done = write_set(cleaned(open_images(source), read_findings(apply)), write)
+        return show({"written": written(done)}, [], as_json)
     start = time.perf_counter()
     opened = opened_for(source, out, write)
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
     with owned(out):
-        faces = embedded(source, embedder, out, align=align, batch_size=batch_size, source=opened)
+        faces = embedded(opened, source, embedder, out, align=align)
         with Stopper(STOPPED), console.bars() as bars:
             found = judge(faces, wrong=wrong, move=move, false_pairs=false_pairs, steps=steps(bars))
         summary = _summary(source, faces, found, embedder.fingerprint)
@@ -105,25 +107,14 @@ def audit(
         with writing(out):
             atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
     if write is not None:
-        done = write_set(cleaned(faces.source, found.findings), write)
-        summary["written"] = {"path": str(write), "images": done.images, "people": done.people}
-    _show(summary, out, as_json)
-    return summary
+        summary["written"] = written(write_set(cleaned(faces.source, found.findings), write))
+    files = f"report: {out / 'report.html'}, to edit: {out / FINDINGS}"
+    return show(summary, [_table(summary), files], as_json)
 
 
 def steps(bars: Progress) -> Callable[[str], Callable[[float], None]]:
     """Adds a bar for each title; each takes the share done since its last call."""
     return lambda title: console.advance(bars, title, 1)
-
-
-def _apply(source: Path, apply: Path, write: Path, as_json: bool) -> dict[str, Any]:
-    done = write_set(cleaned(open_images(source), read_findings(apply)), write)
-    written = {"path": str(write), "images": done.images, "people": done.people}
-    if as_json:
-        console.print_json({"written": written})
-    else:
-        console.show(f"{done.images:,} images of {done.people:,} people in {write}")
-    return {"written": written}
 
 
 def _summary(source: Path, faces: Faces, found: Judgement, model: str) -> dict[str, Any]:
@@ -139,15 +130,10 @@ def _summary(source: Path, faces: Faces, found: Judgement, model: str) -> dict[s
     }
 
 
-def _show(summary: dict[str, Any], out: Path, as_json: bool) -> None:
-    if as_json:
-        console.print_json(summary)
-        return
+def _table(summary: dict[str, Any]) -> Table:
     table = console.table(f"{summary['images']:,} images of {summary['people']:,} people", ["", ""])
     table.show_header = False
     for kind, count in summary["findings"].items():
         table.add_row(KINDS[kind], f"{count:,}")
     table.add_row("wrong labels, estimated", console.percent(summary["wrong_share"]))
-    console.show(table, f"report: {out / 'report.html'}, to edit: {out / FINDINGS}")
-    if (done := summary.get("written")) is not None:
-        console.show(f"{done['images']:,} images of {done['people']:,} people in {done['path']}")
+    return table

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.folder import check_outside
 from sphereface2.data.source import Source
-from sphereface2.errors import UserError
 from sphereface2.files import check_folder, printable
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
@@ -52,6 +51,11 @@ class Faces:
         labels = np.asarray(self.source.labels)
         return labels[self.index] if len(labels) else np.zeros(len(self.index), np.int64)
 
+    def whose(self, row: int) -> str:
+        """What the set calls the person of an image; empty where it has no labels."""
+        labels = self.source.labels
+        return self.person(int(labels[self.index[row]])) if len(labels) else ""
+
     def person(self, label: int) -> str:
         """What the set calls a label."""
         names = self.source.class_names
@@ -69,73 +73,49 @@ def opened_for(path: Path, *places: Path | None) -> Source:
 
 
 def embedded(
-    path: Path,
-    embedder: FaceEmbedder,
-    out: Path,
-    *,
-    align: bool,
-    batch_size: int,
-    source: Source | None = None,
+    source: Source, path: Path, embedder: FaceEmbedder, out: Path, *, align: bool
 ) -> Faces:
     """Embed and measure a set, or read what an earlier call left in ``out``.
 
     Args:
-        path: of the set.
+        source: the set.
+        path: of it.
         embedder: the model.
-        out: folder of the table.
+        out: folder of the table, made by the caller.
         align: the images are photographs, whose main face is cropped.
-        batch_size: images in one forward pass.
-        source: the set where it is open already.
 
     Raises:
-        UserError: no such set, or ``out`` holds the table of another set or model.
+        UserError: ``out`` holds the table of another set or model.
     """
     path = path.resolve()
-    source = open_images(path) if source is None else source
     if not align:
         warn_if_unaligned(str(path), source.read, np.arange(len(source)))
-    job = Job(
-        path=path,
-        images=len(source),
-        input=source.fingerprint(),
-        model=embedder.fingerprint,
-        embedding_dim=embedder.embedding_dim,
-        aligner=embedder.aligner.name if align else None,
-        flip=True,
-        dtype="float16",
-        batch_size=batch_size,
-        measured=True,
-    )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give --out a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    job = Job.of(path, source, embedder, aligned=not align, dtype="float16", measured=True)
     write_table(out / TABLE, job, embedder, source)
     return _read(out / TABLE, source)
 
 
 def _read(path: Path, source: Source) -> Faces:
-    columns = ["index", "embedding", "pixels", "thumbnail", "sharpness", "brightness", "contrast"]
     file = pq.ParquetFile(path)
     count = file.metadata.num_rows
     dim = file.schema_arrow.field("embedding").type.list_size
     rows = np.empty((count, dim), np.float32)
     thumbnails = np.empty((count, SIDE * SIDE), np.uint8)
     pixels = np.empty(count, "S16")
-    numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("index", *columns[4:])}
     start = 0
-    for batch in file.iter_batches(65536, columns=columns):  # of which two copies fit in memory
+    large = ["embedding", "pixels", "thumbnail"]
+    for batch in file.iter_batches(65536, columns=large):  # of which two copies fit in memory
         part = slice(start, start + len(batch))
         values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
         rows[part] = values.reshape(-1, dim)
         grey = b"".join(batch.column("thumbnail").to_pylist())
         thumbnails[part] = np.frombuffer(grey, np.uint8).reshape(-1, SIDE * SIDE)
         pixels[part] = batch.column("pixels").to_pylist()
-        for name, parts in numbers.items():
-            parts.append(batch.column(name).to_numpy())
         start += len(batch)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    found = {name: np.concatenate(parts) for name, parts in numbers.items()}
-    missing = np.setdiff1d(np.arange(len(source)), found["index"]).tolist()
+    small = file.read(columns=["index", "sharpness", "brightness", "contrast"])
+    numbers = {name: small.column(name).to_numpy() for name in small.column_names}
+    missing = np.setdiff1d(np.arange(len(source)), numbers["index"]).tolist()
     reasons, names = _reasons(path), [printable(source.name(i)) for i in missing]
     return Faces(
         source=source,
@@ -145,7 +125,7 @@ def _read(path: Path, source: Source) -> Faces:
         left_out=[
             (i, name, reasons.get(name, "left out")) for i, name in zip(missing, names, strict=True)
         ],
-        **found,
+        **numbers,
     )
 
 

@@ -27,10 +27,7 @@ _DARK, _BRIGHT, _FLAT = 35.0, 225.0, 12.0  # mean and standard deviation of grey
 
 @dataclass(frozen=True)
 class Judgement:
-    """Findings, and what they rest on; ``labels`` (N,) numbers the set's labels from 0.
-
-    ``scores`` and ``alike`` are None where the set has fewer than two people.
-    """
+    """Findings, and what they rest on: None where the set has fewer than two people."""
 
     findings: list[Finding]
     scores: LabelScores | None
@@ -88,6 +85,14 @@ def _name(faces: Faces, row: int | np.integer) -> str:
     return printable(faces.source.name(int(faces.index[row])))
 
 
+def _finding(
+    kind: str, faces: Faces, row: int, other: int, about: str, score: float, action: str
+) -> Finding:
+    """What was found of the image of a row."""
+    index, label = int(faces.index[row]), faces.whose(row)
+    return Finding(kind, index, _name(faces, row), label, other, about, float(score), action)
+
+
 def _left_out(faces: Faces) -> Iterator[Finding]:
     labels = faces.source.labels
     for index, name, reason in faces.left_out:
@@ -98,22 +103,13 @@ def _left_out(faces: Faces) -> Iterator[Finding]:
 def _wrong(
     faces: Faces, people: np.ndarray, scores: LabelScores, wrong: float, move: float
 ) -> Iterator[Finding]:
-    labels = faces.labels
     for row in sorted(np.flatnonzero(scores.wrong >= wrong), key=lambda i: -scores.wrong[i]):
         other, about = -1, "looks like nobody else here"
         if scores.moves[row] >= scores.wrong[row] / 2:
             other = int(people[scores.nearest[row]])
             about = faces.person(other)
-        yield Finding(
-            "wrong label",
-            int(faces.index[row]),
-            _name(faces, row),
-            faces.person(int(labels[row])),
-            other,
-            about,
-            float(scores.wrong[row]),
-            "move" if other >= 0 and scores.moves[row] >= move else "remove",
-        )
+        action = "move" if other >= 0 and scores.moves[row] >= move else "remove"
+        yield _finding("wrong label", faces, row, other, about, scores.wrong[row], action)
 
 
 def _same_people(
@@ -166,7 +162,7 @@ def _duplicates(
 
     It is of the label that they fit best, the first there.
     """
-    labels, known = faces.labels, len(faces.source.labels) > 0
+    labels = faces.labels
     photograph, person = np.arange(len(labels)), np.arange(int(labels.max()) + 1)
     score: dict[int, float] = {}
     for found in duplicates:
@@ -187,17 +183,11 @@ def _duplicates(
         for drop in rows:
             if drop == keep:
                 continue
-            across = labels[keep] != labels[drop]
-            yield Finding(
-                "duplicate across labels" if across else "duplicate",
-                int(faces.index[drop]),
-                _name(faces, drop),
-                faces.person(int(labels[drop])) if known else "",
-                int(faces.index[keep]),
-                _name(faces, keep) + (f" of {faces.person(int(labels[keep]))}" if across else ""),
-                score[drop],
-                "remove",
-            )
+            kind, about = "duplicate", _name(faces, keep)
+            if labels[keep] != labels[drop]:
+                kind, about = "duplicate across labels", f"{about} of {faces.whose(keep)}"
+            other = int(faces.index[keep])
+            yield _finding(kind, faces, drop, other, about, score[drop], "remove")
 
 
 def _fit(scores: LabelScores | None, row: int) -> float:
@@ -209,7 +199,6 @@ def _fit(scores: LabelScores | None, row: int) -> float:
 
 def _quality(faces: Faces) -> Iterator[Finding]:
     least = Gate().min_sharpness
-    labels = faces.source.labels
     for what, values, bad in (
         ("dark", faces.brightness, faces.brightness < _DARK),
         ("bright", faces.brightness, faces.brightness > _BRIGHT),
@@ -217,7 +206,4 @@ def _quality(faces: Faces) -> Iterator[Finding]:
         ("blurred", faces.sharpness, faces.sharpness < least),
     ):
         for row in np.flatnonzero(bad):
-            index = int(faces.index[row])
-            label = faces.person(int(labels[index])) if len(labels) else ""
-            score = float(values[row])
-            yield Finding("quality", index, _name(faces, row), label, -1, what, score, "keep")
+            yield _finding("quality", faces, row, -1, what, values[row], "keep")

@@ -23,8 +23,8 @@ def share(model: Any, folder: Path) -> Any:
     """
     from onnx import TensorProto, helper
 
+    _tidy(model)
     graph = model.graph
-    _tidy(graph)
     stored, start = _header(folder / WEIGHTS)
     kept, casts = [], []
     for item in graph.initializer:
@@ -46,11 +46,9 @@ def share(model: Any, folder: Path) -> Any:
         kept.append(tensor)
         if narrow:
             casts.append(helper.make_node("Cast", [tensor.name], [item.name], to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    for field, items in ((graph.node, nodes), (graph.initializer, kept)):
-        content = [type(item).FromString(item.SerializeToString()) for item in items]
+    for field, items in ((graph.node, [*casts, *graph.node]), (graph.initializer, kept)):
         del field[:]
-        field.extend(content)
+        field.extend(items)
     return model
 
 
@@ -61,11 +59,14 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         return json.loads(stream.read(length)), 8 + length
 
 
-def _tidy(graph: Any) -> None:
+def _tidy(model: Any) -> None:
     """Batch normalisation straight from its parameters, no bias of zeros: ONNX Runtime then folds.
 
     The exporter spells both out by nodes that compute constants.
     """
+    from onnxscript.optimizer import remove_unused_nodes
+
+    graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     parameters = {item.name for item in graph.initializer}
 
@@ -80,18 +81,5 @@ def _tidy(graph: Any) -> None:
         if node.op_type == "BatchNormalization":
             for place in range(1, 5):
                 node.input[place] = origin(node.input[place])
-    kept = list(graph.node)
-    while True:
-        used = {name for node in kept for name in node.input} | {out.name for out in graph.output}
-        needed = [node for node in kept if used.intersection(node.output)]
-        if len(needed) == len(kept):
-            break
-        kept = needed
-    kept = [type(node).FromString(node.SerializeToString()) for node in kept]
-    del graph.node[:]
-    graph.node.extend(kept)
-    items = [item for item in graph.initializer if item.name in used]
-    items = [type(item).FromString(item.SerializeToString()) for item in items]
-    del graph.initializer[:]
-    graph.initializer.extend(items)
-    del graph.value_info[:]
+    remove_unused_nodes(model)
+    del model.graph.value_info[:]

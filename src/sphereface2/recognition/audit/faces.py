@@ -51,7 +51,7 @@ class Faces:
         labels = np.asarray(self.source.labels)
         return labels[self.index] if len(labels) else np.zeros(len(self.index), np.int64)
 
-    def whose(self, row: int) -> str:
+    def whose(self, row: int | np.integer) -> str:
         """What the set calls the person of an image; empty where it has no labels."""
         labels = self.source.labels
         return self.person(int(labels[self.index[row]])) if len(labels) else ""

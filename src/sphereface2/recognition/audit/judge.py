@@ -86,7 +86,13 @@ def _name(faces: Faces, row: int | np.integer) -> str:
 
 
 def _finding(
-    kind: str, faces: Faces, row: int, other: int, about: str, score: float, action: str
+    kind: str,
+    faces: Faces,
+    row: int | np.integer,
+    other: int,
+    about: str,
+    score: float,
+    action: str,
 ) -> Finding:
     """What was found of the image of a row."""
     index, label = int(faces.index[row]), faces.whose(row)

@@ -93,7 +93,7 @@ class Enrolment:
         if not len(vectors):
             raise UserError(f"{name!r} has no image; give at least one")
         check_count(name, len(vectors))
-        none = [None] * len(vectors)
+        none: list[Any] = [None] * len(vectors)
         sources = none if self.sources is None else list(self.sources)
         crops = none if self.crops is None else list(self.crops)
         for what, given in (("sources", sources), ("crops", crops)):

@@ -18,11 +18,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
-def kernels(device):
-    """The module of the terms. Triton reads when it is imported whether it interprets."""
+def kernels(device, monkeypatch):
+    """The module of the terms. Triton reads when it is imported whether it interprets.
+
+    The interpreter takes as long for few columns as for many: two tiles a program there, not four.
+    """
     if (device.type == "cpu") != INTERPRETED:
         pytest.skip("compiled on CUDA; interpreted on the CPU by the test below")
-    return pytest.importorskip("sphereface2.heads.kernels", exc_type=ImportError)
+    module = pytest.importorskip("sphereface2.heads.kernels", exc_type=ImportError)
+    if INTERPRETED:
+        monkeypatch.setattr(module, "SPLIT", type(module.SPLIT)(2 * module.TILE.value))
+    return module
 
 
 @pytest.fixture
@@ -34,14 +40,9 @@ def row_kernels(kernels):
 def test_the_kernels_in_tritons_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
-        + [
-            "-m",
-            "not gpu",
-            "-q",
-            __file__,
-            str(Path(__file__).with_name("test_product_kernels.py")),
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+        + ["-p", "no:hypothesispytest", "-m", "not gpu"]
+        + [__file__, str(Path(__file__).with_name("test_product_kernels.py"))],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -163,7 +164,7 @@ def test_every_margin_equals_float64(device, kernels, settings):
     torch.manual_seed(0)
     margin = BinaryMargin(**settings)
     bias = torch.tensor(-7.3, device=device)
-    for columns, weight in ((4500, 1.0), (37, 2.5)):
+    for columns, weight in ((kernels.SPLIT.value + 404, 1.0), (37, 2.5)):
         cos = torch.rand(5, columns, device=device) * 2 - 1
         cos[0, :2] = torch.tensor([1.0, -1.0])
         # A block in the middle of a sequence, which lacks the fourth sample's class.
@@ -190,8 +191,9 @@ def test_every_margin_equals_float64(device, kernels, settings):
 def test_bfloat16_cosines_and_own_classes_always_present(device, kernels):
     torch.manual_seed(0)
     margin = BinaryMargin()
-    cos = (0.2 * torch.randn(9, 4097, device=device)).bfloat16()
-    own = Own(torch.randint(4097, (9,), device=device))
+    columns = kernels.SPLIT.value + 1
+    cos = (0.2 * torch.randn(9, columns, device=device)).bfloat16()
+    own = Own(torch.randint(columns, (9,), device=device))
     bias = torch.tensor(2.0, device=device)
     expected = eager(margin, cos, bias, own)
     found = kernels.block_terms_(margin, cos, bias, own)
@@ -217,17 +219,18 @@ def test_sums_add_up_over_blocks_with_exact_own_cosines(device, kernels):
     """As a pass in bfloat16 does it: the own class's cosine is given with all its digits."""
     torch.manual_seed(0)
     margin = BinaryMargin(margin_type="A", detach="margin")
-    cos = (0.2 * torch.randn(7, 9000, device=device)).bfloat16()
+    columns, block = 2 * kernels.SPLIT.value + 808, kernels.SPLIT.value + 904
+    cos = (0.2 * torch.randn(7, columns, device=device)).bfloat16()
     own_cos = 0.7 + 0.1 * torch.rand(7, device=device)
-    labels = torch.randint(9000, (7,), device=device)
+    labels = torch.randint(columns, (7,), device=device)
     bias = torch.tensor(-3.0, device=device)
     exact = cos.double()
     exact.scatter_(1, labels[:, None], own_cos.double()[:, None])
     expected = eager(margin, exact, bias, Own(labels))
-    sums = kernels.partial_sums(7, 5000, device)
+    sums = kernels.partial_sums(7, block, device)
     parts = []
-    for start in (0, 5000):
-        part = cos[:, start : start + 5000].contiguous()
+    for start in (0, block):
+        part = cos[:, start : start + block].contiguous()
         own = Own(labels, start, part.shape[1])
         kernels.add_block_terms_(
             margin, part, bias, own, 1.0, skip=None, own_cos=own_cos, sums=sums

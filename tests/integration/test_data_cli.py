@@ -1,4 +1,4 @@
-"""``sphereface2 data`` as a subprocess: what a user and a script see."""
+"""``sphereface2 data``: what a user and a script see."""
 
 import json
 import pickle
@@ -8,12 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-
-
-def sphereface2(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "sphereface2", *map(str, words)], capture_output=True, text=True
-    )
+from command_line import ran
 
 
 @pytest.fixture
@@ -29,16 +24,18 @@ def folder(tmp_path):
 
 
 def test_convert_then_info(folder, tmp_path):
-    done = sphereface2("data", "convert", folder, tmp_path / "rec", "--to", "recordio")
+    words = ["data", "convert", folder, tmp_path / "rec", "--to", "recordio"]
+    command = [sys.executable, "-m", "sphereface2", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "6 images of 2 people" in done.stdout
     assert done.stderr == ""
     assert "anna/3.png" in done.stdout
-    found = sphereface2("data", "info", tmp_path / "rec", "--json")
+    found = ran("data", "info", tmp_path / "rec", "--json")
     assert found.returncode == 0
     report = json.loads(found.stdout)
     assert [report[k] for k in ("images", "people", "unreadable", "duplicates")] == [6, 2, 0, 0]
-    shown = sphereface2("data", "info", folder)
+    shown = ran("data", "info", folder)
     assert shown.returncode == 0
     assert "anna/3.png" in shown.stdout
     assert "█" in shown.stdout
@@ -57,7 +54,7 @@ def test_mistakes_are_one_sentence_and_status_2(folder, tmp_path):
         (("data", "convert", folder, folder, "--to", "list"), "exists already"),
         (("data", "convert", folder, tmp_path / "x", "--to", "zip"), "choose one of"),
     ):
-        done = sphereface2(*words)
+        done = ran(*words)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert message in done.stderr

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from command_line import ran
 
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
@@ -104,11 +105,12 @@ def test_json_of_three_layouts_of_one_set(place):
     assert first["intervals"]["over"] == "people"
 
 
-def test_tables_all_pairs_and_plots(place, tmp_path):
+def test_tables_all_pairs_and_plots(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     (place / "faces" / "P3" / "broken.png").write_bytes(b"not an image")
     try:
-        done = run(
-            place / "net",
+        done = ran(
+            *("evaluate", place / "net"),
             *("--pairs", place / "set.bin", "--all-pairs", place / "faces"),
             *("--plots", tmp_path, "--no-flip"),
         )

@@ -6,18 +6,17 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGKILL
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from command_line import parsed, ran
-from killing import Run
+from killing import Run, assert_equal, metrics, weights
 from PIL import Image
 
 from sphereface2.backbones import bundle
@@ -74,17 +73,8 @@ def only_run(output: Path) -> Path:
     return folder
 
 
-def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run_folder / "checkpoints" / "last" / "model.safetensors")
-
-
 def lines(run_folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def metrics(run_folder: Path) -> list[dict[str, float]]:
-    timed = ("seconds", "images_per_second", "seconds_per_step")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines(run_folder)]
 
 
 def trained(run_folder: Path) -> dict[str, float]:
@@ -154,36 +144,21 @@ def test_the_end_of_a_run_names_commands_with_real_paths(tmp_path: Path) -> None
 def test_kill_and_resume_gives_the_same_weights_bit_for_bit(
     faces: Path, uninterrupted: Path, tmp_path: Path, kill_after: int, workers: int
 ) -> None:
-    settings = {**SETTINGS, "data.train": faces, "output": tmp_path, "data.workers": workers}
+    settings = {**SETTINGS, "data.train": faces, "data.workers": workers}
     settings["validation.conditions"] = CONDITIONS
-    process = subprocess.Popen(
-        command(**settings),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        logs = list(tmp_path.glob("*/metrics.jsonl"))
-        if logs and 3 * len(logs[0].read_text().splitlines()) >= kill_after:
-            break
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    folder = only_run(tmp_path)
+    folder = tmp_path / "run"
+    killed = Run(folder, settings)
+    assert killed.signal_when(SIGKILL, lambda: 3 * len(metrics(folder)) >= kill_after, 0)
+    killed.wait()
     if kill_after < 5:
-        done = run("--resume", folder)
-        assert done.returncode == 2
-        assert "no checkpoint to resume from" in done.stderr
+        again = Run(folder, command=["--resume", folder])
+        assert again.wait() == [2]
+        assert "no checkpoint to resume from" in again.told()
         return
     assert len(metrics(folder)) < len(metrics(uninterrupted)), "killed too late to test anything"
     done = run("--resume", folder)
     assert done.returncode == 0, done.stderr
-    found, expected = weights(folder), weights(uninterrupted)
-    assert found.keys() == expected.keys()
-    for key in expected:
-        assert torch.equal(found[key], expected[key]), key
+    assert_equal(weights(folder), weights(uninterrupted))
     assert metrics(folder) == metrics(uninterrupted)
     # Also what lies between the last line of the log and the checkpoint was trained on.
     assert trained(folder)["images"] == trained(uninterrupted)["images"] == 40 * 16
@@ -218,8 +193,8 @@ def test_two_ranks_train_as_one(faces: Path, tmp_path: Path, options: dict[str, 
     single, double = tmp_path / "1", tmp_path / "2"
     alone = Run(single, settings)
     assert alone.wait() == [0], alone.told()
-    done = run("--ranks", "2", "--run-folder", double, **settings)
-    assert done.returncode == 0, done.stderr
+    both = Run(double, settings, ranks=2)
+    assert both.wait() == [0, 0], both.told()
     one, two = weights(single), weights(double)
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5)
@@ -289,8 +264,8 @@ def test_torchrun_restarts_from_the_last_checkpoint(faces: Path, tmp_path: Path)
     settings = {**SETTINGS, "data.train": faces, "head.sharded": "true"}
     settings["training.autocast"] = "bf16"
     whole = tmp_path / "whole"
-    done = run("--ranks", "2", "--run-folder", whole, **settings)
-    assert done.returncode == 0, done.stderr
+    uncut = Run(whole, settings, ranks=2)
+    assert uncut.wait() == [0, 0], uncut.told()
     cut = tmp_path / "cut"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     fit = command("--run-folder", cut, **settings)
@@ -307,9 +282,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(faces: Path, tmp_path: Path)
     starts = json.loads((cut / "environment.json").read_text())["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] >= 5
-    found, expected = weights(cut), weights(whole)
-    for key in expected:
-        assert torch.equal(found[key], expected[key]), key
+    assert_equal(weights(cut), weights(whole))
     assert metrics(cut) == metrics(whole)
 
 
@@ -322,7 +295,7 @@ def kill_a_rank(process: subprocess.Popen[str], folder: Path, after: int) -> Non
             break
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children[-1]), SIGKILL)
 
 
 def test_divergence_stops_with_one_sentence_and_keeps_the_last_checkpoint(

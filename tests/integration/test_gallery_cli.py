@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,18 +194,13 @@ def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) 
 
 def test_a_full_disk_is_one_sentence(world: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    words = ["gallery", "add", tmp_path / "g", "--folder", world / "faces", "--aligned"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sphereface2", *map(str, words), "--model", str(world / "old")],
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-    )
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = ["add", tmp_path / "g", "--folder", world / "faces", "--aligned"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        done = ran("gallery", *words, "--model", world / "old")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "disk I/O error; nothing was changed" in done.stderr.strip().splitlines()[-1]
 

@@ -1,4 +1,4 @@
-"""Runs of ``fit`` in processes that start in a moment, to be killed and resumed.
+"""Ranks in processes that start in a moment: runs of ``fit``, to be killed and resumed.
 
 A fork server imports torch once; each rank is a child of it in a session of its own.
 """
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "sphereface2.cli",
         "sphereface2.training.fit",
@@ -93,7 +93,7 @@ class Run:
         self._store = store
         options = (store.port, arguments, self.log, list(sys.path), largest_file, links, encoding)
         self.processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, ranks, *options)) for rank in range(ranks)
+            CONTEXT.Process(target=_rank, args=(rank, ranks, *options)) for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
@@ -136,6 +136,29 @@ class Run:
         return self.log.read_text() if self.log.exists() else ""
 
 
+def tell(log: Path, encoding: str = "utf-8") -> None:
+    """Standard output and errors of this process go to the end of a file."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(output), "w", buffering=1, encoding=encoding) for _ in range(2)
+    )
+
+
+def join(rank: int, ranks: int, port: int) -> None:
+    """Say of this process what torchrun would: one of so many, around a store at this port."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
 def _rank(
     rank: int,
     ranks: int,
@@ -155,22 +178,9 @@ def _rank(
     if not links:
         os.symlink = _no_symlink
     sys.path[:] = path
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (
-        os.fdopen(os.dup(output), "w", buffering=1, encoding=encoding) for _ in range(2)
-    )
+    tell(log, encoding)
     if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+        join(rank, ranks, port)
     from sphereface2.cli import main
 
     module = importlib.import_module("sphereface2.training.fit")

@@ -1,10 +1,9 @@
-"""Run by torchrun for test_sharding.py: a sharded head beside the dense one on all samples."""
+"""A rank of test_sharding.py: a sharded head beside the dense one on all samples."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from killing import join, tell
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -184,8 +184,10 @@ def checkpoint(folder: Path, classes: int, write: bool) -> None:
         torch.save(result, folder.with_suffix(f".{dist.get_world_size()}.pt"))
 
 
-def main() -> None:
-    task, argument = sys.argv[1:]
+def work(rank: int, ranks: int, port: int, log: Path, task: str, argument: str) -> None:
+    """One of the tasks, as one of so many ranks."""
+    tell(log)
+    join(rank, ranks, port)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     if task == "equality":
@@ -208,16 +210,12 @@ def main() -> None:
         checkpoint(Path(argument), 53, write=task == "write")
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()
+    # One that is still there when Python shuts down may abort the process.
+    assert not gloo_threads(), gloo_threads()
 
 
 def gloo_threads() -> list[str]:
     """Names of this process's threads that gloo started; none where /proc does not tell."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
-
-
-if __name__ == "__main__":
-    main()
-    gc.collect()
-    # One that is still there when Python shuts down may abort the process.
-    assert not gloo_threads(), gloo_threads()

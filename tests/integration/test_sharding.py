@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from killing import CONTEXT
+from sharded_worker import work
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
 
-
-def torchrun(ranks: int, task: str, argument: str | Path = "-") -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), str(WORKER), task, str(argument)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(ranks: int, task: str, folder: Path, argument: str = "-") -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    log = folder / f"{task}.log"
+    given = (ranks, store.port, log, task, str(folder / argument))
+    processes = [CONTEXT.Process(target=work, args=(rank, *given)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(240)
+        assert [process.exitcode for process in processes] == [0] * ranks, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
-def test_equals_the_dense_head_over_20_steps_with_uneven_batches(ranks: int) -> None:
-    torchrun(ranks, "equality")
+def test_equals_the_dense_head_over_20_steps_with_uneven_batches(
+    ranks: int, tmp_path: Path
+) -> None:
+    run(ranks, "equality", tmp_path)
 
 
 def test_bytes_moved_do_not_depend_on_the_number_of_classes(tmp_path: Path) -> None:
-    torchrun(3, "bytes", tmp_path / "bytes.json")
+    run(3, "bytes", tmp_path, "bytes.json")
     counts = json.loads((tmp_path / "bytes.json").read_text())
     assert counts["100"] == counts["1000"]
     samples, dim, double = 3 * 5, 8, 8
@@ -48,9 +50,9 @@ def test_bytes_moved_do_not_depend_on_the_number_of_classes(tmp_path: Path) -> N
 
 
 def test_checkpoints_are_resumed_on_any_number_of_ranks(tmp_path: Path) -> None:
-    torchrun(4, "write", tmp_path / "state")
+    run(4, "write", tmp_path, "state")
     expected = torch.load(tmp_path / "state.4.pt")
     for ranks in (1, 3):
-        torchrun(ranks, "resume", tmp_path / "state")
+        run(ranks, "resume", tmp_path, "state")
         found = torch.load(tmp_path / f"state.{ranks}.pt")
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

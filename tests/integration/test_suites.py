@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from command_line import ran
 
 from sphereface2 import backbones
 from sphereface2.align import TEMPLATE, warp
@@ -172,19 +170,9 @@ def check_ijb(report: dict, answer: dict) -> None:
     assert (many["tpir"]["1e-2"], answer["tpir-2"]) == (None, [None, None])
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sphereface2", "evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-        check=False,
-    )
-
-
 def test_ijb_is_what_brute_force_says(net: Path, tmp_path: Path) -> None:
     write_ijb(tmp_path, "ijbc")
-    done = run(net, "--suite", "ijbc", "--root", tmp_path, "--json")
+    done = ran("evaluate", net, "--suite", "ijbc", "--root", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     (report,) = json.loads(done.stdout)["templates"]
     check_ijb(report, ijb_by_brute_force(tmp_path, "ijbc", "G", net, weighted=False))
@@ -217,7 +205,7 @@ def test_ijb_weighted_by_detector_scores_and_names_of_ijbb(
 
 
 def test_ijb_tells_what_is_missing_or_wrong(net: Path, tmp_path: Path) -> None:
-    done = run(net, "--suite", "ijbb", "--root", tmp_path)
+    done = ran("evaluate", net, "--suite", "ijbb", "--root", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     for place in ("", "meta/", "protocols/", "IJBB/", "IJBB/meta/", "IJBB/protocols/"):
         assert f"{tmp_path}/{place}ijbb_face_tid_mid.txt" in done.stderr
@@ -360,7 +348,7 @@ def test_combined_is_the_union_of_four_sets(net: Path, tmp_path: Path) -> None:
         assert part.same.tolist() == [True] * 10 + [False] * 10
 
     (tmp_path / "agedb_30.bin").unlink()
-    done = run(net, "--suite", "combined", "--root", tmp_path)
+    done = ran("evaluate", net, "--suite", "combined", "--root", tmp_path)
     assert done.returncode == 2
     assert f"looked for {tmp_path}/agedb_30.bin, or {tmp_path}/agedb30.bin" in done.stderr
     assert "calfw" not in done.stderr  # it is there

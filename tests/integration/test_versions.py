@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import ran
 
 from sphereface2.data.opening import open_source
 
@@ -24,25 +25,18 @@ ARCHIVE = Path(__file__).parents[1] / "assets" / "0.1.0.tar.xz"
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, which is the current one too."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path / "0.1.0")
     return tmp_path / "0.1.0"
 
 
-def sphereface2(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sphereface2", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_a_run_of_an_older_version_goes_on(old: Path) -> None:
-    done = sphereface2(old, "fit", "--resume", "run")
+    words = [sys.executable, "-m", "sphereface2", "fit", "--resume", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (old / "run/metrics.jsonl").open()]
     assert steps == sorted(steps) and steps[-1] == 48
@@ -51,7 +45,7 @@ def test_a_run_of_an_older_version_goes_on(old: Path) -> None:
 
 
 def test_a_model_of_an_older_version_gives_the_same_embeddings(old: Path) -> None:
-    done = sphereface2(old, "embed", "model", "faces", "--aligned", "--out", "new.parquet")
+    done = ran("embed", "model", "faces", "--aligned", "--out", "new.parquet")
     assert done.returncode == 0, done.stderr
     tables = [pq.read_table(old / name) for name in ("table.parquet", "new.parquet")]
     before, now = (np.stack(table["embedding"].to_numpy()) for table in tables)
@@ -64,7 +58,7 @@ def test_a_calibration_of_an_older_version_decides(old: Path) -> None:
     for index in (0, 1):
         (old / f"{index}.jpg").write_bytes(source.read(index))
         assert cv2.imread(str(old / f"{index}.jpg")) is not None
-    done = sphereface2(old, "verify", "0.jpg", "1.jpg", "--model", "model", "--aligned", "--json")
+    done = ran("verify", "0.jpg", "1.jpg", "--model", "model", "--aligned", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     calibration = json.loads((old / "model/calibration.json").read_text())
@@ -74,7 +68,7 @@ def test_a_calibration_of_an_older_version_decides(old: Path) -> None:
 
 def test_a_table_of_an_older_version_is_enrolled(old: Path) -> None:
     words = ["gallery", "add", "gallery", "--features", "table.parquet", "--model", "model"]
-    done = sphereface2(old, *words)
+    done = ran(*words)
     assert done.returncode == 0, done.stderr
-    stats = json.loads(sphereface2(old, "gallery", "stats", "gallery", "--json").stdout)
+    stats = json.loads(ran("gallery", "stats", "gallery", "--json").stdout)
     assert stats["people"] == 8

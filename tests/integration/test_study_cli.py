@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,12 +74,19 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
-    study, cells = tmp_path / "tiny.yaml", tmp_path / "cells"
-    study.write_text(yaml.safe_dump(tree))
-    first = run("run", study, "--cells", cells)
+@pytest.fixture(scope="module")
+def cells(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a study that ended has left, beside its tiny.yaml: one cell done and one failed."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    first = run("run", folder / "tiny.yaml", "--cells", folder / "cells")
     assert first.returncode == 2, first.stdout + first.stderr
     assert "1 cells failed (the others are done)" in first.stderr
+    return folder / "cells"
+
+
+def test_run_then_report(cells: Path, tmp_path: Path) -> None:
+    study = cells.with_name("tiny.yaml")
     (done,) = cells.glob("*/cell.json")
     result = json.loads(done.read_text())
     assert result["test"]["people"] == 6
@@ -109,9 +117,9 @@ def test_run_then_report(tmp_path: Path, tree: dict[str, Any]) -> None:
 
 
 def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
-    tmp_path: Path, tree: dict[str, Any]
+    cells: Path, tmp_path: Path, tree: dict[str, Any]
 ) -> None:
-    study, cells = tmp_path / "tiny.yaml", tmp_path / "cells"
+    study, cells = tmp_path / "tiny.yaml", shutil.copytree(cells, tmp_path / "cells")
     data = Path(tree["base"]["data"]["train"])
     base = tree["base"] | {"data": tree["base"]["data"] | {"train": str(tmp_path / "moved")}}
     tree = tree | {"base": base, "arms": {"cosface": tree["arms"]["cosface"]}}
@@ -119,17 +127,14 @@ def test_a_cell_is_judged_on_a_new_set_and_never_on_other_data(
     def write(**sections: Any) -> None:
         study.write_text(yaml.safe_dump(tree | sections))
 
-    write()
-    assert "does not exist" in ran("study", "run", study, "--cells", cells).stdout
-    # Where the data lie is no part of what a cell is; the place that is told now counts.
-    (tmp_path / "moved").symlink_to(data)
-    assert ran("study", "run", study, "--cells", cells).returncode == 0
     (done,) = cells.glob("*/cell.json")
     first = json.loads(done.read_text())
-
     other = tmp_path / "other.bin"
     other.write_bytes((data / "synthetic.bin").read_bytes())
     write(pairs=[str(other)])
+    assert "does not exist" in ran("study", "run", study, "--cells", cells).stderr
+    # Where the data lie is no part of what a cell is; the place that is told now counts.
+    (tmp_path / "moved").symlink_to(data)
     again = ran("study", "run", study, "--cells", cells)
     assert again.returncode == 0 and "1 cells, 0 done before" in again.stdout
     result = json.loads(done.read_text())

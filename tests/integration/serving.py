@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -22,6 +24,9 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.synthetic import person
 from sphereface2.evaluation.calibration import Calibration
+
+BASE = "http://127.0.0.1:8000"
+ALIGNED = {"aligned": "true"}
 
 
 def make_model(folder: Path, *, calibrated: bool = True) -> Path:
@@ -56,6 +61,18 @@ def encoded(picture: np.ndarray | Image.Image, kind: str = "JPEG", **options: ob
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def files(*images: bytes, name: str = "images") -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [(name, ("secret-file-name.jpg", image, "image/jpeg")) for image in images]
+
+
+def base64_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def rows_of(answer: httpx.Response) -> np.ndarray:
+    return np.array([one["embedding"] for one in answer.json()["embeddings"]])
 
 
 @dataclass

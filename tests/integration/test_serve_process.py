@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving import drawn, make_model, serving
+from serving import ALIGNED, drawn, make_model, serving
 
 FORM = {"images": ("x.jpg", drawn(1), "image/jpeg")}
-ALIGNED = {"aligned": "true"}
 
 
 def raw(url: str, request: bytes, *, timeout: float = 10) -> bytes:

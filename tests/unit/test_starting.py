@@ -20,6 +20,7 @@ from sphereface2.images import read_image
 from sphereface2.training import starting
 from sphereface2.training.distributed import World
 from sphereface2.training.fit import fit
+from sphereface2.training.sections import recipes
 from sphereface2.training.trainer import Trainer
 
 OPTIONS = {
@@ -182,6 +183,16 @@ def test_a_start_without_a_file_has_the_recipe_for_it_and_any_other_file_has_its
     (tmp_path / "own.yaml").write_text("name: own\n")
     assert starting.settings(tmp_path / "own.yaml", words(**start)).training.lr == 0.1
     assert starting.settings(None, ["--training.epochs", "3"]).training.lr == 0.1
+
+
+def test_a_recipe_for_a_trained_network_is_not_run_without_one(run):
+    start = words(**{"training.start_from": run})
+    assert starting.settings(recipes()["finetune"], start).training.lr == 0.01
+    for recipe in ("finetune", "box_tune"):
+        with pytest.raises(UserError, match=f"{recipe}.yaml needs --start-from MODEL"):
+            starting.settings(recipes()[recipe], [])
+    with pytest.raises(UserError, match=r"box_tune.yaml needs --teacher PATH"):
+        starting.settings(recipes()["box_tune"], start)
 
 
 def test_frozen_parts_and_batch_norm_stay(run):

@@ -32,6 +32,8 @@ from sphereface2.training.sections import recipes
 
 _FREE = ("dropout",)  # options of a backbone that fine-tuning may set anew
 _AT_ONCE = 8192
+_OPEN = "???"
+"""In a configuration, what each training must say for itself."""
 
 
 def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -40,9 +42,16 @@ def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     Without a file, a start has the recipe ``finetune``: the defaults are those of a new network.
 
     Raises:
-        UserError: there is no such network, or a setting of the backbone contradicts it.
+        UserError: there is no such network, a setting of the backbone contradicts it, or the file
+            leaves a setting open that nobody gives.
     """
     tree, given = configuration.read(path, overrides)
+    for section, key, option in (
+        ("training", "start_from", "--start-from MODEL, the trained network that it goes on from"),
+        ("teacher", "path", "--teacher PATH, the embeddings or the model that it follows"),
+    ):
+        if isinstance(part := tree.get(section), dict) and part.get(key) == _OPEN:
+            raise UserError(f"the configuration {path} needs {option}")
     training = tree.get("training")
     start = training.get("start_from") if isinstance(training, dict) else None
     if start is not None:

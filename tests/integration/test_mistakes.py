@@ -69,10 +69,10 @@ CALLS = {
     "evaluate model --all-pairs people --plots people/e": "people/e lies inside",
     "fit --data.train people --run-folder people/e": "people/e lies inside",
     "align people people/e": "people/e lies inside",
-    "gallery search g.db people --annotate people": "people lies inside people",
+    "gallery search g.db people --annotate people": "people is people",
     "gallery search g.db people --annotate people/a/e.jpg": "is one file for 8 images",
     "gallery search g.db people/a --annotate people/a/e": "people/a/e lies inside people/a",
-    "gallery search g.db people/a/1.png people/a/2.png --annotate people/a": "holds images that",
+    "gallery search g.db people/a/1.png people/a/2.png --annotate people/a": "people/a is people/a",
     # A model's folder, a file and another program's database are no place either.
     "fit --data.train people --run-folder model": "is a model's folder",
     "fit --data.train people --run-folder file/run": "cannot be a folder, as .*file is a file",

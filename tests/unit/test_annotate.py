@@ -50,13 +50,13 @@ def test_what_is_written_beside_a_face(found, text):
 def test_where_the_copies_go(tmp_path):
     first, second = tmp_path / "x" / "a.png", tmp_path / "y" / "a.webp"
     out = tmp_path / "out"
-    assert annotate.places(out, [first, second]) == {
+    assert annotate.places(out, [first, second], [first, second]) == {
         str(first): out / "a.jpg", str(second): out / "a_2.jpg"
     }  # fmt: skip
-    assert annotate.places(tmp_path / "a.JPG", [first]) == {str(first): tmp_path / "a.JPG"}
+    assert annotate.places(tmp_path / "a.JPG", [first], [first]) == {str(first): tmp_path / "a.JPG"}
     with pytest.raises(UserError, match="is one file for 2 images: give a folder"):
-        annotate.places(tmp_path / "a.jpg", [first, second])
+        annotate.places(tmp_path / "a.jpg", [first], [first, second])
     with pytest.raises(UserError, match="would replace the photograph"):
-        annotate.places(first, [first])
-    with pytest.raises(UserError, match="x holds images that are searched for"):
-        annotate.places(tmp_path / "y" / ".." / "x", [first, second])
+        annotate.places(first, [first], [first])
+    with pytest.raises(UserError, match=r"x is .*x, where its images would count"):
+        annotate.places(tmp_path / "y" / ".." / "x", [first, second], [first, second])

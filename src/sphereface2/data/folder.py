@@ -177,9 +177,10 @@ def check_outside(target: Path, source: object) -> None:
     """
     root = source if isinstance(source, Path) else getattr(source, "root", None)
     if root is not None and target.resolve().is_relative_to(root.resolve()):
+        where = "is" if target.resolve() == root.resolve() else "lies inside"
         raise UserError(
-            f"{target} lies inside {root}, where its images would count as the set's own: name a "
-            "place outside"
+            f"{target} {where} {root}, where its images would count as the set's own: name a place "
+            "outside"
         )
 
 

@@ -10,42 +10,47 @@ from typing import Any
 
 import numpy as np
 
+from sphereface2.data.folder import check_outside
 from sphereface2.errors import UserError
 from sphereface2.extras import require
-from sphereface2.files import atomic_write, writing
+from sphereface2.files import atomic_write, check_folder, writing
 from sphereface2.images import encode_image, read_image
 
 _FILES = (".jpg", ".jpeg", ".png")
 _KNOWN, _UNKNOWN = (40, 130, 60), (120, 120, 120)
 
 
-def places(out: Path, images: Sequence[Path]) -> dict[str, Path]:
+def places(out: Path, probes: Sequence[Path], images: Sequence[Path]) -> dict[str, Path]:
     """Where the annotated copy of each image goes: ``out`` itself, or a file of that folder.
 
+    Args:
+        out: file or folder that is to be written.
+        probes: images and folders that were given.
+        images: those of them all.
+
     Raises:
-        UserError: one file for several images, an image would be overwritten, the images' own
-            folder, or a missing package.
+        UserError: one file for several images; a place that cannot be written, is a photograph, or
+            where the copies would be found among the photographs; or a missing package.
     """
     require("annotated images", "matplotlib")  # whose font has more scripts than Pillow's
     if out.suffix.lower() in _FILES and not out.is_dir():
         if len(images) > 1:
             raise UserError(f"--annotate {out} is one file for {len(images)} images: give a folder")
+        if out.resolve() == images[0].resolve():
+            raise UserError(f"--annotate would replace the photograph {out}: give another place")
+        check_folder(out.parent)
         found = {str(images[0]): out}
     else:
+        check_folder(out)
         seen: Counter[str] = Counter()
         found = {}
         for image in images:
             seen[image.stem] += 1
             end = "" if seen[image.stem] == 1 else f"_{seen[image.stem]}"
             found[str(image)] = out / f"{image.stem}{end}.jpg"
-        if any(image.resolve().parent == out.resolve() for image in images):
-            raise UserError(
-                f"--annotate {out} holds images that are searched for, and the copies would be "
-                "taken for more of them: give another folder"
-            )
-    originals = {image.resolve() for image in images}
-    if taken := [path for path in found.values() if path.resolve() in originals]:
-        raise UserError(f"--annotate would replace the photograph {taken[0]}: give another place")
+    for folder in {probe if probe.is_dir() else probe.parent for probe in probes}:
+        if folder in probes or folder.resolve() == out.resolve():
+            check_outside(out, folder)
     return found
 
 

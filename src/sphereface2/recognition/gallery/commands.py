@@ -65,8 +65,8 @@ def search(
         fusion: A person's score: that of the best image (max) or of the mean of all (mean).
         far: Unknown below the model's calibrated threshold for this false accept rate of one
             comparison.
-        fpir: Unknown below the threshold at which, among as many people as are enrolled, this
-            share of strangers would be named.
+        fpir: Unknown below the threshold at which, in a gallery of this size, no more than this
+            share of strangers would be named by mistake: 0.01 is about one stranger in 100.
         threshold: Unknown below this similarity, instead.
         exact: Compare with every image even where the gallery has an approximate index.
         aligned: The images are aligned crops already.
@@ -79,7 +79,7 @@ def search(
     Returns:
         For each face ``image``, ``box`` (left, top, right, bottom in pixels; None for a crop),
         ``person`` (None: unknown, or no threshold), ``threshold`` (None: the model is not
-        calibrated), ``far``, ``strangers`` (the share of strangers who would be named, if known)
+        calibrated), ``far``, ``fpir`` (about this share of strangers would be named by mistake)
         and ``matches`` (``person``, ``score``, ``metadata``); or ``image`` and ``error``.
 
     Raises:
@@ -90,13 +90,7 @@ def search(
         raise UserError("give images to search for, or folders of images")
     if annotate is not None and aligned:
         raise UserError("--annotate draws boxes on photographs, and --aligned images are crops")
-    copies: dict[str, Path] = {}
-    if annotate is not None:
-        from sphereface2.data.folder import check_outside
-
-        copies = places(annotate, files)
-        for probe in filter(Path.is_dir, probes):
-            check_outside(annotate, probe)
+    copies = {} if annotate is None else places(annotate, probes, files)
     if aligned:
         warn_of_photographs(files)
     with Gallery.open(gallery, create=False) as opened:
@@ -134,7 +128,7 @@ def search(
                         "person": best and best.person,
                         "threshold": line.threshold,
                         "far": line.far,
-                        "strangers": line.strangers,
+                        "fpir": line.fpir,
                         "matches": [
                             {"person": m.person, "score": m.score, "metadata": m.metadata}
                             for m in matches
@@ -353,7 +347,7 @@ class _Line(NamedTuple):
 
     threshold: float | None
     far: float | None
-    strangers: float | None
+    fpir: float | None
     sentence: str
 
 
@@ -388,13 +382,13 @@ def _line(
     named = named_by_mistake(far, comparisons)
     sentence = f"threshold {limit:.4f} (FAR {far:g}"
     if comparisons > 1:
-        share = f"about one stranger in {1 / named:,.0f}" if named < 0.5 else "most strangers"
-        sentence += f", {comparisons:,} comparisons an image: {share} would be named"
+        share = f"about one stranger in {1 / named:,.0f}" if named <= 0.5 else "most strangers"
+        sentence += f", {comparisons:,} comparisons a search: {share} would be named by mistake"
     return _Line(limit, far, named, f"{sentence})")
 
 
 def _far_for(fpir: float, comparisons: int, known: Iterable[float]) -> float:
-    """The largest calibrated FAR at which at most ``fpir`` of strangers are named."""
+    """The largest calibrated FAR at which at most ``fpir`` of strangers are named by mistake."""
     if not 0 < fpir < 1:
         raise UserError(f"--fpir must lie between 0 and 1, got {fpir:g}")
     wanted = -math.expm1(math.log1p(-fpir) / comparisons)

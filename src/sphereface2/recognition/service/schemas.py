@@ -313,8 +313,9 @@ class Found(BaseModel):
     far: float | None
     people: int = Field(description="How many people the gallery holds.")
     fpir: float | None = Field(
-        description="The share of strangers who would be named by mistake: 1 - (1 - far)^n with "
-        "n comparisons, one with each image, or by fusion mean one with each person."
+        description="About this share of strangers would be named by mistake in a gallery of this "
+        "size: 1 - (1 - far)^n with n comparisons, one with each image, or by fusion mean one with "
+        "each person."
     )
     faces: list[FaceSearch]
 

@@ -1,7 +1,7 @@
 // One image, the people of the gallery it looks most like.
 
 import { call } from "./api.js";
-import { decimal, make, oneIn, say } from "./dom.js";
+import { decimal, make, say } from "./dom.js";
 import { Picker } from "./picker.js";
 import { portrait } from "./portrait.js";
 
@@ -52,10 +52,9 @@ function show(found) {
 /** What the false accept rate means for a gallery of this size. */
 function expected(found) {
   if (found.fpir === null || !found.people) return "";
-  const among = found.people === 1 ? "With 1 person enrolled" : `With ${found.people.toLocaleString("en")} people enrolled`;
   return found.fpir > 0.5
-    ? `${among}, most strangers would be named by mistake at this false accept rate: choose a lower one.`
-    : `${among}, about ${oneIn(found.fpir)} strangers would be named by mistake.`;
+    ? "In a gallery of this size, most strangers would be named by mistake at this false accept rate: choose a lower one."
+    : `In a gallery of this size, about one stranger in ${Math.round(1 / found.fpir).toLocaleString("en")} would be named by mistake.`;
 }
 
 function one(face, at, found) {

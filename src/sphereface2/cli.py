@@ -16,7 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError, convert
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    Token,
+    UnusedCliTokensError,
+    convert,
+)
 
 from sphereface2.console import accept_any_encoding
 from sphereface2.errors import Stopped, UserError
@@ -177,13 +185,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
-    except UnusedCliTokensError as error:
-        name = " ".join(["sphereface2", *error.command_chain])  # type: ignore[misc]
-        unused = [*map(repr, error.unused_tokens or ())]
-        unused[3:] = [f"and {len(unused) - 3} more"] if len(unused) > 3 else []
-        message = f"unexpected argument {', '.join(unused)}; `{name} --help` tells what it takes"
-    except (UserError, CycloptsError) as error:
+    except UserError as error:
         message = str(error)
+    except CycloptsError as error:
+        message = _misuse(error)
     except OSError as error:
         message = _refusal(error)
     except (MemoryError, RuntimeError) as error:
@@ -194,6 +199,21 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _misuse(error: CycloptsError) -> str:
+    """What is wrong with the words given."""
+    name = " ".join(["sphereface2", *(error.command_chain or ())])
+    more = f"; `{name} --help` tells what it takes"
+    if isinstance(error, UnusedCliTokensError):
+        unused = [*map(repr, error.unused_tokens or ())]
+        rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        return f"unexpected argument {', '.join(unused[:3])}{rest}{more}"
+    if isinstance(error, MissingArgumentError):
+        keyword = error.keyword
+        told = f"{name} needs \\1{more}." if keyword is None else f"{keyword} needs a value{more}."
+        return re.sub(r"^.* parameter (\S+) requires an argument\.", told, str(error)).rstrip(".")
+    return str(error)
 
 
 def _refusal(error: OSError) -> str:

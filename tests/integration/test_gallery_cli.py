@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noisy = np.clip(face + rng.integers(-9, 10, face.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(root / "faces" / person / f"{i}.png")
     return root
+
+
+def test_the_newest_run_stays_the_gallerys_model_when_there_is_a_newer(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        shutil.copytree(world / name, tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "results.json").write_text("{}")
+        if name == "old":
+            run("add", "g", "ann", world / "faces/ann/0.png", "--aligned", "--model", "latest")
+    assert json.loads(run("stats", "g", "--json").stdout)["model"] == f"{tmp_path}/runs/old"
+    assert answer("g", world / "faces/ann/0.png")[0]["matches"][0]["person"] == "ann"
 
 
 def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: Path) -> None:

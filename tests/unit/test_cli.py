@@ -73,7 +73,7 @@ def test_the_package_offers_its_main_things_lazily():
     [
         (["ft"], 'Did you mean "fit"'),
         (["verify", "a.png", "b.png", "--model", "m", "--alined"], "Did you mean --aligned"),
-        (["verify", "a.png"], "SECOND requires an argument"),
+        (["verify", "a.png"], "sphereface2 verify needs SECOND; `sphereface2 verify --help` tells"),
         (["evaluate", "m", "--seed", "one"], 'unable to convert "one" into int'),
         (["fit"], "a recipe: .*small.*--data.train"),
         (["fit", "--config", "smal"], "did you mean 'small'"),

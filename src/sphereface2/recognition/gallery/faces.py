@@ -88,7 +88,9 @@ def load_embedder(model: str | None, gallery: Gallery | None, device: str | None
 
 def lasting(model: str) -> str:
     """A model as a gallery remembers it: a path from the root, or a hub id."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    from sphereface2.backbones.bundle import run_of
+
+    return str(path.resolve()) if (path := run_of(model)).exists() else model
 
 
 def shown(address: str) -> str:

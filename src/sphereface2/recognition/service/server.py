@@ -15,6 +15,7 @@ from sphereface2.align import Aligner
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
+from sphereface2.recognition.gallery.faces import lasting, shown
 from sphereface2.recognition.service.app import check_far, create_app
 from sphereface2.recognition.service.keys import KeyFile
 from sphereface2.recognition.service.security import is_loopback
@@ -83,7 +84,13 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     if embedder.calibration is not None:
         embedder.calibration.check_for_crops()
     check_far(embedder, settings)
-    with Gallery.open(gallery, embedder=embedder, model=str(checkpoint)) as people:
+    with Gallery.open(gallery, embedder=embedder, model=lasting(checkpoint)) as people:
+        sizes = people.stats()
+        print(
+            f"gallery {shown(gallery)}: {sizes['people']:,} people, {sizes['images']:,} images",
+            file=sys.stderr,
+            flush=True,
+        )
         app = create_app(embedder, people, settings)
         config = uvicorn.Config(
             app,

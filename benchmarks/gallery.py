@@ -1,7 +1,7 @@
 """Gallery: enrolment, opening, search latency, and what approximate search loses.
 
     OMP_NUM_THREADS=1 python benchmarks/gallery.py             # 10,000 and 100,000 images, SQLite
-    python benchmarks/gallery.py --sizes 1000000 --probes 200  # an hour; see --folder
+    python benchmarks/gallery.py --sizes 1000000 --probes 200  # see --folder
     python benchmarks/gallery.py --postgresql --sizes 100000   # a server of its own, with pgvector
     python benchmarks/gallery.py --peers --sizes 100000        # FAISS, LanceDB, hnswlib
 
@@ -14,6 +14,7 @@ images of each.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -29,7 +30,6 @@ from sphereface2.recognition.gallery import Enrolment, Gallery
 IMAGES = 5
 FPIR = 0.01
 MODEL = "0" * 64
-EFFORTS = (64, 128, 256, 512)
 ONE_THREAD = os.environ.get("OMP_NUM_THREADS") == "1"
 
 
@@ -151,7 +151,7 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
             print(f"  enrolled {size / inserted:,.0f} images/s", flush=True)
             start = time.perf_counter()
             gallery.set_index(0)
-            print(f"  HNSW built in {time.perf_counter() - start:.1f} s", flush=True)
+            print(f"  index built in {time.perf_counter() - start:.1f} s", flush=True)
         if not gallery.is_file:
             gallery.compact()
             with gallery._db.read() as connection:
@@ -181,8 +181,8 @@ def measure(address: str, data: Data, options: argparse.Namespace) -> None:
         each = 1e3 * min(took) / len(many)
         print(f"  100 probes in a call: {each:.2f} ms each, {min(took) / min(bound):.2f} x product")
         if gallery.is_file:
-            gallery._search._residents[0].hnsw.wait()
-        data.report("HNSW", first(gallery))
+            gallery._search._residents[0].ivf.wait()
+        data.report("index", first(gallery))
         rng, times, cpu = np.random.default_rng(1), [], []
         for i in range(40):
             rows = noise(rng, IMAGES, dim)
@@ -265,27 +265,40 @@ def peers(data: Data) -> None:
 
 
 def tune(data: Data) -> None:
-    """How usearch's settings trade time for recall."""
+    """How the index's settings trade time for recall, and usearch's graph beside it."""
+    import faiss
     from usearch.index import Index
 
-    ids = np.arange(len(data.gallery))
-    for dtype in ("i8", "f16"):
+    size, dim = data.gallery.shape
+
+    def rescoring(rows: Callable[[np.ndarray], np.ndarray]) -> Callable:
+        def search(probe: np.ndarray) -> tuple[int, float]:
+            found = rows(probe)
+            scores = data.gallery[found] @ probe
+            return int(found[scores.argmax()]) // IMAGES, float(scores.max())
+
+        return search
+
+    for lists, parts in itertools.product((1, 2), (dim // 4, dim // 2)):
         start = time.perf_counter()
-        index = Index(
-            ndim=data.gallery.shape[1], metric="ip", dtype=dtype, connectivity=16, expansion_add=128
-        )
-        index.add(ids, data.gallery)
+        count = round(lists * size**0.5)
+        ivf = faiss.index_factory(dim, f"IVF{count},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
+        ivf.train(data.gallery[:: max(1, size // (32 * count))])
+        ivf.add(data.gallery)
         took = time.perf_counter() - start
-        print(f"  usearch {dtype}: built in {took:.1f} s, {index.memory_usage / 1e6:.0f} MB")
-        for effort in EFFORTS:
-            index.expansion_search = effort
-
-            def search(probe: np.ndarray, index=index) -> tuple[int, float]:
-                rows = index.search(probe, 16).keys.astype(np.int64)
-                scores = data.gallery[rows] @ probe
-                return int(rows[scores.argmax()]) // IMAGES, float(scores.max())
-
-            data.report(f"usearch {dtype} effort {effort}", search)
+        print(f"  {count} lists, {parts // 2} bytes a code: built in {took:.1f} s")
+        for share, few in itertools.product((16, 8, 4), (64, 256)):
+            ivf.nprobe = count // share
+            search = rescoring(lambda probe, ivf=ivf, few=few: ivf.search(probe[None], few)[1][0])
+            data.report(f"a {share}th of the lists, {few} rescored", search)
+    graph = Index(ndim=dim, metric="ip", dtype="i8", connectivity=16, expansion_add=128)
+    start = time.perf_counter()
+    graph.add(np.arange(size), data.gallery)
+    print(f"  usearch: built in {time.perf_counter() - start:.1f} s")
+    for effort in (64, 128, 256, 512):
+        graph.expansion_search = effort
+        search = rescoring(lambda probe: graph.search(probe, 16).keys.astype(np.int64))
+        data.report(f"usearch, effort {effort}", search)
 
 
 def main() -> None:
@@ -324,7 +337,8 @@ def main() -> None:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 place = options.folder or Path(folder)
-                measure(str(place / f"{size}_{data.gallery.shape[1]}.db"), data, options)
+                name = f"{size}_{data.gallery.shape[1]}_seed{options.seed}.db"
+                measure(str(place / name), data, options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ EXTRAS = {
     "huggingface_hub": "hub",
     "timm": "timm",
     "pillow_heif": "heif",
-    "faiss": "hard",
     "onnx": "export",
     "onnxscript": "export",
     "psycopg": "postgresql",

@@ -18,6 +18,7 @@ from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import (
     Enrolment,
     Gallery,
+    GalleryUnavailableError,
     Match,
     NoGalleryError,
     Person,
@@ -28,7 +29,7 @@ from sphereface2.recognition.gallery import (
 )
 from sphereface2.recognition.gallery import rows as module
 from sphereface2.recognition.gallery import search as searching
-from sphereface2.recognition.gallery.hnsw import Hnsw
+from sphereface2.recognition.gallery.ivf import Ivf
 
 MODEL, DIM = "a" * 64, 16
 ENGINES = ("sqlite", "postgresql")
@@ -412,6 +413,24 @@ def test_another_model_is_refused_by_name(address: str, tmp_path: Path) -> None:
         opened(address)
 
 
+def test_rows_that_another_client_holds_are_told(server: Postgres) -> None:
+    """The server has answered: neither is it silent nor is the change in doubt."""
+    address = server.database()
+    with opened(address) as gallery, opened(f"{address}?options=-clock_timeout%3D50") as other:
+        gallery.add("x", vectors(0, 1))
+        with gallery._db.write() as connection:
+            connection.exec_driver_sql("LOCK TABLE people")
+            held = pytest.raises(GalleryUnavailableError, match=r"another client .* holds rows")
+            with held as told:
+                other.add("y", vectors(1, 1))
+        assert "nothing was changed" in str(told.value) and "answer" not in str(told.value)
+        other.add("y", vectors(1, 1))
+        slow = pytest.raises(GalleryUnavailableError, match="cannot be changed: canceling")
+        with slow, other._db.write() as connection:
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 20")
+            connection.exec_driver_sql("SELECT pg_sleep(1)")
+
+
 def test_what_is_no_gallery_is_told(tmp_path: Path, server: Postgres) -> None:
     with pytest.raises(NoGalleryError, match="no gallery at"):
         opened(tmp_path / "none.db", create=False)
@@ -503,34 +522,34 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
     address, probes = tmp_path / "g.db", vectors(60_000, 8)
 
     def files() -> list[str]:
-        return sorted(p.name for p in tmp_path.iterdir() if "hnsw" in p.name)
+        return sorted(p.name for p in tmp_path.iterdir() if "-ivf-" in p.name)
 
-    def ready(gallery: Gallery) -> Hnsw:
+    def ready(gallery: Gallery) -> Ivf:
         gallery.warm_up()
-        hnsw = gallery._search._residents[0].hnsw
-        assert hnsw is not None
-        hnsw.wait()
-        assert hnsw.ready
-        return hnsw
+        index = gallery._search._residents[0].ivf
+        assert index is not None
+        index.wait()
+        assert index.ready
+        return index
 
     with opened(address) as gallery:
         people = filled(gallery, count=400)
         gallery.search(probes, k=1)
         assert files() == []
         gallery.set_index(100)
-        assert files() == ["g.db-hnsw-aaaaaaaa"]
+        assert files() == ["g.db-ivf-aaaaaaaa"]
         assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())  # private
     with opened(address) as gallery, opened(address) as other:
-        hnsw = ready(gallery)
-        assert not hnsw._removed
+        index = ready(gallery)
+        assert not index._removed
         for step in range(12):
             other.add(f"new {step}", vectors(700 + step, 3))
             people[f"new {step}"] = vectors(700 + step, 3)
             agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
             view = gallery._search._residents[0]._view
-            assert view is not None and hnsw.search(view, unit(probes)[0], 3) is not None
+            assert view is not None and index.search(view, unit(probes)[0], 3) is not None
         gallery.close()
-        assert files() == ["g.db-hnsw-aaaaaaaa"]  # with those added
+        assert files() == ["g.db-ivf-aaaaaaaa"]  # with those added
         for step in range(0, 12, 2):
             other.remove(f"new {step}")
             del people[f"new {step}"]
@@ -541,6 +560,10 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         gallery.add("new 3", vectors(90, 1), replace=True)
         people["new 3"] = vectors(90, 1)
         del people["new 1"]
+        for _ in range(8):  # what is gone is most like the probe, and more than the candidates
+            gallery.add("again", probes[:1] + vectors(91, 60) / 100, replace=True)
+        gallery.add("again", vectors(92, 1), replace=True)
+        people["again"] = vectors(92, 1)
         agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
     assert files() == []  # it holds whom was removed, so that it is not kept
     with opened(address) as gallery:

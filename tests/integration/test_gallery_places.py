@@ -304,7 +304,7 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     assert "is now Eileen Collins" in run("rename", gallery, "Eileen", "Eileen Collins")[0]
     with pytest.raises(UserError, match="is enrolled already"):
         run("rename", gallery, "Blurred", "Eileen Collins")
-    assert "HNSW from 1 images on" in run("index", gallery, "--hnsw-from", 1)[0]
+    assert "approximate from 1 images on" in run("index", gallery, "--index-from", 1)[0]
     assert "exact" in run("index", gallery, "--exact")[0]
     # A crop that was kept is embedded again; a file that is gone is not.
     (faces / "blurred.png").rename(faces / "gone.png")

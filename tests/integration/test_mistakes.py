@@ -84,7 +84,7 @@ CALLS = {
     "data audit people --out x --model model --move nan": "--move must be a number",
     "gallery search g.db people/a/1.png --aligned --threshold nan": "cosine in .-1, 1., not nan",
     "gallery search g.db people/a/1.png --aligned --threshold 7": "cosine in .-1, 1., not 7",
-    "gallery index g.db --hnsw-from -1": "--hnsw-from must be an integer ≥ 0",
+    "gallery index g.db --index-from -1": "--index-from must be an integer ≥ 0",
     "gallery verify g.db a": "give images that are said to show the person",
     "align people x --max-pixels -1": "--max-pixels must be a number ≥ 1",
     "serve model --gallery new.db --far 0.1": "--far needs a calibrated model",

@@ -42,9 +42,9 @@ def test_all_holds_every_extra_for_use():
 
 
 def test_a_missing_package_names_the_command_that_brings_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"hard negatives need faiss.*'sphereface2\[hard\]'"):
-        require("hard negatives", "faiss")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"networks of timm need timm.*'sphereface2\[timm\]'"):
+        require("networks of timm", "timm")
 
 
 def test_extras_are_spelled_the_same_everywhere():

@@ -104,8 +104,6 @@ def test_loss_and_gradients_are_unbiased(kind, detach, bias):
 def test_all_of_them_is_the_exact_loss():
     x, labels = batch()
     for negatives in ("uniform", "hard"):
-        if negatives == "hard":
-            pytest.importorskip("faiss")
         head = build(negatives=negatives, negative_share=1.0, chunk_size=5)
         if negatives == "hard":
             # The index answers with approximations; visiting all its lists makes it exact.
@@ -139,7 +137,6 @@ def test_a_fused_step_touches_sampled_rows_only():
 
 
 def test_hard_negatives_are_the_nearest_and_lower_the_loss():
-    pytest.importorskip("faiss")
     torch.manual_seed(0)
     people, dim, size = 4000, 32, 16
     centres = torch.randn(40, dim)

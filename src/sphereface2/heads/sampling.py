@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphereface2.extras import require
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, chosen_rows
 
@@ -53,7 +52,6 @@ class HardNegatives:
     """
 
     def __init__(self, share: float, rebuild_every: int = 100) -> None:
-        require("hard negatives", "faiss")
         import faiss
 
         self.faiss: Any = faiss

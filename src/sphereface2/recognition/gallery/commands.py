@@ -285,21 +285,22 @@ def _rest(gallery: Gallery) -> str:
     return ""
 
 
-def index(gallery: str, /, *, hnsw_from: int | None = None, exact: bool = False) -> None:
+def index(gallery: str, /, *, index_from: int | None = None, exact: bool = False) -> None:
     """Choose whether searches are approximate, and build the index.
 
     Args:
         gallery: A file, or postgresql+psycopg://user@host/database.
-        hnsw_from: Search approximately from so many images on. A server does so always.
+        index_from: Search approximately from so many images on. A server does so always.
         exact: Compare with every image in every search.
     """
-    if exact == (hnsw_from is not None):
-        raise UserError("give --hnsw-from IMAGES or --exact")
-    if hnsw_from is not None:
-        check_count("--hnsw-from", hnsw_from, 0)
+    if exact == (index_from is not None):
+        raise UserError("give --index-from IMAGES or --exact")
+    if index_from is not None:
+        check_count("--index-from", index_from, 0)
     with Gallery.open(gallery, create=False) as opened:
-        opened.set_index(hnsw_from)
-    console.show(f"{shown(gallery)}: {'exact' if exact else f'HNSW from {hnsw_from:,} images on'}")
+        opened.set_index(index_from)
+    how = "exact" if exact else f"approximate from {index_from:,} images on"
+    console.show(f"{shown(gallery)}: {how}")
 
 
 def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:

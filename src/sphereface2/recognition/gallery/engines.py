@@ -13,7 +13,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.recognition.gallery.hnsw import Hnsw, Ranked, View
+from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View
 from sphereface2.recognition.gallery.rows import SEQ, Rows, parts, person_of
 from sphereface2.recognition.gallery.search import Resident, exact
 from sphereface2.recognition.gallery.sql import Database
@@ -47,12 +47,12 @@ class FileSearch:
     def search(self, probes: np.ndarray, k: int, *, mean: bool, every: bool) -> list[Found]:
         """The k best people for each probe (q, d); ``every``: past an approximate index."""
         with self._view(mean) as (view, snapshot):
-            hnsw = None if every or mean else self._index(view)
-            if hnsw is None:
+            index = None if every or mean else self._index(view)
+            if index is None:
                 ranked = exact(view, probes, k)
             else:
                 ranked = [
-                    hnsw.search(view, probe, k) or exact(view, probe[None], k)[0]
+                    index.search(view, probe, k) or exact(view, probe[None], k)[0]
                     for probe in probes
                 ]
             rows = self._people({key for one in ranked for key, _ in one}, view.seq, snapshot)
@@ -75,28 +75,29 @@ class FileSearch:
         """Read the embeddings, and begin to build or load a large gallery's index."""
         self._warm = True
         with self._view(False) as (view, _):
+            exact(view, view.rows[:1], 1)  # loads FAISS
             self._index(view)
 
     def finish(self) -> None:
         """Write the index's file, or none."""
         self.forget()
-        if self._stamp.hnsw_from is not None:
+        if self._stamp.index_from is not None:
             self.warm_up()
-            if (hnsw := self._residents[0].hnsw) is not None:
-                hnsw.wait()
+            if (index := self._residents[0].ivf) is not None:
+                index.wait()
 
     def forget(self) -> None:
         """Delete the index's file, which may hold who was removed."""
         assert self._db.path is not None
         for path in self._db.path.parent.iterdir():
-            if path.name.startswith(f"{self._db.path.name}-hnsw-"):
+            if path.name.startswith(f"{self._db.path.name}-ivf-"):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keep the index for the next process."""
-        if (hnsw := self._residents[0].hnsw) is not None:
-            hnsw.stop()
-            hnsw.save()
+        if (index := self._residents[0].ivf) is not None:
+            index.stop()
+            index.save()
 
     @contextmanager
     def _view(self, mean: bool) -> Iterator[tuple[View, sqlite3.Connection]]:
@@ -110,17 +111,17 @@ class FileSearch:
                     yield view, snapshot
                     return
 
-    def _index(self, view: View) -> Hnsw | None:
+    def _index(self, view: View) -> Ivf | None:
         """The approximate index to ask, begun if it is time."""
-        least, images = self._stamp.hnsw_from, self._residents[0]
-        if not self._warm or least is None or view.images < least:
+        least, images = self._stamp.index_from, self._residents[0]
+        if not self._warm or least is None or view.images < max(least, LEAST):
             return None
-        if images.hnsw is None:
+        if images.ivf is None:
             assert self._db.path is not None
-            name = f"{self._db.path.name}-hnsw-{self._stamp.fingerprint[:8]}"
-            images.hnsw = Hnsw(self._db.path.with_name(name), self._keep)
-            images.hnsw.start(view)
-        return images.hnsw
+            name = f"{self._db.path.name}-ivf-{self._stamp.fingerprint[:8]}"
+            images.ivf = Ivf(self._db.path.with_name(name), self._keep)
+            images.ivf.start(view)
+        return images.ivf
 
     def _keep(self, temporary: Path, file: Path, seq: int) -> None:
         """Move an index's file into place, unless the gallery has changed since it was written."""
@@ -138,7 +139,7 @@ class ServerSearch:
 
     def search(self, probes: np.ndarray, k: int, *, mean: bool, every: bool) -> list[Found]:
         """As `FileSearch.search`."""
-        every = every or self._stamp.hnsw_from is None
+        every = every or self._stamp.index_from is None
         with self._db.read() as connection:
             fingerprint = connection.scalar(sa.select(stamp.c.fingerprint))
             check_moved(self._db, self._stamp, fingerprint)

@@ -198,7 +198,7 @@ class Gallery(GalleryReader):
         self._db.vacuum(self._rows.people, self._rows.images)
         self._erase()
 
-    def set_index(self, hnsw_from: int | None) -> None:
+    def set_index(self, index_from: int | None) -> None:
         """Have the gallery search approximately from some number of images on, or never.
 
         On SQLite, processes that called `warm_up` keep the index in memory, and this writes its
@@ -206,10 +206,10 @@ class Gallery(GalleryReader):
         any number means always.
 
         Args:
-            hnsw_from: images; None: look at every image in every search.
+            index_from: images; None: look at every image in every search.
         """
         with self._change(alone=True) as connection:
-            row = self._restamp(connection, hnsw_from=hnsw_from)
+            row = self._restamp(connection, index_from=index_from)
         self._take(row)
         self._search.finish()
 

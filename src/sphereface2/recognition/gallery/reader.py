@@ -273,12 +273,12 @@ class GalleryReader:
 
     def stats(self) -> dict[str, Any]:
         """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
-        ``hnsw_from``, ``uri``, ``package_version``, ``unerased``."""
+        ``index_from``, ``uri``, ``package_version``, ``unerased``."""
         with self._read() as connection:
             facts: dict[str, Any] = dict(
                 zip(("people", "images"), self._sizes(connection), strict=True)
             )
-        for fact in ("dim", "fingerprint", "model", "storage", "hnsw_from", "package_version"):
+        for fact in ("dim", "fingerprint", "model", "storage", "index_from", "package_version"):
             facts[fact] = getattr(self._stamp, fact)
         return {**facts, "uri": self.uri, "unerased": self.unerased}
 

@@ -26,6 +26,8 @@ CONNECT_SECONDS = 10  # to wait for a server
 ERASE_SECONDS = 5  # to wait for other processes' reads before bytes can be overwritten
 # An image's row of 512 float32 fills half a page of 4 KB, the default, and wastes the rest.
 _PAGE_BYTES = 16_384
+# PostgreSQL's codes: a lock was not to be had in time, a deadlock, two changes of the same rows.
+_HELD = ("55P03", "40P01", "40001")
 
 
 @dataclass
@@ -270,7 +272,14 @@ class Database:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kept = "" if what == "read" else "; nothing was changed"
         if not self.is_file:
-            if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
+            code = getattr(error, "sqlstate", None)  # of the server, if it has answered
+            if code in _HELD:
+                return GalleryUnavailableError(
+                    f"another client of the database {self.name} holds rows that are to be {what}: "
+                    f"{reason}{kept}; try again when it has ended (pg_blocking_pids() names it)"
+                )
+            lost = code is None or code.startswith(("08", "57P"))
+            if lost and any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
                 doubt = "" if what == "read" else "; look whether the last change is there"
                 return GalleryUnavailableError(
                     f"the database {self.name} does not answer: {reason}{doubt}; try again when it "

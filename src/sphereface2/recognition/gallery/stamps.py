@@ -17,7 +17,7 @@ from sphereface2.version import __version__
 
 FORMAT_VERSION = 1
 #: From so many images on, a long-lived process keeps an approximate index beside SQLite.
-HNSW_FROM = 200_000
+INDEX_FROM = 200_000
 
 stamp = sa.Table(
     "stamp",
@@ -29,7 +29,7 @@ stamp = sa.Table(
     sa.Column("dim", sa.Integer, nullable=False),
     sa.Column("storage", sa.Text, nullable=False),
     sa.Column("model", sa.Text),
-    sa.Column("hnsw_from", sa.Integer),
+    sa.Column("index_from", sa.Integer),
 )
 
 
@@ -47,7 +47,7 @@ def create(database: Database, **facts: Any) -> Any:
         "id": 1,
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
-        "hnsw_from": HNSW_FROM if database.is_file else 0,
+        "index_from": INDEX_FROM if database.is_file else 0,
         **facts,
     }
     with database.write() as connection:
@@ -62,7 +62,7 @@ def create(database: Database, **facts: Any) -> Any:
 
 def index_server(connection: Connection, row: Any) -> None:
     """Have PostgreSQL keep the indexes that the stamp asks for, and no other; without one, none."""
-    wanted = row is not None and row.hnsw_from is not None
+    wanted = row is not None and row.index_from is not None
     there = "SELECT coalesce(to_regclass('images_hnsw'), to_regclass('people_hnsw')) IS NOT NULL"
     if not wanted and connection.exec_driver_sql(there).scalar():
         _lock_out_searches(connection)

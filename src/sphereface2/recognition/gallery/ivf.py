@@ -15,10 +15,10 @@ import numpy as np
 #: A probe's candidates: a person's key and the cosine, best first.
 Ranked = list[tuple[int, float]]
 _ROWS = 8_192  # added at a time
-# usearch on 8-bit numbers: half the memory and time of building of 16-bit ones, and the same
-# recall, because candidates are scored again exactly (benchmarks/gallery.py --tune).
-_CONNECTIVITY, _EXPANSION_ADD = 16, 128
-_CANDIDATES = 16
+LEAST = 256  # images: among fewer a product is as quick, and the lists cannot be learned
+_SAMPLE = 32  # images a list to learn the lists from
+_LISTS = 32  # at least so many, and an eighth of all, are looked through
+_CANDIDATES = 256  # of a probe, scored exactly
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class View:
 
 def best_people(scores: np.ndarray, owners: np.ndarray, k: int) -> Ranked:
     """The k best owners of scores (n,), each by the best of theirs; -inf does not count."""
-    if k == 1:
+    if k == 1 and len(scores):
         first = int(scores.argmax())
         return [(int(owners[first]), float(scores[first]))]
     # Several of the best rows may show one person, so that k people need more than k rows.
@@ -65,8 +65,12 @@ def best_people(scores: np.ndarray, owners: np.ndarray, k: int) -> Ranked:
         size = min(len(scores), 8 * size)
 
 
-class Hnsw:
+class Ivf:
     """An approximate index of a `Resident`'s images: built beside it, never the truth.
+
+    An inverted file with product quantisation (Jégou, Douze and Schmid, "Product Quantization for
+    Nearest Neighbor Search", PAMI 33, 2011) by FAISS: a probe is compared with the codes, half a
+    byte for two numbers, of the images in the lists whose centres are most like it.
 
     A thread loads or builds it. Until it is there, while it lags behind and where it finds too few
     people, `search` answers None and the caller looks at every row.
@@ -82,9 +86,9 @@ class Hnsw:
         self._lock = threading.Lock()
         self._index: Any = None
         self._seq = -1
-        self._updates: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-        self._removed = False  # the index may hold bytes of what was removed
-        self._order = np.zeros(0, np.int64)  # rows by id, and their ids
+        self._updates: list[tuple[np.ndarray, np.ndarray, int]] = []
+        self._removed = False  # the index holds codes of what was removed
+        self._order = np.zeros(0, np.int64)  # rows that count, by id, and their ids
         self._ids = np.zeros(0, np.int64)
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -119,14 +123,18 @@ class Hnsw:
         self._stop.set()
         self.wait()
 
-    def update(self, gone: np.ndarray, view: View, since: int) -> None:
-        """Take away images by id, add the rows of ``view`` from ``since`` on."""
+    def update(self, removed: bool, view: View, since: int) -> None:
+        """Add the rows of ``view`` from ``since`` on; ``removed``: some others count no more.
+
+        Those stay in the index, where `search` passes over them: FAISS 1.15 damages a list of
+        packed codes to which it adds after it removed from it.
+        """
         if self._thread is None:
             return
         with self._lock:
-            change = (gone, view.ids[since:], view.rows[since:], view.seq)
-            self._removed |= len(gone) > 0
+            self._removed |= removed
             self._find(view)
+            change = (view.ids[since:], view.rows[since:], view.seq)
             if self._index is None:
                 self._updates.append(change)
             else:
@@ -134,23 +142,33 @@ class Hnsw:
 
     def _find(self, view: View) -> None:
         """Note where each image's row is."""
-        self._order = np.argsort(view.ids, kind="stable")
+        order = np.argsort(view.ids, kind="stable")
+        counts = np.ones(len(order), bool)
+        counts[view.dead] = False
+        self._order = order[counts[order]]
         self._ids = view.ids[self._order]
 
     def moved(self, view: View) -> None:
-        """The rows have other places now."""
+        """The rows have other places now, because a good part of them counted no more."""
+        if self._index is not None and self._index.ntotal > 1.2 * view.images:
+            return self.restart(view)
         with self._lock:
             self._find(view)
 
     def search(self, view: View, probe: np.ndarray, k: int) -> Ranked | None:
         """The k best people for a probe (d,), their scores exact; None: look at every row."""
+        import faiss
+
         with self._lock:
             if self._index is None or self._seq != view.seq:
                 return None
-            size = max(_CANDIDATES, 4 * k)
-            found = self._index.search(probe, size, threads=1).keys.astype(np.int64)
+            faiss.omp_set_num_threads(1)  # of this thread; more wait for each other longer
+            found = self._index.search(probe[None], max(_CANDIDATES, 4 * k))[1][0]
             rows = self._order[np.searchsorted(self._ids, found).clip(max=len(self._ids) - 1)]
-        rows = rows[view.ids[rows] == found]
+        there = view.ids[rows] == found
+        if 2 * there.sum() < (found >= 0).sum():  # the removed stand before others
+            return None
+        rows = rows[there]
         ranked = best_people(view.rows[rows] @ probe, view.owners[rows], k) if len(rows) else []
         return ranked if len(ranked) == k else None
 
@@ -158,14 +176,14 @@ class Hnsw:
         try:
             index = self._load(view)
             if index is None:
-                index = _new_index(view.rows.shape[1])
                 alive = np.setdiff1d(np.arange(len(view.rows)), view.dead)
+                index = _trained(view, alive)
                 for start in range(0, len(alive), _ROWS):
                     if self._stop.is_set():
                         return
                     some = alive[start : start + _ROWS]
-                    index.add(view.ids[some], view.rows[some])
-            index.expansion_search = _effort(view.images)
+                    index.add_with_ids(view.rows[some], view.ids[some])
+            index.nprobe = max(_LISTS, index.nlist // 8)
             with self._lock:
                 for change in self._updates:
                     self._apply(index, *change)
@@ -177,57 +195,59 @@ class Hnsw:
 
     def _load(self, view: View) -> Any:
         """The index of the file with what changed since; None if it is better built anew."""
+        import faiss
+
         if not self._file.exists():
             return None
-        from usearch.index import Index
-
-        index = Index.restore(self._file)
-        if index is None or index.ndim != view.rows.shape[1]:
+        try:
+            index = faiss.read_index(str(self._file))
+        except RuntimeError:  # damaged
             return None
-        kept, there = np.asarray(index.keys).astype(np.int64), np.delete(view.ids, view.dead)
+        if not isinstance(index, faiss.IndexIVFPQFastScan) or index.d != view.rows.shape[1]:
+            return None
+        lists: Any = index.invlists
+        sizes = [(number, lists.list_size(number)) for number in range(index.nlist)]
+        kept = np.concatenate(
+            [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in sizes if size]
+        )
+        there = np.delete(view.ids, view.dead)
         new = np.flatnonzero(np.isin(view.ids, np.setdiff1d(there, kept)))
-        gone = np.setdiff1d(kept, there)
-        if len(new) + len(gone) > len(there) // 2:
+        gone = len(np.setdiff1d(kept, there))
+        if len(new) + gone > len(there) // 2:
             return None
-        self._removed |= len(gone) > 0
-        self._apply(index, gone, view.ids[new], view.rows[new], view.seq)
+        self._removed |= gone > 0
+        self._apply(index, view.ids[new], view.rows[new], view.seq)
         return index
 
-    def _apply(
-        self, index: Any, gone: np.ndarray, ids: np.ndarray, rows: np.ndarray, seq: int
-    ) -> None:
-        if len(gone):
-            index.remove(gone)
+    def _apply(self, index: Any, ids: np.ndarray, rows: np.ndarray, seq: int) -> None:
         if len(ids):
-            index.add(ids, rows)
+            index.add_with_ids(rows, ids)
         self._seq = seq
 
     def save(self) -> None:
-        """Write the file, unless the index holds bytes of what was removed."""
+        """Write the file, unless the index holds codes of what was removed."""
+        import faiss
+
         with self._lock:
             if self._index is None or self._removed:
                 return
             temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
             try:
                 temporary.touch(0o600)  # as the gallery itself: these are people's faces
-                self._index.save(temporary)
+                faiss.write_index(self._index, str(temporary))
                 self._keep(temporary, self._file, self._seq)
             finally:
                 temporary.unlink(missing_ok=True)
 
 
-def _new_index(dim: int) -> Any:
-    from usearch.index import Index
+def _trained(view: View, alive: np.ndarray) -> Any:
+    """An empty index whose lists and codes are learned from a part of the rows that count."""
+    import faiss
 
-    return Index(
-        ndim=dim,
-        metric="ip",
-        dtype="i8",
-        connectivity=_CONNECTIVITY,
-        expansion_add=_EXPANSION_ADD,
-    )
-
-
-def _effort(images: int) -> int:
-    """How many candidates a search keeps: more among more, for the same recall."""
-    return round(160 * max(1.0, images / 100_000) ** 0.6)
+    dim, lists = view.rows.shape[1], round(2 * len(alive) ** 0.5)
+    parts = dim // 2 if dim % 2 == 0 else dim
+    index: Any = faiss.index_factory(dim, f"IVF{lists},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
+    for learned in (index, index.pq):  # few images are no reason for a warning
+        learned.cp.min_points_per_centroid = 1
+    index.train(view.rows[alive[:: max(1, len(alive) // (_SAMPLE * lists))]])
+    return index

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,7 @@ def build(words: Sequence[str] = ()) -> App:
         result_action="return_none",
         print_error=False,
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,  # `main` says that it was one
     )
     app.register_install_completion_command()
     first, second = [*words, "", ""][:2]
@@ -185,6 +187,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:  # of a command that keeps nothing, or before it has begun
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UserError as error:
         message = str(error)
     except CycloptsError as error:

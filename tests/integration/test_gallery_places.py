@@ -287,13 +287,12 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     lines = out.splitlines()
     assert len(lines) == 2 and all("Eileen" in line or "Blurred" in line for line in lines)
     # Two images enrolled: a FAR of 1 - 0.8 ** (1 / 2), of which the calibration has 0.1.
-    assert "FAR 0.1, 2 comparisons a search: about one stranger in 5 would be named by" in err
+    assert "FAR 1e-1, 2 comparisons a search: about one stranger in 5 would be named by" in err
     out, _ = run("search", gallery, faces / "two.png", "--faces", "all", "--json", "--exact")
     found = json.loads(out)
     assert len(found) == 2 and all(len(one["box"]) == 4 for one in found)
-    assert found[0]["box"] != found[1]["box"] and found[0]["fpir"] == pytest.approx(
-        0.0199
-    )  # at FAR 0.01
+    assert found[0]["box"] != found[1]["box"]
+    assert found[0]["fpir"] == pytest.approx(0.0199)  # twice a FAR of 0.01
     with pytest.raises(UserError, match=r"needs a threshold for a FAR of 0\.0005"):
         run("search", gallery, probes, "--fpir", 0.001)
     out, _ = run("verify", gallery, "Eileen", faces / "one.png", "--far", 0.1, "--json")

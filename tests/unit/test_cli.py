@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import docstring_parser
 import pytest
@@ -90,6 +91,15 @@ def test_mistakes_end_in_one_line_that_says_what_is_right(words, message, capsys
     assert printed.err.startswith("error: ")
     assert len(printed.err.splitlines()) == 1
     assert re.search(message, printed.err), printed.err
+
+
+def test_an_interrupted_command_says_so_in_one_word(capsys, monkeypatch, tmp_path):
+    def interrupted(path: Path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sphereface2.data.info.info", interrupted)
+    assert cli.main(["data", "info", str(tmp_path)]) == 130
+    assert capsys.readouterr() == ("", "stopped\n")
 
 
 def test_print_config_shows_every_setting(capsys):

@@ -183,7 +183,7 @@ def test_open_source_recognises_recordio_and_refuses_the_rest(tmp_path):
     for path, message in (
         (tmp_path / "absent", "does not exist"),
         (empty, "holds no data set"),
-        (files(tmp_path, {"x.dat": b"x"}) / "x.dat", "not a training set"),
+        (files(tmp_path, {"x.dat": b"x"}) / "x.dat", "not a set of images"),
         (files(tmp_path / "f", {"p/readme.md": b"x"}), "holds no person/image"),
     ):
         with pytest.raises(UserError, match=message):

@@ -66,7 +66,7 @@ def open_source(path: str | Path) -> Source:
     elif suffix in SUFFIXES:
         hint = "; give the folder that holds the image"
     raise UserError(
-        f"{path} is not a training set: expected a folder, a .rec, .tar or list file "
+        f"{path} is not a set of images: expected a folder, a .rec, .tar or list file "
         f"({' '.join(sorted(LIST_SUFFIXES))}){hint}"
     )
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from sphereface2 import console
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.calibration import named_by_mistake
+from sphereface2.evaluation.results import far_key
 from sphereface2.files import visible
 from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import (
@@ -381,7 +382,7 @@ def _line(
     far = calibration.far_default if far is None else far
     limit = calibration.threshold(far)
     named = named_by_mistake(far, comparisons)
-    sentence = f"threshold {limit:.4f} (FAR {far:g}"
+    sentence = f"threshold {limit:.4f} (FAR {far_key(far)}"
     if comparisons > 1:
         share = f"about one stranger in {1 / named:,.0f}" if named <= 0.5 else "most strangers"
         sentence += f", {comparisons:,} comparisons a search: {share} would be named by mistake"

@@ -142,14 +142,15 @@ def main() -> None:
             settings.validation.pairs = []
             contenders[words] = Contender(settings, place, Path(folder), arguments.steps)
         first = contenders[""]
-        turns = {"bare forward + backward": first.bare}
-        turns |= {f"training {words}": one.full for words, one in contenders.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        turns = {"bare forward + backward": (first.bare, first.images)}
+        for words, one in contenders.items():
+            turns[f"training {words}"] = one.full, one.images
+        seconds: dict[str, list[float]] = {name: [] for name in turns}  # an image
         for number in range(arguments.rounds + 1):
-            for name, turn in turns.items():
+            for name, (turn, images) in turns.items():
                 taken = turn()
                 if number:  # the first round warms up
-                    seconds[name].append(taken)
+                    seconds[name].append(taken / images)
     print(f"{arguments.config}, batch {first.count}, {arguments.threads} thread(s)")
     print(f"{'':50}images/s   of bare   of the first training")
     for name, taken in seconds.items():
@@ -157,7 +158,7 @@ def main() -> None:
             statistics.median(a / b for a, b in zip(seconds[other], taken, strict=True))
             for other in ("bare forward + backward", "training ")
         ]
-        rate = statistics.median(first.images / one for one in taken)
+        rate = statistics.median(1 / one for one in taken)
         print(f"{name:50}{rate:8,.0f}   {to[0]:7.3f}   {to[1]:7.3f}")
 
 

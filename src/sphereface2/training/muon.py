@@ -37,9 +37,17 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     x = x.mT if transposed else x
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    # Each step multiplies X by a polynomial in XXᵀ. They all commute, so that their product is made
+    # of the small Gram matrices, and the long X takes part at the beginning and the end alone.
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for left in reversed(range(steps)):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if left:
+            gram = factor @ gram @ factor
+    x = x if product is None else product @ x
     return (x.mT if transposed else x).view_as(matrices)
 
 

@@ -50,17 +50,22 @@ def test_the_scale_of_a_gradient_does_not_matter() -> None:
     assert orthogonalize(torch.zeros(4, 4)).eq(0).all()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_filters_alone_are_taken_and_the_rate_follows_the_schedule(fused: bool) -> None:
+@pytest.mark.parametrize("fused, linear", [(False, False), (True, False), (False, True)])
+def test_filters_are_taken_and_the_rate_follows_the_schedule(fused: bool, linear: bool) -> None:
     network = backbones.build("sfnet4", width=0.125, input_size=32, batch_norm=True)
     head = heads.build("sphereface2", embedding_dim=512, num_classes=7, streaming=fused)
     config = TrainingConfig(
-        optimizer="muon", muon_lr=0.03, fused_head=fused, clip_norm=None, lr=0.2
+        optimizer="muon",
+        muon_lr=0.03,
+        muon_linear=linear,
+        fused_head=fused,
+        clip_norm=None,
+        lr=0.2,
     )
     optimizers = build_optimizers(config, network, head)
     (muon,) = [one for one in optimizers if isinstance(one, Muon)]
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
-    assert taken == {id(p) for p in network.parameters() if p.ndim == 4}
+    assert taken == {id(p) for p in network.parameters() if p.ndim == 4 or (linear and p.ndim == 2)}
     assert muon.param_groups[0]["base_lr"] == 0.03
     everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     owned = {id(p) for p in [*network.parameters(), *head.parameters()]}

@@ -151,6 +151,8 @@ class TrainingConfig:
     """Learning rate after the warm-up, before the schedule lowers it."""
     muon_lr: Positive = 0.05
     """``muon``: length of a step of a filter, relative to the filter's, times the schedule."""
+    muon_linear: bool = False
+    """``muon``: linear layers of the backbone too, whose scale a normalisation must undo."""
     head_lr_multiplier: Positive = 1.0
     """Learning rate of the head, relative to ``lr``."""
     momentum: ShareBelowOne = 0.9
@@ -190,8 +192,7 @@ class TrainingConfig:
     channels_last: bool = True
     """Keep images in channels-last memory, the faster layout of convolutions."""
     ema: ShareBelowOne = 0.0
-    """Decay a step of the weights' exponential moving average, which then is what is evaluated
-    and saved as the model; 0: off."""
+    """Decay a step of the weights' moving average, which is then evaluated and saved; 0: off."""
     device: Text = "auto"
     """``auto``: CUDA or MPS where there is one, else ``cpu``; or a device such as ``cuda:1``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

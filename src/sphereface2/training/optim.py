@@ -77,8 +77,9 @@ def build_optimizers(
     for factor, parameters in _by_factor(body, config.lr_factors):
         decayed = [p for p in parameters if p.ndim > 1]
         if config.optimizer == "muon":
-            chosen = [p for p in decayed if p.ndim == 4]
-            decayed = [p for p in decayed if p.ndim != 4]
+            taken = (2, 4) if config.muon_linear else (4,)
+            chosen = [p for p in decayed if p.ndim in taken]
+            decayed = [p for p in decayed if p.ndim not in taken]
             if chosen:
                 filters.append({"params": chosen, "base_lr": config.muon_lr * factor})
         groups.append((decayed, factor, config.weight_decay))

@@ -37,6 +37,7 @@ _FIXED = (
     "teacher.prototypes",
     "sample_to_sample",
     "training.optimizer",
+    "training.muon_linear",
     "training.fused_head",
     "training.fused_momentum",
     "training.start_from",
@@ -167,6 +168,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
 def _idle(key: str, training: TrainingConfig) -> str | None:
     """Why a setting that was changed has no effect, if so."""
     choice, values = {
+        "training.muon_linear": ("optimizer", ["muon"]),
         "training.muon_lr": ("optimizer", ["muon"]),
         "training.momentum": ("optimizer", ["sgd", "muon"]),
         "training.nesterov": ("optimizer", ["sgd", "muon"]),

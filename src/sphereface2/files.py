@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import weakref
@@ -116,7 +117,8 @@ def check_folder(path: Path) -> None:
     if not place.is_dir():
         raise UserError(f"{path} cannot be a folder, as {place} is a file: name another place")
     if not os.access(place, os.W_OK):
-        raise UserError(f"{path} cannot be written: {place} belongs to somebody else or is locked")
+        with writing(path), tempfile.TemporaryFile(dir=place):  # the system says why
+            pass
 
 
 def lock(file: IO[Any], busy: str) -> None:

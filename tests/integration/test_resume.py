@@ -19,8 +19,6 @@ import yaml
 from killing import SETTINGS, STEPS, Run, assert_equal, metrics, unpack_faces, weights
 
 from sphereface2.backbones import bundle
-from sphereface2.data.opening import open_source
-from sphereface2.data.split import split_people
 
 
 def variant(*values: object) -> Any:
@@ -396,42 +394,6 @@ def test_a_step_that_goes_wrong_leaves_nothing_behind(folder: Path, whole: Path)
     assert_equal(weights(folder), weights(whole))
 
 
-# -- bad data ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spoilt(faces: Path, tmp_path: Path) -> Path:
-    """The faces as a folder; two images of held-out people and one of another are damaged."""
-    folder, source = tmp_path / "spoilt", open_source(faces)
-    assert source.class_names is not None
-    people = split_people(source, 2, 0)
-    damaged = [*people.validation[[0, 7]], people.train[3]]
-    for index in range(len(source)):
-        person = folder / source.class_names[source.labels[index]]
-        person.mkdir(parents=True, exist_ok=True)
-        content = source.read(index)
-        (person / f"{index:02}.jpg").write_bytes(content[:200] if index in damaged else content)
-    return folder
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0)])
-def test_unreadable_images_count_into_one_share_over_people_ranks_and_workers(
-    spoilt: Path, tmp_path: Path, ranks: int, workers: int
-) -> None:
-    settings = {**SETTINGS, "data.train": spoilt, "data.workers": workers}
-    allowed = Run(tmp_path / "allowed", {**settings, "data.max_unreadable": 3 / 48}, ranks)
-    assert allowed.wait() == [0] * ranks, allowed.told()
-    progress = json.loads((tmp_path / "allowed/checkpoints/last/progress.json").read_text())
-    assert len(progress["unreadable"]) == 3
-    assert any(line["kind"] == "validation" for line in metrics(tmp_path / "allowed"))
-
-    refused = Run(tmp_path / "refused", {**settings, "data.max_unreadable": 2.9 / 48}, ranks)
-    assert refused.wait() == [2] * ranks
-    (told,) = [line for line in refused.told().splitlines() if "error" in line]
-    assert "3 of 48 images cannot be read" in told
-    assert checkpoints(tmp_path / "refused"), "what was trained until then is lost"
-
-
 # -- full disks ----------------------------------------------------------------------------------
 
 
@@ -444,14 +406,6 @@ def test_a_limit_on_files_leaves_the_last_checkpoint_whole(folder: Path, whole: 
     assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
     assert resume(folder)[0] == 0
     assert_equal(weights(folder), weights(whole))
-
-
-def test_where_there_are_no_symbolic_links_training_goes_on(faces: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run = Run(folder, {**SETTINGS, "data.train": faces}, links=False)
-    assert run.wait() == [0], run.told()
-    assert (folder / "checkpoints/last").read_text() == f"step-{STEPS:08}\n"
-    bundle.load(folder)
 
 
 # -- a teacher -----------------------------------------------------------------------------------

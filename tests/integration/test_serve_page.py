@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 from serving import Server, drawn, encoded, make_model, photograph, serving
 
 from required import needs
@@ -26,23 +27,13 @@ CHROMIUM = (
     os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 )
 pytestmark = needs(CHROMIUM, "no chromium: install it (apt-get install chromium) or set CHROMIUM")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
@@ -69,19 +60,17 @@ def watched(browser: Any, **options: Any) -> tuple[Any, list[str], list[str]]:
     complaints: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "console",
-        lambda message: (
+
+    def heard(message: Any) -> None:
+        if message.type == "error" and "Failed to load resource" not in message.text:
             complaints.append(message.text)
-            if message.type == "error" and "Failed to load resource" not in message.text
-            else None
-        ),
-    )
+
+    page.on("console", heard)
     return page, asked, complaints
 
 
-def file(content: bytes, name: str = "face.jpg") -> dict[str, Any]:
-    return {"name": name, "mimeType": "image/jpeg", "buffer": content}
+def file(content: bytes) -> dict[str, Any]:
+    return {"name": "face.jpg", "mimeType": "image/jpeg", "buffer": content}
 
 
 def nameless(page: Any) -> list[str]:
@@ -101,8 +90,6 @@ def nameless(page: Any) -> list[str]:
 
 
 def test_verify_enrol_search_and_delete(browser: Any, server: Server) -> None:
-    from playwright.sync_api import expect
-
     page, asked, complaints = watched(browser, viewport={"width": 1280, "height": 900})
     page.goto(server.url)
     expect(page.locator("#model")).to_contain_text("calibrated")
@@ -115,11 +102,10 @@ def test_verify_enrol_search_and_delete(browser: Any, server: Server) -> None:
     expect(page.get_by_role("img", name=re.compile("similarity 1.00"))).to_be_visible()
     expect(page.get_by_alt_text("Aligned face of image 2")).to_be_visible()
     page.set_input_files("#verify input[name=b]", file(b"words"))
-    expect(page.locator("#verify [role=status]")).to_have_text(
-        "Image 2 is no JPEG, PNG or WebP file."
-    )
+    status = page.locator("#verify [role=status]")
+    expect(status).to_have_text("Image 2 is no JPEG, PNG or WebP file.")
     page.set_input_files("#verify input[name=b]", file(encoded(np.zeros((99, 99, 3), np.uint8))))
-    expect(page.locator("#verify [role=status]")).to_contain_text("No face was found")
+    expect(status).to_contain_text("No face was found")
     page.get_by_text("Settings").click()
     page.get_by_label("aligned face crops").check()
     expect(page.locator("#verify .verdict")).to_be_visible()  # asked again by itself
@@ -174,8 +160,6 @@ def test_verify_enrol_search_and_delete(browser: Any, server: Server) -> None:
 
 
 def test_camera_small_screens_and_dark(browser: Any, server: Server) -> None:
-    from playwright.sync_api import expect
-
     backgrounds = set()
     for scheme in ("light", "dark"):
         page, _, complaints = watched(
@@ -207,8 +191,6 @@ def test_camera_small_screens_and_dark(browser: Any, server: Server) -> None:
 
 
 def test_the_page_asks_for_a_key(browser: Any, model: Path, tmp_path: Path) -> None:
-    from playwright.sync_api import expect
-
     token = keys.add("page", tmp_path / "keys.json")
     options = ["--keys", str(tmp_path / "keys.json"), "--drain-seconds", "0"]
     with serving(model, tmp_path / "g.db", *options) as server:
@@ -261,8 +243,6 @@ def hand_over(page: Any, where: str, kind: str, *images: bytes) -> None:
 
 
 def test_images_dropped_together_or_pasted_anywhere(browser: Any, server: Server) -> None:
-    from playwright.sync_api import expect
-
     page, _, complaints = watched(browser)
     page.goto(server.url)
     expect(page.locator("#model")).to_contain_text("calibrated")
@@ -290,8 +270,6 @@ def test_images_dropped_together_or_pasted_anywhere(browser: Any, server: Server
 
 def test_many_people_at_a_low_rate(browser: Any, model: Path, tmp_path: Path) -> None:
     """A list of two pages, on a server that lets ten requests in at once."""
-    from playwright.sync_api import expect
-
     embedder = FaceEmbedder.from_pretrained(model, device="cpu")
     rows = embedder.embed([drawn(seed) for seed in range(3)], aligned=True)
     names = [f"Person {number:02}" for number in range(61)]
@@ -378,7 +356,6 @@ def test_many_people_at_a_low_rate(browser: Any, model: Path, tmp_path: Path) ->
 
 def test_one_person_s_images_and_name(browser: Any, server: Server) -> None:
     """The dialog of a person, and the question about a face under a second name."""
-    from playwright.sync_api import expect
 
     def sent(method: str, path: str, **options: Any) -> Any:
         answer = httpx.request(method, f"{server.url}/v1/{path}", timeout=60, **options)
@@ -440,8 +417,6 @@ def test_one_person_s_images_and_name(browser: Any, server: Server) -> None:
 
 def test_every_text_of_a_search_stands_out_enough(browser: Any, server: Server) -> None:
     """4.5:1 at least, in both colour schemes, also of candidates below the threshold."""
-    from playwright.sync_api import expect
-
     match = {"name": "Ada", "similarity": 0.3, "same": False, "metadata": {}, "thumbnail": False}
     face = {"face": None, "known": False, "matches": [match], "crop": "data:,"}
     found = {"threshold": 0.5, "far": 0.1, "people": 1, "fpir": 0.1, "faces": [face]}

@@ -14,6 +14,10 @@ import pytest
 from killing import SETTINGS, STEPS, Run, assert_equal, left_behind, metrics, unpack_faces, weights
 from killing import words as as_words
 
+from sphereface2.backbones import bundle
+from sphereface2.data.opening import open_source
+from sphereface2.data.split import split_people
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
@@ -166,3 +170,49 @@ def test_a_home_that_cannot_be_written(
     script = f'mount -t tmpfs -o ro none {tmp_path}/read-only && HOME={tmp_path}/{home} exec "$@"'
     status, told = in_namespace(script, {**settings, "training.epochs": 1}, tmp_path / "run")
     assert status == 0, told
+
+
+def test_where_there_are_no_symbolic_links_training_goes_on(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, settings, links=False)
+    assert run.wait() == [0], run.told()
+    assert (folder / "checkpoints/last").read_text() == f"step-{STEPS:08}\n"
+    bundle.load(folder)
+
+
+# -- bad data ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(settings: dict[str, object], tmp_path: Path) -> Path:
+    """The faces as a folder; two images of held-out people and one of another are damaged."""
+    folder, source = tmp_path / "spoilt", open_source(str(settings["data.train"]))
+    assert source.class_names is not None
+    people = split_people(source, 2, 0)
+    damaged = [*people.validation[[0, 7]], people.train[3]]
+    for index in range(len(source)):
+        person = folder / source.class_names[source.labels[index]]
+        person.mkdir(parents=True, exist_ok=True)
+        content = source.read(index)
+        (person / f"{index:02}.jpg").write_bytes(content[:200] if index in damaged else content)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0)])
+def test_unreadable_images_count_into_one_share_over_people_ranks_and_workers(
+    spoilt: Path, settings: dict[str, object], tmp_path: Path, ranks: int, workers: int
+) -> None:
+    settings = {**settings, "data.train": spoilt, "data.workers": workers}
+    allowed = Run(tmp_path / "allowed", {**settings, "data.max_unreadable": 3 / 48}, ranks)
+    assert allowed.wait() == [0] * ranks, allowed.told()
+    progress = json.loads((tmp_path / "allowed/checkpoints/last/progress.json").read_text())
+    assert len(progress["unreadable"]) == 3
+    assert any(line["kind"] == "validation" for line in metrics(tmp_path / "allowed"))
+
+    refused = Run(tmp_path / "refused", {**settings, "data.max_unreadable": 2.9 / 48}, ranks)
+    assert refused.wait() == [2] * ranks
+    (told,) = [line for line in refused.told().splitlines() if "error" in line]
+    assert "3 of 48 images cannot be read" in told
+    assert list((tmp_path / "refused/checkpoints").glob("step-*"))  # what was trained until then

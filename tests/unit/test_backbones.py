@@ -1,17 +1,15 @@
-"""Backbones: architecture, parameter counts, options, errors, preprocessing."""
+"""Backbones: architecture, parameter counts, options, errors."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sphereface2 import backbones
-from sphereface2.backbones import Preprocessing
 from sphereface2.backbones.activation import PReLU, _ChannelsLastPReLU
 from sphereface2.errors import UserError
 
@@ -254,8 +252,7 @@ def test_final_batch_norm_starts_at_a_tenth() -> None:
 @pytest.mark.parametrize("name", backbones.available())
 def test_every_backbone_yields_embeddings_and_gradients(name: str) -> None:
     torch.manual_seed(0)
-    kwargs = {} if name == "mobilefacenet" else {"width": 0.125}
-    net = backbones.build(name, input_size=(64, 48), embedding_dim=24, **kwargs)
+    net = backbones.build(name, input_size=(64, 48), embedding_dim=24, width=0.125)
     x = noise(net, batch=3)
     embeddings = net(x)
     assert embeddings.shape == (3, 24)
@@ -409,56 +406,3 @@ def test_timm_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="there is no backbone 'resnet18'"):
         backbones.build("resnet18")
     assert backbones.build("sfnet4", input_size=16, width=0.125)
-
-
-# --- preprocessing --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["RGB", "BGR"])
-@pytest.mark.parametrize("mean", [(127.5, 127.5, 127.5), (10.0, 20.0, 30.0)])
-def test_preprocessing_against_numpy(order: str, mean: tuple[float, float, float]) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 5), dtype=np.uint8)
-    original = images.copy()
-    std = (128.0, 64.0, 32.0)
-    preprocessing = Preprocessing((6, 5), mean, std, order)
-    result = preprocessing(torch.from_numpy(images))
-    ordered = images if order == "RGB" else images[:, ::-1]
-    expected = (ordered - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    assert result.dtype == torch.float32
-    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-6)
-    np.testing.assert_array_equal(images, original)
-    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
-
-
-def test_preprocessing_resizes_with_antialiasing() -> None:
-    # A one-pixel checkerboard: every antialiased pixel of the half-size image is grey.
-    rows, columns = np.mgrid[:32, :32]
-    board = (255 * ((rows + columns) % 2)).astype(np.uint8)
-    images = torch.from_numpy(np.broadcast_to(board, (1, 3, 32, 32)).copy())
-    result = Preprocessing(size=(16, 16))(images)
-    assert result.shape == (1, 3, 16, 16)
-    assert result[..., 2:-2, 2:-2].abs().max() < 0.05
-
-
-def test_preprocessing_keeps_channels_last() -> None:
-    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
-    result = Preprocessing(size=(8, 8))(images)
-    assert result.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 3, 8, 8),
-        torch.zeros(3, 8, 8, dtype=torch.uint8),
-        torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
-    ],
-)
-def test_preprocessing_refuses_other_tensors(images: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="takes uint8 images of shape"):
-        Preprocessing()(images)
-
-
-def test_preprocessing_from_dict_refuses_other_keys() -> None:
-    with pytest.raises(UserError, match="exactly the keys"):
-        Preprocessing.from_dict({"size": [112, 112]})

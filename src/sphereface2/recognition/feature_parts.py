@@ -167,7 +167,7 @@ class Job:
         """Part ``number`` as a Parquet file."""
         indices = self.rows(number)
         faces: dict[int, list[Face]] = {}
-        others: dict[int, list[np.ndarray]] = {}
+        others: dict[int, list[tuple[np.ndarray, Face]]] = {}
         reasons: dict[int, str] = {}
         measured: dict[int, dict[str, Any]] = {}
 
@@ -177,8 +177,16 @@ class Job:
                 if self.aligned:
                     crop = read_image(content)
                 else:
-                    crops, faces[index] = _faces(embedder, content, self.all_faces)
-                    crop, others[index] = crops[0], crops[1:]
+                    if self.all_faces:
+                        found = embedder.aligner.align_all(content)
+                    else:
+                        found = [embedder.crop(content)]
+                    if not found:
+                        raise NoFaceError(
+                            "no face found in the image; give an image that shows one"
+                        )
+                    (crop, _), *others[index] = found
+                    faces[index] = [face for _, face in found]
                 if self.measured:
                     main = None if self.aligned else faces[index][0]
                     measured[index] = measures(index, crop, main)
@@ -189,7 +197,7 @@ class Job:
 
         embeddings = embedder.embedder.embed(indices, read=read, unreadable=[], progress=progress)
         kept = [index for index in indices if index not in reasons]
-        if more := [(index, crop) for index in kept for crop in others.get(index, ())]:
+        if more := [(index, crop) for index in kept for crop, _ in others.get(index, ())]:
             rest = embedder.embedder.embed([crop for _, crop in more])
             where = np.array([*kept, *(index for index, _ in more)])
             order = np.argsort(where, kind="stable")  # an image's first face stays its first
@@ -217,16 +225,6 @@ class Job:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
         return buffer.getvalue()
-
-
-def _faces(
-    embedder: FaceEmbedder, content: bytes, every: bool
-) -> tuple[list[np.ndarray], list[Face]]:
-    """Crops and faces, the largest and most central first: that one, or all of an image."""
-    found = embedder.aligner.align_all(content) if every else [embedder.crop(content)]
-    if not found:
-        raise NoFaceError("no face found in the image; give an image that shows one")
-    return [crop for crop, _ in found], [face for _, face in found]
 
 
 class Parts:
@@ -285,10 +283,6 @@ class Parts:
         Raises:
             UserError: it cannot be written, or no image gave an embedding.
         """
-        with writing(self.out):
-            self._merge()
-
-    def _merge(self) -> None:
         listed = self.out.with_name(f"{self.out.name}.skipped.csv")
         merged, skipped_file = self.folder / "merged", self.folder / "skipped"
         embedded = skipped = 0

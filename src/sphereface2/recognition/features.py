@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
+from sphereface2.files import writing
 from sphereface2.recognition import ray_engine
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -145,44 +145,25 @@ def write_table(
 ) -> None:
     """Write the table of ``job`` unless it is there; what an earlier process left is continued.
 
-    Args:
-        out: the file.
-        job: what is computed.
-        embedder: of the job.
-        images: the set.
-        engine, device: as of `embed_set`.
-        address: of a Ray cluster.
-
     Raises:
         UserError: the file, or the unfinished work beside it, is of another job.
     """
     parts = Parts(out, job)
     if not parts.finished():
         with Stopper(STOPPED), parts.open() as missing, console.bars(counted=True) as bars:
-            task = bars.add_task("embedding", total=job.images)
-            bars.advance(task, job.images - sum(len(job.rows(number)) for number in missing))
-
-            def advance(count: int) -> None:
-                bars.advance(task, count)
-
+            advance = console.advance(bars, "embedding", job.images)
+            advance(job.images - sum(len(job.rows(number)) for number in missing))
             if engine == "ray":
                 done = ray_engine.compute(
                     job, embedder, missing, address=address, device=device, progress=advance
                 )
             else:
-                done = _compute(job, embedder, images, missing, advance)
+                done = (
+                    (number, job.compute(embedder, images, number, progress=advance))
+                    for number in missing
+                )
             for number, content in done:
                 parts.write(number, content)
-            parts.merge()
+            with writing(out):
+                parts.merge()
     parts.remove()
-
-
-def _compute(
-    job: Job,
-    embedder: FaceEmbedder,
-    images: Source,
-    numbers: Iterable[int],
-    progress: Callable[[int], None],
-) -> Iterator[tuple[int, bytes]]:
-    for number in numbers:
-        yield number, job.compute(embedder, images, number, progress=progress)

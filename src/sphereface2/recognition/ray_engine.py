@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,7 @@ def compute(
 
     The network travels to the workers; each opens the set itself, under the same path. There is
     one worker a GPU if the cluster has GPUs and ``device`` does not say cpu, else one a CPU core.
-
-    Args:
-        job: what is computed.
-        embedder: holds the network.
-        numbers: of the parts wanted.
-        address: of a cluster; None starts a Ray on this machine and stops it afterwards.
-        device: of a worker's network; by default the best it has.
-        progress: called with the number of images of each finished part.
+    Without ``address`` a Ray is started on this machine and stopped afterwards.
 
     Raises:
         UserError: Ray is missing or cannot be reached, or a worker does not see the same set.
@@ -117,20 +111,18 @@ class _Worker:
         self._job = job
         self._network = network
         self._device = device
-        self._ready: tuple[FaceEmbedder, Source] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         # A mistake of the user travels as a row: Ray would wrap an exception up beyond finding.
         try:
-            if self._ready is None:
-                self._ready = self._prepare()
             number = int(batch["number"][0])
             part, error = self._job.compute(*self._ready, number), ""
         except UserError as raised:
             part, error = b"", str(raised)
         return {"number": batch["number"], "part": [part], "error": [error]}
 
-    def _prepare(self) -> tuple[FaceEmbedder, Source]:
+    @cached_property
+    def _ready(self) -> tuple[FaceEmbedder, Source]:
         import ray
 
         images = open_images(self._job.path)

@@ -56,21 +56,19 @@ def verify(
     Raises:
         UserError: an image cannot be read or shows no face, no such model, or a wrong option.
     """
-    for path in (first, second):
-        if not Path(path).is_file():
+    both = (Path(first), Path(second))
+    for path in both:
+        if not path.is_file():
             raise UserError(f"{path} does not exist or is no file: give an image file")
     if plot is not None and Path(plot).suffix.lower() != ".png":
         name = Path(plot).with_suffix(".png") if Path(plot).name else "NAME.png"
         raise UserError(f"--plot writes a PNG: name it {name}")
     model = chosen(model)
     if aligned:
-        both = (Path(first), Path(second))
         warn_if_unaligned("the pair", both.__getitem__, (0, 1), remedy="leave out --aligned")
     embedder = FaceEmbedder.from_pretrained(model, device=device)
-    result = embedder.verify(
-        Path(first), Path(second), far=far, threshold=threshold, prior=prior, aligned=aligned
-    )
-    report = {"images": [str(first), str(second)], **result.to_dict()}
+    result = embedder.verify(*both, far=far, threshold=threshold, prior=prior, aligned=aligned)
+    report = {"images": [*map(str, both)], **result.to_dict()}
     if plot is not None:
         report["plot"] = str(plot)
     if as_json:
@@ -78,7 +76,7 @@ def verify(
     else:
         _print(result, model)
     if plot is not None:  # after the decision, which does not depend on it
-        draw(result, (Path(first), Path(second)), plot)
+        draw(result, both, plot)
         if not as_json:
             console.show(f"plot: {plot}")
     return report

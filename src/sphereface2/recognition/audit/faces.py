@@ -75,14 +75,7 @@ def opened_for(path: Path, *places: Path | None) -> Source:
 def embedded(
     source: Source, path: Path, embedder: FaceEmbedder, out: Path, *, align: bool
 ) -> Faces:
-    """Embed and measure a set, or read what an earlier call left in ``out``.
-
-    Args:
-        source: the set.
-        path: of it.
-        embedder: the model.
-        out: folder of the table, made by the caller.
-        align: the images are photographs, whose main face is cropped.
+    """Embed and measure the set at ``path``, or read what an earlier call left in ``out``.
 
     Raises:
         UserError: ``out`` holds the table of another set or model.

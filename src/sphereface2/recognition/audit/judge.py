@@ -40,11 +40,9 @@ def judge(
     """Find what is wrong with a set.
 
     Args:
-        faces: its images.
         wrong: probability from which an image is taken for one of another person.
         false_pairs: share of false ones that is accepted among the pairs of labels of one person.
         move: probability from which an image is moved to another label; above 1, none is.
-        steps: for progress.
     """
     duplicates = find_duplicates(
         faces.rows, faces.thumbnails, faces.pixels, progress=steps("duplicates")

@@ -113,13 +113,7 @@ def write_report(
 ) -> None:
     """Write ``report.md`` with ``sheets/KIND.jpg``, and ``report.html``, which holds its images.
 
-    Args:
-        out: folder.
-        title: of the report.
-        source: the set.
-        findings: all.
-        facts: names and values for the head.
-        limit: findings of a kind that are shown.
+    ``facts`` are names and values for the head; ``limit`` findings of a kind are shown.
     """
     of = members(np.asarray(source.labels))
     counts = Counter(finding.kind for finding in findings)

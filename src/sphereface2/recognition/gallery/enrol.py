@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -176,8 +177,8 @@ def add(
             gate = Gate(quality)
             tolerant = None if person else left_out
             people = _embed(embedder, files, faces, gate, keep_crops, left_out=tolerant)
-            if person:
-                people = iter([_joined(list(people), about)])
+            if person:  # whose files stay together
+                people = (dataclasses.replace(one, metadata=about) for one in people)
         if embedder is not None:
             fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
         if fingerprint is None:
@@ -271,18 +272,13 @@ def reembed(
         if not remain and len(stored) == opened.count():
             raise UserError(
                 f"no person would remain in {gallery}, which was not changed: put the files "
-                "back, or "
-                "enrol the people in a new gallery"
+                "back, or enrol the people in a new gallery"
             )
 
+    facts: dict[str, Any] = {"fingerprint": embedder.fingerprint, "dim": embedder.embedding_dim}
     with Gallery.open(gallery, create=False) as opened:
         before = {person.name for person in opened.people()}
-        opened.reembed(
-            again,
-            fingerprint=embedder.fingerprint,
-            dim=embedder.embedding_dim,
-            model=lasting(model),
-        )
+        opened.reembed(again, **facts, model=lasting(model))
         after = {person.name for person in opened.people()}
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
@@ -303,11 +299,7 @@ def _embed(
 ) -> Iterator[Enrolment]:
     """Embed files that come person by person; one person may come in several parts.
 
-    Args:
-        embedder: the model.
-        files: whose.
-        faces, gate, keep_crops: see `add`.
-        left_out: without it an unusable image is a UserError; with it what is wrong is appended.
+    Without ``left_out`` an unusable image is a UserError; with it what is wrong is appended.
     """
     waiting: list[tuple[_File, np.ndarray]] = []
 
@@ -341,14 +333,6 @@ def _embed(
             waiting += [(file, one.crop) for one in seen]
         if waiting:
             yield from embedded()
-
-
-def _joined(parts: list[Enrolment], metadata: dict[str, Any] | None) -> Enrolment:
-    """One person's parts as one."""
-    crops = [crop for part in parts for crop in part.crops or []]
-    sources = [source for part in parts for source in part.sources or []]
-    rows = np.concatenate([part.embeddings for part in parts])
-    return Enrolment(parts[0].person, rows, metadata, sources, crops or None)
 
 
 def _folder(folder: Path, aligned: bool) -> list[_File]:
@@ -398,7 +382,8 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
             f"{path} was embedded with --no-flip and a search adds the mirror image: embed the "
             "images again without --no-flip"
         )
-    dim = next((len(row) for row in _embeddings(file) if row is not None), 0)
+    parts = (part.column(0) for part in file.iter_batches(64, columns=["embedding"]))
+    dim = next((len(row) for part in parts for row in part.to_pylist() if row is not None), 0)
     if not dim:
         raise UserError(f"{path} holds no embedding")
 
@@ -421,8 +406,3 @@ def _whose(row: dict[str, Any]) -> str:
     """The name of a row's person; where a set has no names, the label."""
     person = row["label"] if row.get("person") is None else row["person"]
     return "" if person is None else str(person)
-
-
-def _embeddings(file: Any) -> Iterator[list[float] | None]:
-    for batch in file.iter_batches(64, columns=["embedding"]):
-        yield from batch.column("embedding").to_pylist()

@@ -68,13 +68,7 @@ def warn_of_photographs(files: Sequence[Path]) -> None:
 
 
 def load_embedder(model: str | None, gallery: Gallery | None, device: str | None) -> FaceEmbedder:
-    """The model named, or the gallery's own, or the package's; UserError if the gallery is not its.
-
-    Args:
-        model: a run, a model folder or a hub id.
-        gallery: to search or to add to, if it exists.
-        device: where to compute.
-    """
+    """The model named, the gallery's own or the package's; UserError if it is not the gallery's."""
     from sphereface2.recognition.box import chosen
     from sphereface2.recognition.face_embedder import FaceEmbedder
 

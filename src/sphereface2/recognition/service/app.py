@@ -49,6 +49,10 @@ _GALLERY_ERRORS = (
     (UnknownPersonError, 404, "no_such_person"),
     (PersonExistsError, 409, "exists"),
 )
+_STATUSES = {
+    404: ("not_found", "no route has this address: see /openapi.json"),
+    405: ("method_not_allowed", "this address does not take this method: see /openapi.json"),
+}
 _STATIC = Path(__file__).parent / "static"
 
 
@@ -160,18 +164,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
-        if not isinstance(error, Refusal):
-            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad")
-            known = {
-                404: "no route has this address: see /openapi.json",
-                405: "this address does not take this method: see /openapi.json",
-            }
-            headers = error.headers
-            error = Refusal(
-                error.status_code, code, known.get(error.status_code, str(error.detail))
-            )
-            error.headers = headers
-        return answer(request, error)
+        if isinstance(error, Refusal):
+            return answer(request, error)
+        status = error.status_code
+        refusal = Refusal(status, *_STATUSES.get(status, ("bad", str(error.detail))))
+        refusal.headers = error.headers
+        return answer(request, refusal)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

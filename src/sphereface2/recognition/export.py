@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -242,22 +243,18 @@ def _faces(net: Backbone, source: Source, images: int, seed: int) -> list[Tensor
     """Up to ``images`` faces to calibrate on and `sum(_BATCHES)` others to check with."""
     order = np.random.default_rng(seed).permutation(len(source))
     wanted = images + sum(_BATCHES)
-    found = list(islice(_readable(net, source, order), wanted))
+    found: list[Tensor] = []
+    for index in order:
+        if len(found) == wanted:
+            break
+        with suppress(OSError, UserError):
+            found.append(_input(net, decode(source.read(int(index)))))
     if len(found) <= sum(_BATCHES):
         raise UserError(
             f"the calibration set has {len(found)} readable images; "
             f"it needs more than {sum(_BATCHES)}, better some hundreds"
         )
     return found
-
-
-def _readable(net: Backbone, source: Source, order: np.ndarray) -> Iterator[Tensor]:
-    for index in order:
-        try:
-            image = decode(source.read(int(index)))
-        except (OSError, UserError):
-            continue
-        yield _input(net, image)
 
 
 def _input(net: Backbone, image: np.ndarray) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
 from sphereface2 import markdown
 from sphereface2.data.source import Source
@@ -29,18 +30,12 @@ _STYLE = (
 
 def tile(source: Source, index: int) -> np.ndarray:
     """An image as a square of `_TILE` pixels, uint8 RGB; grey if it cannot be read."""
-    result = np.full((_TILE, _TILE, 3), 224, np.uint8)
+    grey = (224, 224, 224)
     try:
-        image = decode(source.read(index))
+        image = Image.fromarray(decode(source.read(index)))
     except (OSError, UserError):
-        return result
-    height, width = image.shape[:2]
-    factor = _TILE / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    top, left = (_TILE - size[1]) // 2, (_TILE - size[0]) // 2
-    result[top : top + size[1], left : left + size[0]] = small
-    return result
+        image = Image.new("RGB", (_TILE, _TILE), grey)
+    return np.asarray(ImageOps.pad(image, (_TILE, _TILE), color=grey))
 
 
 def strip(source: Source, parts: Sequence[Sequence[int]]) -> np.ndarray:

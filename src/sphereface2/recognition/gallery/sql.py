@@ -163,7 +163,7 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """As `read`, on SQLite and past SQLAlchemy: a search costs little more than its product."""
-        try:
+        with self._told("read"):
             connection = getattr(self._mine, "connection", None)
             if connection is None:
                 connection = self._mine.connection = self._connect()
@@ -173,8 +173,6 @@ class Database:
                 yield connection
             finally:
                 connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            raise self._sentence("read", error) from error
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -271,28 +269,23 @@ class Database:
     def _sentence(self, what: str, error: BaseException) -> UserError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kept = "" if what == "read" else "; nothing was changed"
-        if not self.is_file:
-            code = getattr(error, "sqlstate", None)  # of the server, if it has answered
-            if code in _HELD:
-                return GalleryUnavailableError(
-                    f"another client of the database {self.name} holds rows that are to be {what}: "
-                    f"{reason}{kept}; try again when it has ended (pg_blocking_pids() names it)"
-                )
-            lost = code is None or code.startswith(("08", "57P"))
-            if lost and any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
-                doubt = "" if what == "read" else "; look whether the last change is there"
-                return GalleryUnavailableError(
-                    f"the database {self.name} does not answer: {reason}{doubt}; try again when it "
-                    "does"
-                )
+        code = getattr(error, "sqlstate", None)  # of the server, if it has answered
+        if code in _HELD:
             return GalleryUnavailableError(
-                f"the gallery {self.name} cannot be {what}: {reason}{kept}"
+                f"another client of the database {self.name} holds rows that are to be {what}: "
+                f"{reason}{kept}; try again when it has ended (pg_blocking_pids() names it)"
             )
-        if "locked" in reason:
+        lost = any(kind.__name__ == "OperationalError" for kind in type(error).__mro__)
+        if lost and not self.is_file and (code is None or code.startswith(("08", "57P"))):
+            doubt = "" if what == "read" else "; look whether the last change is there"
+            return GalleryUnavailableError(
+                f"the database {self.name} does not answer: {reason}{doubt}; try again when it does"
+            )
+        if self.is_file and "locked" in reason:
             return GalleryUnavailableError(
                 f"the gallery {self.name} is being changed by another process; try again later"
             )
-        if "not a database" in reason or "malformed" in reason:
+        if self.is_file and ("not a database" in reason or "malformed" in reason):
             return UserError(
                 f"the gallery {self.name} is damaged or no gallery ({reason}): restore a backup, "
                 "or give another file"

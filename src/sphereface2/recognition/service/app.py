@@ -10,7 +10,6 @@ import fastapi_offline
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
-from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -103,8 +102,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = Service(recogniser, gallery, metrics, settings)
-    documented = HTTPBearer(auto_error=False, description="An API key.")
-    access = [Depends(Access(keys, settings.rate)), Depends(documented)]
+    access = [Depends(Access(keys, settings.rate))]
     for router in (people.router, routes.api, routes.operation):
         app.include_router(router, dependencies=access)
     app.include_router(routes.probes)

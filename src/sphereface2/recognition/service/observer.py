@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sphereface2.recognition.service.audit import Audit
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
-from sphereface2.recognition.service.security import Caller
 
 log = logging.getLogger("sphereface2.service")
 
@@ -56,7 +55,7 @@ class Observer:
         started, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        state["caller"] = Caller(scope["client"][0] if scope.get("client") else "unknown")
+        state["client"] = scope["client"][0] if scope.get("client") else "unknown"
         state["request"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
         async def decorated(message: Message) -> None:
@@ -97,11 +96,10 @@ class Observer:
         path = scope["path"]
         if path in _UNAUDITED or path.startswith("/static/"):
             return
-        caller = state["caller"]
         self.audit.write(
             request=state["request"],
-            client=caller.address,
-            key=caller.key,
+            client=state["client"],
+            key=state.get("key"),
             action=state.get("action", "refused"),
             person=state.get("person"),
             images=state.get("images"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from fastapi import Request
+from fastapi import Depends, Request
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -24,12 +25,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _WINDOW_SECONDS = 10
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Who asks: the network address and, where keys are used, the key's id."""
-
-    address: str
-    key: str | None = None
+_BEARER = HTTPBearer(auto_error=False, description="An API key.")
+_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
 
 
 class Access:
@@ -49,24 +46,29 @@ class Access:
             self._limit = RateLimitItemPerSecond(max(1, round(rate * seconds)), seconds)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    async def __call__(self, request: Request) -> None:
-        """Name the caller in ``request.state.caller``.
+    async def __call__(
+        self,
+        request: Request,
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
+        header: Annotated[str | None, Depends(_HEADER)],
+    ) -> None:
+        """Name the key in ``request.state.key``.
 
         Raises:
             Refusal: 401 without a valid key, 429 when the rate is exceeded.
         """
-        caller: Caller = request.state.caller
+        client = request.state.client
         if self.keys is not None:
-            key = self.keys.check(_token(request.headers))
+            key = self.keys.check(bearer.credentials.strip() if bearer else header or "")
             if key is None:
-                self._check_rate(f"refused {caller.address}")
+                self._check_rate(f"refused {client}")
                 raise Refusal(
                     401,
                     "unauthorised",
                     "a valid key is needed: send it as Authorization: Bearer KEY",
                 )
-            caller = request.state.caller = Caller(caller.address, key.id)
-        self._check_rate(f"key {caller.key}" if caller.key else caller.address)
+            request.state.key, client = key.id, f"key {key.id}"
+        self._check_rate(client)
 
     def _check_rate(self, client: str) -> None:
         if self._limit is not None and not self._limiter.hit(self._limit, client):
@@ -181,8 +183,3 @@ def _netloc(origin: str) -> str:
         return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
-
-
-def _token(headers: Headers) -> str:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

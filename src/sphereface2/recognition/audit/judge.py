@@ -27,11 +27,10 @@ _DARK, _BRIGHT, _FLAT = 35.0, 225.0, 12.0  # mean and standard deviation of grey
 
 @dataclass(frozen=True)
 class Judgement:
-    """Findings, and what they rest on: None where the set has fewer than two people."""
+    """Findings, and scores of the labels they rest on, None where there are fewer than two."""
 
     findings: list[Finding]
     scores: LabelScores | None
-    alike: AlikeLabels | None
 
 
 def judge(
@@ -49,7 +48,7 @@ def judge(
     )
     people, labels = np.unique(faces.labels, return_inverse=True)
     findings = list(_left_out(faces))
-    scores = alike = None
+    scores = None
     merged: set[tuple[int, int]] = set()
     if len(people) > 1:
         scores = score_labels(
@@ -68,7 +67,7 @@ def judge(
         findings += one
     findings += _duplicates(faces, duplicates, scores, merged)
     findings += _quality(faces)
-    return Judgement(findings, scores, alike)
+    return Judgement(findings, scores)
 
 
 def _copies(labels: np.ndarray, duplicates: list[Duplicate]) -> np.ndarray:

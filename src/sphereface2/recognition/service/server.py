@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -119,23 +118,15 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_seconds = drain_seconds
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def startup(self, *args: Any, **kwargs: Any) -> None:
-        """As uvicorn's; remembers the loop."""
-        self._loop = asyncio.get_running_loop()
-        await super().startup(*args, **kwargs)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first SIGTERM begins to drain; any other signal is uvicorn's to handle."""
-        if sig != signal.SIGTERM or self._service.draining or self._loop is None:
-            self._service.draining = True
+        first, self._service.draining = not self._service.draining, True
+        if sig == signal.SIGTERM and first and self.started:
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, self._close)
+        else:
             super().handle_exit(sig, frame)
-            return
-        self._service.draining = True
-        self._loop.call_soon_threadsafe(
-            lambda: asyncio.get_running_loop().call_later(self._drain_seconds, self._close)
-        )
 
     def _close(self) -> None:
         self.should_exit = True

@@ -177,14 +177,7 @@ class Job:
                 if self.aligned:
                     crop = read_image(content)
                 else:
-                    if self.all_faces:
-                        found = embedder.aligner.align_all(content)
-                    else:
-                        found = [embedder.crop(content)]
-                    if not found:
-                        raise NoFaceError(
-                            "no face found in the image; give an image that shows one"
-                        )
+                    found = _faces(embedder, content, self.all_faces)
                     (crop, _), *others[index] = found
                     faces[index] = [face for _, face in found]
                 if self.measured:
@@ -225,6 +218,15 @@ class Job:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
         return buffer.getvalue()
+
+
+def _faces(embedder: FaceEmbedder, content: bytes, every: bool) -> list[tuple[np.ndarray, Face]]:
+    """The crop of the largest and most central face, or all crops of an image."""
+    if not every:
+        return [embedder.crop(content)]
+    if found := embedder.aligner.align_all(content):
+        return found
+    raise NoFaceError("no face found in the image; give an image that shows one")
 
 
 class Parts:

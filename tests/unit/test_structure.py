@@ -10,13 +10,9 @@ import structure
 LONG_FUNCTIONS = {
     "heads/kernels.py:_block_terms",
     "recognition/export.py:export",
-    "recognition/features.py:embed_set",
     "recognition/gallery/commands.py:search",
     "recognition/gallery/enrol.py:add",
     "recognition/gallery/enrol.py:reembed",
-    "recognition/service/app.py:create_app",
-    "recognition/service/commands.py:serve",
-    "training/fit.py:fit",
 }
 
 

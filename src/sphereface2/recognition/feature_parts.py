@@ -195,10 +195,8 @@ class Job:
             where = np.array([*kept, *(index for index, _ in more)])
             order = np.argsort(where, kind="stable")  # an image's first face stays its first
             embeddings, kept = np.concatenate([embeddings, rest])[order], where[order].tolist()
-        alone = [len(source.labels) and not others.get(index) for index in kept]
-        labels = [
-            int(source.labels[i]) if one else None for i, one in zip(kept, alone, strict=True)
-        ]
+        known = len(source.labels) > 0
+        labels = [int(source.labels[i]) if known and not others.get(i) else None for i in kept]
         people = source.class_names
         columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
             "name": [printable(source.name(index)) for index in kept],

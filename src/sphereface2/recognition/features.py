@@ -115,8 +115,7 @@ def embed_set(
     images = open_images(path)  # after the model: a wrong one is named before a long walk
     job = Job.of(path, images, embedder, aligned=aligned, dtype=dtype, all_faces=every)
     if aligned:
-        name, indices = str(path), range(len(images))
-        warn_if_unaligned(name, images.read, indices, remedy="leave out --aligned")
+        warn_if_unaligned(str(path), images.read, range(len(images)), remedy="leave out --aligned")
     start = time.perf_counter()
     write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
     found = metadata(out)

@@ -50,7 +50,7 @@ def test_the_scale_of_a_gradient_does_not_matter() -> None:
     assert orthogonalize(torch.zeros(4, 4)).eq(0).all()
 
 
-@pytest.mark.parametrize("fused, linear", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("fused", "linear"), [(False, False), (True, False), (False, True)])
 def test_filters_are_taken_and_the_rate_follows_the_schedule(fused: bool, linear: bool) -> None:
     network = backbones.build("sfnet4", width=0.125, input_size=32, batch_norm=True)
     head = heads.build("sphereface2", embedding_dim=512, num_classes=7, streaming=fused)

@@ -85,8 +85,6 @@ def embed_set(
         UserError: a wrong option, no such model or set, a file of another run in the way, or not
             one image that could be embedded.
     """
-    if source is None:
-        checkpoint, source = chosen(None), Path(checkpoint)
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be float32 or float16, not {dtype!r}")
     if engine not in _ENGINES:
@@ -105,9 +103,9 @@ def embed_set(
         raise UserError(f"--out writes Parquet: name it {out.with_suffix('.parquet').name}")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: give --out a file in a folder that exists")
-    path = Path(source).resolve()
+    path = Path(checkpoint if source is None else source).resolve()
     embedder = FaceEmbedder.from_pretrained(
-        checkpoint,
+        chosen(None) if source is None else checkpoint,
         device="cpu" if engine == "ray" else device,  # where Ray's workers each have their own
         flip=flip,
         batch_size=batch_size,

@@ -195,7 +195,7 @@ def add(
                 names |= {one.name for one in some}
         if not count + there:
             raise UserError(
-                f"no person was added to {gallery}: {folder or features} has no usable image"
+                f"no person was added to {shown(gallery)}: {folder or features} has no usable image"
             )
     already = f"; {there:,} images were there already" if there else ""
     console.show(f"added {count:,} images of {len(names):,} people to {shown(gallery)}{already}")
@@ -271,7 +271,7 @@ def reembed(
                     )
         if not remain and len(stored) == opened.count():
             raise UserError(
-                f"no person would remain in {gallery}, which was not changed: put the files "
+                f"no person would remain in {shown(gallery)}, which was not changed: put the files "
                 "back, or enrol the people in a new gallery"
             )
 

@@ -88,5 +88,9 @@ def lasting(model: str) -> str:
 
 
 def shown(address: str) -> str:
-    """A gallery's address without a password."""
+    """A gallery's address without a password.
+
+    >>> shown("postgresql+psycopg://anna:secret@host/faces")
+    'postgresql+psycopg://anna:***@host/faces'
+    """
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", address)

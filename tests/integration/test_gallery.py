@@ -6,6 +6,7 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from sphereface2.recognition.gallery import (
 )
 from sphereface2.recognition.gallery import rows as module
 from sphereface2.recognition.gallery import search as searching
-from sphereface2.recognition.gallery.ivf import Ivf
+from sphereface2.recognition.gallery.ivf import Ivf, View
+from sphereface2.recognition.gallery.search import exact
 
 MODEL, DIM = "a" * 64, 16
 ENGINES = ("sqlite", "postgresql")
@@ -515,6 +517,74 @@ def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
                 look()
     with opened(address, fingerprint="b" * 64, dim=8) as gallery:
         assert gallery.stats()["images"] == 5
+
+
+def test_an_index_is_forgotten_before_a_removal_is_seen_and_a_full_disk_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, old = tmp_path / "g.db", tmp_path / "g.db-hnsw-aaaaaaaa"  # as it was once called
+    with opened(address) as gallery, opened(address) as other:
+        filled(gallery, count=300)
+        gallery.set_index(1)
+        kept, forget = address.with_name("g.db-ivf-aaaaaaaa"), gallery._search.forget
+        part = kept.with_name(f"{kept.name}.01.tmp")  # of a process that was killed
+        old.touch(), part.touch()
+        assert kept.exists()
+
+        def check() -> None:
+            forget()
+            assert not kept.exists() and not old.exists() and not part.exists()
+            assert other.get("p0") is not None
+
+        monkeypatch.setattr(gallery._search, "forget", check)
+        assert gallery.remove("p0") and other.get("p0") is None
+    with opened(address) as gallery, opened(address) as other:
+        gallery.warm_up()
+        index = gallery._search._residents[0].ivf
+        assert index is not None
+        index.wait()
+        assert kept.exists()
+        other.remove("p1")
+        index.save()  # of a state that is no more: not for a moment is there a file
+        assert not kept.exists() and index._seq >= 0
+        gallery.search(vectors(1, 1))
+        index._removed = False
+
+        def full(*_: object) -> None:
+            raise RuntimeError("no space left")
+
+        monkeypatch.setattr("faiss.write_index", full)
+        gallery.close()
+    assert "could not be kept: no space left" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["g.db"]
+    with closing(sqlite3.connect(address)) as connection:  # galleries of every version open
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(stamp)")]
+    assert columns[-2:] == ["model", "hnsw_from"]
+
+
+def test_a_search_ends_before_its_index_begins_anew(tmp_path: Path) -> None:
+    views = [
+        View(seq, vectors(seq, count).astype(np.float32), *[np.arange(count)] * 2, np.zeros(0, int))
+        for seq, count in ((1, 300), (2, 900))
+    ]
+    index = Ivf(tmp_path / "index", lambda write: write(1))
+    index.start(views[0])
+    index.wait()
+    found, anew = index._index, threading.Thread(target=index.restart, args=(views[1],))
+
+    class Slow:
+        def search(self, *words: object) -> object:
+            anew.start()
+            anew.join(0.2)
+            return found.search(*words)
+
+    index._index = Slow()
+    probe = views[0].rows[7] / np.linalg.norm(views[0].rows[7])
+    answer = index.search(views[0], probe, 1)
+    assert answer == [(7, pytest.approx(exact(views[0], probe[None], 1)[0][0][1]))]
+    anew.join()
+    index.wait()
+    assert index.search(views[0], probe, 1) is None and index.search(views[1], probe, 1)
 
 
 def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,10 +85,15 @@ class FileSearch:
                 index.wait()
 
     def forget(self) -> None:
-        """Delete the index's file, which may hold who was removed."""
+        """Delete the index's file, which may hold who is removed.
+
+        In the transaction that removes: whatever ends the process, there is never an index of
+        somebody who is no longer there.
+        """
         assert self._db.path is not None
         for path in self._db.path.parent.iterdir():
-            if path.name.startswith(f"{self._db.path.name}-ivf-"):
+            # Versions before 0.1.0 was released called theirs -hnsw-.
+            if path.name.startswith((f"{self._db.path.name}-ivf-", f"{self._db.path.name}-hnsw-")):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -123,12 +126,11 @@ class FileSearch:
             images.ivf.start(view)
         return images.ivf
 
-    def _keep(self, temporary: Path, file: Path, seq: int) -> None:
-        """Move an index's file into place, unless the gallery has changed since it was written."""
+    def _keep(self, write: Callable[[int], None]) -> None:
+        """Have an index write its file while nothing changes; see `Ivf`."""
         if not self._db.read_only:
             with self._db.write() as connection:
-                if connection.exec_driver_sql(_STATE).one()[1] == seq:
-                    os.replace(temporary, file)
+                write(connection.exec_driver_sql(_STATE).one()[1] or 0)
 
 
 class ServerSearch:

@@ -77,6 +77,8 @@ class Gallery(GalleryReader):
         item = Enrolment(person, embeddings, metadata, sources, crops).check(self.dim)
         with self._change() as connection:
             stored = self._rows.add(connection, [item], replace=replace, known=known)
+            if replace:
+                self._search.forget()
         if replace:
             self._erase()
         return stored[item.key]
@@ -123,6 +125,8 @@ class Gallery(GalleryReader):
             items = batch.values()
             stored = self._rows.add(connection, items, replace=replace, refused=refused)
             described = self._rows.describe(connection, stored)
+            if replace:
+                self._search.forget()
         if replace:
             self._erase()
         return list(described.values())
@@ -167,6 +171,8 @@ class Gallery(GalleryReader):
         key = person_key(person_name(person))
         with self._change() as connection:
             count = self._rows.remove(connection, key)
+            if count:
+                self._search.forget()
         if count:
             self._erase()
         return count
@@ -180,12 +186,13 @@ class Gallery(GalleryReader):
         key = person_key(person_name(person))
         with self._change() as connection:
             removed = self._rows.remove_image(connection, key, image)
+            if removed:
+                self._search.forget()
         if removed:
             self._erase()
         return removed
 
     def _erase(self) -> None:
-        self._search.forget()
         self.unerased = not self._db.erase()
 
     def compact(self) -> None:
@@ -248,6 +255,7 @@ class Gallery(GalleryReader):
                         stamps.index_server(connection, None)
                     self._rows.reembed(connection, there, vectors)
                     row = self._restamp(connection, fingerprint=fingerprint, dim=dim, model=model)
+                    self._search.forget()
                     break
             some = sorted((there[key] for key in todo), key=lambda one: one[0].name)
             vectors |= {image: unit(vector, dim)[0] for image, vector in embed(some)}

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sphereface2.errors import UserError
+
 #: A probe's candidates: a person's key and the cosine, best first.
 Ranked = list[tuple[int, float]]
 _ROWS = 8_192  # added at a time
@@ -77,11 +79,11 @@ class Ivf:
 
     Args:
         file: where the index is kept between processes.
-        keep: moves a finished file into place if the database still has the state of its number
-            of changes; see `Gallery`.
+        keep: calls what it is given with the number of the database's last change, and nothing
+            changes meanwhile.
     """
 
-    def __init__(self, file: Path, keep: Callable[[Path, Path, int], None]) -> None:
+    def __init__(self, file: Path, keep: Callable[[Callable[[int], None]], None]) -> None:
         self._file, self._keep = file, keep
         self._lock = threading.Lock()
         self._index: Any = None
@@ -101,8 +103,9 @@ class Ivf:
     def start(self, view: View) -> None:
         """Load or build the index in a thread; nothing happens if that was done before."""
         if self._thread is None:
-            self._seq = view.seq
-            self._find(view)
+            with self._lock:
+                self._seq = view.seq
+                self._find(view)
             self._thread = threading.Thread(target=self._make, args=(view,), daemon=True)
             self._thread.start()
 
@@ -110,7 +113,10 @@ class Ivf:
         """Begin anew with other rows."""
         if self._thread is not None:
             self.stop()
-            self.__init__(self._file, self._keep)  # type: ignore[misc]
+            with self._lock:  # searches end first
+                self._index, self._removed, self._thread = None, False, None
+                self._updates.clear()
+                self._stop.clear()
             self.start(view)
 
     def wait(self) -> None:
@@ -225,17 +231,29 @@ class Ivf:
         self._seq = seq
 
     def save(self) -> None:
-        """Write the file, unless the index holds codes of what was removed."""
+        """Write the file, unless the index holds codes of what was removed, or lags behind.
+
+        The file that is not whole yet is there during the transaction only, so that the next
+        removal finds one of a process that was killed.
+        """
+        if self._index is None or self._removed:
+            return
+        try:
+            self._keep(self._write)
+        except (OSError, RuntimeError, UserError) as error:  # the next process builds it
+            _log.warning("the index %s could not be kept: %s", self._file, error)
+
+    def _write(self, seq: int) -> None:
         import faiss
 
         with self._lock:
-            if self._index is None or self._removed:
+            if self._index is None or self._removed or self._seq != seq:
                 return
             temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
             try:
                 temporary.touch(0o600)  # as the gallery itself: these are people's faces
                 faiss.write_index(self._index, str(temporary))
-                self._keep(temporary, self._file, self._seq)
+                temporary.replace(self._file)
             finally:
                 temporary.unlink(missing_ok=True)
 

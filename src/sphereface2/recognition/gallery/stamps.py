@@ -29,7 +29,7 @@ stamp = sa.Table(
     sa.Column("dim", sa.Integer, nullable=False),
     sa.Column("storage", sa.Text, nullable=False),
     sa.Column("model", sa.Text),
-    sa.Column("index_from", sa.Integer),
+    sa.Column("hnsw_from", sa.Integer, key="index_from"),  # as galleries have it since the first
 )
 
 

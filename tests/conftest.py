@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # A worker of pytest-xdist inherits what the process that started it has set here for itself.
 threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -17,4 +18,15 @@ for ignored, handler in {
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, handler)
 
+import pytest  # noqa: E402
+
 from postgres import server  # noqa: E402, F401  (a fixture: a PostgreSQL server)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """Torch's threads, which a test that serves may set, are for those after it as before."""
+    before = torch.get_num_threads() if (torch := sys.modules.get("torch")) else None
+    yield
+    if before:
+        torch.set_num_threads(before)

@@ -57,8 +57,11 @@ def faces(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(faces, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "first"
+    folder, threads = tmp_path_factory.mktemp("runs") / "first", torch.get_num_threads()
+    torch.set_num_threads(2)
     fit(None, run=folder, overrides=words(**OPTIONS, **{"data.train": faces}))
+    assert torch.get_num_threads() == 2  # the caller's, though the training took one
+    torch.set_num_threads(threads)
     return folder
 
 

@@ -93,6 +93,7 @@ def fit(
     again = "start the same command again"
     before = f"stopped before the first step; {again}"
     with ExitStack() as owning, Stopper(before, parent=parent()) as stopper:
+        owning.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
         with world(settings.training.device, settings.training.threads) as place:
             folder = place.on_main(lambda: _run_folder(settings, given))
             found: Checkpoint | None = None

@@ -174,4 +174,4 @@ list(ray_engine.compute(job, embedder, [0], address=None, device="cpu"))
         [sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("sphereface2.errors.UserError: a worker of the cluster finds other")
+    assert last.startswith("sphereface2.errors.UserError: a worker of the cluster finds different")

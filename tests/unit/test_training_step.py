@@ -60,6 +60,7 @@ NEVER_WAITS = {
         f"{name} streaming": {"head__name": name, "head__streaming": True, "head__chunk_size": 7}
         for name in heads.available()
         if "streaming" in heads.parameters(name)
+        and not heads.build(name, 2, 2, streaming=True).asks_host
     },
     "margin A": {"head__margin_type": "A", "head__detach": "margin", "head__bias": "per_class"},
     "fused": FUSED,

@@ -131,6 +131,11 @@ class Head(nn.Module):
                 rows[low - shard.start : high - shard.start] = drawn[low - first : high - first]
         return shard.distribute(rows, self.num_classes)
 
+    @property
+    def asks_host(self) -> str | None:
+        """What must be otherwise for a step whose values the host does not look at, if anything."""
+        return "negatives must be all or uniform" if self.negatives == "hard" else None
+
     def fuse(self, optimizer: RowUpdate) -> None:
         """Let ``optimizer`` take its step with `weight` within the forward pass.
 

@@ -118,6 +118,11 @@ class QMargin(SoftmaxHead):
         check_number("(alpha - 1)·s·m", (alpha - 1) * s * m, most=30)
         self.m, self.alpha = m, alpha
 
+    @property
+    def asks_host(self) -> str | None:
+        """A streaming head's host counts the people who have a part in the sum."""
+        return "streaming must be false for q_margin" if self.streaming else super().asks_host
+
     def posteriors(self, own: Tensor, others: Tensor) -> Posteriors:
         """Of logits without gradient: (B,) of the own classes, (B, n) of the others."""
         log_q = -float(self.scale) * self.m

@@ -418,10 +418,10 @@ def _check_head(config: RunConfig) -> None:
         raise UserError("training.log_similarities must be false with head.sharded true")
     if config.training.fused_head:
         heads.FusedSGD(head, lr=1.0)
-    if config.training.cuda_graph and head.negatives == "hard":
+    if config.training.cuda_graph and head.asks_host:
         raise UserError(
-            "negatives must be all or uniform with training.cuda_graph, got hard: the host "
-            "searches for them; change it or leave cuda_graph out"
+            f"{head.asks_host} with training.cuda_graph, where the host knows nothing of a step; "
+            "change it or leave cuda_graph out"
         )
     if not config.training.fused_head and options.get("weight_dtype") == "bfloat16":
         raise UserError(

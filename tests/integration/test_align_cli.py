@@ -79,7 +79,8 @@ def test_ended_and_run_again_it_ends_as_if_never_ended(photos, whole, tmp_path, 
     )
     journal = cut / "faces.jsonl"
     limit = time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
+    # A line is the job's, and two may be of damaged pictures, which are tried again.
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 10):
         assert running.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
     workers = children(running.pid)

@@ -242,13 +242,13 @@ def _own_cosines(x: Tensor, weight: Tensor, own_class: Tensor) -> Tensor:
 
 
 def _add_product_(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """``into`` += a·b, with sums in the precision of ``into``."""
+    """``into`` += a·b, with sums over blocks in the precision of ``into``."""
     if a.dtype == into.dtype:
         into.addmm_(a, b)
     elif a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
         into += torch.mm(a, b, out_dtype=into.dtype)
-    else:
-        into.addmm_(a.to(into.dtype), b.to(into.dtype))
+    else:  # the block's product is rounded before it is added
+        into += torch.mm(a, b)
 
 
 def _put_product_(into: Tensor, rows: slice | Tensor, a: Tensor, b: Tensor) -> None:

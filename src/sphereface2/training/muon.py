@@ -63,6 +63,8 @@ class Muon(torch.optim.Optimizer):
         lr: length of a step relative to the filter's, above 0.
         momentum: μ, in [0, 1).
         steps: Newton–Schulz iterations.
+        half: whether they are made of bfloat16 numbers, in which singular values end near 1 as
+            well. On a GPU that takes a tenth of the time, on a CPU that has such products 0.6 of it.
 
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -74,9 +76,10 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float = 0.9,
         steps: int = 4,
+        half: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.steps = steps
+        self.steps, self.half = steps, half
         # From the start: torch.distributed.checkpoint would make a state by a step of rate 0, and
         # even that sets a filter's length.
         for group in self.param_groups:
@@ -95,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in by_shape.items():
                 updates = self._momentum(parameters, group["momentum"])
                 stacked = torch.stack([update.reshape(shape[0], -1) for update in updates])
-                if stacked.is_cuda:  # a tenth of the time; singular values end near 1 as well
+                if self.half:
                     stacked = stacked.bfloat16()
                 # The rate may be a tensor, for a step that is recorded.
                 steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype) * group["lr"]

@@ -87,7 +87,8 @@ def build_optimizers(
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
     head_rest += [] if samples is None else samples.parameters()
-    orthogonal = [Muon(filters, config.muon_lr, momentum=config.momentum)] if filters else []
+    half = config.autocast == "bf16"
+    orthogonal = [Muon(filters, momentum=config.momentum, half=half)] if filters else []
     head_rate = config.head_lr_multiplier
     decay = config.head_weight_decay
     head_decay = config.weight_decay if decay is None else decay
@@ -179,6 +180,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 def drop_gradients(parameters: Iterable[nn.Parameter], drop: torch.Tensor) -> None:
     """Set all gradients to 0 if ``drop``, a () bool on their device, is true."""
+    if drop.device.type == "cpu" and not drop:  # there the question waits for nobody
+        return
     for parameter in parameters:
         if parameter.grad is not None:
             local(parameter.grad).masked_fill_(drop, 0)

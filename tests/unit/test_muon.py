@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,18 @@ def test_the_scale_of_a_gradient_does_not_matter() -> None:
     assert orthogonalize(torch.zeros(4, 4)).eq(0).all()
 
 
+def test_half_precision_keeps_the_direction() -> None:
+    gradient = torch.randn(2, 48, 300, generator=torch.Generator().manual_seed(0))
+    steps: list[torch.Tensor] = []
+    for half in (False, True):
+        parameter = torch.nn.Parameter(torch.ones_like(gradient[0]))
+        parameter.grad = gradient[0].clone()
+        Muon([parameter], lr=1.0, half=half).step()
+        steps.append((math.sqrt(48 / parameter.numel()) - parameter.detach()).flatten())
+    assert torch.cosine_similarity(*steps, dim=0) > 0.999
+    assert not torch.equal(*steps)
+
+
 @pytest.mark.parametrize(("fused", "linear"), [(False, False), (True, False), (False, True)])
 def test_filters_are_taken_and_the_rate_follows_the_schedule(fused: bool, linear: bool) -> None:
     network = backbones.build("sfnet4", width=0.125, input_size=32, batch_norm=True)
@@ -61,12 +75,14 @@ def test_filters_are_taken_and_the_rate_follows_the_schedule(fused: bool, linear
         fused_head=fused,
         clip_norm=None,
         lr=0.2,
+        autocast="bf16" if linear else "off",
     )
     optimizers = build_optimizers(config, network, head)
     (muon,) = [one for one in optimizers if isinstance(one, Muon)]
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
     assert taken == {id(p) for p in network.parameters() if p.ndim == 4 or (linear and p.ndim == 2)}
     assert muon.param_groups[0]["base_lr"] == 0.03
+    assert muon.half == linear
     everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     owned = {id(p) for p in [*network.parameters(), *head.parameters()]}
     assert sorted(map(id, everything)) == sorted(owned)

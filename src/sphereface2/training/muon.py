@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         momentum: μ, in [0, 1).
         steps: Newton–Schulz iterations.
         half: whether they are made of bfloat16 numbers, in which singular values end near 1 as
-            well. On a GPU that takes a tenth of the time, on a CPU that has such products 0.6 of it.
+            well. That takes a tenth of the time on a GPU, 0.6 on a CPU that has such products.
 
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,25 +88,15 @@ def build_optimizers(
     prototypes = [p for p in head.parameters() if p.ndim > 1]
     head_rest = [p for p in head.parameters() if p.ndim <= 1]
     head_rest += [] if samples is None else samples.parameters()
-    half = config.autocast == "bf16"
-    orthogonal = [Muon(filters, momentum=config.momentum, half=half)] if filters else []
+    muon = partial(Muon, momentum=config.momentum, half=config.autocast == "bf16")
+    orthogonal = [muon(filters, config.muon_lr)] if filters else []
     head_rate = config.head_lr_multiplier
     decay = config.head_weight_decay
     head_decay = config.weight_decay if decay is None else decay
     fused: list[torch.optim.Optimizer] = []
     if config.fused_head:
         prototypes = [p for p in prototypes if p is not head.weight]
-        fused = [
-            FusedSGD(
-                head,
-                config.lr * head_rate,
-                momentum=config.momentum,
-                weight_decay=head_decay,
-                nesterov=config.nesterov,
-                momentum_dtype=config.fused_momentum,
-            )
-        ]
-        fused[0].param_groups[0]["base_lr"] = config.lr * head_rate
+        fused = [_fused(config, head, head_decay)]
     groups += [(prototypes, head_rate, head_decay), (head_rest, head_rate, 0.0)]
     settings = [
         {"params": params, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": wd}
@@ -122,6 +113,20 @@ def build_optimizers(
         fused=config.cuda_graph or None,  # that alone takes a rate from the device
     )
     return [sgd, *orthogonal, *fused]
+
+
+def _fused(config: TrainingConfig, head: Head, decay: float) -> FusedSGD:
+    rate = config.lr * config.head_lr_multiplier
+    fused = FusedSGD(
+        head,
+        rate,
+        momentum=config.momentum,
+        weight_decay=decay,
+        nesterov=config.nesterov,
+        momentum_dtype=config.fused_momentum,
+    )
+    fused.param_groups[0]["base_lr"] = rate
+    return fused
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -29,9 +29,8 @@ from sphereface2.recognition.gallery import (
     types,
 )
 from sphereface2.recognition.gallery import rows as module
-from sphereface2.recognition.gallery import search as searching
+from sphereface2.recognition.gallery.engines import Resident, exact
 from sphereface2.recognition.gallery.ivf import Ivf, View
-from sphereface2.recognition.gallery.search import exact
 
 MODEL, DIM = "a" * 64, 16
 ENGINES = ("sqlite", "postgresql")
@@ -301,20 +300,20 @@ def test_every_process_sees_a_change_at_once(address: str) -> None:
 def test_a_matrix_is_brought_up_to_date_and_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searching, "_COMPACT_FROM", 16)
+    monkeypatch.setattr("sphereface2.recognition.gallery.ivf._GONE", 16)
     probes = vectors(50_000, 6)
     with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
         people = filled(gallery)
         agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
         read: list[str] = []
         monkeypatch.setattr(
-            searching.Resident,
+            Resident,
             "_load",
             lambda *_: pytest.fail("everything was read again"),
         )
-        append = searching.Resident._append
+        append = Resident._append
         monkeypatch.setattr(
-            searching.Resident,
+            Resident,
             "_append",
             lambda self, c, query, values: (read.append(query), append(self, c, query, values)),
         )
@@ -325,7 +324,7 @@ def test_a_matrix_is_brought_up_to_date_and_not_read_again(
             people[f"p{i % 40}"] = vectors(800 + i, 2)
             agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
         resident = gallery._search._residents[0]
-        assert resident._view is not None and len(resident._view.rows) < 2 * resident._view.images
+        assert len(resident._view.rows) < 2 * resident._view.images
         assert len(read) == 60
 
 
@@ -567,8 +566,7 @@ def test_a_search_ends_before_its_index_begins_anew(tmp_path: Path) -> None:
         View(seq, vectors(seq, count).astype(np.float32), *[np.arange(count)] * 2, np.zeros(0, int))
         for seq, count in ((1, 300), (2, 900))
     ]
-    index = Ivf(tmp_path / "index", lambda write: write(1))
-    index.start(views[0])
+    index = Ivf(tmp_path / "index", lambda write: write(1), views[0])
     index.wait()
     found, anew = index._index, threading.Thread(target=index.restart, args=(views[1],))
 
@@ -599,7 +597,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
         index = gallery._search._residents[0].ivf
         assert index is not None
         index.wait()
-        assert index.ready
+        assert index._index is not None
         return index
 
     with opened(address) as gallery:
@@ -617,7 +615,7 @@ def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> N
             people[f"new {step}"] = vectors(700 + step, 3)
             agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
             view = gallery._search._residents[0]._view
-            assert view is not None and index.search(view, unit(probes)[0], 3) is not None
+            assert index.search(view, unit(probes)[0], 3) is not None
         gallery.close()
         assert files() == ["g.db-ivf-aaaaaaaa"]  # with those added
         for step in range(0, 12, 2):

@@ -3,27 +3,174 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View
-from sphereface2.recognition.gallery.rows import SEQ, Rows, parts, person_of
-from sphereface2.recognition.gallery.search import Resident, exact
+from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View, best_people, mostly_gone
+from sphereface2.recognition.gallery.rows import SEQ, Rows, bytes_type, parts, person_of
 from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.stamps import check_moved, stamp
 from sphereface2.recognition.gallery.types import Person, packed
 
-_CANDIDATES = 16
+_ROWS = 8_192  # read at a time
+_SCORES = 2**24  # of several probes at once
+_CANDIDATES = 16  # rows of a probe, of which several may show one person
 _PEOPLE_KEPT = 100_000  # in memory
 _STATE = f"SELECT (SELECT fingerprint FROM stamp), ({SEQ})"
 
 #: A probe's answer: people and cosines, best first.
 Found = list[tuple[Person, float]]
+
+
+class Resident:
+    """SQLite's embeddings in memory, brought up to date by what changed and never read twice.
+
+    Args:
+        table, owner, key, vector: names of the table and its columns.
+        dim: numbers in an embedding.
+        storage: how the table holds them.
+    """
+
+    def __init__(
+        self, table: str, owner: str, key: str, vector: str, dim: int, storage: str
+    ) -> None:
+        self._table, self._owner, self._key, self._vector = table, owner, key, vector
+        self._dim, self._type = dim, bytes_type(storage)
+        self._lock = threading.Lock()
+        self._forget()
+        self.ivf: Ivf | None = None
+
+    def _forget(self) -> None:
+        none = np.zeros(0, np.int64)
+        self._view = View(-1, np.zeros((0, self._dim), np.float32), none, none, none)
+        self._show(self._columns(), 0)
+
+    def _columns(self) -> list[np.ndarray]:
+        return [self._view.rows, self._view.owners, self._view.ids]
+
+    def _show(self, buffers: list[np.ndarray], count: int) -> None:
+        """Have the view show the first ``count`` rows of buffers, which are kept."""
+        self._buffers = buffers
+        rows, owners, ids = (buffer[:count] for buffer in buffers)
+        self._view = replace(self._view, rows=rows, owners=owners, ids=ids)
+
+    def _reserve(self, capacity: int) -> None:
+        """Larger buffers, which begin with what the view shows."""
+        larger = [np.empty((capacity, *one.shape[1:]), one.dtype) for one in self._columns()]
+        for new, old in zip(larger, self._columns(), strict=True):
+            new[: len(old)] = old
+        self._buffers = larger
+
+    def view(self, connection: sqlite3.Connection, seq: int) -> View | None:
+        """The rows as ``connection``'s transaction sees them; None if they are newer already.
+
+        Args:
+            connection: in a transaction.
+            seq: of the last change that the transaction sees.
+        """
+        with self._lock:
+            if self._view.seq > seq:
+                return None
+            if self._view.seq < seq:
+                self._catch_up(connection, seq)
+            return self._view
+
+    def index(self, make: Callable[[View], Ivf]) -> Ivf:
+        """The approximate index, which ``make`` begins; from then on it learns of every change."""
+        with self._lock:
+            if self.ivf is None:
+                self.ivf = make(self._view)
+            return self.ivf
+
+    def _load(self, connection: sqlite3.Connection, seq: int) -> None:
+        (count,) = connection.execute(f"SELECT count(*) FROM {self._table}").fetchone()
+        self._forget()
+        self._reserve(count + count // 16 + 64)
+        self._append(connection, "TRUE", ())
+        self._view = replace(self._view, seq=seq)
+        if self.ivf is not None:
+            self.ivf.restart(self._view)
+
+    def _catch_up(self, connection: sqlite3.Connection, seq: int) -> None:
+        """Drop the rows of the people who changed, and read theirs again."""
+        view = self._view
+        (oldest,) = connection.execute("SELECT min(seq) FROM changes").fetchone()
+        if view.seq < 0 or oldest > view.seq + 1:  # the record of changes goes back no further
+            return self._load(connection, seq)
+        query = "SELECT DISTINCT person FROM changes WHERE seq > ?"
+        changed = [person for (person,) in connection.execute(query, (view.seq,))]
+        mine = np.setdiff1d(np.flatnonzero(np.isin(view.owners, changed)), view.dead)
+        pairs = zip(view.owners[mine].tolist(), view.ids[mine].tolist(), strict=True)
+        there = dict(zip(pairs, mine, strict=True))
+        now: set[tuple[int, int]] = set()
+        for some in parts(changed):
+            query = f"SELECT {self._owner}, {self._key} FROM {self._table}"
+            now |= set(connection.execute(f"{query} WHERE {self._owner} IN ({_marks(some)})", some))
+        # An image never changes; a template, a person's one row, does.
+        kept = set() if self._owner == self._key else now & there.keys()
+        gone = np.array([row for pair, row in there.items() if pair not in kept], np.int64)
+        self._view = replace(view, seq=seq, dead=np.concatenate([view.dead, gone]))
+        for some in parts(sorted(now - kept)):
+            chosen = f"({self._owner}, {self._key}) IN (VALUES {_marks(some, '(?,?)')})"
+            self._append(connection, chosen, [value for pair in some for value in pair])
+        if mostly_gone(len(self._view.dead), len(self._view.rows)):
+            alive = [np.delete(one, self._view.dead, axis=0) for one in self._columns()]
+            self._view = replace(self._view, dead=gone[:0])
+            self._show(alive, len(alive[0]))
+        if self.ivf is not None:
+            self.ivf.update(self._view, len(now - kept), len(gone) > 0)
+
+    def _append(self, connection: sqlite3.Connection, where: str, values: Sequence[int]) -> None:
+        columns = f"{self._owner}, {self._key}, {self._vector}"
+        cursor = connection.execute(f"SELECT {columns} FROM {self._table} WHERE {where}", values)
+        while found := cursor.fetchmany(_ROWS):
+            owners, ids, vectors = zip(*found, strict=True)
+            start, end = len(self._view.rows), len(self._view.rows) + len(found)
+            if end > len(self._buffers[0]):
+                self._reserve(end + end // 4)
+            rows = np.frombuffer(b"".join(vectors), self._type).reshape(-1, self._dim)
+            for buffer, new in zip(self._buffers, (rows, owners, ids), strict=True):
+                buffer[start:end] = new
+            self._show(self._buffers, end)
+
+
+def _marks(values: Sequence[Any], mark: str = "?") -> str:
+    return ",".join([mark] * len(values))
+
+
+def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> list[Ranked]:
+    """The k best people for each probe (q, d), by products with every row.
+
+    Args:
+        view: the rows.
+        probes: float32 (q, d).
+        k: people.
+        size: rows that are looked for first; several may show one person.
+    """
+    import faiss  # which reads the rows in less than half of numpy's time
+
+    size = min(size or max(_CANDIDATES, 4 * k), len(view.rows))
+    if len(probes) > 1 and len(probes) * size > _SCORES:
+        return [one for probe in probes for one in exact(view, probe[None], k, size)]
+    faiss.omp_set_num_threads(1)  # of this thread: one search is not divided among several
+    found = faiss.knn(probes, view.rows, size, metric=faiss.METRIC_INNER_PRODUCT)
+    answers = []
+    for scores, rows in zip(*found, strict=True):
+        alive = np.isin(rows, view.dead, invert=True)
+        answers.append(best_people(scores[alive], view.owners[rows[alive]], k))
+    # Rows that no longer count, and several of one person, may stand before others.
+    again = [i for i, one in enumerate(answers) if len(one) < k and size < len(view.rows)]
+    if again:
+        more = exact(view, probes[again], k, 8 * size)
+        answers = [more.pop(0) if i in again else one for i, one in enumerate(answers)]
+    return answers
 
 
 class FileSearch:
@@ -64,8 +211,7 @@ class FileSearch:
         if read[0] != seq:  # another thread has begun anew meanwhile, with another state
             rows = {}
         for some in parts([key for key in keys if key not in rows]):
-            marks = ",".join("?" * len(some))
-            query = f"{self._description} WHERE people.id IN ({marks})"
+            query = f"{self._description} WHERE people.id IN ({_marks(some)})"
             rows |= {row[0]: row for row in snapshot.execute(query, some)}
         return rows
 
@@ -119,12 +265,9 @@ class FileSearch:
         least, images = self._stamp.index_from, self._residents[0]
         if not self._warm or least is None or view.images < max(least, LEAST):
             return None
-        if images.ivf is None:
-            assert self._db.path is not None
-            name = f"{self._db.path.name}-ivf-{self._stamp.fingerprint[:8]}"
-            images.ivf = Ivf(self._db.path.with_name(name), self._keep)
-            images.ivf.start(view)
-        return images.ivf
+        assert self._db.path is not None
+        file = self._db.path.with_name(f"{self._db.path.name}-ivf-{self._stamp.fingerprint[:8]}")
+        return images.index(lambda now: Ivf(file, self._keep, now))
 
     def _keep(self, write: Callable[[int], None]) -> None:
         """Have an index write its file while nothing changes; see `Ivf`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
@@ -25,6 +25,7 @@ from sphereface2.recognition.gallery.types import (
 )
 from sphereface2.version import __version__
 
+Result = TypeVar("Result")
 #: Images that one transaction of `Gallery.add_many` holds.
 BATCH_IMAGES = 1_500
 
@@ -45,6 +46,20 @@ class Gallery(GalleryReader):
             lock = sa.select(stamps.stamp.c.fingerprint).with_for_update(read=not alone)
             stamps.check_moved(self._db, self._stamp, connection.scalar(lock))
             yield connection
+
+    def _changed(self, change: Callable[[Connection], Result], removes: bool = True) -> Result:
+        """What ``change`` says that it changed; where it ``removes``, no file holds that then."""
+        with self._change() as connection:
+            result = change(connection)
+            gone = removes and bool(result)
+            if gone:
+                self._search.forget()
+        if gone:
+            self._erase()
+        return result
+
+    def _erase(self) -> None:
+        self.unerased = not self._db.erase()
 
     def add(
         self,
@@ -75,13 +90,8 @@ class Gallery(GalleryReader):
                 finite or of another dimension, more than 1,000 images of one person.
         """
         item = Enrolment(person, embeddings, metadata, sources, crops).check(self.dim)
-        with self._change() as connection:
-            stored = self._rows.add(connection, [item], replace=replace, known=known)
-            if replace:
-                self._search.forget()
-        if replace:
-            self._erase()
-        return stored[item.key]
+        options: dict[str, Any] = {"replace": replace, "known": known}
+        return self._changed(lambda c: self._rows.add(c, [item], **options), replace)[item.key]
 
     def add_many(
         self,
@@ -121,15 +131,12 @@ class Gallery(GalleryReader):
     def _add_batch(
         self, batch: dict[int, Checked], replace: bool, refused: Refused | None
     ) -> list[Person]:
-        with self._change() as connection:
+        def change(connection: Connection) -> list[Person]:
             items = batch.values()
             stored = self._rows.add(connection, items, replace=replace, refused=refused)
-            described = self._rows.describe(connection, stored)
-            if replace:
-                self._search.forget()
-        if replace:
-            self._erase()
-        return list(described.values())
+            return list(self._rows.describe(connection, stored).values())
+
+        return self._changed(change, replace)
 
     def set_metadata(self, person: str, metadata: dict[str, Any]) -> Person | None:
         """Put other metadata, as in `add`, in the place of a person's.
@@ -169,13 +176,7 @@ class Gallery(GalleryReader):
             How many images went; 0 if nobody of that name was there.
         """
         key = person_key(person_name(person))
-        with self._change() as connection:
-            count = self._rows.remove(connection, key)
-            if count:
-                self._search.forget()
-        if count:
-            self._erase()
-        return count
+        return self._changed(lambda connection: self._rows.remove(connection, key))
 
     def remove_image(self, person: str, image: int) -> bool:
         """Remove one image of a person, by its id; whether it was there.
@@ -184,16 +185,7 @@ class Gallery(GalleryReader):
             UserError: it is the person's last.
         """
         key = person_key(person_name(person))
-        with self._change() as connection:
-            removed = self._rows.remove_image(connection, key, image)
-            if removed:
-                self._search.forget()
-        if removed:
-            self._erase()
-        return removed
-
-    def _erase(self) -> None:
-        self.unerased = not self._db.erase()
+        return self._changed(lambda connection: self._rows.remove_image(connection, key, image))
 
     def compact(self) -> None:
         """Give back the space of what was removed, and overwrite its bytes if that is left to do.

@@ -21,6 +21,7 @@ LEAST = 256  # images: among fewer a product is as quick, and the lists cannot b
 _SAMPLE = 32  # images a list to learn the lists from
 _LISTS = 32  # at least so many, and an eighth of all, are looked through
 _CANDIDATES = 256  # of a probe, scored exactly
+_GONE = 4_096  # rows that no longer count, fewer of which are not worth a new beginning
 
 _log = logging.getLogger(__name__)
 
@@ -50,21 +51,16 @@ class View:
 
 
 def best_people(scores: np.ndarray, owners: np.ndarray, k: int) -> Ranked:
-    """The k best owners of scores (n,), each by the best of theirs; -inf does not count."""
-    if k == 1 and len(scores):
-        first = int(scores.argmax())
-        return [(int(owners[first]), float(scores[first]))]
-    # Several of the best rows may show one person, so that k people need more than k rows.
-    size = min(len(scores), max(16, 4 * k))
-    while True:
-        best = np.argpartition(scores, len(scores) - size)[len(scores) - size :]
-        best = best[np.argsort(-scores[best], kind="stable")]
-        best = best[np.isfinite(scores[best])]
-        firsts = np.sort(np.unique(owners[best], return_index=True)[1])
-        if len(firsts) >= k or size == len(scores):
-            chosen = best[firsts[:k]]
-            return list(zip(owners[chosen].tolist(), scores[chosen].tolist(), strict=True))
-        size = min(len(scores), 8 * size)
+    """The k best owners of scores (n,), each by the best of theirs."""
+    order = np.argsort(-scores, kind="stable")
+    firsts = np.sort(np.unique(owners[order], return_index=True)[1])
+    chosen = order[firsts[:k]]
+    return list(zip(owners[chosen].tolist(), scores[chosen].tolist(), strict=True))
+
+
+def mostly_gone(gone: int, rows: int) -> bool:
+    """Whether so many of the rows no longer count that they are better written anew."""
+    return gone >= max(_GONE, rows // 4)
 
 
 class Ivf:
@@ -81,66 +77,57 @@ class Ivf:
         file: where the index is kept between processes.
         keep: calls what it is given with the number of the database's last change, and nothing
             changes meanwhile.
+        view: the images.
     """
 
-    def __init__(self, file: Path, keep: Callable[[Callable[[int], None]], None]) -> None:
+    def __init__(
+        self, file: Path, keep: Callable[[Callable[[int], None]], None], view: View
+    ) -> None:
         self._file, self._keep = file, keep
         self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._start(view)
+
+    def _start(self, view: View) -> None:
         self._index: Any = None
-        self._seq = -1
+        self._seq = view.seq
         self._updates: list[tuple[np.ndarray, np.ndarray, int]] = []
         self._removed = False  # the index holds codes of what was removed
-        self._order = np.zeros(0, np.int64)  # rows that count, by id, and their ids
-        self._ids = np.zeros(0, np.int64)
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    @property
-    def ready(self) -> bool:
-        """Whether searches use it."""
-        return self._index is not None
-
-    def start(self, view: View) -> None:
-        """Load or build the index in a thread; nothing happens if that was done before."""
-        if self._thread is None:
-            with self._lock:
-                self._seq = view.seq
-                self._find(view)
-            self._thread = threading.Thread(target=self._make, args=(view,), daemon=True)
-            self._thread.start()
+        self._find(view)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._make, args=(view,), daemon=True)
+        self._thread.start()
 
     def restart(self, view: View) -> None:
         """Begin anew with other rows."""
-        if self._thread is not None:
-            self.stop()
-            with self._lock:  # searches end first
-                self._index, self._removed, self._thread = None, False, None
-                self._updates.clear()
-                self._stop.clear()
-            self.start(view)
+        self.stop()
+        with self._lock:  # searches end first
+            self._start(view)
 
     def wait(self) -> None:
         """Until the index is there."""
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     def stop(self) -> None:
         """End the thread; an unfinished index is dropped."""
         self._stop.set()
         self.wait()
 
-    def update(self, removed: bool, view: View, since: int) -> None:
-        """Add the rows of ``view`` from ``since`` on; ``removed``: some others count no more.
+    def update(self, view: View, new: int, removed: bool) -> None:
+        """Add the last ``new`` rows of ``view``; ``removed``: some others count no more.
 
-        Those stay in the index, where `search` passes over them: FAISS 1.15 damages a list of
-        packed codes to which it adds after it removed from it.
+        Those stay in the index, where `search` passes over them, until they are a good part of it:
+        FAISS 1.15 damages a list of packed codes to which it adds after it removed from it.
         """
-        if self._thread is None:
-            return
+        if self._index is not None:
+            codes = self._index.ntotal + new
+            if mostly_gone(codes - view.images, codes):
+                return self.restart(view)
+        first = len(view.rows) - new
+        change = (view.ids[first:], view.rows[first:], view.seq)
         with self._lock:
             self._removed |= removed
             self._find(view)
-            change = (view.ids[since:], view.rows[since:], view.seq)
             if self._index is None:
                 self._updates.append(change)
             else:
@@ -153,13 +140,6 @@ class Ivf:
         counts[view.dead] = False
         self._order = order[counts[order]]
         self._ids = view.ids[self._order]
-
-    def moved(self, view: View) -> None:
-        """The rows have other places now, because a good part of them counted no more."""
-        if self._index is not None and self._index.ntotal > 1.2 * view.images:
-            return self.restart(view)
-        with self._lock:
-            self._find(view)
 
     def search(self, view: View, probe: np.ndarray, k: int) -> Ranked | None:
         """The k best people for a probe (d,), their scores exact; None: look at every row."""
@@ -175,7 +155,7 @@ class Ivf:
         if 2 * there.sum() < (found >= 0).sum():  # the removed stand before others
             return None
         rows = rows[there]
-        ranked = best_people(view.rows[rows] @ probe, view.owners[rows], k) if len(rows) else []
+        ranked = best_people(view.rows[rows] @ probe, view.owners[rows], k)
         return ranked if len(ranked) == k else None
 
     def _make(self, view: View) -> None:

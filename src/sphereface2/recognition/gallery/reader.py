@@ -33,12 +33,18 @@ class GalleryReader:
     """What can be asked of a gallery without changing it.
 
     Attributes:
+        is_file: whether the gallery is SQLite's, not a server's.
+        uri: the address, without a password.
+        fingerprint: of the model whose embeddings the gallery holds.
+        dim: numbers in an embedding.
+        model: where the model is, if the one who created the gallery said so.
         unerased: whether a process that reads an older state kept the last removal's bytes from
             being overwritten in SQLite's log; `Gallery.compact` tries again.
     """
 
     def __init__(self, database: Database, row: Any) -> None:
         self._db, self._closed, self.unerased = database, False, False
+        self.is_file, self.uri = database.is_file, database.name
         self._counted: tuple[Any, int, int] | None = None  # see `_sizes`
         self._take(row)
 
@@ -47,6 +53,9 @@ class GalleryReader:
         if hasattr(self, "_search"):
             self._search.close()
         self._stamp = row
+        self.fingerprint: str = row.fingerprint
+        self.dim: int = row.dim
+        self.model: str | None = row.model
         self._rows = Rows(self._db.is_file, row.storage)
         engine = FileSearch if self._db.is_file else ServerSearch
         self._search: FileSearch | ServerSearch = engine(self._db, self._rows, row)
@@ -127,31 +136,6 @@ class GalleryReader:
     ) -> None:
         """UserError unless the gallery is of this model and storage; None is any."""
         stamps.check(self._stamp, self.uri, fingerprint=fingerprint, dim=dim, storage=storage)
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the gallery is SQLite's, not a server's."""
-        return self._db.is_file
-
-    @property
-    def uri(self) -> str:
-        """The address, without a password."""
-        return self._db.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model whose embeddings the gallery holds."""
-        return str(self._stamp.fingerprint)
-
-    @property
-    def dim(self) -> int:
-        """Numbers in an embedding."""
-        return int(self._stamp.dim)
-
-    @property
-    def model(self) -> str | None:
-        """Where the model is, if the one who created the gallery said so."""
-        return None if self._stamp.model is None else str(self._stamp.model)
 
     # -- transactions ----------------------------------------------------------------------------
 
@@ -275,12 +259,11 @@ class GalleryReader:
         """Facts: ``people``, ``images``, ``dim``, ``fingerprint``, ``model``, ``storage``,
         ``index_from``, ``uri``, ``package_version``, ``unerased``."""
         with self._read() as connection:
-            facts: dict[str, Any] = dict(
-                zip(("people", "images"), self._sizes(connection), strict=True)
-            )
-        for fact in ("dim", "fingerprint", "model", "storage", "index_from", "package_version"):
-            facts[fact] = getattr(self._stamp, fact)
-        return {**facts, "uri": self.uri, "unerased": self.unerased}
+            people, images = self._sizes(connection)
+        facts = ("dim", "fingerprint", "model", "storage", "index_from", "package_version")
+        stamped = {fact: getattr(self._stamp, fact) for fact in facts}
+        counts = {"people": people, "images": images}
+        return {**counts, **stamped, "uri": self.uri, "unerased": self.unerased}
 
     def _sizes(self, connection: Connection) -> tuple[int, int]:
         """Numbers of people and images, counted once as long as nothing changes."""

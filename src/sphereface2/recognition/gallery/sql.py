@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +46,7 @@ class Database:
     path: Path | None = None
     read_only: bool = False
     _new: bool = False
-    _connect: Callable[[], Any] = lambda: None
     _writing: threading.Lock = field(default_factory=threading.Lock)
-    _mine: threading.local = field(default_factory=threading.local)  # a connection a thread
-    _snapshots: list[sqlite3.Connection] = field(default_factory=list)
 
     @classmethod
     def connect(cls, uri: str | Path, *, create: bool) -> Database:
@@ -140,7 +137,7 @@ class Database:
             writes = connection.get_execution_options().get("writes", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-        return cls(engine, str(path), path, mode != "rw", new, connect)
+        return cls(engine, str(path), path, mode != "rw", new)
 
     @property
     def is_file(self) -> bool:
@@ -163,16 +160,9 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """As `read`, on SQLite and past SQLAlchemy: a search costs little more than its product."""
-        with self._told("read"):
-            connection = getattr(self._mine, "connection", None)
-            if connection is None:
-                connection = self._mine.connection = self._connect()
-                self._snapshots.append(connection)
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
+        with self._told("read"), self._raw() as connection:
+            connection.execute("BEGIN")  # which ends when it goes back to the pool
+            yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -203,8 +193,6 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
-        for connection in self._snapshots:
-            connection.close()
         self.engine.dispose()
 
     def log_ahead(self) -> None:

@@ -26,12 +26,11 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.label_errors import AlikeLabels
 from sphereface2.images import decode
 from sphereface2.recognition.audit.clean import cleaned, write_set
-from sphereface2.recognition.audit.cluster import PEOPLE, cluster
+from sphereface2.recognition.audit.cluster import PEOPLE, cluster, read_people
 from sphereface2.recognition.audit.commands import audit
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.findings import Finding, read_findings, write_findings
 from sphereface2.recognition.audit.judge import _duplicates, _same_people
-from sphereface2.recognition.audit.people import read_people
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
 from sphereface2.recognition.measures import measures

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from sphereface2 import console
 from sphereface2.data.convert import Conversion, write_source
@@ -65,7 +67,7 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
     given = np.asarray(source.labels)
     labels = given.copy() if len(given) else np.zeros(len(source), np.int64)
     removed = np.zeros(len(labels), bool)
-    into = np.arange(max(source.num_classes, 1))  # a forest: each label's parent
+    merged = []
     for finding in findings:
         here = source.num_classes if finding.kind == "same person" else len(labels)
         fits = 0 <= finding.index < here
@@ -83,8 +85,8 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
         elif finding.action == "move":
             labels[finding.index] = finding.other
         elif finding.action == "merge":
-            join(into, finding.index, finding.other)
-    labels = np.array([root(into, label) for label in range(len(into))])[labels]
+            merged.append((finding.index, finding.other))
+    labels = firsts(max(source.num_classes, 1), merged)[labels]
     index = np.flatnonzero(~removed)
     if not len(index):
         raise UserError("the findings remove every image; edit the actions in findings.csv")
@@ -95,17 +97,12 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
     )
 
 
-def root(into: np.ndarray, one: int) -> int:
-    """The first of all that `join` has put together with ``one``."""
-    while into[one] != one:
-        one = int(into[one])
-    return one
-
-
-def join(into: np.ndarray, one: int, other: int) -> None:
-    """Put two together in a forest, ``into``, which begins as ``np.arange``."""
-    first, second = sorted((root(into, one), root(into, other)))
-    into[second] = first
+def firsts(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """For each of ``count`` things the first of all those that pairs put together with it."""
+    one, other = np.array(pairs, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(one)), (one, other)), shape=(count, count))
+    found = connected_components(graph, directed=False)[1]
+    return np.unique(found, return_index=True)[1][found]
 
 
 def write_set(chosen: Chosen, target: Path) -> Conversion:
@@ -146,18 +143,16 @@ def write_set(chosen: Chosen, target: Path) -> Conversion:
     return Conversion(target, len(lines), chosen.num_classes)
 
 
-def written(done: Conversion) -> dict[str, Any]:
-    """A set that was written, as summaries have it."""
-    return {"path": str(done.target), "images": done.images, "people": done.people}
-
-
-def show(summary: dict[str, Any], parts: Sequence[Table | str], as_json: bool) -> dict[str, Any]:
-    """Print a summary as JSON, or ``parts`` that tell of it and the set that was written."""
+def show(
+    summary: dict[str, Any], parts: Sequence[Table | str], as_json: bool, done: Conversion | None
+) -> dict[str, Any]:
+    """Print a summary as JSON, or ``parts`` that tell of it, and the set that was written."""
+    if done is not None:
+        people = done.people
+        summary["written"] = {"path": str(done.target), "images": done.images, "people": people}
+        parts = [*parts, f"{done.images:,} images of {people:,} people in {done.target}"]
     if as_json:
         console.print_json(summary)
     else:
         console.show(*parts)
-        if done := summary.get("written"):
-            place = f"in {done['path']}"
-            console.show(f"{done['images']:,} images of {done['people']:,} people {place}")
     return summary

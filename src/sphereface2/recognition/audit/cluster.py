@@ -16,21 +16,18 @@ import numpy as np
 
 from sphereface2 import console
 from sphereface2.align import Aligner
-from sphereface2.data.convert import Encoding, check_target, write_source
+from sphereface2.data.convert import Conversion, Encoding, check_target, is_unsafe, write_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, check_number
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import unit, weighted_sums
-from sphereface2.files import atomic_write, digest, owned, read_text, writing
+from sphereface2.files import atomic_write, digest, printable, read_lines, read_text, writing
 from sphereface2.images import encode_image
-from sphereface2.recognition.audit.clean import Chosen, show, written
-from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
-from sphereface2.recognition.audit.people import people_text, read_people
+from sphereface2.recognition.audit.clean import Chosen, show
+from sphereface2.recognition.audit.faces import Faces, examined
 from sphereface2.recognition.audit.report import QUALITY, grid
-from sphereface2.recognition.box import chosen
-from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
 
@@ -41,6 +38,16 @@ MOST_FALSE = 0.01
 """Greatest FAR of the default threshold, for sets of few images."""
 _SHOWN = 48  # images on a sheet
 _CHUNK = 256  # sheets
+_HEAD, _NOBODY = "==", "-"
+_EXPLAINED = f"""\
+# Each block below is a person: a line "{_HEAD} NAME", then a line for each image, its number and
+# its name, those that look most like the person first. The sheets show the same images.
+#   name    write another NAME
+#   merge   give two blocks one NAME, or delete the line "{_HEAD} NAME" of the lower one
+#   split   write a new line "{_HEAD} NAME" where the second person begins
+#   move    put an image's line into another block
+#   leave out an image: delete its line, or put it below "{_HEAD} {_NOBODY}"
+"""
 
 
 def cluster(
@@ -93,21 +100,19 @@ def cluster(
     check_number("--least", least, least=1)
     if threshold is not None:
         check_number("--threshold", threshold, above=-1, below=1)
-    if apply is not None and write is None:
-        raise UserError("--apply goes with --write, the folder for the set of people")
     if write is not None:
         check_target(write, to)
-    if apply is not None and write is not None:
+    if apply is not None:
+        if write is None:
+            raise UserError("--apply goes with --write, the folder for the set of people")
         named = read_people(apply, open_images(source))
-        return show({"written": _write(named, write, to, align)}, [], as_json)
+        return show({}, [], as_json, _write(named, write, to, align))
     if out is None:
         raise UserError("give --out, the folder of the result")
     start = time.perf_counter()
-    opened = opened_for(source, out, write)
-    embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
-    with owned(out):
-        _check_unedited(out)
-        faces = embedded(opened, source, embedder, out, align=align)
+    _check_unedited(out)
+    embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
+    with examined(source, out, write, **embedding) as (embedder, faces):
         limit = _threshold(embedder.calibration, len(faces.rows), threshold)
         with Stopper(STOPPED), console.bars() as bars:
             progress = console.advance(bars, "pairs of images", 1)
@@ -124,9 +129,10 @@ def cluster(
         with writing(out):
             atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
             atomic_write(out / PEOPLE, text.encode())
+    done = None
     if write is not None:
-        summary["written"] = _write(read_people(out / PEOPLE, faces.source), write, to, align)
-    return show(summary, _lines(summary, out), as_json)
+        done = _write(read_people(out / PEOPLE, faces.source), write, to, align)
+    return show(summary, _lines(summary, out), as_json, done)
 
 
 def _threshold(calibration: Calibration | None, images: int, given: float | None) -> float:
@@ -258,7 +264,54 @@ class _Crops(Chosen):
         return Encoding("jpg", 95)(self.aligner.align(super().read(index))[0])
 
 
-def _write(people: Chosen, target: Path, to: str, align: bool) -> dict[str, Any]:
+def _write(people: Chosen, target: Path, to: str, align: bool) -> Conversion:
     if align:
         people = _Crops(people.source, people.index, people.labels, people.class_names)
-    return written(write_source(people, target, to))
+    return write_source(people, target, to)
+
+
+# -- the file of who is who ---------------------------------------------------------------------
+
+
+def people_text(source: Source, people: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """The text of people's names and images; an empty name is of images that are nobody's."""
+    lines = [_EXPLAINED]
+    for name, images in people:
+        lines.append(f"\n{_HEAD} {name or _NOBODY}\n")
+        lines += [f"{i}\t{_on_a_line(source.name(i))}\n" for i in images]
+    return "".join(lines)
+
+
+def _on_a_line(name: str) -> str:
+    return " ".join(printable(name).split())
+
+
+def read_people(path: Path, source: Source) -> Chosen:
+    """The images of a set under the people that a text gives them to, sorted by name.
+
+    Raises:
+        UserError: a line says something else, names an image twice or one that the set has not, a
+            name can be no folder's, or nobody is left.
+    """
+    name, person_of = None, {}
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        if line.startswith(_HEAD):
+            name = line.removeprefix(_HEAD).strip()
+            if is_unsafe(name):
+                raise UserError(f"{where}: {name!r} can name no folder; write another name")
+            continue
+        index, *words = line.split()
+        if name is None or not index.isdecimal():
+            raise UserError(f'{where}: neither "{_HEAD} NAME" nor an image\'s number and name')
+        one, image = int(index), " ".join(words)
+        if one >= len(source) or _on_a_line(source.name(one)) != image:
+            raise UserError(f"{where}: the set has no image {index} {image!r}; give the same set")
+        if one in person_of:
+            raise UserError(f"{where}: image {index} stands in the file twice; delete one line")
+        person_of[one] = name
+    kept = sorted(one for one, name in person_of.items() if name != _NOBODY)
+    if not kept:
+        raise UserError(f"{path} gives no image to a person")
+    names, labels = np.unique([person_of[one] for one in kept], return_inverse=True)
+    return Chosen(source, np.array(kept), labels.astype(np.int64), names.tolist())

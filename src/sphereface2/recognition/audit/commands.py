@@ -15,14 +15,12 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError, check_number
-from sphereface2.files import atomic_write, owned, writing
-from sphereface2.recognition.audit.clean import cleaned, show, write_set, written
-from sphereface2.recognition.audit.faces import Faces, embedded, opened_for
+from sphereface2.files import atomic_write, writing
+from sphereface2.recognition.audit.clean import cleaned, show, write_set
+from sphereface2.recognition.audit.faces import Faces, examined
 from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
 from sphereface2.recognition.audit.judge import Judgement, judge
 from sphereface2.recognition.audit.report import write_report
-from sphereface2.recognition.box import chosen
-from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
 
@@ -81,18 +79,16 @@ def audit(
     check_number("--false-pairs", false_pairs, least=0, below=1)
     check_number("--move", move, least=0)
     check_number("--shown", shown, least=1)
-    if apply is not None and write is None:
-        raise UserError("--apply goes with --write, the folder for the cleaned set")
     if write is not None and write.exists():
         raise UserError(f"{write} exists already; give --write a new folder")
-    if apply is not None and write is not None:
-        done = write_set(cleaned(open_images(source), read_findings(apply)), write)
-        return show({"written": written(done)}, [], as_json)
+    if apply is not None:
+        if write is None:
+            raise UserError("--apply goes with --write, the folder for the cleaned set")
+        edited = cleaned(open_images(source), read_findings(apply))
+        return show({}, [], as_json, write_set(edited, write))
     start = time.perf_counter()
-    opened = opened_for(source, out, write)
-    embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
-    with owned(out):
-        faces = embedded(opened, source, embedder, out, align=align)
+    embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
+    with examined(source, out, write, **embedding) as (embedder, faces):
         with Stopper(STOPPED), console.bars() as bars:
             found = judge(faces, wrong=wrong, move=move, false_pairs=false_pairs, steps=steps(bars))
         summary = _summary(source, faces, found, embedder.fingerprint)
@@ -106,10 +102,9 @@ def audit(
         write_report(out, f"Audit of {source}", faces.source, found.findings, facts, shown)
         with writing(out):
             atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
-    if write is not None:
-        summary["written"] = written(write_set(cleaned(faces.source, found.findings), write))
     files = f"report: {out / 'report.html'}, to edit: {out / FINDINGS}"
-    return show(summary, [_table(summary), files], as_json)
+    done = None if write is None else write_set(cleaned(faces.source, found.findings), write)
+    return show(summary, [_table(summary), files], as_json, done)
 
 
 def steps(bars: Progress) -> Callable[[str], Callable[[float], None]]:

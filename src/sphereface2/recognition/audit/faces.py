@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pyarrow.parquet as pq
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.folder import check_outside
 from sphereface2.data.source import Source
-from sphereface2.files import check_folder, printable
+from sphereface2.files import check_folder, owned, printable
+from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
 from sphereface2.recognition.features import write_table
@@ -62,30 +65,36 @@ class Faces:
         return printable(names[label]) if names else str(label)
 
 
-def opened_for(path: Path, *places: Path | None) -> Source:
-    """The set at ``path``, before anything is written at ``places``, which lie outside it."""
-    source = open_images(path.resolve())
-    for place in places:
-        if place is not None:
-            check_outside(place, source)
-            check_folder(place)
-    return source
+@contextmanager
+def examined(
+    source: Path,
+    out: Path,
+    write: Path | None,
+    *,
+    model: str | None,
+    device: str | None,
+    batch_size: int,
+    align: bool,
+) -> Iterator[tuple[FaceEmbedder, Faces]]:
+    """A model and what it sees of a set, or what an earlier call left of that in ``out``.
 
-
-def embedded(
-    source: Source, path: Path, embedder: FaceEmbedder, out: Path, *, align: bool
-) -> Faces:
-    """Embed and measure the set at ``path``, or read what an earlier call left in ``out``.
+    Meanwhile ``out`` is this process's alone. It and ``write`` lie outside the set.
 
     Raises:
-        UserError: ``out`` holds the table of another set or model.
+        UserError: no such set or model, or ``out`` holds the table of others.
     """
-    path = path.resolve()
-    if not align:
-        warn_if_unaligned(str(path), source.read, np.arange(len(source)))
-    job = Job.of(path, source, embedder, aligned=not align, dtype="float16", measured=True)
-    write_table(out / TABLE, job, embedder, source)
-    return _read(out / TABLE, source)
+    path = source.resolve()
+    opened = open_images(path)
+    for place in filter(None, (out, write)):
+        check_outside(place, opened)
+        check_folder(place)
+    embedder = FaceEmbedder.from_pretrained(chosen(model), device=device, batch_size=batch_size)
+    with owned(out):
+        if not align:
+            warn_if_unaligned(str(path), opened.read, np.arange(len(opened)))
+        job = Job.of(path, opened, embedder, aligned=not align, dtype="float16", measured=True)
+        write_table(out / TABLE, job, embedder, opened)
+        yield embedder, _read(out / TABLE, opened)
 
 
 def _read(path: Path, source: Source) -> Faces:
@@ -109,7 +118,11 @@ def _read(path: Path, source: Source) -> Faces:
     small = file.read(columns=["index", "sharpness", "brightness", "contrast"])
     numbers = {name: small.column(name).to_numpy() for name in small.column_names}
     missing = np.setdiff1d(np.arange(len(source)), numbers["index"]).tolist()
-    reasons, names = _reasons(path), [printable(source.name(i)) for i in missing]
+    names, reasons = [printable(source.name(i)) for i in missing], {}
+    listed = path.with_name(f"{path.name}.skipped.csv")
+    if listed.exists():
+        with listed.open(newline="", encoding="utf-8") as rows_:
+            reasons = {row["name"]: row["reason"] for row in csv.DictReader(rows_)}
     return Faces(
         source=source,
         rows=rows,
@@ -120,12 +133,3 @@ def _read(path: Path, source: Source) -> Faces:
         ],
         **numbers,
     )
-
-
-def _reasons(path: Path) -> dict[str, str]:
-    """Why images of these names are not in the table."""
-    listed = path.with_name(f"{path.name}.skipped.csv")
-    if not listed.exists():
-        return {}
-    with listed.open(newline="", encoding="utf-8") as file:
-        return {row["name"]: row["reason"] for row in csv.DictReader(file)}

@@ -14,7 +14,7 @@ from sphereface2.evaluation.label_errors import (
     score_labels,
 )
 from sphereface2.files import printable
-from sphereface2.recognition.audit.clean import join, root
+from sphereface2.recognition.audit.clean import firsts
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.findings import Finding
@@ -166,22 +166,20 @@ def _duplicates(
     It is of the label that they fit best, the first there.
     """
     labels = faces.labels
-    photograph, person = np.arange(len(labels)), np.arange(int(labels.max()) + 1)
     score: dict[int, float] = {}
     for found in duplicates:
-        join(photograph, found.first, found.second)
         for row in (found.first, found.second):
             score[row] = max(score.get(row, 0), found.score)
-    for pair in merged:
-        join(person, *pair)
+    photograph = firsts(len(labels), [(found.first, found.second) for found in duplicates])
+    person = firsts(int(labels.max()) + 1, list(merged))[labels]
     groups: dict[int, list[int]] = {}
     for row in sorted(score):
-        groups.setdefault(root(photograph, row), []).append(row)
+        groups.setdefault(photograph[row], []).append(row)
     for rows in groups.values():
         # A copy beside its original fits by that alone: the first of a label speaks for all of it.
         first: dict[int, int] = {}
         for row in rows:
-            first.setdefault(root(person, int(labels[row])), row)
+            first.setdefault(person[row], row)
         keep = max(first.values(), key=lambda row: (_fit(scores, row), -row))
         for drop in rows:
             if drop == keep:

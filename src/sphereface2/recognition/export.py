@@ -15,28 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sphereface2 import console, onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
 from sphereface2.backbones import Backbone, bundle, foreign
-from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
+from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
-from sphereface2.errors import UserError, did_you_mean
+from sphereface2.errors import UserError, check_count, did_you_mean
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, check_folder, digest, writing
 from sphereface2.images import decode
 from sphereface2.recognition.as_insightface import AsInsightface
-from sphereface2.recognition.quantising import quantised
-from sphereface2.recognition.shared_weights import share
-from sphereface2.version import __version__
+from sphereface2.recognition.onnx_graphs import described, description, quantised, share
 
 SUFFIXES = {"onnx": ".onnx", "insightface": ".onnx", "torch_export": ".pt2", "arcface_torch": ".pt"}
 EXTRA_FILE = "sphereface2.json"
-"""In a ``torch_export`` archive, what `METADATA_KEY` is in an ONNX file."""
+"""In a ``torch_export`` archive, what `backbones.onnx.METADATA_KEY` is in an ONNX file."""
 
 OPSET = 20
 PARITY = 0.99999
@@ -120,8 +118,7 @@ def export(
         raise UserError("--calibration belongs to --int8")
     if share_weights and (to != "onnx" or int8):
         raise UserError("--share-weights is for ONNX and not for int8: leave one of them out")
-    if images < 1:
-        raise UserError(f"the number of calibration images must be at least 1, not {images}")
+    check_count("--images", images, 1)
     checkpoint = bundle.run_of(checkpoint)
     if checkpoint.suffix in (".onnx", ".pt2") or (
         checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
@@ -134,10 +131,12 @@ def export(
         raise UserError(f"with --share-weights the file must lie beside its weights, in {folder}")
     source = open_source(calibration) if calibration is not None else None
     if SUFFIXES[to] == ".onnx":
-        _require_onnx()
+        onnx_runtime.load()  # before onnxscript, which imports it where it is installed
+        require("exports to ONNX", "onnx", "onnxscript")
         import onnx
     net = bundle.load(checkpoint)
-    if SUFFIXES[to] == ".onnx" and (size := _bytes(net)) > _LIMIT:
+    size = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    if SUFFIXES[to] == ".onnx" and size > _LIMIT:
         raise UserError(
             f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less than "
             "2: give --to torch_export"
@@ -146,39 +145,35 @@ def export(
     if to == "insightface":
         net = AsInsightface(net)
     with Console(stderr=True).status(f"exporting to {to}"):
-        description: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "package_version": __version__,
-            "fingerprint": fingerprint,
-            "checkpoint_fingerprint": fingerprint,
-            "precision": "int8" if int8 else "float32",
-            "backbone": net.config,
-            "embedding_dim": net.embedding_dim,
-            "preprocessing": net.preprocessing.to_dict(),
-            "aligner": {"size": SIZE, "template": TEMPLATE.tolist()},
-            "metadata": net.metadata,
-        }
+        facts = description(
+            fingerprint=fingerprint,
+            checkpoint_fingerprint=fingerprint,
+            precision="int8" if int8 else "float32",
+            backbone=net.config,
+            embedding_dim=net.embedding_dim,
+            preprocessing=net.preprocessing.to_dict(),
+            aligner={"size": SIZE, "template": TEMPLATE.tolist()},
+            metadata=net.metadata,
+        )
         faces = _synthetic_faces(net) if source is None else _faces(net, source, images, seed)
         if to == "torch_export":
-            content = _archive(trace(net), description)
+            extra = {EXTRA_FILE: json.dumps(facts)}
+            content = _saved(torch.export.save, trace(net), extra_files=extra)
         elif to == "arcface_torch":
-            content = _state_dict(net)
-            description["preprocessing"] = foreign.ARCFACE_TORCH.to_dict()
+            content = _saved(torch.save, foreign.as_arcface_torch(net))
+            facts["preprocessing"] = foreign.ARCFACE_TORCH.to_dict()
         else:
             model = _onnx(trace(net), optimize=folder is None)
             if source is not None:
-                model = quantised(model, faces[: -sum(_BATCHES)])
-                description["fingerprint"] = digest(model.SerializeToString(deterministic=True))
-                description["calibration"] = {
-                    "set_fingerprint": source.fingerprint(),
-                    "images": len(faces) - sum(_BATCHES),
-                    "seed": seed,
-                }
+                measured = [face.numpy() for face in faces[: -sum(_BATCHES)]]
+                model = quantised(model, measured)
+                facts["fingerprint"] = digest(model.SerializeToString(deterministic=True))
+                drawn = {"images": len(measured), "seed": seed}
+                facts["calibration"] = {"set_fingerprint": source.fingerprint(), **drawn}
             onnx.checker.check_model(model)
             if folder is not None:
-                model = share(model, folder)
-            content = described(model, description)
+                share(model, folder)
+            content = described(model, facts)
         cosines = _cosines(net, _runner(content, to, folder, net), faces[-sum(_BATCHES) :])
     least, mean = float(cosines.min()), float(cosines.mean())
     bad = mean < PARITY_INT8 if int8 else least < PARITY
@@ -190,7 +185,7 @@ def export(
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
-    result = Exported(path, len(content), mean, least, description)
+    result = Exported(path, len(content), mean, least, facts)
     _print(result, to)
     return result
 
@@ -218,15 +213,6 @@ def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Pa
     if path.is_dir():
         raise UserError(f"{path} is a folder: give --out a file")
     return path
-
-
-def _require_onnx() -> None:
-    onnx_runtime.load()  # before onnxscript, which imports it where it is installed
-    require("exports to ONNX", "onnx", "onnxscript")
-
-
-def _bytes(net: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
 
 
 # --- faces to calibrate on and to check with ------------------------------------------------------
@@ -265,15 +251,9 @@ def _input(net: Backbone, image: np.ndarray) -> Tensor:
 # --- the formats ----------------------------------------------------------------------------------
 
 
-def _archive(program: torch.export.ExportedProgram, description: dict[str, Any]) -> bytes:
+def _saved(save: Callable[..., None], thing: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={EXTRA_FILE: json.dumps(description)})
-    return buffer.getvalue()
-
-
-def _state_dict(net: Backbone) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(foreign.as_arcface_torch(net), buffer)
+    save(thing, buffer, **options)
     return buffer.getvalue()
 
 
@@ -300,15 +280,6 @@ def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> An
             if dimension.dim_param == graph.input[0].type.tensor_type.shape.dim[0].dim_param:
                 dimension.dim_param = "batch"
     return model
-
-
-def described(model: Any, description: dict[str, Any]) -> bytes:
-    """The file of an onnx.ModelProto that says about itself what `description` does."""
-    import onnx
-
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(description)})
-    model.producer_name, model.producer_version = "sphereface2", __version__
-    return model.SerializeToString()
 
 
 # --- the check ------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from sphereface2 import onnx_runtime
-from sphereface2.backbones.onnx import FORMAT, FORMAT_VERSION, METADATA_KEY, OnnxNetwork
+from sphereface2.backbones.onnx import METADATA_KEY, OnnxNetwork
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
 from sphereface2.extras import require
 from sphereface2.files import digest
-from sphereface2.recognition.export import described
-from sphereface2.version import __version__
+from sphereface2.recognition.onnx_graphs import described, description, refill
 
 IMAGES, EMBEDDINGS = "images", "embeddings"
 SHORTEST = 16
@@ -55,10 +54,10 @@ def adapted(
     try:
         model = onnx.load(file)
         if any(item.key == METADATA_KEY for item in model.metadata_props):
-            content: bytes = model.SerializeToString()
+            content = model.SerializeToString()
             _check_stated(OnnxNetwork(content), given, file)
             return content
-        _run(model, None)
+        onnx_runtime.session(model.SerializeToString())
     except UserError:
         raise
     except Exception as error:  # of protobuf and of ONNX Runtime, which share no base but this
@@ -68,7 +67,7 @@ def adapted(
     rng = np.random.default_rng(0)
     probes = rng.uniform(-1, 1, (batch or 2, 3, *sides)).astype(np.float32)
     images = probes.transpose(0, 2, 3, 1) if channels_last else probes
-    name, found = _embedding(_run(model, np.ascontiguousarray(images)), output, len(probes), file)
+    name, found = _embedding(_run(model, images), output, len(probes), file)
     alone = onnx.ModelProto.FromString(model.SerializeToString())
     _rewire(alone, sides, channels_last, name, found, batch)
     if batch:
@@ -82,19 +81,15 @@ def adapted(
                 f"{file} embeds {batch} images at a time and its graph does not allow another "
                 "number: export it with a batch of 1 or a free one"
             )
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "package_version": __version__,
-        "fingerprint": digest(
-            alone.SerializeToString(deterministic=True), repr((mean, std, colour))
-        ),
-        "precision": "float32",
-        "embedding_dim": found.size // len(probes),
-        "preprocessing": Preprocessing(sides, mean, std, colour).to_dict(),  # type: ignore[arg-type]
-        "metadata": {"imported": {"from": "onnx", "file": file.name}},
-    }
-    return described(alone, description)
+    content = alone.SerializeToString(deterministic=True)
+    facts = description(
+        fingerprint=digest(content, repr((mean, std, colour))),
+        precision="float32",
+        embedding_dim=found.size // len(probes),
+        preprocessing=Preprocessing(sides, mean, std, colour).to_dict(),  # type: ignore[arg-type]
+        metadata={"imported": {"from": "onnx", "file": file.name}},
+    )
+    return described(alone, facts)
 
 
 def _check_stated(network: OnnxNetwork, given: dict[str, Any], file: Path) -> None:
@@ -110,10 +105,9 @@ def _check_stated(network: OnnxNetwork, given: dict[str, Any], file: Path) -> No
             )
 
 
-def _run(model: Any, images: np.ndarray | None) -> dict[str, np.ndarray]:
+def _run(model: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     session = onnx_runtime.session(model.SerializeToString())
-    if images is None:
-        return {}
+    images = np.ascontiguousarray(images)
     names = [place.name for place in session.get_outputs()]
     return dict(zip(names, session.run(None, {_inputs(model)[0].name: images}), strict=True))
 
@@ -179,31 +173,25 @@ def _rewire(
     batch: int | None,
 ) -> None:
     """Make `IMAGES` the input and `EMBEDDINGS` the only output of the graph."""
+    import onnx.compose
     from onnx import TensorProto, helper
 
     graph, count = model.graph, batch or "batch"
+    taken = {value for node in graph.node for value in [*node.input, *node.output]}
+    if taken & {IMAGES, EMBEDDINGS}:  # the graph's own values of these names get others
+        onnx.compose.add_prefix_graph(graph, "own.", inplace=True)
+        name = f"own.{name}"
     place = _inputs(model)[0]
     order = [0, 2, 3, 1] if channels_last else [0, 1, 2, 3]
     first = helper.make_node("Transpose", [IMAGES], [place.name], "sphereface2.images", perm=order)
     last = helper.make_node("Flatten", [name], [EMBEDDINGS], "sphereface2.embeddings", axis=1)
-    taken = {value for node in graph.node for value in [*node.input, *node.output]}
-    own = {IMAGES: f"own.{IMAGES}", EMBEDDINGS: f"own.{EMBEDDINGS}"}
-    if taken & own.keys():  # the graph's own values of these names get others
-        ends = [values for node in graph.node for values in (node.input, node.output)]
-        for values in [*ends, first.output, last.input]:
-            values[:] = [own.get(value, value) for value in values]
-        for item in [*graph.initializer, *graph.input]:
-            item.name = own.get(item.name, item.name)
-    nodes = [first, *graph.node, last]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    kept = [item for item in graph.input if item.name != first.output[0]]
+    refill(graph.node, [first, *graph.node, last])
     images = helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [count, 3, *sides])
+    refill(graph.input, [images, *(item for item in graph.input if item.name != place.name)])
     shape = [count, found.size // len(found)]
     embeddings = helper.make_tensor_value_info(EMBEDDINGS, TensorProto.FLOAT, shape)
-    del graph.input[:], graph.output[:], graph.value_info[:]
-    graph.input.extend([images, *kept])
-    graph.output.append(embeddings)
+    refill(graph.output, [embeddings])
+    del graph.value_info[:]
 
 
 def _free_batch(model: Any, batch: int) -> None:
@@ -227,8 +215,8 @@ def _same(free: Any, fixed: Any, images: np.ndarray) -> bool:
     try:
         expected = _run(fixed, images)[EMBEDDINGS]
         several = np.concatenate([images, images[::-1, :, ::-1]])
-        found = _run(free, np.ascontiguousarray(several))[EMBEDDINGS]
-        last = _run(fixed, np.ascontiguousarray(several[len(images) :]))[EMBEDDINGS]
+        found = _run(free, several)[EMBEDDINGS]
+        last = _run(fixed, several[len(images) :])[EMBEDDINGS]
     except Exception:  # of ONNX Runtime: the graph does not allow it
         return False
     return found.shape[0] == len(several) and bool(

@@ -40,7 +40,7 @@ from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.judge import judge
 from sphereface2.recognition.box import MODEL
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.measures import SIDE, measures
+from sphereface2.recognition.feature_parts import SIDE, measures
 
 COPIES, SPLIT = 0.02, 0.01
 

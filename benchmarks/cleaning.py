@@ -42,7 +42,7 @@ from sphereface2.images import decode
 from sphereface2.recognition.audit.clean import cleaned
 from sphereface2.recognition.audit.faces import Faces
 from sphereface2.recognition.audit.judge import judge
-from sphereface2.recognition.measures import measures
+from sphereface2.recognition.feature_parts import measures
 from sphereface2.training.config import TrainingConfig
 from sphereface2.training.optim import build_optimizers, learning_rate_factor, set_learning_rate
 

@@ -136,12 +136,6 @@ def test_no_face_is_an_error_of_its_own(aligner, tmp_path):
     assert aligner.align_all(path) == []
 
 
-def test_more_pixels_than_asked_for_are_refused(aligner, photo):
-    aligner.align(photo, max_pixels=photo.shape[0] * photo.shape[1])
-    with pytest.raises(UserError, match="pixels, more than the 1,000 allowed"):
-        aligner.align(photo, max_pixels=1_000)
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (5, 5), (40, 2000)])
 def test_odd_shapes_have_no_face(aligner, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)

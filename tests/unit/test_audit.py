@@ -32,8 +32,7 @@ from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.findings import Finding, read_findings, write_findings
 from sphereface2.recognition.audit.judge import _duplicates, _same_people
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.feature_parts import Job, open_images
-from sphereface2.recognition.measures import measures
+from sphereface2.recognition.feature_parts import Job, measures, open_images
 from sphereface2.signals import STOPPED
 
 

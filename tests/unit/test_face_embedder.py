@@ -49,8 +49,8 @@ class HalfAligner:
 
     name = "half"
 
-    def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
-        pixels = module.read_image(image, max_pixels=max_pixels)  # type: ignore[arg-type]
+    def align(self, image: object) -> tuple[np.ndarray, Face]:
+        pixels = module.read_image(image)  # type: ignore[arg-type]
         if not pixels.any():
             raise NoFaceError("no face found in the picture")
         face = Face(np.zeros(4, np.float32), 1.0, np.zeros((5, 2), np.float32))
@@ -136,16 +136,12 @@ def test_images_that_fail_are_skipped_where_that_is_wished(tmp_path: Path) -> No
     good, bad = crops(2), tmp_path / "gone.jpg"
     images = [good[0], np.zeros((8, 8, 3), np.uint8), bad, good[1], b"no image"]
     skipped: dict[int, str] = {}
-    found = embedder.embed(images, on_error="skip", skipped=skipped)
+    found = embedder.embed(images, skipped=skipped)
     np.testing.assert_array_equal(found, embedder.embed(good))
     assert sorted(skipped) == [1, 2, 4]
     assert skipped[1].startswith("image 1: no face") and str(bad) in skipped[2]
-    with pytest.warns(UserWarning, match=r"^3 images skipped: image 1: no face.*gone\.jpg"):
-        embedder.embed(images, on_error="skip")
     with pytest.raises(UserError, match=r"gone\.jpg"):
-        embedder.embed(bad, on_error="skip")  # one image has no rest to go on with
-    with pytest.raises(UserError, match='must be "raise" or "skip"'):
-        embedder.embed(images, on_error="ignore")  # type: ignore[arg-type]
+        embedder.embed(bad, skipped={})  # one image has no rest to go on with
 
 
 def test_verify_decides_by_far_or_threshold() -> None:

@@ -94,8 +94,8 @@ class TopAligner:
 
     name = "top"
 
-    def align(self, image: object, *, max_pixels: int) -> tuple[np.ndarray, Face]:
-        pixels = read_image(image, max_pixels=max_pixels)  # type: ignore[arg-type]
+    def align(self, image: object) -> tuple[np.ndarray, Face]:
+        pixels = read_image(image)  # type: ignore[arg-type]
         if not pixels[0, 0].any():
             raise NoFaceError("no face found in the picture")
         box = np.array([0, 0, pixels.shape[1], pixels.shape[0] // 2], np.float32)
@@ -271,8 +271,8 @@ def test_parts_cover_every_picture_once(images: int, batch_size: int, aligned: b
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "float32 or float16"),
-        ({"engine": "spark"}, "local or ray"),
+        ({"dtype": "int8"}, "--dtype must be one of 'float32', 'float16'"),
+        ({"engine": "spark"}, "--engine must be one of 'local', 'ray'"),
         ({"batch_size": 0}, "--batch-size"),
         ({"ray_address": "auto"}, "--engine ray"),
         ({"out": Path("x.csv")}, r"writes Parquet: name it x\.parquet"),

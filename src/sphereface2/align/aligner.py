@@ -12,7 +12,7 @@ from sphereface2.align import detector as detectors
 from sphereface2.align.detector import Detector, Face
 from sphereface2.align.template import SIZE, check_size, warp
 from sphereface2.errors import UserError
-from sphereface2.images import MAX_PIXELS, ImageLike, read_image
+from sphereface2.images import ImageLike, read_image
 
 #: The sides in pixels that an image's longer side is brought to for detection, one after the
 #: other until a face is found, and the smallest face looked for in it.
@@ -81,14 +81,14 @@ class Aligner:
         """
         return self._detect(read_image(image), thorough)
 
-    def align(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
+    def align(self, image: ImageLike) -> tuple[np.ndarray, Face]:
         """The crop, uint8 (size, size, 3) RGB, of the largest and most central face, and the face.
 
         Raises:
             NoFaceError: there is no face.
-            UserError: the image cannot be read, or has more than ``max_pixels``.
+            UserError: the image cannot be read.
         """
-        pixels = read_image(image, max_pixels=max_pixels)
+        pixels = read_image(image)
         faces = self._detect(pixels, False)
         if not faces:
             raise NoFaceError(f"no face found in {_name(image)}; give an image that shows one")

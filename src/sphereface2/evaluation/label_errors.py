@@ -258,7 +258,6 @@ def alike_labels(
     labels: np.ndarray,
     weights: np.ndarray,
     *,
-    workers: int | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> AlikeLabels:
@@ -271,7 +270,6 @@ def alike_labels(
         rows: float32 (N, d), of length 1.
         labels: int64 (N,), from 0.
         weights: (N,) of each image in its label.
-        workers: threads; by default the CPUs this process may use.
         seed: of the sample that finds where the tail begins.
         progress: called with the share of the work done since the last call.
     """
@@ -288,7 +286,7 @@ def alike_labels(
     limit = float(np.quantile(sample, 1 - wanted)) if pairs else 1.0
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    pairs_from(scaled, limit, lambda *found: kept.append(found), workers=workers, progress=progress)
+    pairs_from(scaled, limit, lambda *found: kept.append(found), progress=progress)
     a, b, scores = (np.concatenate(part) for part in zip(*kept, strict=True))
     order = np.lexsort((b, a, -scores))
     a, b, scores = a[order], b[order], scores[order]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation import calibration as calibrations
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
-from sphereface2.images import MAX_PIXELS, ImageLike, read_image
+from sphereface2.images import ImageLike, read_image
 from sphereface2.recognition import box, card
 from sphereface2.recognition.verification import Verification, choose_threshold
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from sphereface2.backbones.base import Backbone
-
-_NAMED_IN_WARNING = 3
 
 
 class FaceEmbedder:
@@ -99,21 +97,20 @@ class FaceEmbedder:
             calibration = f"threshold {self.calibration.threshold():.4f} at FAR {far:g}"
         return f"FaceEmbedder({self.embedder!r}, {calibration})"
 
-    def crop(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Face]:
+    def crop(self, image: ImageLike) -> tuple[np.ndarray, Face]:
         """The aligned crop, uint8 (112, 112, 3) RGB, that `embed` would use, and its face.
 
         Raises:
             NoFaceError: the photograph shows no face.
-            UserError: it cannot be read, or has more than ``max_pixels``.
+            UserError: it cannot be read.
         """
-        return self.aligner.align(image, max_pixels=max_pixels)
+        return self.aligner.align(image)
 
     def embed(
         self,
         images: ImageLike | Iterable[ImageLike],
         *,
         aligned: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
         skipped: dict[int, str] | None = None,
     ) -> np.ndarray:
         """Embed one image or many: float32 (d,) or (N, d), of length 1, in the order given.
@@ -124,21 +121,17 @@ class FaceEmbedder:
                 (3, H, W). A lazy iterable is read a batch at a time.
             aligned: the images are face crops by the template, of any size; otherwise they are
                 photographs, and the largest and most central face of each is cropped.
-            on_error: "raise", or "skip": of many images, those that cannot be read or show no face
-                are left out of the result. A warning names them, unless ``skipped`` is given.
-            skipped: with ``on_error="skip"``, receives the reason by the index of each image left
-                out.
+            skipped: without it an image that cannot be read or shows no face is an error; with it
+                such an image, one of many, is left out of the result, and the reason stands here
+                by its index.
 
         Raises:
             NoFaceError: a photograph shows no face; the message names it.
-            UserError: an image cannot be read, or ``on_error`` is another word.
+            UserError: an image cannot be read.
         """
-        if on_error not in ("raise", "skip"):
-            raise UserError(f'on_error must be "raise" or "skip", not {on_error!r}')
         if _is_one(images):
             return self.embedder.embed([images], read=lambda one: self._read(one, aligned))[0]
         several: Iterable[Any] = images  # type: ignore[assignment]
-        left_out: dict[int, str] = {} if skipped is None else skipped
 
         def read(numbered: tuple[int, ImageLike]) -> np.ndarray:
             number, image = numbered
@@ -148,16 +141,12 @@ class FaceEmbedder:
                 named = error
                 if not isinstance(image, str | Path):  # whose message names the file already
                     named = type(error)(f"image {number}: {error}")
-                left_out[number] = str(named)
+                if skipped is not None:
+                    skipped[number] = str(named)
                 raise named from error
 
-        unreadable: list[int] | None = [] if on_error == "skip" else None
-        rows = self.embedder.embed(enumerate(several), read=read, unreadable=unreadable)
-        if unreadable and skipped is None:
-            reasons = "; ".join(left_out[i] for i in unreadable[:_NAMED_IN_WARNING])
-            more = " …" if len(unreadable) > _NAMED_IN_WARNING else ""
-            warnings.warn(f"{len(unreadable)} images skipped: {reasons}{more}", stacklevel=2)
-        return rows
+        lost: list[int] | None = None if skipped is None else []
+        return self.embedder.embed(enumerate(several), read=read, unreadable=lost)
 
     def _read(self, image: ImageLike, aligned: bool) -> np.ndarray:
         return read_image(image) if aligned else self.crop(image)[0]

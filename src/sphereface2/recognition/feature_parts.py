@@ -8,6 +8,7 @@ has the same rows whoever computes it: this process, the next one, or a worker o
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,14 +34,23 @@ from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.measures import COLUMNS, measures
+from sphereface2.recognition.quality import measure as quality
 from sphereface2.version import __version__
 
 FORMAT = "sphereface2-features"
-FORMAT_VERSION = 1
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
-_COUNTS = ("embedded", "skipped")
 _SKIPPED = b"skipped"  # key of a part's metadata: [[name, reason], …]
+SIDE = 32
+"""Side of a thumbnail, grey."""
+COLUMNS = (
+    pa.field("index", pa.int64()),
+    pa.field("pixels", pa.binary(16)),
+    pa.field("thumbnail", pa.binary(SIDE * SIDE)),
+    pa.field("sharpness", pa.float32()),
+    pa.field("brightness", pa.float32()),
+    pa.field("contrast", pa.float32()),
+)
+"""Of `measures`: place in the set; digest of the pixels; grey values; figures."""
 #: Batches a part, for crops (True) and for photographs, where finding faces takes most of the time.
 _BATCHES = {True: 32, False: 8}
 
@@ -75,7 +86,8 @@ class Job:
         aligner: what finds faces; None if the images are crops.
         flip, dtype, batch_size: as in `embed_set`.
         measured: each row also holds the image's `measures`, for an audit.
-        all_faces: each face of an image has a row, the largest and most central first.
+        faces: "largest", or "all": each face of an image has a row, the largest and most central
+            first.
     """
 
     path: Path
@@ -88,7 +100,7 @@ class Job:
     dtype: str
     batch_size: int
     measured: bool = False
-    all_faces: bool = False
+    faces: str = "largest"
 
     @classmethod
     def of(
@@ -129,17 +141,8 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """All that a row depends on, JSON-able."""
-        own = ("path", "measured", "all_faces")
-        facts = {name: value for name, value in vars(self).items() if name not in own}
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "package_version": __version__,
-            **facts,
-            "aligned": self.aligned,
-            **({"measured": True} if self.measured else {}),
-            **({"faces": "all"} if self.all_faces else {}),
-        }
+        facts = {"format": FORMAT, "format_version": 1, "package_version": __version__}
+        return facts | {name: value for name, value in vars(self).items() if name != "path"}
 
     def schema(self) -> pa.Schema:
         """The file's columns."""
@@ -177,7 +180,7 @@ class Job:
                 if self.aligned:
                     crop = read_image(content)
                 else:
-                    found = _faces(embedder, content, self.all_faces)
+                    found = _faces(embedder, content, self.faces)
                     (crop, _), *others[index] = found
                     faces[index] = [face for _, face in found]
                 if self.measured:
@@ -218,9 +221,34 @@ class Job:
         return buffer.getvalue()
 
 
-def _faces(embedder: FaceEmbedder, content: bytes, every: bool) -> list[tuple[np.ndarray, Face]]:
+def measures(index: int, crop: np.ndarray, face: Face | None) -> dict[str, Any]:
+    """The row of an image in `COLUMNS`.
+
+    ``pixels`` is equal for images of equal size and pixels, however they are encoded;
+    ``sharpness`` is that of `quality`; ``brightness`` and ``contrast`` are the mean and the
+    standard deviation of the grey values, 0 to 255.
+
+    Args:
+        index: of the image in its set.
+        crop: uint8 (H, W, 3) RGB.
+        face: where it was found; None if the image was a crop.
+    """
+    grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
+    pixels = hashlib.blake2b(repr(crop.shape).encode(), digest_size=16)
+    pixels.update(crop.tobytes())
+    return {
+        "index": index,
+        "pixels": pixels.digest(),
+        "thumbnail": cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).tobytes(),
+        "sharpness": quality(crop, face).sharpness,
+        "brightness": float(grey.mean()),
+        "contrast": float(grey.std()),
+    }
+
+
+def _faces(embedder: FaceEmbedder, content: bytes, which: str) -> list[tuple[np.ndarray, Face]]:
     """The crop of the largest and most central face, or all crops of an image."""
-    if not every:
+    if which == "largest":
         return [embedder.crop(content)]
     if found := embedder.aligner.align_all(content):
         return found
@@ -260,9 +288,7 @@ class Parts:
             yield [number for number in self.job.parts if not self._path(number).exists()]
 
     def _check(self, found: dict[str, Any], where: Path, what: str) -> None:
-        wanted = self.job.identity()
-        keys = dict.fromkeys([*wanted, *found])  # some stand there only where they are set
-        other = [key for key in keys if found.get(key) != wanted.get(key) and key not in _COUNTS]
+        other = [key for key, value in self.job.identity().items() if found.get(key) != value]
         if other:
             raise UserError(
                 f"{where} {what} a run with another {', '.join(other)}: give another --out, or "

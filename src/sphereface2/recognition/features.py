@@ -10,15 +10,13 @@ from typing import Literal
 from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.source import Source
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_choice, check_count
 from sphereface2.files import writing
 from sphereface2.recognition import ray_engine
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import DTYPES, Job, Parts, metadata, open_images
 from sphereface2.signals import STOPPED, Stopper
-
-_ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,10 @@ def embed_set(
         UserError: a wrong option, no such model or set, a file of another run in the way, or not
             one image that could be embedded.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be float32 or float16, not {dtype!r}")
-    if engine not in _ENGINES:
-        raise UserError(f"--engine must be local or ray, not {engine!r}")
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, not {batch_size}")
-    every = faces == "all"
-    if every and aligned:
+    check_choice("--dtype", dtype, tuple(DTYPES))
+    check_choice("--engine", engine, ("local", "ray"))
+    check_count("--batch-size", batch_size, 1)
+    if faces == "all" and aligned:
         raise UserError(
             "--faces all looks for faces in photographs, and --aligned images are crops"
         )
@@ -111,22 +105,17 @@ def embed_set(
         batch_size=batch_size,
     )
     images = open_images(path)  # after the model: a wrong one is named before a long walk
-    job = Job.of(path, images, embedder, aligned=aligned, dtype=dtype, all_faces=every)
+    job = Job.of(path, images, embedder, aligned=aligned, dtype=dtype, faces=faces)
     if aligned:
         warn_if_unaligned(str(path), images.read, range(len(images)), remedy="leave out --aligned")
     start = time.perf_counter()
     write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
     found = metadata(out)
-    report = FeaturesReport(
-        out=out,
-        images=found["images"],
-        embedded=found["embedded"],
-        skipped=found["skipped"],
-        seconds=time.perf_counter() - start,
-    )
+    seconds = time.perf_counter() - start
+    report = FeaturesReport(out, job.images, found["embedded"], found["skipped"], seconds)
     left_out = f"; {report.skipped:,} left out, see {out}.skipped.csv" if report.skipped else ""
-    what = f"{report.embedded:,} {'faces ' if every else ''}of {report.images:,} images embedded"
-    console.show(f"{what} in {out}{left_out}")
+    what = f"{report.embedded:,} {'faces ' if faces == 'all' else ''}of {report.images:,} images"
+    console.show(f"{what} embedded in {out}{left_out}")
     return report
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from sphereface2.evaluation.neighbours import pairs_from
-from sphereface2.recognition.measures import SIDE
+from sphereface2.recognition.feature_parts import SIDE
 
 #: Least cosine of two embeddings, and least correlation of their thumbnails before they are laid
 #: over each other and after: `benchmarks/audit.py` says what they find.
@@ -39,7 +39,6 @@ def find_duplicates(
     thumbnails: np.ndarray,
     pixels: np.ndarray,
     *,
-    workers: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Duplicate]:
     """All pairs of images that are one photograph; of equal ones, each with the first alone.
@@ -48,7 +47,6 @@ def find_duplicates(
         rows: float32 (N, d), embeddings of length 1.
         thumbnails: uint8 (N, SIDE * SIDE), grey.
         pixels: bytes (N,), equal where the images are.
-        workers: threads; by default the CPUs this process may use.
         progress: called with the share of the work done since the last call.
     """
     _, first, group = np.unique(pixels, return_index=True, return_inverse=True)
@@ -61,7 +59,7 @@ def find_duplicates(
         for x, y, score in _same(thumbnails, one[a], one[b]):
             found.append(Duplicate(x, y, False, score))
 
-    pairs_from(different, _limit(different), compare, workers=workers, progress=progress)
+    pairs_from(different, _limit(different), compare, progress=progress)
     return sorted(found, key=lambda d: (d.first, d.second))
 
 

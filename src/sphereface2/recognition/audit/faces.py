@@ -17,9 +17,8 @@ from sphereface2.data.source import Source
 from sphereface2.files import check_folder, owned, printable
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.feature_parts import Job, open_images
+from sphereface2.recognition.feature_parts import SIDE, Job, open_images
 from sphereface2.recognition.features import write_table
-from sphereface2.recognition.measures import SIDE
 
 TABLE = "embeddings.parquet"
 

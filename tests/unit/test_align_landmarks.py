@@ -1,7 +1,10 @@
+import cv2
 import numpy as np
 import pytest
 
+from sphereface2.align.folder import align
 from sphereface2.align.landmarks import read_landmarks
+from sphereface2.align.template import TEMPLATE
 from sphereface2.errors import UserError
 
 GOOD = "1 2 3 4 5 6 7 8 9 10"
@@ -68,3 +71,16 @@ def test_a_file_without_a_usable_line_is_an_error(write, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="UTF-16 text"):
         read_landmarks(tmp_path / "binary")
+
+
+def test_no_two_images_have_one_crop(write, tmp_path):
+    names = ["a.jpg", "a.png", "a.png.png", "b.png"]
+    (tmp_path / "set").mkdir()
+    for shade, name in enumerate(names):
+        cv2.imwrite(str(tmp_path / "set" / name), np.full((112, 112, 3), 50 * shade, np.uint8))
+    points = " ".join(map(str, TEMPLATE.ravel()))
+    lines = write("".join(f"{name} {points}\n" for name in names))
+    align(tmp_path / "set", tmp_path / "crops", landmarks=lines, workers=1)
+    found = {path.name: cv2.imread(str(path)) for path in (tmp_path / "crops").glob("*.jpg")}
+    shades = {name: round(float(crop.mean()) / 50) for name, crop in found.items()}
+    assert shades == {"a.jpg.jpg": 0, "a.png.jpg": 1, "a.png.png.jpg": 2, "b.jpg": 3}

@@ -41,6 +41,8 @@ def test_without_a_face_only_sizes_speak() -> None:
     mixed = [noise, noise[:40], b"no image"]
     reason = looks_unaligned(mixed.__getitem__, range(3))
     assert reason == "their sizes differ, 64×40 and 64×64 for example"
+    thin = np.zeros((1, 3000, 3), np.uint8)
+    assert looks_unaligned(lambda index: thin, range(2)) is None
 
 
 def test_the_warning_names_the_set_and_the_remedy(photograph: np.ndarray) -> None:

@@ -55,6 +55,12 @@ def test_so_many_labels_are_wrong(share, kind, seed):
         assert all(partners.get(b, a) == a for a, b in swapped)
 
 
+def test_more_wrong_labels_than_people_with_partners_have_are_refused():
+    classes = np.repeat([0, 1, 2], [1, 1, 98])
+    with pytest.raises(UserError, match="50 wrong labels, but only 2 images show people with a"):
+        corrupt(classes, LabelNoise(0.5, "pairs", seed=1))
+
+
 def test_uniform_noise_reaches_everybody_else_alike():
     noisy = corrupt(np.zeros(60_000, int) + np.repeat([0, 4], 30_000), LabelNoise(0.5))
     of_first = np.bincount(noisy[:30_000], minlength=5)[1:] / 15_000

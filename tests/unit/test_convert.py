@@ -1,7 +1,9 @@
 """Conversions keep bytes, labels and names, in any direction, or leave nothing behind."""
 
 import itertools
+import os
 import pickle
+import sys
 import tarfile
 
 import cv2
@@ -167,8 +169,9 @@ def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
             expected = cv2.resize(decode(images[original]), (24, 24), interpolation=cv2.INTER_AREA)
             assert np.array_equal(decode(small.images[ours]), expected)
     (tmp_path / "bad.bin").write_bytes(pickle.dumps(([*content[0][:7], b"damaged"], same)))
-    with pytest.raises(UserError, match="image 1 of pair 3 cannot be read"):
-        convert(tmp_path / "bad.bin", tmp_path / "x.bin", to="bin", encode="webp")
+    for encode in ("webp", None):
+        with pytest.raises(UserError, match="image 1 of pair 3 cannot be read"):
+            convert(tmp_path / "bad.bin", tmp_path / "x.bin", to="bin", encode=encode)
     assert not (tmp_path / "x.bin").exists()
 
 
@@ -184,6 +187,21 @@ def test_names_from_a_file_cannot_lead_out_of_the_target(folder, tmp_path):
     convert(tmp_path / "rec", tmp_path / "out", to="folder")
     assert open_source(tmp_path / "out").class_names == ["0", "1", "2"]
     assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
+@pytest.mark.parametrize("to", FORMATS)
+def test_names_that_text_cannot_hold_are_escaped(tmp_path, to):
+    for name in (b"an\xff", b"b\rob", "c\x85y".encode()):
+        place = os.path.join(os.fsencode(tmp_path), b"set", name)
+        os.makedirs(place)
+        with open(os.path.join(place, b"1.jpg"), "wb") as file:
+            file.write(picture(0))
+    convert(tmp_path / "set", tmp_path / "out", to=to)
+    found = open_source(tmp_path / "out")
+    assert found.labels.tolist() == [0, 1, 2]
+    names = ["an\\udcff", "b\\rob", "c\\x85y"]
+    assert found.class_names == (["0", "1", "2"] if to == "folder" else names)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "ppm"])

@@ -249,6 +249,8 @@ def test_labels_that_are_names_are_numbered_and_kept(tmp_path):
     source = ListSource(tmp_path / "l.csv")
     assert source.class_names == ["Ann", "Nan", "Zoë"]
     assert source.labels.tolist() == [2, 0, 1, 2]
+    (tmp_path / "l.csv").write_text("path,name\na.jpg,Zo\u00eb\na.jpg,Zoe\u0308\n")
+    assert ListSource(tmp_path / "l.csv").class_names == ["Zo\u00eb"]
 
 
 def test_a_mark_in_names_is_no_part_of_a_name(tmp_path):
@@ -256,6 +258,11 @@ def test_a_mark_in_names_is_no_part_of_a_name(tmp_path):
     (tmp_path / "train.txt").write_text("a.jpg 0\na.jpg 1\n")
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfAnn\r\nBob\r\n")
     assert open_source(tmp_path).class_names == ["Ann", "Bob"]
+    (tmp_path / "names.txt").write_text("Ann\nBob\nCy\n")  # who has no images here
+    assert open_source(tmp_path).class_names == ["Ann", "Bob"]
+    (tmp_path / "names.txt").write_text("Ann\n")
+    with pytest.warns(UserWarning, match=r"names\.txt is not used: it names 1 of 2 people"):
+        assert open_source(tmp_path).class_names is None
 
 
 @settings(max_examples=200, deadline=None)
@@ -406,6 +413,19 @@ def test_lfw_lists_with_any_header_people_and_suffix(tmp_path, form, suffix):
         assert found.images[j] == f"{other} {line[-1]}".encode()
         assert same == (len(line) == 3)
     assert found.people is not None
+
+
+@pytest.mark.parametrize("text", ["9" * 5000 + "\nx 1 2\n", f"x {'9' * 5000} 2\nx 1 3\n"])
+def test_a_number_too_long_for_one_is_a_sentence(tmp_path, text):
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(UserError, match="line 1: expected"):
+        load_pairs(tmp_path / "pairs.txt")
+
+
+def test_a_training_list_is_no_verification_set(tmp_path):
+    (tmp_path / "train.txt").write_text("a.jpg 11\nb.jpg 11\na.jpg 0\nb.jpg 0\n")
+    with pytest.raises(UserError, match="line 1: the label of a pair is 0, 1 or its fold up to 10"):
+        load_pairs(tmp_path / "train.txt")
 
 
 def test_people_called_by_numbers_name_a_bin_too(tmp_path):

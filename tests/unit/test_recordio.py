@@ -83,6 +83,14 @@ def test_split_record_gets_its_magic_back(tmp_path):
     assert source.labels.tolist() == [0, 1]
 
 
+def test_a_header_that_says_no_number_promises_none(tmp_path):
+    records = [header(0, (float("nan"), 2.0)), header(0) + b"a", header(1) + b"b"]
+    (tmp_path / "train.rec").write_bytes(b"".join(map(part, records)))
+    with pytest.warns(UserWarning, match="index rebuilt"):
+        source = RecordIOSource(tmp_path)
+    assert [source.read(i) for i in range(2)] == [b"a", b"b"]
+
+
 def test_record_split_inside_its_header(tmp_path):
     payload = header(2)[:8] + MAGIC_BYTES + header(2)[12:] + b"image"
     split = part(payload[:8], 1) + part(payload[12:], 3)

@@ -14,6 +14,7 @@ import pytest
 from sphereface2.data import open_source, split_people
 from sphereface2.data.folder import FolderSource, images_below
 from sphereface2.data.listfile import ListSource
+from sphereface2.data.locate import locate
 from sphereface2.data.recordio import RecordIOSource, RecordIOWriter
 from sphereface2.data.source import Source
 from sphereface2.data.webdataset import WebDatasetSource
@@ -30,6 +31,7 @@ def files(root, contents):
 
 
 def tar(path, members):
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -163,9 +165,63 @@ def test_shards_that_are_wrong(tmp_path):
         WebDatasetSource(tar(tmp_path / "b.tar", [("0.jpg", b"x"), ("0.cls", b"anna")]))
     with pytest.raises(UserError, match="two images"):
         WebDatasetSource(tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.png", b"x")]))
+    for label in (b"9" * 400, b"1e999"):
+        with pytest.raises(UserError, match="label inf of image 0 is not a whole number"):
+            WebDatasetSource(tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.cls", label)]))
+    for label in (b"9" * 400, b"[" * 100_000):
+        with pytest.raises(UserError, match="label that is not a whole number"):
+            WebDatasetSource(tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.json", label)]))
+    members = [("0.jpg", b"x"), ("0.cls", b"1"), ("0.json", b'{"label": 0}')]
+    with pytest.raises(UserError, match="sample 0 has two labels"):
+        WebDatasetSource(tar(tmp_path / "c.tar", members))
     (tmp_path / "d.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match="not a complete tar"):
         WebDatasetSource(tmp_path / "d.tar")
+
+
+def test_a_hard_link_in_a_shard_is_the_file_it_links_to(tmp_path):
+    files(tmp_path / "set", {"1.jpg": b"one", "1.cls": b"0", "2.cls": b"1.0"})
+    os.link(tmp_path / "set" / "1.jpg", tmp_path / "set" / "2.jpg")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "set", ".")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert sum(member.islnk() for member in archive) == 1
+    assert contents(open_source(tmp_path / "a.tar")) == [(b"one", 0), (b"one", 1)]
+
+
+def test_shards_damaged_cut_or_joined_are_told(tmp_path):
+    members = [
+        (f"{k}.{end}", data) for k in range(3) for end, data in (("jpg", b"x"), ("cls", b"1"))
+    ]
+    whole = tar(tmp_path / "whole.tar", members).read_bytes()
+    for name, data, message in (
+        ("damaged", whole[:4096] + b"\xff" * 100 + whole[4196:], "behind byte 4,096 is no member"),
+        ("joined", whole + whole, "several tar files in one"),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            WebDatasetSource(tmp_path / f"{name}.tar")
+    (tmp_path / "cut.tar").write_bytes(whole[:4096])
+    with pytest.warns(UserWarning, match="cut.tar lacks tar's mark of its end"):
+        assert len(WebDatasetSource(tmp_path / "cut.tar")) == 2
+    tar(tmp_path / "bare.tar", [*members, ("8.cls", b"0"), ("9.mp4", b""), ("9.cls", b"0")])
+    with pytest.warns(UserWarning, match="2 labels have no image that can be read, 8 first"):
+        assert len(WebDatasetSource(tmp_path / "bare.tar")) == 3
+
+
+def test_files_that_macos_hides_beside_a_set_are_no_part_of_it(tmp_path, monkeypatch):
+    tar(tmp_path / "shards" / "a.tar", [("0.jpg", b"x"), ("0.cls", b"0")])
+    (tmp_path / "rec").mkdir()
+    with RecordIOWriter(tmp_path / "rec") as writer:
+        writer.add(0, b"x")
+    (tmp_path / "rec" / "train.rec").rename(tmp_path / "rec" / "my.rec")
+    (tmp_path / "rec" / "train.idx").rename(tmp_path / "rec" / "my.idx")
+    for name in ("shards/._a.tar", "rec/._my.rec", "rec/._lfw.bin"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    for name in ("shards", "rec"):
+        assert contents(open_source(tmp_path / name)) == [(b"x", 0)]
+    monkeypatch.setenv("SPHEREFACE2_DATA", str(tmp_path / "rec"))
+    assert locate().pairs == []
 
 
 def test_open_source_recognises_recordio_and_refuses_the_rest(tmp_path):

@@ -91,7 +91,12 @@ def test_images_that_a_table_lacks_are_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"name": np.array(["a.jpg"] * 2), "embedding": EMBEDDINGS[:2]}, "names an image twice"),
-        ({"name": np.array(["a.jpg"]), "embedding": EMBEDDINGS}, r"float32 \(4, 2\) for 1"),
+        ({"name": np.array(["a.jpg"]), "embedding": EMBEDDINGS}, r"float32 \(4, 2\) and \(1,\)"),
+        ({"name": np.array("a.jpg"), "embedding": EMBEDDINGS[:1]}, r"float32 \(1, 2\) and \(\)"),
+        (
+            {"name": np.array(["a"]), "embedding": EMBEDDINGS[:1], "sphereface2": np.array("[3]")},
+            "metadata is no JSON object",
+        ),
         ({"name": np.array(["a.jpg"])}, "no table of embeddings, with 'name' and 'embedding'"),
         ({"name": np.array(["a.jpg"]), "embedding": EMBEDDINGS[:1] * np.inf}, "not finite"),
     ],
@@ -103,6 +108,23 @@ def test_damaged_tables_are_refused(tmp_path: Path, content: dict[str, Any], mes
     (tmp_path / "t.npz").write_bytes(b"PK no archive")
     with pytest.raises(UserError, match="damaged"):
         embedding_table.read(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "message"),
+    [
+        ("abc", [[1.0, 2.0], [3.0, 4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], "not of one length"),
+        ("ab", [[1.0, 2.0], None], "empty entries"),
+        (["a", None], [[1.0, 2.0], [3.0, 4.0]], "empty entries"),
+        ("ab", ["x", "y"], "damaged or no table"),
+    ],
+)
+def test_parquet_that_is_no_table_is_refused(
+    tmp_path: Path, name: Any, embedding: list[Any], message: str
+) -> None:
+    pq.write_table(pa.table({"name": list(name), "embedding": embedding}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=message):
+        embedding_table.read(tmp_path / "t.parquet")
 
 
 # -- the loss ------------------------------------------------------------------------------------

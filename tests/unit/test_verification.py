@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
+from sphereface2.evaluation.pairs import evaluate_pairs
 from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import (
     allowed_accepts,
@@ -152,6 +154,17 @@ def test_sets_that_cannot_be_scored():
         tar_at_far(np.array([np.nan, 1]), np.array([True, False]))
     with pytest.raises(ValueError, match="FAR"):
         tar_at_far(np.array([0, 1]), np.array([True, False]), [0])
+
+
+def test_pairs_that_tell_nothing_new_are_noted():
+    pairs = np.array([[0, 1], [1, 0], [2, 2], [3, 4], [0, 1], [3, 4]])
+    same = np.array([1, 1, 1, 0, 1, 0], bool)
+    pair_set = PairSet("s", [b""] * 5, pairs, same, np.arange(6) // 3)
+    notes = evaluate_pairs(np.where(same, 0.5, 0.1), pair_set, fars=[0.5]).notes
+    assert notes[-2:] == [
+        "pairs that compare an image with itself: 1",
+        "pairs that the set holds already and that count again: 3",
+    ]
 
 
 # --- the bootstrap -------------------------------------------------------------------------------

@@ -130,13 +130,13 @@ class Aligner:
     def _search(self, pixels: np.ndarray, side: int) -> list[Face]:
         scale = side / max(pixels.shape[:2])
         faces = []
-        for face in self._at_scale(pixels, scale, _SMALLEST):
+        for face in self.at_scale(pixels, scale, _SMALLEST):
             if face.score >= self.min_score:
                 near = _side(face) * scale >= _LOOK
                 faces.append(face if near else self._look_again(pixels, face))
         return faces
 
-    def _at_scale(self, pixels: np.ndarray, scale: float, min_face: float) -> list[Face]:
+    def at_scale(self, pixels: np.ndarray, scale: float, min_face: float) -> list[Face]:
         """Detect in ``pixels`` resized by ``scale``; faces in coordinates of ``pixels``."""
         height, width = pixels.shape[:2]
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -166,7 +166,7 @@ class Aligner:
         corner = np.array([x0, y0], np.float32)
         nearer = [
             Face(f.box + np.tile(corner, 2), f.score, f.landmarks + corner)
-            for f in self._at_scale(part, _LOOK / side, _LOOK / 3)
+            for f in self.at_scale(part, _LOOK / side, _LOOK / 3)
         ]
         nearer = [f for f in nearer if _overlap(f.box, face.box) > 0.5]
         if not nearer:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
 
-from sphereface2.align import detector as detectors
 from sphereface2.align.aligner import Aligner
 from sphereface2.align.template import SIZE, TEMPLATE, similarity
 from sphereface2.errors import UserError
@@ -17,7 +15,6 @@ from sphereface2.images import ImageLike, read_image
 _SAMPLE = 6
 _SIDE = 256  # enough for a face that fills a crop
 _SCALE = 1.2  # LFW's and CelebA's crops lie within 1.15, LFW's photographs at 1.8
-_SCORE = 0.9
 
 
 def image_reader(align: bool) -> Callable[[ImageLike], np.ndarray]:
@@ -76,19 +73,18 @@ def looks_unaligned(
         The reason, or None where they look like crops or nothing can be said.
     """
     shapes, scales = set(), []
-    detector = detectors.create(detectors.DEFAULT)
+    aligner = Aligner()
     for index in _sample(indices):
         try:
             pixels = read_image(read(index))
         except (OSError, UserError):
             continue
         shapes.add(pixels.shape[:2])
-        factor = _SIDE / max(pixels.shape[:2])
-        small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        faces = [face for face in detector.detect(small, 20.0) if face.score >= _SCORE]
+        found = aligner.at_scale(pixels, _SIDE / max(pixels.shape[:2]), 20.0)
+        faces = [face for face in found if face.score >= aligner.min_score]
         if faces:
             largest = max(faces, key=lambda face: float(np.ptp(face.box[[1, 3]])))
-            matrix = similarity(largest.landmarks * (SIZE / small.shape[0]), TEMPLATE)
+            matrix = similarity(largest.landmarks * (SIZE / len(pixels)), TEMPLATE)
             scales.append(float(np.hypot(matrix[0, 0], matrix[1, 0])))
     if scales:
         scale = float(np.median(scales))

@@ -112,7 +112,7 @@ class DecodedPart:
             except (UserError, OSError):
                 return None
 
-        room = _free_memory() if free is None else free
+        room = free_memory() if free is None else free
         done = 0
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(indices), _AHEAD):
@@ -192,24 +192,30 @@ def _path(file: Any) -> str:
     return str(file.name)
 
 
-def _free_memory() -> int | None:
+def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still have by the system and its container; None: unknown."""
     free: list[int] = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc" / "meminfo").read_text().splitlines()
         table = dict(line.split(":") for line in lines)
         free.append(int(table["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    for place, limit, used, cached in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
         ),
     ):
         try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such system, or "max": no limit
+            most, now = (int((root / place / name).read_text()) for name in (limit, used))
+            # Files that were read, and are forgotten when memory is wanted.
+            lines = (root / place / "memory.stat").read_text().splitlines()
+            kept = int(dict(line.split() for line in lines)[cached])
+        except (OSError, KeyError, ValueError):  # no such system, or "max": no limit
             continue
+        free.append(most - now + kept)
     return max(0, min(free)) if free else None

@@ -83,7 +83,7 @@ def corrupt(classes: np.ndarray, noise: LabelNoise) -> np.ndarray:
     With ``pairs`` and an odd C one person has no partner and keeps all labels.
 
     Raises:
-        UserError: noise among fewer than two people.
+        UserError: noise among fewer than two people, or more than those with a partner have images.
     """
     if not noise.share:
         return classes
@@ -98,7 +98,13 @@ def corrupt(classes: np.ndarray, noise: LabelNoise) -> np.ndarray:
         candidates = np.flatnonzero(partner[classes] != classes)
     else:
         candidates = np.arange(len(classes))
-    wrong = rng.permutation(candidates)[: round(noise.share * len(classes))]
+    wanted = round(noise.share * len(classes))
+    if wanted > len(candidates):
+        raise UserError(
+            f"data.label_noise.share = {noise.share:g} asks for {wanted:,} wrong labels, but only "
+            f"{len(candidates):,} images show people with a partner: give a smaller share"
+        )
+    wrong = rng.permutation(candidates)[:wanted]
     noisy = classes.copy()
     if noise.kind == "pairs":
         noisy[wrong] = partner[classes[wrong]]

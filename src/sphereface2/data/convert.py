@@ -19,9 +19,9 @@ from sphereface2.data import pairbin
 from sphereface2.data.folder import check_outside
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.recordio import RecordIOWriter
-from sphereface2.data.source import Source
+from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError, check_number, did_you_mean
-from sphereface2.files import atomic_folder
+from sphereface2.files import atomic_folder, printable
 from sphereface2.images import decode, encode_image
 
 _SHARD_IMAGES = 10_000
@@ -169,13 +169,12 @@ def write_source(
     done = Conversion(target)
     with atomic_folder(target) as temporary:
         shape = _first_size(source, encoding)
-        with _WRITERS[to](temporary, _folder_names(source), shape) as add:
+        with _WRITERS[to](temporary, _folder_names(source, to), shape) as add:
             _copy(source, add, done, to, encoding)
         if done.images == 0:
             raise UserError(f"none of the {len(source)} images can be read")
-        if source.class_names is not None and to != "folder":
-            names = temporary / "names.txt"
-            names.write_text("\n".join(source.class_names) + "\n", encoding="utf-8")
+        if to != "folder":
+            write_names(temporary, source.class_names)
     return done
 
 
@@ -227,10 +226,9 @@ def _convert_pairs(source: str | Path, target: Path, encoding: Encoding | None) 
 
     def read(index: int) -> bytes | np.ndarray:
         image = pairs.images[index]
-        if encoding is None:
-            return image
         try:
-            return encoding(decode(image) if isinstance(image, bytes) else image)
+            pixels = decode(image) if isinstance(image, bytes) else image
+            return image if encoding is None else encoding(pixels)
         except UserError as error:
             raise UserError(f"{pairs.image_name(index)} cannot be read: {error}") from error
 
@@ -261,7 +259,7 @@ def _first_size(source: Source, encoding: Encoding | None) -> tuple[int, int]:
     return 0, 0
 
 
-def _folder_names(source: Source) -> list[str]:
+def _folder_names(source: Source, to: str) -> list[str]:
     """A folder name for each label: the person's name where it can be one, else the number.
 
     Numbers are padded, so that reading the folders in order of name restores the labels.
@@ -273,12 +271,14 @@ def _folder_names(source: Source) -> list[str]:
     usable = names is not None and len(set(names)) == len(names) == source.num_classes
     if names is None or not usable or any(is_unsafe(name) for name in names):
         return numbers
+    if to == "list" and any(printable(name) != name for name in names):  # which is UTF-8
+        return numbers
     return names
 
 
 def is_unsafe(name: str) -> bool:
     """Whether a name can be no folder's."""
-    return not name or name.startswith(".") or any(c in name for c in "/\\\0\n\t")
+    return not name or name.startswith(".") or any(c in "/\\" or c < " " for c in name)
 
 
 def extension_of(data: bytes) -> str:

@@ -97,19 +97,21 @@ def read(path: Path) -> EmbeddingTable:
     try:
         names, embeddings, text = _parquet(path) if path.suffix == ".parquet" else _npz(path)
         metadata = json.loads(text) if text else {}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no JSON object")
+    except (OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is damaged or no table of embeddings, with 'name' and 'embedding': {error}"
         ) from error
-    embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype.kind != "f":
+    shapes = embeddings.shape, names.shape
+    if embeddings.ndim != 2 or shapes[1] != shapes[0][:1] or embeddings.dtype.kind != "f":
         raise UserError(
-            f"{path} must hold floating-point embeddings (n, d) for n names, not "
-            f"{embeddings.dtype} {embeddings.shape} for {len(names)}"
+            f"{path} must hold floating-point embeddings (n, d) and names (n,), not "
+            f"{embeddings.dtype} {shapes[0]} and {shapes[1]}"
         )
     if not np.isfinite(embeddings).all():
         raise UserError(f"{path} holds embeddings that are not finite")
-    return EmbeddingTable(path, np.asarray(names), embeddings, metadata)
+    return EmbeddingTable(path, names, embeddings, metadata)
 
 
 def write_npz(
@@ -133,10 +135,15 @@ def fingerprint(rows: np.ndarray) -> str:
 
 
 def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["name", "embedding"])
     column = table.column("embedding").combine_chunks()
+    if any(one.null_count for one in table.columns):
+        raise ValueError("it has empty entries")
+    if len(pc.unique(pc.list_value_length(column))) != 1:
+        raise ValueError("its embeddings are not of one length")
     values = column.flatten().to_numpy(zero_copy_only=False)
     text = (table.schema.metadata or {}).get(METADATA, b"").decode()
     return table.column("name").to_numpy(), values.reshape(len(column), -1), text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -57,7 +58,7 @@ class ListSource:
                     f"{self.path} line {number}: expected a path and a label, found {line[:60]!r}"
                 )
             self._files.append(found[0].replace("\\", slash))
-            labels.append(found[1])
+            labels.append(unicodedata.normalize("NFC", found[1]))  # "é" is one letter or two
         values, names = self._values(labels, [number for number, _ in lines])
         self.labels = check_labels(values, self.path)
         self.num_classes = int(self.labels.max()) + 1

@@ -68,7 +68,7 @@ def locate(train: str = "auto") -> TrainingData:
             "list file or one folder a person"
         )
     places = dict.fromkeys((folder if folder.is_dir() else folder.parent, found))
-    bins = [path for place in places if place.is_dir() for path in sorted(place.glob("*.bin"))]
+    bins = [path for place in places if place.is_dir() for path in sorted(place.glob("[!.]*.bin"))]
     pairs = sorted(bins, key=lambda path: (path.name != "lfw.bin", bins.index(path)))
     sets = ", ".join(path.name for path in pairs) or "no verification set"
     about = _about(found)
@@ -110,7 +110,7 @@ def _training_set(folder: Path) -> Path | None:
 
 
 def _is_packed(folder: Path) -> bool:
-    return any(path.suffix in (".rec", ".tar") for path in folder.iterdir())
+    return any(path.suffix in (".rec", ".tar") for path in folder.glob("[!.]*"))
 
 
 def _has_images(folder: Path) -> bool:

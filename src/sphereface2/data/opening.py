@@ -33,7 +33,8 @@ def open_source(path: str | Path) -> Source:
     if path.is_dir():
         if (path / "train.rec").exists():
             return RecordIOSource(path)
-        entries = sorted(path.iterdir())
+        # Not hidden ones: macOS writes ._train.rec beside train.rec on disks of other systems.
+        entries = sorted(path.glob("[!.]*"))
         if any(entry.suffix == ".tar" for entry in entries):
             return WebDatasetSource(path)
         records = [entry for entry in entries if entry.suffix == ".rec"]

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from sphereface2.data.pairs import ImageFiles, PairSet, consecutive_folds
+from sphereface2.data.pairs import FOLDS, ImageFiles, PairSet, consecutive_folds
 from sphereface2.errors import UserError
 from sphereface2.files import read_lines
 from sphereface2.images import SUFFIXES
@@ -46,7 +46,7 @@ def read(path: Path, root: Path) -> PairSet:
     first = rows[0][1]
     if _is_count(first) or 2 * sum(_is_lfw(fields) for _, fields in rows) > len(rows):
         return _read_lfw(path, rows, root)
-    if len(first) == 2 and PurePath(first[0]).suffix.lower() in SUFFIXES and first[1].isdecimal():
+    if len(first) == 2 and PurePath(first[0]).suffix.lower() in SUFFIXES and _is_number(first[1]):
         return _read_two_lines(path, rows, root)
     return _read_pairs(path, rows, root)
 
@@ -89,6 +89,11 @@ def _fields(line: str) -> list[str]:
     while fields and not fields[-1]:  # LFW's CSV ends its shorter lines with a comma
         fields.pop()
     return fields
+
+
+def _is_number(field: str) -> bool:
+    """Whether a field is the number of an image, of pairs or of a fold."""
+    return field.isdecimal() and len(field) < 10
 
 
 def _is_header(fields: list[str]) -> bool:
@@ -149,12 +154,12 @@ def _existing(path: Path, known: dict[Path, dict[str, Path]]) -> Path:
 
 def _is_count(fields: list[str]) -> bool:
     """pairs.txt opens with "folds pairs", or "pairs" in View 1."""
-    return len(fields) <= 2 and all(field.isdecimal() for field in fields)
+    return len(fields) <= 2 and all(map(_is_number, fields))
 
 
 def _is_lfw(fields: list[str]) -> bool:
     numbers = fields[1:] if len(fields) == 3 else fields[1::2]
-    return len(fields) in (3, 4) and all(number.isdecimal() for number in numbers)
+    return len(fields) in (3, 4) and all(map(_is_number, numbers))
 
 
 def _parse_lfw(
@@ -237,8 +242,13 @@ def _read_two_lines(path: Path, rows: list[_Row], root: Path) -> PairSet:
     pairs, marks = [], []
     for (number, one), (_, other) in zip(rows[::2], rows[1::2], strict=True):
         fields = [*one, *other]
-        if len(fields) != 4 or not fields[1].isdecimal() or fields[1] != fields[3]:
+        if len(fields) != 4 or not _is_number(fields[1]) or fields[1] != fields[3]:
             raise UserError(f"{path} line {number}: expected two lines 'image label', labels equal")
+        if int(fields[1]) > FOLDS:
+            raise UserError(
+                f"{path} line {number}: the label of a pair is 0, 1 or its fold up to {FOLDS}, not "
+                f"{fields[1]}; a list of images and people is no verification set"
+            )
         marks.append(int(fields[1]))
         pairs.append((root / fields[0], root / fields[2]))
     label = np.array(marks)

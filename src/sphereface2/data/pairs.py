@@ -13,6 +13,8 @@ from sphereface2.errors import UserError
 from sphereface2.files import digest
 
 Image = bytes | np.ndarray
+#: Of a verification set, LFW's number.
+FOLDS = 10
 
 
 def content(image: Image) -> bytes:
@@ -78,7 +80,7 @@ class PairSet:
         return f"{self.name}: image {where[0, 1]} of pair {where[0, 0]}" if len(where) else "image"
 
 
-def consecutive_folds(pairs: int, folds: int = 10) -> np.ndarray:
+def consecutive_folds(pairs: int, folds: int = FOLDS) -> np.ndarray:
     """The fold of each pair when nothing says otherwise: int64 (pairs,).
 
     Consecutive blocks as even as can be, the first ``pairs % folds`` one longer: the convention of

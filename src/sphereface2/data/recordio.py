@@ -215,8 +215,8 @@ class _Records:
             UserError: there are not as many as the header promises.
         """
         images = ~self.bare
-        # From 2^24 on the header's float32 cannot say N.
-        if self._header is None or self._header >= _MAX_EXACT_FLOAT:
+        # From 2^24 on the header's float32 cannot say N; NaN says nothing.
+        if self._header is None or not self._header < _MAX_EXACT_FLOAT:
             return images
         promised = int(self._header) - 1
         by_key = (self._keys >= 1) & (self._keys <= promised)

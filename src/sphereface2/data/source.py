@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.files import read_text
+from sphereface2.files import printable, read_text, visible
 
 #: Labels and numbers of people end here: tables by person stay affordable.
 MAX_PEOPLE = 1 << 26
@@ -59,12 +60,27 @@ def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.
 
 
 def read_names(folder: Path, num_classes: int) -> list[str] | None:
-    """The people's names from ``names.txt``, one a line, if it lies in ``folder`` and fits."""
+    """The people's names from ``names.txt`` in ``folder``, one a line; None if it is not there.
+
+    One with too few lines is not used, with a warning; lines past the last label are left out.
+    """
     path = folder / "names.txt"
     if not path.is_file():
         return None
     names = read_text(path).splitlines()
-    return names if len(names) == num_classes else None
+    if len(names) < num_classes:
+        warnings.warn(
+            f"{path} is not used: it names {len(names):,} of {num_classes:,} people", stacklevel=4
+        )
+        return None
+    return names[:num_classes]
+
+
+def write_names(folder: Path, names: Sequence[str] | None) -> None:
+    """Write what `read_names` reads, if there are names."""
+    if names is not None:
+        lines = "".join(f"{visible(printable(name))}\n" for name in names)
+        (folder / "names.txt").write_text(lines, encoding="utf-8")
 
 
 class OpenFile:

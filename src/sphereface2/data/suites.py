@@ -135,7 +135,7 @@ def _missing(name: str, root: Path, forms: list[list[Path]]) -> str:
 
 def _open_images(path: Path) -> Source:
     """The images at ``path``, whomever they show: a folder of any depth, or a packed set."""
-    packed = path.is_file() or any(path.glob("*.rec")) or any(path.glob("*.tar"))
+    packed = path.is_file() or any(path.glob("[!.]*.rec")) or any(path.glob("[!.]*.tar"))
     return open_source(path) if packed else ImageSource(path)
 
 

@@ -403,6 +403,8 @@ def _read(path: Path) -> Calibration:
         ]
         if not thresholds:
             raise ValueError("it has no threshold")
+        if not all(0 < one.far < 1 and math.isfinite(one.threshold) for one in thresholds):
+            raise ValueError("it has a threshold or a FAR that is none")
         data = [
             {_OLD_KEYS.get(key, key): value for key, value in one.items()}
             for one in content["data"]

@@ -105,8 +105,8 @@ def _count(
     """Searches that succeed against each of ``rivals`` (S, people), and all searches (people,)."""
     hits = np.zeros((len(rivals), int(people.max(initial=-1)) + 1), np.int64)
     trials = np.zeros(hits.shape[1], np.int64)
-    for person in range(hits.shape[1]):
-        own = np.flatnonzero(people == person)
+    order = np.argsort(people, kind="stable")
+    for person, own in enumerate(np.split(order, np.cumsum(np.bincount(people))[:-1])):
         scores = probes[own] @ probes[own].T
         others = ~np.eye(len(own), dtype=bool)
         trials[person] = others.sum()

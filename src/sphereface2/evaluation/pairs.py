@@ -110,6 +110,11 @@ def _doubts(scores: np.ndarray, pair_set: PairSet, judged: CalibrationQuality | 
             f"{len(one_kind)} of {len(np.unique(pair_set.folds))} folds hold pairs of one kind "
             f"only, the first is fold {one_kind[0]}: the accuracy depends on how the set is ordered"
         )
+    sides = np.sort(pair_set.pairs, axis=1)
+    if alone := int(np.count_nonzero(sides[:, 0] == sides[:, 1])):
+        notes.append(f"pairs that compare an image with itself: {alone:,}")
+    if again := len(sides) - len(np.unique(sides, axis=0)):
+        notes.append(f"pairs that the set holds already and that count again: {again:,}")
     if judged is not None and judged.fitted_here:
         notes.append(
             "the calibration was fitted on these pairs, so its figures here are too optimistic"
@@ -157,7 +162,7 @@ def sample_pairs(
     labels = np.asarray(labels)
     count = len(labels)
     order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    starts = np.unique(labels[order], return_index=True)[1]
     of_person = [
         group[np.stack(np.triu_indices(len(group), 1), 1)]
         for group in np.split(order, starts[1:])

@@ -91,7 +91,8 @@ def find_thresholds(
         seed: of the resampling.
 
     Raises:
-        UserError: so many impostor pairs share the greatest similarity that no score has the FAR.
+        UserError: so many impostor pairs share the greatest similarity that no score has the FAR,
+            or no resample has impostor pairs.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -117,7 +118,8 @@ def find_thresholds(
     found = {}
     for k, point in enumerate(points):
         ci, far_ci = interval(limit_replicates[:, k]), interval(far_replicates[:, k])
-        assert ci is not None and far_ci is not None  # every replicate is finite
+        if ci is None or far_ci is None:
+            raise UserError("the set is too small for intervals: no resample has impostor pairs")
         impostors = int(np.count_nonzero(~same))
         tar = float(point.value or 0)
         found[point.at] = Threshold(point.at, float(limits[k]), ci, far_ci, tar, impostors)
@@ -135,38 +137,49 @@ def _resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """In each resample, the threshold for each FAR and the FAR at each of ``limits``: (R, F) each.
 
-    Only the highest impostor scores can become a threshold, so the others are counted, not sorted.
+    Only high impostor scores can become a threshold, so the others are counted, not sorted: first
+    many more than a resample mostly accepts, then, for resamples that left out the people of those,
+    more and more. A resample without impostor pairs gives NaN.
     """
     from scipy.sparse import coo_matrix
 
     impostors = scores[~same]
     count = units = len(impostors)
     order = np.argsort(-impostors, kind="stable")
-    # Far more than a resample accepts at the largest FAR; the whole where the set is small.
-    tail = order[: 4 * allowed_accepts(float(fars.max()), count) + 1000]
     who = together = None
     if people is not None:
         who = np.unique(people[~same], return_inverse=True)[1].reshape(-1, 2)
         units = int(who.max()) + 1
         together = coo_matrix((np.ones(count), (who[:, 0], who[:, 1])), (units, units)).tocsr()
-    top = impostors[tail]
-    last = np.flatnonzero(np.append(top[1:] != top[:-1], True))
-    # The next score above each impostor score, which is the threshold that rejects it.
     ordered = np.sort(scores)
-    following = np.searchsorted(ordered, np.append(top[last], top[-1]), side="right")
-    above = ordered[np.minimum(following, len(ordered) - 1)]
-    within = (top[:, None] >= limits).sum(axis=0)
-    found_limits, found_fars = [], []
-    for counts in draws(units, replicates, seed, numbers=len(tail)):
-        if who is None or together is None:
-            weights, total = counts[:, tail], counts.sum(axis=1)
-        else:
-            weights = pair_weights(counts, np.zeros(len(tail), bool), who[tail])
-            total = (counts * (counts @ together)).sum(axis=1)
-        accepted = np.cumsum(np.pad(weights, ((0, 0), (1, 0))), axis=1)
-        rates = accepted / np.maximum(total, 1)[:, None]
-        # Column 0 accepts nothing, the others all scores down to the end of a run of equal ones.
-        runs = rates[:, np.append(0, last + 1)]
-        found_limits.append(np.stack([above[(runs <= far).sum(axis=1) - 1] for far in fars], 1))
-        found_fars.append(rates[:, within])
-    return np.concatenate(found_limits), np.concatenate(found_fars)
+    found = np.full((2, replicates, len(fars)), np.nan)
+    unsettled = np.ones(replicates, bool)
+    length = 4 * allowed_accepts(float(fars.max()), count) + 1000
+    while unsettled.any():
+        tail = order[:length]
+        top = impostors[tail]
+        last = np.flatnonzero(np.append(top[1:] != top[:-1], True))
+        # The next score above each impostor score, which is the threshold that rejects it.
+        following = np.searchsorted(ordered, np.append(top[last], top[-1]), side="right")
+        above = ordered[np.minimum(following, len(ordered) - 1)]
+        within = (top[:, None] >= limits).sum(axis=0)
+        start = 0
+        for counts in draws(units, replicates, seed, numbers=len(tail)):
+            rows = start + np.flatnonzero(unsettled[start : start + len(counts)])
+            counts, start = counts[rows - start], start + len(counts)
+            if who is None or together is None:
+                weights, total = counts[:, tail], counts.sum(axis=1)
+            else:
+                weights = pair_weights(counts, np.zeros(len(tail), bool), who[tail])
+                total = (counts * (counts @ together)).sum(axis=1)
+            rows, weights, total = rows[total > 0], weights[total > 0], total[total > 0]
+            rates = np.cumsum(np.pad(weights, ((0, 0), (1, 0))), axis=1) / total[:, None]
+            # Column 0 accepts nothing, the others all scores down to the end of a run of equals.
+            runs = rates[:, np.append(0, last + 1)]
+            found[0, rows] = np.stack([above[(runs <= far).sum(axis=1) - 1] for far in fars], 1)
+            found[1, rows] = rates[:, within]
+            unsettled[rows] = rates[:, -1] <= fars.max()
+        # Without impostor pairs a resample stays NaN.
+        unsettled &= np.isfinite(found[0, :, 0]) & (length < count)
+        length *= 8
+    return found[0], found[1]

@@ -17,7 +17,7 @@ from sphereface2.data.convert import Conversion, write_source
 from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource
-from sphereface2.data.source import Source
+from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder, printable
 from sphereface2.recognition.audit.findings import Finding
@@ -137,9 +137,7 @@ def write_set(chosen: Chosen, target: Path) -> Conversion:
         lines.append(f"{path}\t{chosen.labels[i]}\n")
     with atomic_folder(target) as folder:
         (folder / "train.txt").write_text("".join(lines), encoding="utf-8")
-        if chosen.class_names is not None:
-            names = "".join(f"{printable(name)}\n" for name in chosen.class_names)
-            (folder / "names.txt").write_text(names, encoding="utf-8")
+        write_names(folder, chosen.class_names)
     return Conversion(target, len(lines), chosen.num_classes)
 
 

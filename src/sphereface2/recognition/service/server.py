@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -118,6 +119,16 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_seconds = drain_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; what was loaded until then is left to no collection of garbage.
+
+        It lasts as long as the process, and looking it through again and again took an eighth of
+        the event loop's time, in pauses that all requests in work waited for.
+        """
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first SIGTERM begins to drain; any other signal is uvicorn's to handle."""

@@ -6,30 +6,35 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 
-import numpy as np
-
-from sphereface2.data.pairs import Image, content
+from sphereface2.data.pairs import Image, PairSet, content
+from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import digest
 
 
+def images_of(
+    one: PairSet | Source,
+) -> tuple[Callable[[int], Image], Sequence[int]]:
+    """What gives image ``i`` of a set, encoded or decoded, and the indices of all."""
+    if isinstance(one, PairSet):
+        return one.images.__getitem__, range(len(one.images))
+    return one.read, range(len(one))
+
+
 def image_digests(
-    read: Callable[[int], Image],
-    indices: Sequence[int] | np.ndarray,
-    *,
-    progress: Callable[[float], None] | None = None,
+    one: PairSet | Source, *, progress: Callable[[float], None] | None = None
 ) -> list[str]:
     """sha256 of each image's bytes, encoded or decoded; "" of one that cannot be read.
 
     Args:
-        read: gives image ``i``.
-        indices: of the images.
+        one: the set.
         progress: called after each image.
     """
+    read, indices = images_of(one)
     found = []
     for index in indices:
         try:
-            found.append(digest(content(read(int(index)))))
+            found.append(digest(content(read(index))))
         except (OSError, UserError):
             found.append("")
         if progress is not None:

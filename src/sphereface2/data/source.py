@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,6 +46,41 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """sha256 over what identifies the set (names, labels, sizes), cheap to compute."""
         ...
+
+
+@dataclass
+class Subset:
+    """Images of a source, perhaps under other labels; a `Source`.
+
+    Attributes:
+        source: that the images are of.
+        index: int64 (n,), which.
+        labels: int64 (n,), of these images.
+        class_names: names of the labels.
+    """
+
+    source: Source
+    index: np.ndarray
+    labels: np.ndarray
+    class_names: list[str] | None
+
+    def __post_init__(self) -> None:
+        self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image."""
+        return self.source.read(int(self.index[index]))
+
+    def name(self, index: int) -> str:
+        """The name of an image."""
+        return self.source.name(int(self.index[index]))
+
+    def fingerprint(self) -> str:
+        """Of the whole source."""
+        return self.source.fingerprint()
 
 
 def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:

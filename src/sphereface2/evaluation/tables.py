@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.table import Table
 
@@ -10,7 +10,7 @@ from sphereface2.console import percent, table
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.bootstrap import LEVEL, Interval
 from sphereface2.evaluation.distractors import DistractorResult
-from sphereface2.evaluation.one_threshold import OneThresholdResult
+from sphereface2.evaluation.one_threshold import AtThreshold, OneThresholdResult
 from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.evaluation.results import PairsVerified, Result, far_key
 from sphereface2.evaluation.templates import TemplatesResult
@@ -115,23 +115,29 @@ def _distractors(result: DistractorResult) -> Iterator[Table | str]:
         yield f"{result.unreadable:,} unreadable images left out"
 
 
-def _one_threshold(result: OneThresholdResult) -> Iterator[Table | str]:
-    title = f"{result.name}: one threshold for {result.people:,} people"
-    header = f"{LEVEL:.0%} interval" if result.intervals else ""
+def at_thresholds(title: str, groups: Mapping[str, Sequence[AtThreshold]]) -> Table:
+    """What fixed thresholds do on a set or groups of it; log10 of the FAR over that asked for."""
+    header = f"{LEVEL:.0%} interval"
     columns = ["threshold", "FAR", header, "TAR", "log10"]
-    place = table(title, ["group", *columns] if result.groups else columns)
-    for name, found in {"all": result.thresholds, **result.groups}.items():
+    grouped = len(groups) > 1
+    place = table(title, ["group", *columns] if grouped else [*columns, header], dim=[2 + grouped])
+    for name, found in groups.items():
         place.add_section()
         for one in found:
-            asked, transfer = one.asked, one.transfer
-            cells = [
-                f"{one.threshold:.3f}" + (f" for {far_key(asked)}" if asked is not None else ""),
-                _short(one.far.value),
-                interval(one.far.ci, _short),
-                percent(one.tar.value),
-                "" if transfer is None else f"{transfer.value:+.2f}",
-            ]
-            place.add_row(*([name, *cells] if result.groups else cells))
+            asked = "" if one.asked is None else f" for {far_key(one.asked)}"
+            log10 = decades = ""
+            if (transfer := one.transfer) is not None:
+                log10 = f"{transfer.value:+.2f}"
+                decades = interval(transfer.ci, "{:+.2f}".format)
+            rates = [_short(one.far.value), interval(one.far.ci, _short), percent(one.tar.value)]
+            cells = [f"{one.threshold:.3f}{asked}", *rates, log10]
+            place.add_row(*([name, *cells] if grouped else [*cells, decades]))
+    return place
+
+
+def _one_threshold(result: OneThresholdResult) -> Iterator[Table | str]:
+    title = f"{result.name}: one threshold for {result.people:,} people"
+    place = at_thresholds(title, {"all": result.thresholds, **result.groups})
     if result.thresholds:
         yield place
         yield "log10 is that of the FAR reached over the FAR asked for; 0 carries over"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from sphereface2 import console
 from sphereface2.align.unaligned import check_readable, image_reader, warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
-from sphereface2.data.overlap import comparable, comparable_names, image_digests
-from sphereface2.data.pairs import Image, PairSet
-from sphereface2.data.source import Source
+from sphereface2.data.overlap import comparable, comparable_names, image_digests, images_of
+from sphereface2.data.pairs import PairSet
+from sphereface2.data.source import Source, Subset
 from sphereface2.data.split import split_people
 from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
+from sphereface2.evaluation import tables
 from sphereface2.evaluation.bootstrap import LEVEL
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
 from sphereface2.evaluation.one_threshold import CheckedSet, all_pairs_at, boundary
@@ -87,13 +88,8 @@ class _Scored:
     data: CalibrationSet
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    """A labelled set, the images of it to use, and its name."""
-
-    source: Source
-    chosen: np.ndarray
-    name: str
+Named = tuple[str, PairSet | Source]
+"""A set and what to call it."""
 
 
 def calibrate(
@@ -142,7 +138,7 @@ def calibrate(
             raise UserError(f"{option} {twice[0]} is given twice: each set counts once")
     rng, folder = np.random.default_rng(seed), bundle.resolve(checkpoint).resolve()
     check_folder(file_of(folder).parent)
-    sets: list[PairSet | _Labelled] = [*open_pair_sets(pairs, images, names)]
+    sets: list[Named] = [(one.name, one) for one in open_pair_sets(pairs, images, names)]
     with (
         Embedder.load(
             checkpoint, device=device, batch_size=batch_size, read=image_reader(align)
@@ -151,19 +147,20 @@ def calibrate(
     ):
         sets += [_choose(path, embedder.metadata) for path in all_pairs]
         others = [_choose(path, embedder.metadata) for path in check]
-        for one in (*sets, *others):
-            check_readable(one.name, *_images(one))
-        check_fars(fars, sum(map(_impostors, sets)))  # before minutes of embedding
+        for name, one in (*sets, *others):
+            check_readable(name, *images_of(one))
+        check_fars(fars, sum(_impostors(one) for _, one in sets))  # before minutes of embedding
         others = _apart(sets, others, bars)
-        given: Images = "aligned" if align else _how_given(sets)
+        given: Images = "aligned"
         if not align:
-            _how_given(others)
+            looks = [warn_if_unaligned(name, *images_of(one)) for name, one in (*sets, *others)]
+            given = "photographs" if any(looks[: len(sets)]) else "crops"
         scored = [_score(embedder, one, rng, bars) for one in sets]
         scores, same, people = _join(scored)
         options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
         options |= {"data": [one.data for one in scored], "images": given}
         calibration = Calibration.fit(scores, same, fingerprint=embedder.fingerprint, **options)
-        judged = tuple(_check_on(calibration, embedder, one, seed, bars) for one in others)
+        judged = tuple(_check_on(calibration, embedder, *one, bars) for one in others)
         calibration, metadata = replace(calibration, checked=judged), embedder.metadata
     bias, replaced = shared_bias(metadata, scores, same), file_of(folder).exists()
     file = str(calibration.save(folder))
@@ -192,12 +189,12 @@ def shared_bias(
     return SharedBias(found.bias, found.r, found.t, found.g, similarity, far, tar)
 
 
-def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
+def _choose(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Source]:
     """Open a labelled set; of the network's own training set only the people held out of it."""
     source, name = open_source(path), path.resolve().stem
     trained_on = metadata.get("data")
     if not isinstance(trained_on, dict) or trained_on.get("fingerprint") != source.fingerprint():
-        return _Labelled(source, np.arange(len(source)), name)
+        return name, source
     people, seed = trained_on.get("validation_people", 0), trained_on.get("split_seed", 0)
     most = trained_on.get("held_out_max_images")
     for key, value, least in (
@@ -211,13 +208,17 @@ def _choose(path: Path, metadata: Mapping[str, Any]) -> _Labelled:
             f"the network was trained on all people of {path}: calibrate it on other people"
         )
     held_out = split_people(source, people, seed, max_images=most).validation
-    count = len(np.unique(np.asarray(source.labels)[held_out]))
-    return _Labelled(source, held_out, f"{name}, {count} people held out of training")
+    kept = _part(source, held_out)
+    return f"{name}, {len(np.unique(kept.labels))} people held out of training", kept
+
+
+def _part(source: Source, index: np.ndarray) -> Source:
+    return Subset(source, index, np.asarray(source.labels)[index], source.class_names)
 
 
 def _apart(
-    sets: Sequence[PairSet | _Labelled], others: Sequence[_Labelled], bars: Progress
-) -> list[_Labelled]:
+    sets: Sequence[Named], others: Sequence[tuple[str, Source]], bars: Progress
+) -> list[tuple[str, Source]]:
     """The sets to check the thresholds on, without the images that they are found on.
 
     People who are in both are told of, and the set's name says so wherever it stands.
@@ -228,20 +229,23 @@ def _apart(
     if not others:
         return []
     found, names = set[str](), set[str]()
-    for one in sets:
-        found.update(_digests(one, bars))
-        names |= comparable_names(_names(one))
+    for name, one in sets:
+        found.update(_digests(name, one, bars))
+        of_people = one.class_names or []
+        if of_people and not isinstance(one, PairSet):  # of a part of a set, whose others are not
+            of_people = [of_people[label] for label in np.unique(one.labels)]
+        names |= comparable_names(of_people)
     apart = []
-    for other in others:
-        labels = other.source.labels[other.chosen]
-        images = np.isin(_digests(other, bars), list(found - {""}))
-        called = dict(enumerate(other.source.class_names or ()))
-        people = set(labels[images].tolist()) | {
+    for name, other in others:
+        labels = np.asarray(other.labels)
+        images = np.isin(_digests(name, other, bars), list(found - {""}))
+        called = dict(enumerate(other.class_names or ()))
+        both = set(labels[images].tolist()) | {
             label
             for label in np.unique(labels[~images]).tolist()
             if comparable(called.get(label, "")) in names
         }
-        left, name = labels[~images], other.name
+        left = labels[~images]
         if images.all():
             raise UserError(
                 f"--check {name} has no image but those that the thresholds are found on, where "
@@ -249,7 +253,7 @@ def _apart(
             )
         if copies := int(images.sum()):
             name += f", without {copies:,} image{'s' * (copies > 1)} of the calibration"
-        if known := len(people.intersection(left.tolist())):
+        if known := len(both.intersection(left.tolist())):
             name += f", {known:,} of its {len(np.unique(left)):,} people in the calibration"
         try:
             count_pairs(np.unique(left, return_inverse=True)[1])
@@ -259,87 +263,64 @@ def _apart(
             warnings.warn(f"--check {name}: it says little about other people", stacklevel=3)
         elif copies:
             warnings.warn(f"--check {name}", stacklevel=3)
-        apart.append(_Labelled(other.source, other.chosen[~images], name))
+        apart.append((name, _part(other, np.flatnonzero(~images))))
     return apart
 
 
-def _digests(one: PairSet | _Labelled, bars: Progress) -> list[str]:
-    read, indices = _images(one)
-    advance = console.advance(bars, f"{one.name}: compared", len(indices))
-    return image_digests(read, indices, progress=advance)
+def _digests(name: str, one: PairSet | Source, bars: Progress) -> list[str]:
+    advance = console.advance(bars, f"{name}: compared", len(images_of(one)[1]))
+    return image_digests(one, progress=advance)
 
 
-def _names(one: PairSet | _Labelled) -> list[str]:
-    """Names of the people in a set, where it has them."""
-    if isinstance(one, PairSet):
-        return list(one.class_names or ())
-    called = one.source.class_names
-    return [called[k] for k in np.unique(one.source.labels[one.chosen])] if called else []
-
-
-def _images(one: PairSet | _Labelled) -> tuple[Callable[[int], Image], Sequence[int] | np.ndarray]:
-    """What gives image ``i`` of a set, and the indices of those that are used."""
-    if isinstance(one, PairSet):
-        return one.images.__getitem__, range(len(one.images))
-    return one.source.read, one.chosen
-
-
-def _impostors(one: PairSet | _Labelled) -> int:
+def _impostors(one: PairSet | Source) -> int:
     """Number of impostor pairs of a set."""
     if isinstance(one, PairSet):
         return int(np.count_nonzero(~one.same))
-    counts = np.unique(one.source.labels[one.chosen], return_counts=True)[1].astype(np.int64)
+    counts = np.unique(one.labels, return_counts=True)[1].astype(np.int64)
     return min(int(counts.sum() ** 2 - (counts**2).sum()) // 2, MOST_PAIRS)
 
 
-def _how_given(sets: Sequence[PairSet | _Labelled]) -> Images:
-    """Whether the images are crops, or whole photographs, which is warned of."""
-    unaligned = [warn_if_unaligned(one.name, *_images(one)) for one in sets]
-    return "photographs" if any(unaligned) else "crops"
-
-
-def _score(
-    embedder: Embedder, one: PairSet | _Labelled, rng: np.random.Generator, bars: Progress
-) -> _Scored:
+def _score(embedder: Embedder, named: Named, rng: np.random.Generator, bars: Progress) -> _Scored:
+    name, one = named
     lost: list[int] | None = None
     if isinstance(one, PairSet):
-        advance = console.advance(bars, one.name, len(one.images))
+        advance = console.advance(bars, name, len(one.images))
         embeddings = embedder.embed_pairs(one, progress=advance)
-        fingerprint, pairs, same = one.fingerprint(), one.pairs, one.same
+        pairs, same = one.pairs, one.same
         people = None if one.people is None else one.people[pairs]
     else:
-        embeddings, labels, lost = _embed(embedder, one, bars)
-        fingerprint, (pairs, same) = one.source.fingerprint(), sample_pairs(labels, rng, MOST_PAIRS)
+        embeddings, labels, lost = _embed(embedder, name, one, bars)
+        pairs, same = sample_pairs(labels, rng, MOST_PAIRS)
         people = labels[pairs]
     count = None if lost is None else len(lost)
-    data = CalibrationSet.of(one.name, same, people, fingerprint, count)
+    data = CalibrationSet.of(name, same, people, one.fingerprint(), count)
     return _Scored(pair_scores(embeddings, pairs), same, people, data)
 
 
 def _embed(
-    embedder: Embedder, one: _Labelled, bars: Progress
+    embedder: Embedder, name: str, one: Source, bars: Progress
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Embeddings and labels of a labelled set, and the places of the images that are unreadable."""
     lost: list[int] = []
-    advance = console.advance(bars, one.name, len(one.chosen))
-    rows = embedder.embed_source(one.source, one.chosen, unreadable=lost, progress=advance)
-    return rows, np.delete(one.source.labels[one.chosen], lost), lost
+    advance = console.advance(bars, name, len(one))
+    rows = embedder.embed_source(one, unreadable=lost, progress=advance)
+    return rows, np.delete(one.labels, lost), lost
 
 
 def _check_on(
-    calibration: Calibration, embedder: Embedder, other: _Labelled, seed: int, bars: Progress
+    calibration: Calibration, embedder: Embedder, name: str, other: Source, bars: Progress
 ) -> CheckedSet:
-    rows, labels, lost = _embed(embedder, other, bars)
+    rows, labels, lost = _embed(embedder, name, other, bars)
     found = all_pairs_at(
         rows,
         labels,
         {far: one.threshold for far, one in calibration.thresholds.items()},
         replicates=calibration.intervals.replicates,
-        seed=seed,
-        progress=console.advance(bars, f"{other.name}: pairs", 1),
+        seed=calibration.intervals.seed,
+        progress=console.advance(bars, f"{name}: pairs", 1),
     )
-    fingerprint, people = other.source.fingerprint(), len(np.unique(labels))
-    return CheckedSet(other.name, fingerprint, len(labels), people, len(lost), tuple(found))
+    fingerprint, people = other.fingerprint(), len(np.unique(labels))
+    return CheckedSet(name, fingerprint, len(labels), people, len(lost), tuple(found))
 
 
 def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -396,22 +377,7 @@ def _show(report: CalibrationReport) -> None:
 def _checked_table(checked: CheckedSet) -> Table:
     whom = f"{checked.images:,} images of {checked.people:,} others"
     title = f"{checked.name}: all pairs of {whom}{_left_out(checked.unreadable)}"
-    place = console.table(
-        title, ["threshold for", "FAR here", "interval", "log10", "interval", "TAR"], dim=[2, 4]
-    )
-    for one in checked.thresholds:
-        transfer, far = one.transfer, one.far
-        assert one.asked is not None and far.ci is not None
-        assert transfer is not None and transfer.ci is not None
-        place.add_row(
-            f"FAR {far_key(one.asked)}",
-            f"{_percent(far.value)} %",
-            f"{_percent(far.ci[0])}–{_percent(far.ci[1])} %",
-            f"{transfer.value:+.2f}",
-            f"{transfer.ci[0]:+.2f} … {transfer.ci[1]:+.2f}",
-            f"{100 * one.tar.value:.1f} %",
-        )
-    return place
+    return tables.at_thresholds(title, {"": checked.thresholds})
 
 
 def _left_out(unreadable: int | None) -> str:

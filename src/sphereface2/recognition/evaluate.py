@@ -19,6 +19,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data.folder import check_outside
 from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.opening import open_source
+from sphereface2.data.overlap import images_of
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.suites import (
@@ -177,15 +178,11 @@ def _check_plots(plots: Path, sets: Sequence[tuple[Path, Set]]) -> None:
 def _look_at(sets: Sequence[tuple[Path, Set]], align: bool) -> None:
     """Refuse sets of images that cannot be read, and warn of photographs, before the work."""
     for path, one in sets:
-        if isinstance(one, PairSet):
-            images_of: Any = (one.name, one.images.__getitem__, range(len(one.images)))
-        elif isinstance(one, Source):
-            images_of = (str(path), one.read, range(len(one)))
-        else:
-            continue
-        check_readable(*images_of)
-        if not align:
-            warn_if_unaligned(*images_of)
+        if isinstance(one, PairSet | Source):
+            name = one.name if isinstance(one, PairSet) else str(path)
+            check_readable(name, *images_of(one))
+            if not align:
+                warn_if_unaligned(name, *images_of(one))
 
 
 def _read_groups(path: Path, source: Source) -> list[str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,13 @@ from sphereface2.data.convert import Conversion, write_source
 from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource
-from sphereface2.data.source import Source, write_names
+from sphereface2.data.source import Source, Subset, write_names
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder, printable
 from sphereface2.recognition.audit.findings import Finding
 
 
-@dataclass
-class Chosen:
-    """Images of a source under other labels; a `Source`.
-
-    Attributes:
-        source: that the images are of.
-        index: int64 (n,), which.
-        labels: int64 (n,), their new labels.
-        class_names: names of the new labels.
-    """
-
-    source: Source
-    index: np.ndarray
-    labels: np.ndarray
-    class_names: list[str] | None
-
-    def __post_init__(self) -> None:
-        self.num_classes = int(self.labels.max()) + 1
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, index: int) -> bytes:
-        """The bytes of an image."""
-        return self.source.read(int(self.index[index]))
-
-    def name(self, index: int) -> str:
-        """The name of an image."""
-        return self.source.name(int(self.index[index]))
-
-    def fingerprint(self) -> str:
-        """Of the whole source."""
-        return self.source.fingerprint()
-
-
-def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
+def cleaned(source: Source, findings: Sequence[Finding]) -> Subset:
     """A set with findings applied; labels are numbered anew, without those that became empty.
 
     Raises:
@@ -92,7 +56,7 @@ def cleaned(source: Source, findings: Sequence[Finding]) -> Chosen:
         raise UserError("the findings remove every image; edit the actions in findings.csv")
     people, anew = np.unique(labels[index], return_inverse=True)
     names = source.class_names
-    return Chosen(
+    return Subset(
         source, index, anew.astype(np.int64), [names[i] for i in people] if names else None
     )
 
@@ -105,7 +69,7 @@ def firsts(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.unique(found, return_index=True)[1][found]
 
 
-def write_set(chosen: Chosen, target: Path) -> Conversion:
+def write_set(chosen: Subset, target: Path) -> Conversion:
     """Write the set to a new folder that ``fit`` takes.
 
     Of a set of files it is a list, ``train.txt``, of the files where they lie; a packed set is

@@ -17,7 +17,7 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.align import Aligner
 from sphereface2.data.convert import Conversion, Encoding, check_target, is_unsafe, write_source
-from sphereface2.data.source import Source
+from sphereface2.data.source import Source, Subset
 from sphereface2.errors import UserError, check_number
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster as cluster_rows
@@ -25,7 +25,7 @@ from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import unit, weighted_sums
 from sphereface2.files import atomic_write, digest, printable, read_lines, read_text, writing
 from sphereface2.images import encode_image
-from sphereface2.recognition.audit.clean import Chosen, show
+from sphereface2.recognition.audit.clean import show
 from sphereface2.recognition.audit.faces import Faces, examined
 from sphereface2.recognition.audit.report import QUALITY, grid
 from sphereface2.recognition.feature_parts import open_images
@@ -251,7 +251,7 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     return lines
 
 
-class _Crops(Chosen):
+class _Crops(Subset):
     """The main faces of a set's photographs, cropped and encoded as they are read."""
 
     @cached_property
@@ -264,7 +264,7 @@ class _Crops(Chosen):
         return Encoding("jpg", 95)(self.aligner.align(super().read(index))[0])
 
 
-def _write(people: Chosen, target: Path, to: str, align: bool) -> Conversion:
+def _write(people: Subset, target: Path, to: str, align: bool) -> Conversion:
     if align:
         people = _Crops(people.source, people.index, people.labels, people.class_names)
     return write_source(people, target, to)
@@ -286,7 +286,7 @@ def _on_a_line(name: str) -> str:
     return " ".join(printable(name).split())
 
 
-def read_people(path: Path, source: Source) -> Chosen:
+def read_people(path: Path, source: Source) -> Subset:
     """The images of a set under the people that a text gives them to, sorted by name.
 
     Raises:
@@ -314,4 +314,4 @@ def read_people(path: Path, source: Source) -> Chosen:
     if not kept:
         raise UserError(f"{path} gives no image to a person")
     names, labels = np.unique([person_of[one] for one in kept], return_inverse=True)
-    return Chosen(source, np.array(kept), labels.astype(np.int64), names.tolist())
+    return Subset(source, np.array(kept), labels.astype(np.int64), names.tolist())

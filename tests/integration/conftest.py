@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the service inside the tests' own process."""
+"""Fixtures of the tests of galleries, and of the service inside the tests' own process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from galleries import ENGINES
 from serving import BASE, make_model
 
+from postgres import Postgres
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.service.app import create_app
@@ -44,3 +46,12 @@ def client(embedder: FaceEmbedder, folder: Path) -> Iterator[TestClient]:
     )
     with TestClient(app, base_url=BASE, raise_server_exceptions=True) as client:
         yield client
+
+
+@pytest.fixture(params=ENGINES)
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new gallery may be, on each engine."""
+    if request.param == "sqlite":
+        return str(tmp_path / "g.db")
+    server: Postgres = request.getfixturevalue("server")
+    return server.database()

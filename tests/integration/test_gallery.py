@@ -1,16 +1,13 @@
-"""The gallery on both engines: exact, whole or not at all, safe with any name."""
+"""The gallery on both engines: whole or not at all, safe with any name."""
 
 from __future__ import annotations
 
-import hashlib
-import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
+from galleries import DIM, ENGINES, agrees, brute_force, filled, opened, unit, vectors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -19,91 +16,11 @@ from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import (
     Enrolment,
     Gallery,
-    GalleryUnavailableError,
-    Match,
-    NoGalleryError,
     Person,
     PersonExistsError,
     UnknownPersonError,
-    decide,
-    types,
 )
 from sphereface2.recognition.gallery import rows as module
-from sphereface2.recognition.gallery.engines import Resident, exact
-from sphereface2.recognition.gallery.ivf import Ivf, View
-
-MODEL, DIM = "a" * 64, 16
-ENGINES = ("sqlite", "postgresql")
-
-
-@pytest.fixture(params=ENGINES)
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a new gallery may be, on each engine."""
-    if request.param == "sqlite":
-        return str(tmp_path / "g.db")
-    server: Postgres = request.getfixturevalue("server")
-    return server.database()
-
-
-def opened(address: str | Path, **options) -> Gallery:
-    return Gallery.open(address, **{"fingerprint": MODEL, "dim": DIM, **options})
-
-
-def vectors(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, DIM)).astype(np.float32)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-def brute_force(people: dict[str, np.ndarray], probes: np.ndarray, fusion: str, k: int) -> list:
-    """The k best names for each probe and their scores, one person after the other."""
-    answers = []
-    for probe in unit(probes.astype(np.float64)):
-        scores = {
-            name: float(
-                (unit(rows.astype(np.float64)) @ probe).max()
-                if fusion == "max"
-                else unit(unit(rows.astype(np.float64)).sum(0)) @ probe
-            )
-            for name, rows in people.items()
-        }
-        answers.append(sorted(scores.items(), key=lambda item: -item[1])[:k])
-    return answers
-
-
-def agrees(found: list[list[Match]], wanted: list) -> None:
-    assert [[m.person for m in ms] for ms in found] == [[n for n, _ in ns] for ns in wanted]
-    np.testing.assert_allclose(
-        [m.score for ms in found for m in ms], [s for ns in wanted for _, s in ns], atol=1e-5
-    )
-
-
-def filled(gallery: Gallery, seed: int = 0, count: int = 120) -> dict[str, np.ndarray]:
-    """Enrol people of one to five images; their embeddings."""
-    counts = np.random.default_rng(seed).integers(1, 6, count)
-    people = {f"p{i}": vectors(1000 * seed + i, int(n)) for i, n in enumerate(counts)}
-    stored = list(gallery.add_many(Enrolment(n, rows) for n, rows in people.items()))
-    assert sorted(p.name for some in stored for p in some) == sorted(people)
-    return people
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_search_equals_brute_force(address: str, exact: bool) -> None:
-    probes = vectors(99_000, 12)
-    with opened(address) as gallery:
-        people = filled(gallery)
-    with opened(address) as gallery:
-        for fusion in ("max", "mean"):
-            found = gallery.search(probes, k=7, fusion=fusion, exact=exact)
-            agrees(found, brute_force(people, probes, fusion, 7))
-            agrees(
-                gallery.search(probes, k=1, fusion=fusion), brute_force(people, probes, fusion, 1)
-            )
-            scores = dict(brute_force(people, probes[:1], fusion, 120)[0])
-            (score,) = gallery.verify("p7", probes[:1], fusion=fusion)
-            assert score == pytest.approx(scores["p7"], abs=1e-5)
 
 
 def test_a_partitioned_table_gives_equal_answers(server: Postgres) -> None:
@@ -149,17 +66,6 @@ def test_a_partitioned_table_gives_equal_answers(server: Postgres) -> None:
             dim=8,
         )
         assert gallery.search(new["p7"][0], k=1)[0][0].person == "p7"
-
-
-def test_k_people_are_found_though_one_has_the_nearest_hundreds(address: str) -> None:
-    probe = vectors(0)
-    with opened(address) as gallery:
-        gallery.add("many", unit(probe) + 0.01 * vectors(1, 600))
-        for i in range(3):
-            gallery.add(f"other {i}", vectors(10 + i))
-        found = gallery.search(probe, k=3)[0]
-        assert found[0].person == "many" and len({m.person for m in found}) == 3
-        assert len(gallery.search(probe, k=9)[0]) == 4  # as many as there are
 
 
 def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
@@ -227,27 +133,6 @@ def test_one_image_of_a_person_goes(address: str) -> None:
         assert gallery.stats()["images"] == 1
 
 
-def test_images_that_cancel_out_have_a_template(address: str) -> None:
-    row = vectors(3)
-    with opened(address) as gallery:
-        gallery.add("x", np.stack([row, -row]))
-        assert gallery.search(row, fusion="mean")[0][0].score == pytest.approx(1, abs=1e-6)
-
-
-def test_half_the_space_costs_little(address: str) -> None:
-    probes = vectors(99_000, 5)
-    with opened(address, storage="float16") as gallery:
-        people = filled(gallery)
-        for exact in (True, False):
-            found = gallery.search(probes, k=1, exact=exact)
-            for (match,), ((name, score),) in zip(
-                found, brute_force(people, probes, "max", 1), strict=True
-            ):
-                assert match.person == name and match.score == pytest.approx(score, abs=2e-3)
-    with pytest.raises(UserError, match="storage float16, not float32"):
-        opened(address, storage="float32")
-
-
 def test_a_change_cut_short_leaves_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(address) as gallery:
         gallery.add("old", vectors(1, 2))
@@ -297,191 +182,6 @@ def test_every_process_sees_a_change_at_once(address: str) -> None:
                 )
 
 
-def test_a_matrix_is_brought_up_to_date_and_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sphereface2.recognition.gallery.ivf._GONE", 16)
-    probes = vectors(50_000, 6)
-    with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
-        people = filled(gallery)
-        agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
-        read: list[str] = []
-        monkeypatch.setattr(
-            Resident,
-            "_load",
-            lambda *_: pytest.fail("everything was read again"),
-        )
-        append = Resident._append
-        monkeypatch.setattr(
-            Resident,
-            "_append",
-            lambda self, c, query, values: (read.append(query), append(self, c, query, values)),
-        )
-        other.set_metadata("p0", {"a": 1})
-        assert gallery.search(probes, k=1) and read == []  # images did not change
-        for i in range(60):  # so that the matrix is written anew several times
-            other.add(f"p{i % 40}", vectors(800 + i, 2), replace=True)
-            people[f"p{i % 40}"] = vectors(800 + i, 2)
-            agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
-        resident = gallery._search._residents[0]
-        assert len(resident._view.rows) < 2 * resident._view.images
-        assert len(read) == 60
-
-
-def test_a_record_of_changes_too_short_is_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
-        people = filled(gallery, count=10)
-        gallery.search(vectors(0), k=1)
-        other.remove("p1")
-        other.remove("p2")
-        with sqlite3.connect(tmp_path / "g.db") as direct:
-            direct.execute("DELETE FROM changes WHERE seq < (SELECT max(seq) FROM changes)")
-        direct.close()
-        left = {name: rows for name, rows in people.items() if name not in ("p1", "p2")}
-        agrees(gallery.search(vectors(7, 3), k=8), brute_force(left, vectors(7, 3), "max", 8))
-
-
-def test_removing_leaves_no_byte_in_any_file(tmp_path: Path) -> None:
-    gone, also, stays = vectors(1, 1), vectors(5, 1), vectors(2, 3)
-
-    def files_with(row: np.ndarray) -> list[str]:
-        needle = types.unit(row, DIM).astype("<f4").tobytes()
-        return [p.name for p in tmp_path.iterdir() if needle in p.read_bytes()]
-
-    with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
-        gallery.add("gone", gone, metadata={"room": "secretroom"}, crops=[b"secretcrop" * 400])
-        gallery.add("replaced", also)
-        gallery.add("stays", stays, metadata={"a": [1]}, sources=["x", None, "z"])
-        assert other.search(gone, k=1)[0][0].person == "gone"
-        assert set(files_with(gone[0])) & {"g.db", "g.db-wal"} and files_with(stays[2])
-        gallery.remove("gone")
-        gallery.add("replaced", vectors(6, 1), replace=True)
-        assert files_with(gone[0]) == files_with(also[0]) == [] and not gallery.unerased
-        content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
-        assert b"secretroom" not in content and b"secretcrop" not in content
-        assert files_with(stays[2])
-        ((replaced, _), (person, images)) = gallery.stored()
-        assert (person.name, person.images, person.metadata) == ("stays", 3, {"a": [1]})
-        assert [image.source for image in images] == ["x", None, "z"] and replaced.images == 1
-
-
-def test_bytes_that_a_reader_still_needs_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sphereface2.recognition.gallery.sql.ERASE_SECONDS", 0.3)
-    with opened(tmp_path / "g.db") as gallery:
-        gallery.add("gone", vectors(1, 1))
-        reader = sqlite3.connect(tmp_path / "g.db", isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM people").fetchall()
-        assert gallery.remove("gone") == 1 and gallery.unerased and gallery.stats()["unerased"]
-        assert gallery.get("gone") is None
-        assert len(reader.execute("SELECT * FROM people").fetchall()) == 1
-        reader.close()
-        gallery.compact()
-        assert not gallery.unerased
-        needle = types.unit(vectors(1, 1), DIM).astype("<f4").tobytes()
-        assert not any(needle in p.read_bytes() for p in tmp_path.iterdir())
-
-
-def test_changes_without_end_take_no_space_without_end(tmp_path: Path) -> None:
-    sizes = []
-    with opened(tmp_path / "g.db") as gallery:
-        gallery.add("stays", vectors(0, 3))
-        for i in range(60):
-            gallery.add(f"passer-by {i}", vectors(i + 1, 2))
-            gallery.remove(f"passer-by {i}")
-            sizes.append(sum(p.stat().st_size for p in tmp_path.iterdir()))
-        assert max(sizes[30:]) <= 1.1 * max(sizes[:30])
-        assert [m[0].person for m in gallery.search(vectors(0, 3))] == ["stays"] * 3
-
-
-def test_another_model_is_refused_by_name(address: str, tmp_path: Path) -> None:
-    opened(address, model="runs/a").close()
-    with opened(address, create=False, fingerprint=None, dim=None) as gallery:
-        assert (gallery.fingerprint, gallery.dim, gallery.model) == (MODEL, DIM, "runs/a")
-    with pytest.raises(UserError, match="model aaaaaaaaaaaa and the model given is bbbbbbbbbbbb"):
-        opened(address, fingerprint="b" * 64)
-    with pytest.raises(UserError, match="16 numbers and the model gives 32"):
-        opened(address, dim=32)
-    with pytest.raises(UserError, match="must be one of 'float32', 'float16'"):
-        opened(address, storage="flot16")
-    with opened(address) as gallery, gallery._db.write() as connection:
-        connection.exec_driver_sql("UPDATE stamp SET format_version = 2")
-    with pytest.raises(UserError, match="has format version 2 and this package reads 1"):
-        opened(address)
-
-
-def test_rows_that_another_client_holds_are_told(server: Postgres) -> None:
-    """The server has answered: neither is it silent nor is the change in doubt."""
-    address = server.database()
-    with opened(address) as gallery, opened(f"{address}?options=-clock_timeout%3D50") as other:
-        gallery.add("x", vectors(0, 1))
-        with gallery._db.write() as connection:
-            connection.exec_driver_sql("LOCK TABLE people")
-            held = pytest.raises(GalleryUnavailableError, match=r"another client .* holds rows")
-            with held as told:
-                other.add("y", vectors(1, 1))
-        assert "nothing was changed" in str(told.value) and "answer" not in str(told.value)
-        other.add("y", vectors(1, 1))
-        slow = pytest.raises(GalleryUnavailableError, match="cannot be changed: canceling")
-        with slow, other._db.write() as connection:
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 20")
-            connection.exec_driver_sql("SELECT pg_sleep(1)")
-
-
-def test_what_is_no_gallery_is_told(tmp_path: Path, server: Postgres) -> None:
-    with pytest.raises(NoGalleryError, match="no gallery at"):
-        opened(tmp_path / "none.db", create=False)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"not http://…"):
-        opened("http://milvus:19530")
-    with pytest.raises(UserError, match="is a folder"):
-        opened(tmp_path)
-    (tmp_path / "thesis.txt").write_text("mine" * 1000)
-    with pytest.raises(UserError, match="damaged or no gallery"):
-        opened(tmp_path / "thesis.txt")
-    assert (tmp_path / "thesis.txt").read_text() == "mine" * 1000
-    with pytest.raises(NoGalleryError):
-        opened(server.database(), create=False)
-    with pytest.raises(UserError, match="does not answer") as told:
-        opened("postgresql+psycopg://somebody:secret@127.0.0.1:1/x")
-    assert "secret" not in str(told.value)
-    with opened(tmp_path / "g.db") as gallery:
-        gallery.add("x", vectors(0, 40))
-    content = bytearray((tmp_path / "g.db").read_bytes())
-    content[16_384:] = b"\xff" * len(content[16_384:])
-    (tmp_path / "g.db").write_bytes(content)
-    with pytest.raises(UserError, match="restore a backup"), opened(tmp_path / "g.db") as gallery:
-        gallery.search(vectors(0))
-
-
-@pytest.mark.parametrize("table", ["accounts (id)", "stamp (id)", "people (id, name)"])
-@pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_another_programs_database_keeps_its_bytes(tmp_path: Path, table: str, mode: str) -> None:
-    other, here = sqlite3.connect(tmp_path / "other.db"), tmp_path / "here"
-    other.execute(f"PRAGMA journal_mode = {mode}")
-    other.execute(f"CREATE TABLE {table}")
-    other.commit()
-    here.mkdir()
-    for path in tmp_path.glob("other.db*"):  # as after a crash: what is in the log only, stays so
-        (here / path.name).write_bytes(path.read_bytes())
-    other.close()
-
-    def files() -> dict[str, bytes]:
-        # The -shm file is memory that SQLite's processes share, and is made anew.
-        found = (path for path in here.iterdir() if not path.name.endswith("-shm"))
-        return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in found}
-
-    before = files()
-    for create in (True, False):
-        with pytest.raises(UserError, match=f"another program, with a table '{table.split()[0]}'"):
-            opened(here / "other.db", create=create)
-        assert files() == before
-
-
 def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
     calls: list[list[str]] = []
     with opened(address) as one, opened(address) as other:
@@ -516,127 +216,6 @@ def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
                 look()
     with opened(address, fingerprint="b" * 64, dim=8) as gallery:
         assert gallery.stats()["images"] == 5
-
-
-def test_an_index_is_forgotten_before_a_removal_is_seen_and_a_full_disk_is_no_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    address, old = tmp_path / "g.db", tmp_path / "g.db-hnsw-aaaaaaaa"  # as it was once called
-    with opened(address) as gallery, opened(address) as other:
-        filled(gallery, count=300)
-        gallery.set_index(1)
-        kept, forget = address.with_name("g.db-ivf-aaaaaaaa"), gallery._search.forget
-        part = kept.with_name(f"{kept.name}.01.tmp")  # of a process that was killed
-        old.touch(), part.touch()
-        assert kept.exists()
-
-        def check() -> None:
-            forget()
-            assert not kept.exists() and not old.exists() and not part.exists()
-            assert other.get("p0") is not None
-
-        monkeypatch.setattr(gallery._search, "forget", check)
-        assert gallery.remove("p0") and other.get("p0") is None
-    with opened(address) as gallery, opened(address) as other:
-        gallery.warm_up()
-        index = gallery._search._residents[0].ivf
-        assert index is not None
-        index.wait()
-        assert kept.exists()
-        other.remove("p1")
-        index.save()  # of a state that is no more: not for a moment is there a file
-        assert not kept.exists() and index._seq >= 0
-        gallery.search(vectors(1, 1))
-        index._removed = False
-
-        def full(*_: object) -> None:
-            raise RuntimeError("no space left")
-
-        monkeypatch.setattr("faiss.write_index", full)
-        gallery.close()
-    assert "could not be kept: no space left" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["g.db"]
-    with closing(sqlite3.connect(address)) as connection:  # galleries of every version open
-        columns = [row[1] for row in connection.execute("PRAGMA table_info(stamp)")]
-    assert columns[-2:] == ["model", "hnsw_from"]
-
-
-def test_a_search_ends_before_its_index_begins_anew(tmp_path: Path) -> None:
-    views = [
-        View(seq, vectors(seq, count).astype(np.float32), *[np.arange(count)] * 2, np.zeros(0, int))
-        for seq, count in ((1, 300), (2, 900))
-    ]
-    index = Ivf(tmp_path / "index", lambda write: write(1), views[0])
-    index.wait()
-    found, anew = index._index, threading.Thread(target=index.restart, args=(views[1],))
-
-    class Slow:
-        def search(self, *words: object) -> object:
-            anew.start()
-            anew.join(0.2)
-            return found.search(*words)
-
-    index._index = Slow()
-    probe = views[0].rows[7] / np.linalg.norm(views[0].rows[7])
-    answer = index.search(views[0], probe, 1)
-    assert answer == [(7, pytest.approx(exact(views[0], probe[None], 1)[0][0][1]))]
-    anew.join()
-    index.wait()
-    assert index.search(views[0], probe, 1) is None and index.search(views[1], probe, 1)
-
-
-def test_an_approximate_index_is_kept_updated_and_forgotten(tmp_path: Path) -> None:
-    """The index names whom exact search names, whoever comes and goes, and leaves no bytes."""
-    address, probes = tmp_path / "g.db", vectors(60_000, 8)
-
-    def files() -> list[str]:
-        return sorted(p.name for p in tmp_path.iterdir() if "-ivf-" in p.name)
-
-    def ready(gallery: Gallery) -> Ivf:
-        gallery.warm_up()
-        index = gallery._search._residents[0].ivf
-        assert index is not None
-        index.wait()
-        assert index._index is not None
-        return index
-
-    with opened(address) as gallery:
-        people = filled(gallery, count=400)
-        gallery.search(probes, k=1)
-        assert files() == []
-        gallery.set_index(100)
-        assert files() == ["g.db-ivf-aaaaaaaa"]
-        assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())  # private
-    with opened(address) as gallery, opened(address) as other:
-        index = ready(gallery)
-        assert not index._removed
-        for step in range(12):
-            other.add(f"new {step}", vectors(700 + step, 3))
-            people[f"new {step}"] = vectors(700 + step, 3)
-            agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
-            view = gallery._search._residents[0]._view
-            assert index.search(view, unit(probes)[0], 3) is not None
-        gallery.close()
-        assert files() == ["g.db-ivf-aaaaaaaa"]  # with those added
-        for step in range(0, 12, 2):
-            other.remove(f"new {step}")
-            del people[f"new {step}"]
-        assert files() == []
-    with opened(address) as gallery:
-        ready(gallery)
-        gallery.remove("new 1")
-        gallery.add("new 3", vectors(90, 1), replace=True)
-        people["new 3"] = vectors(90, 1)
-        del people["new 1"]
-        for _ in range(8):  # what is gone is most like the probe, and more than the candidates
-            gallery.add("again", probes[:1] + vectors(91, 60) / 100, replace=True)
-        gallery.add("again", vectors(92, 1), replace=True)
-        people["again"] = vectors(92, 1)
-        agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
-    assert files() == []  # it holds whom was removed, so that it is not kept
-    with opened(address) as gallery:
-        gallery.set_index(None)
-        agrees(gallery.search(probes, k=3), brute_force(people, probes, "max", 3))
 
 
 @pytest.mark.parametrize(
@@ -760,9 +339,3 @@ def test_threads_see_people_whole_and_in_order(address: str) -> None:
             thread.join()
         assert not errors and not seen
         assert [person.name for person in gallery.people()] == ["always"]
-
-
-def test_decide() -> None:
-    best = Match("a", 0.5, {})
-    assert decide([best, Match("b", 0.4, {})], 0.5) is best
-    assert decide([best], 0.51) is None and decide([], 0.0) is None

@@ -9,7 +9,7 @@ import codecs
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import Any
 
@@ -87,10 +87,13 @@ def show(*parts: Table | str) -> None:
             console.print(part)
 
 
-def print_json(report: Mapping[str, Any]) -> None:
-    """Print a command's report as JSON on standard output."""
-    json.dump(report, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+def tell(as_json: bool, report: Any, *parts: Table | str) -> None:
+    """Print a command's report on standard output: as JSON, or tables and lines that tell of it."""
+    if as_json:
+        json.dump(report, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        show(*parts)
 
 
 def percent(value: float | None) -> str:

@@ -160,14 +160,14 @@ def test_a_worker_that_sees_another_set_is_told_of(model: Path, tmp_path: Path) 
     script = f"""
 import dataclasses
 from pathlib import Path
-from sphereface2.recognition import ray_engine
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job
+from sphereface2.recognition.features import compute_by_ray
 
 embedder = FaceEmbedder.from_pretrained({str(model)!r}, device="cpu")
 model = embedder.fingerprint
 job = Job(Path({str(tmp_path)!r}), 2, "elsewhere", model, 32, None, True, "float32", 1)
-list(ray_engine.compute(job, embedder, [0], address=None, device="cpu"))
+list(compute_by_ray(job, embedder, [0], address=None, device="cpu"))
 """
     (tmp_path / "a.png").write_bytes(_grey_png())
     result = subprocess.run(

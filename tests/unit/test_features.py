@@ -26,7 +26,7 @@ from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.recognition import feature_parts, ray_engine
+from sphereface2.recognition import feature_parts, features
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, open_images
 from sphereface2.recognition.features import embed_set
@@ -73,7 +73,7 @@ def test_rows_are_the_embedder_s_in_the_order_of_the_set(
     report = embed_set(
         str(model), faces, out=out, aligned=True, dtype=dtype, device="cpu", batch_size=7
     )
-    assert (report.images, report.embedded, report.skipped) == (30, 30, 0)
+    assert (report["images"], report["embedded"], report["skipped"]) == (30, 30, 0)
     source = open_source(faces)
     embedder = FaceEmbedder.from_pretrained(model, device="cpu", batch_size=7)
     expected = embedder.embed([source.read(i) for i in range(30)], aligned=True)
@@ -118,7 +118,7 @@ def test_every_face_of_a_photograph(model: Path, tmp_path: Path) -> None:
         cv2.imwrite(str(tmp_path / f"{name}.png"), picture)
     out = tmp_path / "out.parquet"
     report = embed_set(str(model), tmp_path, out=out, faces="all", device="cpu")
-    assert (report.images, report.embedded, report.skipped) == (3, 3, 1)
+    assert (report["images"], report["embedded"], report["skipped"]) == (3, 3, 1)
     table = pq.read_table(out)
     assert table["name"].to_pylist() == ["ann/1.png", "ann/1.png", "bob/3.png"]
     # Which of the two faces the set calls ann it does not say.
@@ -147,7 +147,7 @@ def test_what_cannot_be_embedded_is_listed_and_the_rest_goes_on(
     monkeypatch.setattr("sphereface2.recognition.face_embedder.Aligner", TopAligner)
     out = tmp_path / "f.parquet"
     report = embed_set(str(model), root, out=out, device="cpu", batch_size=1)
-    assert (report.embedded, report.skipped) == (5, 3)
+    assert (report["embedded"], report["skipped"]) == (5, 3)
     rows = list(csv.reader((tmp_path / "f.parquet.skipped.csv").open()))
     assert [row[0] for row in rows] == ["name", "Ann/1.png", "Bo/0.png", "Bo/3.png"]
     assert [bool(row[1]) for row in rows] == [True] * 4 and "no face" in rows[2][1]
@@ -206,12 +206,12 @@ def test_a_file_that_cannot_be_written_is_named(
 def test_a_cluster_that_does_not_answer_is_told_of_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = "{}:{}".format(*server.getsockname())
-        ray_engine._check_answers(address)
-        ray_engine._check_answers(f"ray://{address}")
-        ray_engine._check_answers("auto")
+        features._check_answers(address)
+        features._check_answers(f"ray://{address}")
+        features._check_answers("auto")
     for nobody in (address, f"ray://{address}", "127.0.0.1:99999"):
         with pytest.raises(UserError, match=f"no Ray cluster answers at {nobody}"):
-            ray_engine._check_answers(nobody)
+            features._check_answers(nobody)
 
 
 def test_a_run_goes_on_with_the_parts_it_has(

@@ -70,10 +70,7 @@ def info(path: Path, /, *, as_json: bool = False) -> Info:
     """
     path = Path(path)
     found = _pairs_info(path) if path.suffix.lower() == ".bin" else _source_info(path)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        _show(found)
+    console.tell(as_json, found.to_dict(), *_parts(found))
     return found
 
 
@@ -159,7 +156,7 @@ def _size(data: bytes) -> str | None:
     return f"{width}x{height}"
 
 
-def _show(found: Info) -> None:
+def _parts(found: Info) -> list[Table | str]:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_row("path", found.path)
@@ -179,12 +176,13 @@ def _show(found: Info) -> None:
         text = f": {', '.join(names[:_NAMED])}{more}" if names else ""
         colour = "yellow" if count else "green"
         table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + text.replace("[", r"\["))
-    console.show(table, *found.notes)
+    parts: list[Table | str] = [table, *found.notes]
     if found.person_sizes:
-        console.show("\nimages a person")
+        parts.append("\nimages a person")
         for title, people in _histogram(found.person_sizes):
             bar = "█" * max(round(_BAR * people / max(1, found.people or 1)), 1 if people else 0)
-            console.show(f"{title:>9}  {bar} {people:,}")
+            parts.append(f"{title:>9}  {bar} {people:,}")
+    return parts
 
 
 def _listed(sizes: dict[str, int]) -> str:

@@ -165,10 +165,7 @@ def calibrate(
     bias, replaced = shared_bias(metadata, scores, same), file_of(folder).exists()
     file = str(calibration.save(folder))
     report = CalibrationReport(str(checkpoint), file, replaced, calibration, bias)
-    if as_json:
-        console.print_json(to_dict(report))
-    else:
-        _show(report)
+    console.tell(as_json, to_dict(report), *_parts(report))
     return report
 
 
@@ -337,7 +334,7 @@ def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     )
 
 
-def _show(report: CalibrationReport) -> None:
+def _parts(report: CalibrationReport) -> list[Table | str]:
     calibration, bias = report.calibration, report.shared_bias
     place = console.table(
         f"Thresholds, {LEVEL:.0%} intervals over {calibration.intervals.over}",
@@ -371,7 +368,7 @@ def _show(report: CalibrationReport) -> None:
         )
     replaces = ", replacing the calibration that was there" if report.replaced else ""
     lines.append(f"{calibration.method} calibration written to {report.file}{replaces}")
-    console.show(place, *lines, *map(_checked_table, calibration.checked))
+    return [place, *lines, *map(_checked_table, calibration.checked)]
 
 
 def _checked_table(checked: CheckedSet) -> Table:

@@ -88,10 +88,12 @@ def model_card(
     if facts.get("sets"):
         name = f"{network.config['name']}-{fingerprint[:8]}"
         front["model-index"] = [{"name": name, "results": [_result(s) for s in facts["sets"]]}]
+    settings = facts.get("settings") or {}
+    head = (settings.get("head") or network.metadata.get("head") or {}).get("name")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         MARK,
-        f"# {_title(network, facts)}",
+        f"# Face embeddings: {network.config['name']}" + (f" trained with {head}" if head else ""),
         _use(network, synthetic),
         _data(data, facts, network.metadata.get("imported") or {}),
         _figures_text(facts, synthetic),
@@ -104,12 +106,6 @@ def model_card(
 
 
 # -- parts ---------------------------------------------------------------------------------------
-
-
-def _title(network: Backbone, facts: dict[str, Any]) -> str:
-    settings = facts.get("settings") or {}
-    head = (settings.get("head") or network.metadata.get("head") or {}).get("name")
-    return f"Face embeddings: {network.config['name']}" + (f" trained with {head}" if head else "")
 
 
 def _use(network: Backbone, synthetic: bool) -> str:

@@ -76,9 +76,12 @@ class Evaluation:
                 found["all_pairs"] = result.to_dict()
             else:
                 found.setdefault("hardened", {})[result.condition] = result.to_dict()
-        if judged := self.of(OneThresholdResult):
-            found["one_threshold"] = [result.to_dict() for result in judged]
-        for key, kind in (("templates", TemplatesResult), ("distractors", DistractorResult)):
+        others: dict[str, type[Result]] = {
+            "one_threshold": OneThresholdResult,
+            "templates": TemplatesResult,
+            "distractors": DistractorResult,
+        }
+        for key, kind in others.items():
             if results := self.of(kind):
                 found[key] = [result.to_dict() for result in results]
         return found
@@ -142,7 +145,10 @@ def evaluate(
     if all_pairs is not None:
         sets.append((all_pairs, open_source(all_pairs)))
     if plots is not None:
-        _check_plots(plots, sets)
+        require("plots", "matplotlib")  # before the work, as the place of plots
+        check_folder(plots)
+        for _, one in sets:
+            check_outside(plots, one)
     sets += [(root, open_suite(name, root)) for name in suites if root is not None]
     group_of = None
     if groups is not None:
@@ -154,25 +160,16 @@ def evaluate(
         ) as embedder,
         console.bars() as bars,
     ):
-        judge = _Judge(embedder, bars, seed, plots, detector_weights, group_of)
+        resampled = {"replicates": REPLICATES, "seed": seed}
+        judge = _Judge(embedder, bars, resampled, plots, detector_weights, group_of)
         if flip:
             folder = bundle.resolve(checkpoint).resolve()
             judge.calibration = Calibration.load(folder, fingerprint=embedder.fingerprint)
         results = [r for path, one in sets for r in judge.all(path, one, harder)]
         found = Evaluation(str(checkpoint), flip, results)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        console.show(*(part for one in found.results for part in (*tables.render(one), "")))
+    parts = (part for one in found.results for part in (*tables.render(one), ""))
+    console.tell(as_json, found.to_dict(), *parts)
     return found
-
-
-def _check_plots(plots: Path, sets: Sequence[tuple[Path, Set]]) -> None:
-    """Refuse a place of plots before the work, where it cannot be or is part of a set."""
-    require("plots", "matplotlib")
-    check_folder(plots)
-    for _, one in sets:
-        check_outside(plots, one)
 
 
 def _look_at(sets: Sequence[tuple[Path, Set]], align: bool) -> None:
@@ -255,7 +252,7 @@ class _Judge:
 
     embedder: Embedder
     bars: Progress
-    seed: int
+    resampled: dict[str, Any]
     plots: Path | None
     detector_weights: bool
     groups: list[str | None] | None = None
@@ -263,23 +260,18 @@ class _Judge:
 
     def all(self, path: Path, opened: Set, harder: Sequence[Hardening]) -> Iterator[Result]:
         """The set as it is, then under each condition, of which templates have none."""
-        yield from self(path, opened)
-        if isinstance(opened, PairSet | Source):
-            for harden in harder:
-                yield from self(path, opened, harden)
-
-    def __call__(self, path: Path, opened: Set, harden: Hardening | None = None) -> list[Result]:
         results: list[Result]
-        if isinstance(opened, PairSet):
-            results = self._pairs(opened, harden)
-        elif isinstance(opened, TemplateSet):
-            results = [self._templates(opened)]
-        elif isinstance(opened, MegaFace):
-            results = [self._distractors(opened)]
-        else:
-            results = self._all_pairs(path.resolve().stem, opened, harden)
-        condition = harden.name if harden else None
-        return [replace(result, path=str(path), condition=condition) for result in results]
+        for harden in [None, *(harder if isinstance(opened, PairSet | Source) else ())]:
+            if isinstance(opened, PairSet):
+                results = self._pairs(opened, harden)
+            elif isinstance(opened, TemplateSet):
+                results = [self._templates(opened)]
+            elif isinstance(opened, MegaFace):
+                results = [self._distractors(opened)]
+            else:
+                results = self._all_pairs(path.resolve().stem, opened, harden)
+            condition = harden.name if harden else None
+            yield from (replace(one, path=str(path), condition=condition) for one in results)
 
     def _pairs(self, pair_set: PairSet, harden: Hardening | None) -> list[Result]:
         if harden is not None:
@@ -289,8 +281,7 @@ class _Judge:
         result = evaluate_pairs(
             pair_scores(embeddings, pair_set.pairs),
             pair_set,
-            replicates=REPLICATES,
-            seed=self.seed,
+            **self.resampled,
             calibration=self.calibration,
             plots=self.plots,
         )
@@ -312,8 +303,7 @@ class _Judge:
             labels,
             name=name,
             unreadable=[source.name(index) for index in lost],
-            replicates=REPLICATES,
-            seed=self.seed,
+            **self.resampled,
             plots=self.plots,
             progress=console.advance(self.bars, f"{name}: pairs", 1),
         )
@@ -338,10 +328,8 @@ class _Judge:
                 f"--groups compares rates at one threshold, and {name} has too few pairs for one "
                 "of its own: run sphereface2 calibrate on the model, or give a larger set"
             )
-        resampled: Any = {"replicates": REPLICATES, "seed": self.seed}
-        return judge_thresholds(
-            embeddings, labels, thresholds, name=name, groups=groups, **resampled
-        )
+        about: dict[str, Any] = {"name": name, "groups": groups, **self.resampled}
+        return judge_thresholds(embeddings, labels, thresholds, **about)
 
     def _templates(self, templates: TemplateSet) -> TemplatesResult:
         """Images are cropped, embedded and averaged into their templates a few thousand at once."""
@@ -362,8 +350,7 @@ class _Judge:
             averager.features(),
             templates,
             detector_weights=self.detector_weights,
-            replicates=REPLICATES,
-            seed=self.seed,
+            **self.resampled,
             progress=console.advance(self.bars, "pairs", 1),
         )
 
@@ -373,7 +360,7 @@ class _Judge:
         advance = console.advance(self.bars, "megaface: probes", len(suite.probes))
         probes = self.embedder.embed_source(suite.probes, unreadable=lost, progress=advance)
         people = np.delete(np.asarray(suite.probes.labels), lost)
-        order = np.random.default_rng(self.seed).permutation(len(suite.distractors))
+        order = np.random.default_rng(self.resampled["seed"]).permutation(len(suite.distractors))
         advance = console.advance(self.bars, "megaface: distractors", len(order))
         blocks = (
             self.embedder.embed_source(
@@ -381,7 +368,5 @@ class _Judge:
             )
             for at in range(0, len(order), _CHUNK)
         )
-        result = evaluate_distractors(
-            probes, people, blocks, name="megaface", replicates=REPLICATES, seed=self.seed
-        )
+        result = evaluate_distractors(probes, people, blocks, name="megaface", **self.resampled)
         return replace(result, unreadable=len(lost))

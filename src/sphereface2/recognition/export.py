@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn import functional as F
 
 from sphereface2 import console, onnx_runtime
 from sphereface2.align.template import SIZE, TEMPLATE
-from sphereface2.backbones import Backbone, bundle, foreign
+from sphereface2.backbones import Backbone, Preprocessing, bundle, foreign
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
@@ -29,7 +29,6 @@ from sphereface2.errors import UserError, check_count, did_you_mean
 from sphereface2.extras import require
 from sphereface2.files import atomic_write, check_folder, digest, writing
 from sphereface2.images import decode
-from sphereface2.recognition.as_insightface import AsInsightface
 from sphereface2.recognition.onnx_graphs import described, description, quantised, share
 
 SUFFIXES = {"onnx": ".onnx", "insightface": ".onnx", "torch_export": ".pt2", "arcface_torch": ".pt"}
@@ -155,7 +154,7 @@ def export(
             aligner={"size": SIZE, "template": TEMPLATE.tolist()},
             metadata=net.metadata,
         )
-        faces = _synthetic_faces(net) if source is None else _faces(net, source, images, seed)
+        faces = _faces(net, source, images, seed)
         if to == "torch_export":
             extra = {EXTRA_FILE: json.dumps(facts)}
             content = _saved(torch.export.save, trace(net), extra_files=extra)
@@ -218,27 +217,24 @@ def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Pa
 # --- faces to calibrate on and to check with ------------------------------------------------------
 
 
-def _synthetic_faces(net: Backbone) -> list[Tensor]:
-    rng = np.random.default_rng(0)
-    identity = synthetic.Identity
-    drawn = [synthetic.render(identity.draw(rng), rng) for _ in range(sum(_BATCHES))]
-    return [_input(net, image) for image in drawn]
-
-
-def _faces(net: Backbone, source: Source, images: int, seed: int) -> list[Tensor]:
-    """Up to ``images`` faces to calibrate on and `sum(_BATCHES)` others to check with."""
+def _faces(net: Backbone, source: Source | None, images: int, seed: int) -> list[Tensor]:
+    """Faces to check with, and before them up to ``images`` of a set to calibrate on."""
+    wanted = sum(_BATCHES)
+    if source is None:
+        rng = np.random.default_rng(0)
+        draw = synthetic.Identity.draw
+        return [_input(net, synthetic.render(draw(rng), rng)) for _ in range(wanted)]
     order = np.random.default_rng(seed).permutation(len(source))
-    wanted = images + sum(_BATCHES)
     found: list[Tensor] = []
     for index in order:
-        if len(found) == wanted:
+        if len(found) == images + wanted:
             break
         with suppress(OSError, UserError):
             found.append(_input(net, decode(source.read(int(index)))))
-    if len(found) <= sum(_BATCHES):
+    if len(found) <= wanted:
         raise UserError(
-            f"the calibration set has {len(found)} readable images; "
-            f"it needs more than {sum(_BATCHES)}, better some hundreds"
+            f"the calibration set has {len(found)} readable images; it needs more than {wanted}, "
+            "better some hundreds"
         )
     return found
 
@@ -249,6 +245,53 @@ def _input(net: Backbone, image: np.ndarray) -> Tensor:
 
 
 # --- the formats ----------------------------------------------------------------------------------
+
+
+class AsInsightface(Backbone):
+    """The same embeddings of square RGB images, normalised as (x - 127.5) / 127.5.
+
+    insightface makes crops as large as the ONNX file's input, for sides that are multiples of 112.
+    Another size, scale or order of colours that the network was trained with is therefore part of
+    this one: a 1×1 convolution, and for the size two matrices, which every runtime multiplies with
+    equally. They resize as `Preprocessing` does.
+
+    Args:
+        network: with its `preprocessing`. Crops get the least side that is no smaller.
+    """
+
+    colours: Tensor
+    shift: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, network: Backbone) -> None:
+        height, width = network.input_size
+        side = SIZE * -(-max(height, width) // SIZE)
+        super().__init__(network.embedding_dim, side)
+        self.network = network
+        self.config, self.metadata = network.config, network.metadata
+        self.preprocessing = Preprocessing((side, side), std=(127.5, 127.5, 127.5))
+        inner, given = network.preprocessing, self.preprocessing
+        std, colours = torch.tensor(inner.std), torch.eye(3) * given.std[0]
+        colours = colours.flip(1) if inner.colour_order == "BGR" else colours
+        bias = (given.mean[0] - torch.tensor(inner.mean)) / std
+        self.register_buffer("colours", (colours / std[:, None])[:, :, None, None])
+        self.register_buffer("shift", bias)
+        self.register_buffer("rows", _resizing(side, height))
+        self.register_buffer("columns", _resizing(side, width).T.contiguous())
+
+    def embed(self, images: Tensor) -> Tensor:
+        images = F.conv2d(images, self.colours, self.shift)
+        if self.input_size != self.network.input_size:
+            images = self.rows @ images @ self.columns
+        return self.network(images)
+
+
+def _resizing(before: int, after: int) -> Tensor:
+    """(after, before): the matrix that resizes a column of pixels, bilinear and antialiased."""
+    units = torch.eye(before)[None, None]
+    size = (after, before)
+    return F.interpolate(units, size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
 
 
 def _saved(save: Callable[..., None], thing: Any, **options: Any) -> bytes:
@@ -311,7 +354,7 @@ def _cosines(
     found, rest = [], iter(faces)
     for size in _BATCHES:
         images = torch.cat(list(islice(rest, size)))
-        found.append(cosine_similarity(net(images).double(), exported(images).double()))
+        found.append(F.cosine_similarity(net(images).double(), exported(images).double()))
     return torch.cat(found).numpy()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,50 @@ from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import ImageLike, read_image
 from sphereface2.recognition import box, card
-from sphereface2.recognition.verification import Verification, choose_threshold
 
 if TYPE_CHECKING:
     import torch
 
     from sphereface2.backbones.base import Backbone
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How alike two faces are and, with a calibration, what that means.
+
+    Attributes:
+        similarity: cosine of the two embeddings, in [-1, 1].
+        threshold: at and above it the decision is "same"; None without a calibration.
+        far: the FAR that the threshold was chosen for; None for a threshold of the caller's.
+        llr: natural logarithm of the likelihood ratio; None without a calibration.
+        probability: that the pair is genuine, at ``prior``; None without a calibration.
+        prior: the share of genuine pairs that was assumed.
+        faces: the face found in each image, None where the image is an aligned crop.
+    """
+
+    similarity: float
+    threshold: float | None
+    far: float | None
+    llr: float | None
+    probability: float | None
+    prior: float
+    faces: tuple[Face | None, Face | None]
+
+    @property
+    def same(self) -> bool | None:
+        """The decision; None without a threshold."""
+        return None if self.threshold is None else self.similarity >= self.threshold
+
+    @property
+    def verdict(self) -> str:
+        """The decision in words."""
+        return {True: "same person", False: "different people", None: "no decision"}[self.same]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        faces = [face and face.to_dict() for face in self.faces]
+        decision = {True: "same", False: "different", None: None}[self.same]
+        return {**self.__dict__, "decision": decision, "faces": faces}
 
 
 class FaceEmbedder:
@@ -39,6 +78,8 @@ class FaceEmbedder:
 
     Attributes:
         embedder: turns aligned crops into embeddings.
+        network: the backbone, on the device where embeddings are computed, or the exported one.
+        embedding_dim: length d of an embedding.
         calibration: None where there is none.
 
     Example:
@@ -56,6 +97,8 @@ class FaceEmbedder:
         aligner: Aligner | None = None,
     ) -> None:
         self.embedder = network if isinstance(network, Embedder) else Embedder(network)
+        self.network: Backbone | OnnxNetwork = self.embedder.network
+        self.embedding_dim = self.embedder.embedding_dim
         self.calibration = calibration
         if aligner is not None:
             self.aligner = aligner
@@ -64,16 +107,6 @@ class FaceEmbedder:
     def aligner(self) -> Aligner:
         """What finds and crops the faces of photographs; built on first use."""
         return Aligner()
-
-    @property
-    def network(self) -> Backbone | OnnxNetwork:
-        """The backbone, on the device where embeddings are computed, or the exported network."""
-        return self.embedder.network
-
-    @property
-    def embedding_dim(self) -> int:
-        """Length d of an embedding."""
-        return self.embedder.embedding_dim
 
     @property
     def fingerprint(self) -> str:
@@ -177,7 +210,7 @@ class FaceEmbedder:
         """
         if self.calibration is not None and not aligned:
             self.calibration.check_for_crops()
-        limit, far = choose_threshold(self.calibration, far, threshold)
+        limit, far = _threshold(self.calibration, far, threshold)
         faces: tuple[Face | None, Face | None] = (None, None)
         crops: list[Any] = [first, second]
         if not aligned:
@@ -328,6 +361,28 @@ class FaceEmbedder:
                 "exported from"
             )
         return self.network
+
+
+def _threshold(
+    calibration: calibrations.Calibration | None, far: float | None, threshold: float | None
+) -> tuple[float | None, float | None]:
+    """The similarity to decide at and the FAR it was chosen for; None where nothing tells them.
+
+    Raises:
+        UserError: both are given, ``threshold`` is no cosine, or the calibration is missing or has
+            no threshold for ``far``.
+    """
+    if threshold is not None:
+        if far is not None:
+            raise UserError("give a threshold or a FAR, not both")
+        if not -1 <= threshold <= 1:
+            raise UserError(f"a threshold is a cosine in [-1, 1], not {threshold:g}")
+        return threshold, None
+    if calibration is not None:
+        return calibration.threshold(far), calibration.far_default if far is None else far
+    if far is not None:
+        raise UserError("a FAR needs a calibration: run sphereface2 calibrate on the model first")
+    return None, None
 
 
 def _is_one(images: Any) -> bool:

@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.errors import UserError
@@ -13,8 +15,7 @@ from sphereface2.evaluation.results import far_key
 from sphereface2.files import atomic_write, printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.box import chosen
-from sphereface2.recognition.face_embedder import FaceEmbedder
-from sphereface2.recognition.verification import Verification
+from sphereface2.recognition.face_embedder import FaceEmbedder, Verification
 
 _COLOURS = {True: "#2a6f97", False: "#c8553d", None: "#777777"}
 _INK = "#333333"
@@ -71,10 +72,7 @@ def verify(
     report = {"images": [*map(str, both)], **result.to_dict()}
     if plot is not None:
         report["plot"] = str(plot)
-    if as_json:
-        console.print_json(report)
-    else:
-        _print(result, model)
+    console.tell(as_json, report, *_parts(result, model))
     if plot is not None:  # after the decision, which does not depend on it
         draw(result, both, plot)
         if not as_json:
@@ -133,14 +131,15 @@ def _facts(result: Verification) -> list[tuple[str, str]]:
     return facts
 
 
-def _print(result: Verification, model: str) -> None:
+def _parts(result: Verification, model: str) -> list[Table | str]:
     table = console.table(result.verdict, ["", ""], dim=[0])
     table.show_header = False
     for row in _facts(result):
         table.add_row(*row)
-    console.show(table)
-    if result.same is None:
-        console.show(
-            "the model has no calibration, so there is no threshold: run sphereface2 "
-            f"calibrate {model} --pairs FILE --far 1e-2, or give --threshold"
-        )
+    if result.same is not None:
+        return [table]
+    return [
+        table,
+        "the model has no calibration, so there is no threshold: run sphereface2 "
+        f"calibrate {model} --pairs FILE --far 1e-2, or give --threshold",
+    ]

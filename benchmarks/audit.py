@@ -93,7 +93,7 @@ def trial(
     faces = Faces(source=source, index=index, rows=rows, left_out=[], **parts["columns"])
     found = judge(
         faces, wrong=0.5, move=2.0, false_pairs=0.1, steps=lambda title: lambda amount: None
-    ).findings
+    )[0]
     person = np.array([split.get(label, label) for label in labels.tolist()])
     planted = {
         "wrong label": set(np.flatnonzero(person != truth).tolist()),

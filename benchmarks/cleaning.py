@@ -39,8 +39,8 @@ from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.files import atomic_write
 from sphereface2.heads import SphereFace2
 from sphereface2.images import decode
-from sphereface2.recognition.audit.clean import cleaned
 from sphereface2.recognition.audit.faces import Faces
+from sphereface2.recognition.audit.findings import cleaned
 from sphereface2.recognition.audit.judge import judge
 from sphereface2.recognition.feature_parts import measures
 from sphereface2.training.config import TrainingConfig
@@ -173,7 +173,7 @@ def cell(given: argparse.Namespace, path: Path, seed: int, share: float) -> dict
         faces = Faces(source, np.arange(len(labels)), rows[whose], left_out=[], **columns)
         found = judge(
             faces, wrong=0.5, move=move, false_pairs=0.1, steps=lambda title: lambda amount: None
-        ).findings
+        )[0]
         chosen = cleaned(source, found)
         done(name, chosen.index, chosen.labels)
         named = {f.index for f in found if f.kind == "wrong label"}

@@ -17,24 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import call
+from galleries import opened, vectors
 from serving import make_model
 from skimage.data import astronaut
 
 from postgres import Postgres
 from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import Gallery, GalleryUnavailableError
-from sphereface2.recognition.quality import Gate, Quality, measure
+from sphereface2.recognition.quality import Quality, check, measure, problems
 
-MODEL, DIM = "a" * 64, 16
 GUIDE = Path(__file__).parents[2] / "docs" / "gallery.md"
 
 
-def vectors(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((*shape, DIM)).astype(np.float32)
-
-
 def filled(address: str | Path, count: int = 5) -> None:
-    with Gallery.open(address, fingerprint=MODEL, dim=DIM) as gallery:
+    with opened(address) as gallery:
         for i in range(count):
             gallery.add(f"p{i}", vectors(i, 2), crops=[b"crop", None])
 
@@ -326,18 +322,16 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
         ({"roll": 70.0, "size": 5.0}, ["small", "inclined"]),
     ],
 )
-def test_what_the_gate_says(change: dict[str, float], words: list[str]) -> None:
+def test_what_is_said_of_a_poor_face(change: dict[str, float], words: list[str]) -> None:
     good = {"sharpness": 0.06, "size": 42.0, "yaw": 0.1, "pitch": 0.0, "roll": 2.0}
     quality = Quality(**{**good, **change})
-    problems = Gate().problems(quality)
-    assert len(problems) == len(words)
-    assert all(word in problem for word, problem in zip(words, problems, strict=True))
-    assert len(Gate("warn").check(quality, "x")) == bool(words) and not Gate("off").check(
-        quality, ""
-    )
+    found = problems(quality)
+    assert len(found) == len(words)
+    assert all(word in problem for word, problem in zip(words, found, strict=True))
+    assert len(check(quality, "warn", "x")) == bool(words) and not check(quality, "off", "")
     if words:
         with pytest.raises(UserError, match=words[0]):
-            Gate("refuse").check(quality, "x.jpg")
+            check(quality, "refuse", "x.jpg")
 
 
 def test_measures_follow_the_face() -> None:

@@ -82,8 +82,8 @@ CALLS = {
     # Options that would have no effect, and values that no option has.
     "data convert people x --to recordio --quality 10": "--quality is that of images encoded",
     "data audit people --out x --model model --move nan": "--move must be a number",
-    "gallery search g.db people/a/1.png --aligned --threshold nan": "cosine in .-1, 1., not nan",
-    "gallery search g.db people/a/1.png --aligned --threshold 7": "cosine in .-1, 1., not 7",
+    "gallery search g.db people/a/1.png --aligned --threshold nan": "--threshold must be a number",
+    "gallery search g.db people/a/1.png --aligned --threshold 7": "a number ≥ -1 and ≤ 1",
     "gallery index g.db --index-from -1": "--index-from must be an integer ≥ 0",
     "gallery verify g.db a": "give images that are said to show the person",
     "align people x --max-pixels -1": "--max-pixels must be a number ≥ 1",

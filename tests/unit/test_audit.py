@@ -25,11 +25,16 @@ from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.evaluation.label_errors import AlikeLabels
 from sphereface2.images import decode
-from sphereface2.recognition.audit.clean import cleaned, write_set
 from sphereface2.recognition.audit.cluster import PEOPLE, cluster, read_people
 from sphereface2.recognition.audit.commands import audit
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
-from sphereface2.recognition.audit.findings import Finding, read_findings, write_findings
+from sphereface2.recognition.audit.findings import (
+    Finding,
+    cleaned,
+    read_findings,
+    write_findings,
+    write_set,
+)
 from sphereface2.recognition.audit.judge import _duplicates, _same_people
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import Job, measures, open_images
@@ -163,7 +168,7 @@ def test_copies_are_found_cropped_mirrored_and_encoded_anew() -> None:
         np.stack([np.frombuffer(measures(0, i, None)["thumbnail"], np.uint8) for i in everything]),
         np.array([measures(0, i, None)["pixels"] for i in everything]),
     )
-    pairs = {(one.first, one.second): one.exact for one in found}
+    pairs = {(one.first, one.second): one.score == 1 for one in found}
     for number, original in enumerate(copies, len(images)):
         assert pairs.pop((original, number)) is (original == 30)
     assert len(pairs) <= 2  # drawn people may be as good as equal
@@ -181,8 +186,8 @@ def test_of_the_copies_of_a_photograph_one_stays_where_it_fits_best() -> None:
     scores = SimpleNamespace(
         wrong=wrong, own=np.array([0.3, 0.9, 0.6, 0.2, 0.8, 0.8, np.nan], np.float32)
     )
-    chain = [Duplicate(0, 1, False, 0.99), Duplicate(1, 2, False, 0.98)]
-    alone = [Duplicate(4, 5, True, 1.0), Duplicate(5, 6, False, 0.99)]
+    chain = [Duplicate(0, 1, 0.99), Duplicate(1, 2, 0.98)]
+    alone = [Duplicate(4, 5, 1.0), Duplicate(5, 6, 0.99)]
 
     def gone(found: list[Duplicate], merged: set[tuple[int, int]]) -> dict[int, int]:
         return {f.index: f.other for f in _duplicates(faces, found, scores, merged)}  # type: ignore[arg-type]
@@ -292,7 +297,7 @@ def test_labels_are_merged_where_they_are_alike_and_share_a_photograph() -> None
         np.array([0.9, 0.8, 0.6], np.float32),
         np.array([0.01, 0.05, 0.6]),
     )
-    copies = [Duplicate(0, 2, True, 1.0), Duplicate(1, 4, True, 1.0)]
+    copies = [Duplicate(0, 2, 1.0), Duplicate(1, 4, 1.0)]
     found = list(_same_people(faces, np.arange(4), labels, scores, alike, copies, 0.1))  # type: ignore[arg-type]
     assert [(f.index, f.other, f.action) for f in found] == [(0, 1, "merge"), (2, 3, "keep")]
     assert "about 5 are not" in found[1].about

@@ -16,6 +16,16 @@ from sphereface2.align import Face
 from sphereface2.errors import UserError
 
 Action = Literal["refuse", "warn", "off"]
+"""What happens to a face that is not fit."""
+MIN_SIZE, MIN_SHARPNESS = 20.0, 0.01
+"""Least values of `Quality`. About one in a hundred press photographs (Labeled Faces in the Wild)
+is not fit by these and the `LIMITS`."""
+LIMITS = {
+    "yaw": (0.5, "is turned to the side"),
+    "pitch": (0.3, "looks up or down"),
+    "roll": (45.0, "is inclined"),
+}
+"""Largest absolute values, and what is wrong beyond them."""
 
 
 @dataclass(frozen=True)
@@ -40,60 +50,37 @@ class Quality:
     roll: float | None = None
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What a face must have, and what happens to one that has not.
+def problems(quality: Quality) -> list[str]:
+    """What is wrong with a face, a phrase each; nothing if it is fit."""
+    found = []
+    if quality.size is not None and quality.size < MIN_SIZE:
+        found.append(
+            f"the face is small ({quality.size:.0f} pixels between the eyes; {MIN_SIZE:g} are "
+            "wanted)"
+        )
+    if quality.sharpness < MIN_SHARPNESS:
+        found.append(
+            f"the face is blurred (sharpness {quality.sharpness:.3f}; {MIN_SHARPNESS:g} is wanted)"
+        )
+    for name, (limit, phrase) in LIMITS.items():
+        value = getattr(quality, name)
+        if value is not None and abs(value) > limit:
+            found.append(f"the face {phrase} ({name} {value:.2f}; at most {limit:g})")
+    return found
 
-    The defaults refuse about one in a hundred press photographs (Labeled Faces in the Wild).
 
-    Attributes:
-        action: ``refuse``, ``warn`` or ``off``.
-        min_size, min_sharpness: least values of `Quality`.
-        max_yaw, max_pitch, max_roll: largest absolute values.
+def check(quality: Quality, action: Action, what: str) -> list[str]:
+    """The warnings about a face, sentences that name ``what``.
+
+    Raises:
+        UserError: the face is not fit and the action is to refuse it.
     """
-
-    action: Action = "warn"
-    min_size: float = 20.0
-    min_sharpness: float = 0.01
-    max_yaw: float = 0.5
-    max_pitch: float = 0.3
-    max_roll: float = 45.0
-
-    def problems(self, quality: Quality) -> list[str]:
-        """What is wrong with a face, a phrase each; nothing if it is fit."""
-        found = []
-        if quality.size is not None and quality.size < self.min_size:
-            found.append(
-                f"the face is small ({quality.size:.0f} pixels between the eyes; "
-                f"{self.min_size:g} are wanted)"
-            )
-        if quality.sharpness < self.min_sharpness:
-            found.append(
-                f"the face is blurred (sharpness {quality.sharpness:.3f}; {self.min_sharpness:g} "
-                "is wanted)"
-            )
-        for name, limit, phrase in (
-            ("yaw", self.max_yaw, "is turned to the side"),
-            ("pitch", self.max_pitch, "looks up or down"),
-            ("roll", self.max_roll, "is inclined"),
-        ):
-            value = getattr(quality, name)
-            if value is not None and abs(value) > limit:
-                found.append(f"the face {phrase} ({name} {value:.2f}; at most {limit:g})")
-        return found
-
-    def check(self, quality: Quality, what: str) -> list[str]:
-        """The warnings about a face, sentences that name ``what``.
-
-        Raises:
-            UserError: the face is not fit and the gate refuses.
-        """
-        if self.action == "off" or not (problems := self.problems(quality)):
-            return []
-        sentence = f"{what}: {', '.join(problems)}"
-        if self.action == "refuse":
-            raise UserError(f"{sentence}; give a better image, or lower the quality asked for")
-        return [sentence]
+    if action == "off" or not (found := problems(quality)):
+        return []
+    sentence = f"{what}: {', '.join(found)}"
+    if action == "refuse":
+        raise UserError(f"{sentence}; give a better image, or lower the quality asked for")
+    return [sentence]
 
 
 def measure(crop: np.ndarray, face: Face | None = None) -> Quality:

@@ -25,8 +25,8 @@ from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import unit, weighted_sums
 from sphereface2.files import atomic_write, digest, printable, read_lines, read_text, writing
 from sphereface2.images import encode_image
-from sphereface2.recognition.audit.clean import show
 from sphereface2.recognition.audit.faces import Faces, examined
+from sphereface2.recognition.audit.findings import show
 from sphereface2.recognition.audit.report import QUALITY, grid
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
@@ -113,7 +113,9 @@ def cluster(
     _check_unedited(out)
     embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
     with examined(source, out, write, **embedding) as (embedder, faces):
-        limit = _threshold(embedder.calibration, len(faces.rows), threshold)
+        limit = threshold
+        if limit is None:
+            limit = threshold_for(embedder.calibration, len(faces.rows))
         with Stopper(STOPPED), console.bars() as bars:
             progress = console.advance(bars, "pairs of images", 1)
             found = cluster_rows(faces.rows, limit, progress=progress)
@@ -135,26 +137,23 @@ def cluster(
     return show(summary, _lines(summary, out), as_json, done)
 
 
-def _threshold(calibration: Calibration | None, images: int, given: float | None) -> float:
-    if given is not None:
-        return given
-    if calibration is None:
-        raise UserError(
-            "the model has no calibration that says which similarity makes one person: run "
-            "sphereface2 calibrate on it, or give --threshold"
-        )
-    calibration.check_for_crops()
-    return threshold_for(calibration, images)
-
-
-def threshold_for(calibration: Calibration, images: int) -> float:
+def threshold_for(calibration: Calibration | None, images: int) -> float:
     """The mean similarity from which two groups among so many images are one person.
 
     That at which an image has `STRANGERS` similar strangers on average: the FAR is `STRANGERS` by
     the number of images, at most `MOST_FALSE`. Between the calibration's thresholds, and beyond
     them, it follows the logarithm of the FAR on straight lines; with one threshold, on the slope of
     its curve.
+
+    Raises:
+        UserError: there is no calibration, or one of whole photographs.
     """
+    if calibration is None:
+        raise UserError(
+            "the model has no calibration that says which similarity makes one person: run "
+            "sphereface2 calibrate on it, or give --threshold"
+        )
+    calibration.check_for_crops()
     wanted = np.log(min(STRANGERS / max(images, 1), MOST_FALSE))
     known = sorted((np.log(far), found.threshold) for far, found in calibration.thresholds.items())
     if len(known) == 1:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError, check_number
 from sphereface2.files import atomic_write, writing
-from sphereface2.recognition.audit.clean import cleaned, show, write_set
-from sphereface2.recognition.audit.faces import Faces, examined
-from sphereface2.recognition.audit.findings import KINDS, read_findings, write_findings
-from sphereface2.recognition.audit.judge import Judgement, judge
+from sphereface2.recognition.audit.faces import examined
+from sphereface2.recognition.audit.findings import (
+    KINDS,
+    cleaned,
+    read_findings,
+    show,
+    write_findings,
+    write_set,
+)
+from sphereface2.recognition.audit.judge import judge
 from sphereface2.recognition.audit.report import write_report
 from sphereface2.recognition.feature_parts import open_images
 from sphereface2.signals import STOPPED, Stopper
@@ -90,39 +93,31 @@ def audit(
     embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
     with examined(source, out, write, **embedding) as (embedder, faces):
         with Stopper(STOPPED), console.bars() as bars:
-            found = judge(faces, wrong=wrong, move=move, false_pairs=false_pairs, steps=steps(bars))
-        summary = _summary(source, faces, found, embedder.fingerprint)
+            limits = {"wrong": wrong, "move": move, "false_pairs": false_pairs}
+            found, share = judge(
+                faces, **limits, steps=lambda title: console.advance(bars, title, 1)
+            )
+        summary: dict[str, Any] = {
+            "set": str(source),
+            "model": embedder.fingerprint,
+            "images": len(faces.source),
+            "people": len(np.unique(faces.source.labels)),
+            "wrong_share": share,
+            "findings": {kind: sum(one.kind == kind for one in found) for kind in KINDS},
+        }
         summary["seconds"] = round(time.perf_counter() - start, 1)
-        write_findings(out / FINDINGS, found.findings)
+        write_findings(out / FINDINGS, found)
         facts = {
             "images": f"{summary['images']:,}",
             "people": f"{summary['people']:,}",
             "wrong labels, estimated": console.percent(summary["wrong_share"]),
         }
-        write_report(out, f"Audit of {source}", faces.source, found.findings, facts, shown)
+        write_report(out, f"Audit of {source}", faces.source, found, facts, shown)
         with writing(out):
             atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
     files = f"report: {out / 'report.html'}, to edit: {out / FINDINGS}"
-    done = None if write is None else write_set(cleaned(faces.source, found.findings), write)
+    done = None if write is None else write_set(cleaned(faces.source, found), write)
     return show(summary, [_table(summary), files], as_json, done)
-
-
-def steps(bars: Progress) -> Callable[[str], Callable[[float], None]]:
-    """Adds a bar for each title; each takes the share done since its last call."""
-    return lambda title: console.advance(bars, title, 1)
-
-
-def _summary(source: Path, faces: Faces, found: Judgement, model: str) -> dict[str, Any]:
-    counts = Counter(finding.kind for finding in found.findings)
-    labels = faces.source.labels
-    return {
-        "set": str(source),
-        "model": model,
-        "images": len(faces.source),
-        "people": len(np.unique(labels)),
-        "wrong_share": found.scores.share if found.scores is not None else None,
-        "findings": {kind: counts[kind] for kind in KINDS},
-    }
 
 
 def _table(summary: dict[str, Any]) -> Table:

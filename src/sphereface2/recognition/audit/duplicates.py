@@ -30,7 +30,6 @@ class Duplicate:
 
     first: int
     second: int
-    exact: bool
     score: float
 
 
@@ -51,13 +50,13 @@ def find_duplicates(
     """
     _, first, group = np.unique(pixels, return_index=True, return_inverse=True)
     copies = np.flatnonzero(first[group] != np.arange(len(rows)))
-    found = [Duplicate(int(first[group[i]]), int(i), True, 1.0) for i in copies]
+    found = [Duplicate(int(first[group[i]]), int(i), 1.0) for i in copies]
     one = np.sort(first)  # one image of each group
     different = rows[one] if len(one) < len(rows) else rows
 
     def compare(a: np.ndarray, b: np.ndarray, _: np.ndarray) -> None:
         for x, y, score in _same(thumbnails, one[a], one[b]):
-            found.append(Duplicate(x, y, False, score))
+            found.append(Duplicate(x, y, score))
 
     pairs_from(different, _limit(different), compare, progress=progress)
     return sorted(found, key=lambda d: (d.first, d.second))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,34 +13,28 @@ from sphereface2.evaluation.label_errors import (
     score_labels,
 )
 from sphereface2.files import printable
-from sphereface2.recognition.audit.clean import firsts
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.faces import Faces
-from sphereface2.recognition.audit.findings import Finding
-from sphereface2.recognition.quality import Gate
+from sphereface2.recognition.audit.findings import Finding, firsts
+from sphereface2.recognition.quality import MIN_SHARPNESS
 
 Steps = Callable[[str], Callable[[float], None]]
 """Adds a bar of this title and returns what takes the share done since the last call."""
 _DARK, _BRIGHT, _FLAT = 35.0, 225.0, 12.0  # mean and standard deviation of grey values
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """Findings, and scores of the labels they rest on, None where there are fewer than two."""
-
-    findings: list[Finding]
-    scores: LabelScores | None
-
-
 def judge(
     faces: Faces, *, wrong: float, false_pairs: float, move: float, steps: Steps
-) -> Judgement:
+) -> tuple[list[Finding], float | None]:
     """Find what is wrong with a set.
 
     Args:
         wrong: probability from which an image is taken for one of another person.
         false_pairs: share of false ones that is accepted among the pairs of labels of one person.
         move: probability from which an image is moved to another label; above 1, none is.
+
+    Returns:
+        What was found, and the estimated share of wrong labels, None of fewer than two labels.
     """
     duplicates = find_duplicates(
         faces.rows, faces.thumbnails, faces.pixels, progress=steps("duplicates")
@@ -51,31 +44,21 @@ def judge(
     scores = None
     merged: set[tuple[int, int]] = set()
     if len(people) > 1:
-        scores = score_labels(
-            # A photograph and its copy vouch for each other, whoever they show.
-            faces.rows,
-            labels,
-            copies=_copies(labels, duplicates),
-            progress=steps("labels"),
-        )
+        # A photograph and its copy vouch for each other, whoever they show.
+        copies = np.zeros(len(labels), bool)
+        for one in duplicates:
+            copies[one.second] |= labels[one.first] == labels[one.second]
+        scores = score_labels(faces.rows, labels, copies=copies, progress=steps("labels"))
         alike = alike_labels(
             faces.rows, labels, 1 - scores.wrong, progress=steps("pairs of labels")
         )
         findings += _wrong(faces, people, scores, wrong, move)
-        one = list(_same_people(faces, people, labels, scores, alike, duplicates, false_pairs))
-        merged = {(f.index, f.other) for f in one if f.action == "merge"}
-        findings += one
+        same = list(_same_people(faces, people, labels, scores, alike, duplicates, false_pairs))
+        merged = {(f.index, f.other) for f in same if f.action == "merge"}
+        findings += same
     findings += _duplicates(faces, duplicates, scores, merged)
     findings += _quality(faces)
-    return Judgement(findings, scores)
-
-
-def _copies(labels: np.ndarray, duplicates: list[Duplicate]) -> np.ndarray:
-    """Whether each image is a copy of an earlier one of its label."""
-    result = np.zeros(len(labels), bool)
-    for found in duplicates:
-        result[found.second] |= labels[found.first] == labels[found.second]
-    return result
+    return findings, None if scores is None else scores.share
 
 
 def _name(faces: Faces, row: int | np.integer) -> str:
@@ -199,12 +182,11 @@ def _fit(scores: LabelScores | None, row: int) -> float:
 
 
 def _quality(faces: Faces) -> Iterator[Finding]:
-    least = Gate().min_sharpness
     for what, values, bad in (
         ("dark", faces.brightness, faces.brightness < _DARK),
         ("bright", faces.brightness, faces.brightness > _BRIGHT),
         ("without contrast", faces.contrast, faces.contrast < _FLAT),
-        ("blurred", faces.sharpness, faces.sharpness < least),
+        ("blurred", faces.sharpness, faces.sharpness < MIN_SHARPNESS),
     ):
         for row in np.flatnonzero(bad):
             yield _finding("quality", faces, row, -1, what, values[row], "keep")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,25 +41,26 @@ def tile(source: Source, index: int) -> np.ndarray:
 def strip(source: Source, parts: Sequence[Sequence[int]]) -> np.ndarray:
     """Groups of images in a row, uint8 RGB, with a gap between the groups."""
     columns: list[np.ndarray] = []
-    for number, part in enumerate(parts):
-        if number:
-            columns.append(np.full((_TILE, 5 * _GAP, 3), 255, np.uint8))
-        for index in part:
-            columns += [tile(source, index), np.full((_TILE, _GAP, 3), 255, np.uint8)]
+    for part in parts:
+        for place, index in enumerate(part):
+            before = 0 if place or not columns else 5 * _GAP
+            columns.append(_padded(tile(source, index), left=before, right=_GAP))
     return np.concatenate(columns, axis=1)
 
 
 def grid(source: Source, images: Sequence[int], columns: int = 12) -> np.ndarray:
     """Images in rows, uint8 RGB, each with its number below."""
-    cells = []
-    for index in images:
-        cell = np.full((_TILE + 20, _TILE + _GAP, 3), 255, np.uint8)
-        cell[:_TILE, :_TILE] = tile(source, index)
-        cells.append(_write(cell, str(index), (2, _TILE + 14)))
+    cells = [_padded(tile(source, index), right=_GAP, below=20) for index in images]
+    for cell, index in zip(cells, images, strict=True):
+        _write(cell, str(index), (2, _TILE + 14))
     columns = min(columns, len(cells))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
     return np.concatenate(rows)
+
+
+def _padded(image: np.ndarray, left: int = 0, right: int = 0, below: int = 0) -> np.ndarray:
+    return np.pad(image, ((0, below), (left, right), (0, 0)), constant_values=255)
 
 
 def _write(image: np.ndarray, text: str, place: tuple[int, int]) -> np.ndarray:
@@ -72,34 +73,27 @@ def stack(strips: Sequence[np.ndarray], first: int = 1) -> np.ndarray:
     width = max(one.shape[1] for one in strips)
     rows = []
     for number, one in enumerate(strips, first):
-        row = np.full((_TILE + _GAP, width + 48, 3), 255, np.uint8)
-        row[:_TILE, 48 : 48 + one.shape[1]] = one
+        row = _padded(one, left=48, right=width - one.shape[1], below=_GAP)
         rows.append(_write(row, str(number), (2, _TILE // 2)))
     return np.concatenate(rows)
 
 
-def members(labels: np.ndarray) -> Callable[[int], list[int]]:
-    """Gives the first images of a label."""
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-
-    def of(label: int) -> list[int]:
-        start, end = np.searchsorted(ordered, [label, label + 1])
-        return order[start : min(end, start + _BESIDE)].tolist()
-
-    return of
+def first(labels: np.ndarray, label: int) -> list[int]:
+    """The first images of a label."""
+    return np.flatnonzero(labels == label)[:_BESIDE].tolist()
 
 
-def shown(finding: Finding, source: Source, of: Callable[[int], list[int]]) -> np.ndarray:
+def shown(finding: Finding, source: Source) -> np.ndarray:
     """The images that a finding is about."""
+    labels = np.asarray(source.labels)
     if finding.kind == "same person":
-        return strip(source, [of(finding.index), of(finding.other)])
+        return strip(source, [first(labels, finding.index), first(labels, finding.other)])
     if finding.kind.startswith("duplicate"):
         return strip(source, [[finding.index], [finding.other]])
     if finding.kind != "wrong label":
         return strip(source, [[finding.index]])
-    own = [i for i in of(int(source.labels[finding.index])) if i != finding.index]
-    others = of(finding.other) if finding.other >= 0 else []
+    own = [i for i in first(labels, labels[finding.index]) if i != finding.index]
+    others = first(labels, finding.other)  # none of label -1
     return strip(source, [part for part in ([finding.index], own, others) if part])
 
 
@@ -110,7 +104,6 @@ def write_report(
 
     ``facts`` are names and values for the head; ``limit`` findings of a kind are shown.
     """
-    of = members(np.asarray(source.labels))
     counts = Counter(finding.kind for finding in findings)
     rows = [*facts.items(), *((KINDS[kind], f"{counts[kind]:,}") for kind in KINDS)]
     page = [f"# {markdown.escape(title)}", "", markdown.table(["", ""], rows)]
@@ -122,16 +115,16 @@ def write_report(
     with writing(out):
         (out / "sheets").mkdir(exist_ok=True)
         for kind in filter(counts.__getitem__, KINDS):
-            first = [finding for finding in findings if finding.kind == kind][:limit]
-            strips = [shown(finding, source, of) for finding in first]
+            listed = [finding for finding in findings if finding.kind == kind][:limit]
+            strips = [shown(finding, source) for finding in listed]
             sheet = f"sheets/{kind.replace(' ', '-')}.jpg"
             atomic_write(out / sheet, encode_image(stack(strips), ".jpg", QUALITY))
-            note = f"The first {len(first)} of {counts[kind]:,}" if limit < counts[kind] else "All"
+            note = f"The first {len(listed)} of {counts[kind]:,}" if limit < counts[kind] else "All"
             page += [f"## {kind.capitalize()}", "", f"{note}: {KINDS[kind]}.", ""]
             page += [f"![{kind}]({sheet})", ""]
             lines: list[list[str]] = []
             html += [f"<h2>{kind.capitalize()}</h2><p>{note}: {KINDS[kind]}.<table>"]
-            for number, (f, image) in enumerate(zip(first, strips, strict=True), 1):
+            for number, (f, image) in enumerate(zip(listed, strips, strict=True), 1):
                 texts = [f.image, f.label, f.about, f"{f.score:.3f}", f.action]
                 lines.append([str(number), *texts])
                 data = base64.b64encode(encode_image(image, ".jpg", QUALITY)).decode()

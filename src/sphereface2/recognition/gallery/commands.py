@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from cyclopts import Parameter
@@ -15,27 +15,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
-from sphereface2.errors import UserError, check_count
+from sphereface2.errors import UserError, check_count, check_number
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.evaluation.results import far_key
 from sphereface2.files import visible
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import (
     Seen,
     files_of,
     load_embedder,
     look,
-    shown,
     warn_of_photographs,
 )
 from sphereface2.recognition.gallery.gallery import Gallery
 from sphereface2.recognition.gallery.types import Person, decide, metadata_of, person_name
-from sphereface2.recognition.verification import choose_threshold
-
-if TYPE_CHECKING:
-    from sphereface2.recognition.face_embedder import FaceEmbedder
 
 Fusion = Literal["max", "mean"]
+Result = TypeVar("Result")
 _BATCH = 64
 
 
@@ -139,10 +136,8 @@ def search(
                 if not as_json:
                     console.show(_answer(reports[-1]))
     written = write(reports, copies) if copies else []
-    if as_json:
-        print(json.dumps(reports, indent=2))
-    elif written:
-        console.show(f"{len(written):,} annotated: {annotate}")
+    told = [f"{len(written):,} annotated: {annotate}"] if written else []
+    console.tell(as_json, reports, *told)
     if errors:
         raise UserError(
             f"{len(errors)} of {len(files)} images could not be searched for: "
@@ -202,14 +197,12 @@ def verify(
         }
         for image, score in zip(images, scores, strict=True)
     ]
-    if as_json:
-        print(json.dumps(reports, indent=2))
-        return reports
     said = {True: "same person", False: "another person", None: "no threshold"}
-    for report in reports:
-        at = "" if line.threshold is None else f", threshold {line.threshold:.4f}"
-        verdict = said[report["same"]]
-        console.show(f"{report['image']}: {verdict} (similarity {report['similarity']:.4f}{at})")
+    at = "" if line.threshold is None else f", threshold {line.threshold:.4f}"
+    lines = [
+        f"{r['image']}: {said[r['same']]} (similarity {r['similarity']:.4f}{at})" for r in reports
+    ]
+    console.tell(as_json, reports, *lines)
     return reports
 
 
@@ -222,10 +215,7 @@ def set_metadata(gallery: str, person: str, /, *, metadata: str) -> Person:
         metadata: A JSON object to keep with them instead, for example {"since": 2024}.
     """
     about = metadata_of(metadata)
-    with Gallery.open(gallery, create=False) as opened:
-        changed = opened.set_metadata(person, about)
-    if changed is None:
-        raise _nobody(person, gallery)
+    changed, _ = _changed(gallery, person, lambda opened: opened.set_metadata(person, about))
     console.show(f"{visible(changed.name)}: {json.dumps(changed.metadata, ensure_ascii=False)}")
     return changed
 
@@ -238,10 +228,7 @@ def rename(gallery: str, person: str, new_name: str, /) -> Person:
         person: Who is there.
         new_name: What they are called from now on.
     """
-    with Gallery.open(gallery, create=False) as opened:
-        changed = opened.rename(person, new_name)
-    if changed is None:
-        raise _nobody(person, gallery)
+    changed, _ = _changed(gallery, person, lambda opened: opened.rename(person, new_name))
     console.show(f"{visible(person)} is now {visible(changed.name)}")
     return changed
 
@@ -253,11 +240,7 @@ def remove(gallery: str, person: str, /) -> int:
         gallery: A file, or postgresql+psycopg://user@host/database.
         person: Whom to remove.
     """
-    with Gallery.open(gallery, create=False) as opened:
-        count = opened.remove(person)
-        rest = _rest(opened)
-    if not count:
-        raise _nobody(person, gallery)
+    count, rest = _changed(gallery, person, lambda opened: opened.remove(person))
     console.show(f"removed {visible(person)} and {count} images{rest}")
     return count
 
@@ -271,7 +254,20 @@ def compact(gallery: str, /) -> None:
     with Gallery.open(gallery, create=False) as opened:
         opened.compact()
         rest = _rest(opened) if opened.is_file else ""
-    console.show(f"compacted {shown(gallery)}{rest}")
+    console.show(f"compacted {opened.uri}{rest}")
+
+
+def _changed(
+    address: str, person: str, change: Callable[[Gallery], Result | None]
+) -> tuple[Result, str]:
+    """What a change of somebody gives, and what is left to do; UserError if nobody is there."""
+    with Gallery.open(address, create=False) as gallery:
+        if not (result := change(gallery)):
+            raise UserError(
+                f"there is no person named {person!r} in {gallery.uri}; "
+                "`sphereface2 gallery list` names everybody"
+            )
+        return result, _rest(gallery)
 
 
 def _rest(gallery: Gallery) -> str:
@@ -301,7 +297,7 @@ def index(gallery: str, /, *, index_from: int | None = None, exact: bool = False
     with Gallery.open(gallery, create=False) as opened:
         opened.set_index(index_from)
     how = "exact" if exact else f"approximate from {index_from:,} images on"
-    console.show(f"{shown(gallery)}: {how}")
+    console.show(f"{opened.uri}: {how}")
 
 
 def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
@@ -313,15 +309,12 @@ def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
     """
     with Gallery.open(gallery, create=False) as opened:
         people = opened.people()
-    if as_json:
-        keys = ("name", "images", "metadata")
-        print(json.dumps([{key: getattr(p, key) for key in keys} for p in people], indent=2))
-        return people
+    keys = ("name", "images", "metadata")
     table = Table("person", "images", "metadata")
     for person in people:
         about = json.dumps(person.metadata, ensure_ascii=False) if person.metadata else ""
         table.add_row(escape(visible(person.name)), str(person.images), escape(about))
-    console.show(table)
+    console.tell(as_json, [{key: getattr(p, key) for key in keys} for p in people], table)
     return people
 
 
@@ -334,10 +327,7 @@ def stats(gallery: str, /, *, as_json: bool = False) -> dict[str, Any]:
     """
     with Gallery.open(gallery, create=False) as opened:
         numbers = opened.stats()
-    if as_json:
-        print(json.dumps(numbers, indent=2))
-    else:
-        console.show(*(f"{key:16} {value}" for key, value in numbers.items()))
+    console.tell(as_json, numbers, *(f"{key:16} {value}" for key, value in numbers.items()))
     return numbers
 
 
@@ -362,17 +352,18 @@ def _line(
     model: str | None,
 ) -> _Line:
     """The threshold to decide by among so many comparisons a probe."""
-    if sum(value is not None for value in (far, fpir, threshold)) > 1:
+    options = {"--far": far, "--fpir": fpir, "--threshold": threshold}
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) > 1:
         raise UserError("give one of --far, --fpir and --threshold")
     if threshold is not None:
-        choose_threshold(None, None, threshold)  # is it one
+        check_number("--threshold", threshold, least=-1, most=1)
         return _Line(threshold, None, None, f"threshold {threshold:.4f}")
     calibration = embedder.calibration
     if calibration is None:
-        if far is not None or fpir is not None:
-            option = "--far" if far is not None else "--fpir"
+        if given:
             raise UserError(
-                f"{option} needs a calibration: run sphereface2 calibrate {model} first, or give "
+                f"{given[0]} needs a calibration: run sphereface2 calibrate {model} first, or give "
                 "--threshold"
             )
         return _Line(None, None, None, "no threshold: the model is not calibrated")
@@ -417,10 +408,3 @@ def _answer(report: dict[str, Any]) -> str:
         return f"{where}: {matches[0]}{rest}"
     verdict = "no threshold" if report["threshold"] is None else "unknown"
     return f"{where}: {verdict} (nearest {', '.join(matches)})"
-
-
-def _nobody(person: str, gallery: str) -> UserError:
-    return UserError(
-        f"there is no person named {person!r} in {shown(gallery)}; "
-        "`sphereface2 gallery list` names everybody"
-    )

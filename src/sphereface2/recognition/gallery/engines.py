@@ -116,10 +116,11 @@ class Resident:
         # An image never changes; a template, a person's one row, does.
         kept = set() if self._owner == self._key else now & there.keys()
         gone = np.array([row for pair, row in there.items() if pair not in kept], np.int64)
-        self._view = replace(view, seq=seq, dead=np.concatenate([view.dead, gone]))
+        self._view = replace(view, dead=np.concatenate([view.dead, gone]))
         for some in parts(sorted(now - kept)):
             chosen = f"({self._owner}, {self._key}) IN (VALUES {_marks(some, '(?,?)')})"
             self._append(connection, chosen, [value for pair in some for value in pair])
+        self._view = replace(self._view, seq=seq)  # of a change cut short it is the old one
         if mostly_gone(len(self._view.dead), len(self._view.rows)):
             alive = [np.delete(one, self._view.dead, axis=0) for one in self._columns()]
             self._view = replace(self._view, dead=gone[:0])

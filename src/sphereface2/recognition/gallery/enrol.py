@@ -9,20 +9,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 
 from sphereface2 import console
+from sphereface2.data.embedding_table import METADATA
+from sphereface2.data.folder import FolderSource
 from sphereface2.errors import UserError
 from sphereface2.images import encode_image, read_image
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery.faces import (
     Faces,
     files_of,
     lasting,
     load_embedder,
     look,
-    shown,
     warn_of_photographs,
 )
 from sphereface2.recognition.gallery.gallery import Gallery
@@ -34,10 +38,7 @@ from sphereface2.recognition.gallery.types import (
     metadata_of,
     person_name,
 )
-from sphereface2.recognition.quality import Action, Gate, measure
-
-if TYPE_CHECKING:
-    from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.quality import Action, check, measure
 
 _BATCH = 64
 _LISTED = 20
@@ -174,9 +175,8 @@ def add(
                     "model, or embed the images again with this one"
                 )
         elif embedder is not None:
-            gate = Gate(quality)
             tolerant = None if person else left_out
-            people = _embed(embedder, files, faces, gate, keep_crops, left_out=tolerant)
+            people = _embed(embedder, files, faces, quality, keep_crops, left_out=tolerant)
             if person:  # whose files stay together
                 people = (dataclasses.replace(one, metadata=about) for one in people)
         if embedder is not None:
@@ -193,12 +193,10 @@ def add(
                 opened = stack.enter_context(Gallery.open(gallery, model=remembered, **facts))
             for some in opened.add_many(chain([first], fit), replace=replace, refused=refused):
                 names |= {one.name for one in some}
-        if not count + there:
-            raise UserError(
-                f"no person was added to {shown(gallery)}: {folder or features} has no usable image"
-            )
+        if opened is None or not count + there:
+            raise UserError(f"no person was added: {folder or features} has no usable image")
     already = f"; {there:,} images were there already" if there else ""
-    console.show(f"added {count:,} images of {len(names):,} people to {shown(gallery)}{already}")
+    console.show(f"added {count:,} images of {len(names):,} people to {opened.uri}{already}")
     return {"people": len(names), "images": count, "there": there, "left_out": left_out}
 
 
@@ -226,54 +224,50 @@ def reembed(
     left_out: list[str] = []
     embedder = load_embedder(model, None, device)
 
-    def crop(person: str, image: Image) -> np.ndarray:
-        if (file := _File.of(person, image.source)) is not None:
-            return look(embedder, file.path, file.aligned, "largest")[0].crop
-        if (content := opened.crop(person, image.id)) is not None:
-            return read_image(content)
-        raise UserError(f"an image of {person!r} has no file and no crop to embed again")
+    def origin(person: str, image: Image) -> _File | bytes | None:
+        """The file that an image came from, else the crop that is kept of it."""
+        return _File.of(person, image.source) or opened.crop(person, image.id)
 
-    def again(stored: list[Stored]) -> Iterator[tuple[int, np.ndarray]]:
-        lost = [
-            person.name
-            for person, theirs in stored
-            for image in theirs
-            if _File.of(person.name, image.source) is None
-            and not (person.has_crop and opened.crop(person.name, image.id))
-        ]
-        if lost and not drop_missing:
-            some = ", ".join(map(repr, list(dict.fromkeys(lost))[:_LISTED]))
+    def again(stored: list[Stored]) -> Iterable[tuple[int, np.ndarray]]:
+        todo = [(person.name, image) for person, theirs in stored for image in theirs]
+        gone = [name for name, image in todo if origin(name, image) is None]
+        if gone and not drop_missing:
+            some = ", ".join(map(repr, list(dict.fromkeys(gone))[:_LISTED]))
             raise UserError(
-                f"{len(lost)} images have no file and no crop to embed again, among them of "
+                f"{len(gone)} images have no file and no crop to embed again, among them of "
                 f"{some}: put the files back, enrol these people again, or leave out the images "
                 "with --drop-missing"
             )
-        remain = False
-        todo = [(person.name, image) for person, theirs in stored for image in theirs]
+        reasons: dict[int, str] = {}
+
+        def read(one: tuple[str, Image]) -> np.ndarray:
+            name, image = one
+            try:
+                if (found := origin(name, image)) is None:
+                    raise UserError(f"an image of {name!r} has no file and no crop to embed again")
+                if isinstance(found, _File) and not found.aligned:
+                    return embedder.crop(found.path)[0]
+                return read_image(found if isinstance(found, bytes) else found.path)
+            except UserError as error:
+                reasons[image.id] = str(error)
+                if drop_missing:
+                    raise
+                raise UserError(
+                    f"{error}; repair it, or leave out such images with --drop-missing"
+                ) from error
+
+        lost: list[int] | None = [] if drop_missing else None
         with console.bars(counted=True) as bars:
             done = console.advance(bars, "embedding", len(todo))
-            for start in range(0, len(todo), _BATCH):
-                crops: dict[int, np.ndarray] = {}
-                for name, image in todo[start : start + _BATCH]:
-                    done(1)
-                    try:
-                        crops[image.id] = crop(name, image)
-                    except UserError as error:
-                        if not drop_missing:
-                            raise UserError(
-                                f"{error}; repair it, or leave out such images with --drop-missing"
-                            ) from error
-                        left_out.append(str(error))
-                if crops:
-                    remain = True
-                    yield from zip(
-                        crops, embedder.embed(list(crops.values()), aligned=True), strict=True
-                    )
-        if not remain and len(stored) == opened.count():
+            rows = embedder.embedder.embed(todo, read=read, unreadable=lost, progress=done)
+        if not len(rows) and len(stored) == opened.count():
             raise UserError(
-                f"no person would remain in {shown(gallery)}, which was not changed: put the files "
+                f"no person would remain in {opened.uri}, which was not changed: put the files "
                 "back, or enrol the people in a new gallery"
             )
+        ids = [image.id for _, image in todo]
+        left_out.extend(reasons[one] for one in ids if one in reasons)
+        return zip([one for one in ids if one not in reasons], rows, strict=True)
 
     facts: dict[str, Any] = {"fingerprint": embedder.fingerprint, "dim": embedder.embedding_dim}
     with Gallery.open(gallery, create=False) as opened:
@@ -284,7 +278,7 @@ def reembed(
         print(f"left out: {line}", file=sys.stderr)
     gone = sorted(before - after)
     went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
-    console.show(f"{shown(gallery)} now holds {len(after):,} people embedded by {model}{went}")
+    console.show(f"{opened.uri} now holds {len(after):,} people embedded by {model}{went}")
     return {"people": len(after), "gone": gone, "left_out": left_out}
 
 
@@ -292,7 +286,7 @@ def _embed(
     embedder: FaceEmbedder,
     files: Sequence[_File],
     faces: Faces,
-    gate: Gate,
+    quality: Action,
     keep_crops: bool,
     *,
     left_out: list[str] | None,
@@ -321,7 +315,7 @@ def _embed(
             try:
                 seen = look(embedder, file.path, file.aligned, faces)
                 for one in seen:
-                    for warning in gate.check(measure(one.crop, one.face), str(file.path)):
+                    for warning in check(measure(one.crop, one.face), quality, str(file.path)):
                         print(f"warning: {warning}", file=sys.stderr)
             except UserError as error:
                 if left_out is None:
@@ -337,8 +331,6 @@ def _embed(
 
 def _folder(folder: Path, aligned: bool) -> list[_File]:
     """The images of ``folder/person/image``, person by person."""
-    from sphereface2.data.folder import FolderSource
-
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a folder: give --folder a folder that holds one folder for each "
@@ -356,11 +348,6 @@ def _folder(folder: Path, aligned: bool) -> list[_File]:
 
 def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[Enrolment]]:
     """A table of embeddings: the model's fingerprint if it says, dim, people."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    from sphereface2.data.embedding_table import METADATA
-
     try:
         file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -392,17 +379,13 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
         rows = (
             row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist()
         )
-        for person, group in groupby(rows, key=_whose):
+        # Where a set has no names, a person's is the label.
+        for person, group in groupby(rows, key=lambda row: row.get("person") or row["label"]):
             theirs = [row for row in group if row["embedding"] is not None]
-            if not person:
+            if person is None:
                 left_out.extend(f"{row['name']} of {path}: it has no name" for row in theirs)
             elif theirs:
-                yield Enrolment(person, np.array([row["embedding"] for row in theirs], np.float32))
+                vectors = np.array([row["embedding"] for row in theirs], np.float32)
+                yield Enrolment(str(person), vectors)
 
     return about.get("model"), dim, people()
-
-
-def _whose(row: dict[str, Any]) -> str:
-    """The name of a row's person; where a set has no names, the label."""
-    person = row["label"] if row.get("person") is None else row["person"]
-    return "" if person is None else str(person)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from sphereface2.align import Face, NoFaceError, warp
 from sphereface2.align.unaligned import warn_if_unaligned
+from sphereface2.backbones.bundle import run_of
+from sphereface2.data.folder import images_below
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
+from sphereface2.recognition.box import chosen
+from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery.gallery import Gallery
-
-if TYPE_CHECKING:
-    from sphereface2.recognition.face_embedder import FaceEmbedder
 
 #: Which faces of an image are taken; ``one`` refuses an image of several.
 Faces = Literal["one", "largest", "all"]
@@ -50,8 +50,6 @@ def files_of(given: Path) -> list[Path]:
     """An image, or all those in a folder and below it."""
     if not given.is_dir():
         return [given]
-    from sphereface2.data.folder import images_below
-
     if not (found := [given / name for name in images_below(given).images]):
         raise UserError(f"{given} holds no images")
     return found
@@ -69,9 +67,6 @@ def warn_of_photographs(files: Sequence[Path]) -> None:
 
 def load_embedder(model: str | None, gallery: Gallery | None, device: str | None) -> FaceEmbedder:
     """The model named, the gallery's own or the package's; UserError if it is not the gallery's."""
-    from sphereface2.recognition.box import chosen
-    from sphereface2.recognition.face_embedder import FaceEmbedder
-
     if model is None and gallery is not None:
         model = gallery.model
     embedder = FaceEmbedder.from_pretrained(chosen(model), device=device)
@@ -82,15 +77,4 @@ def load_embedder(model: str | None, gallery: Gallery | None, device: str | None
 
 def lasting(model: str) -> str:
     """A model as a gallery remembers it: a path from the root, or a hub id."""
-    from sphereface2.backbones.bundle import run_of
-
     return str(path.resolve()) if (path := run_of(model)).exists() else model
-
-
-def shown(address: str) -> str:
-    """A gallery's address without a password.
-
-    >>> shown("postgresql+psycopg://anna:secret@host/faces")
-    'postgresql+psycopg://anna:***@host/faces'
-    """
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", address)

@@ -15,7 +15,6 @@ from sphereface2.recognition.gallery import stamps
 from sphereface2.recognition.gallery.reader import GalleryReader
 from sphereface2.recognition.gallery.rows import Refused, Stored
 from sphereface2.recognition.gallery.types import (
-    Checked,
     Enrolment,
     Person,
     metadata_json,
@@ -110,7 +109,7 @@ class Gallery(GalleryReader):
         Raises:
             UserError: as `add`, without ``refused``; what was yielded before stays.
         """
-        waiting: dict[int, Checked] = {}
+        waiting: dict[int, Enrolment] = {}
         size = 0
         for item in people:
             try:
@@ -120,16 +119,16 @@ class Gallery(GalleryReader):
                     raise
                 refused(item, error)
                 continue
-            size += len(one.vectors)
+            size += len(one.embeddings)
             if waiting and (size > BATCH_IMAGES or one.key in waiting):
                 yield self._add_batch(waiting, replace, refused)
-                waiting, size = {}, len(one.vectors)
+                waiting, size = {}, len(one.embeddings)
             waiting[one.key] = one
         if waiting:
             yield self._add_batch(waiting, replace, refused)
 
     def _add_batch(
-        self, batch: dict[int, Checked], replace: bool, refused: Refused | None
+        self, batch: dict[int, Enrolment], replace: bool, refused: Refused | None
     ) -> list[Person]:
         def change(connection: Connection) -> list[Person]:
             items = batch.values()

@@ -182,7 +182,10 @@ class GalleryReader:
         self._check_open()
         probes = unit(embeddings, self.dim)
         found = self._search.search(probes, k, mean=fusion == "mean", every=exact)
-        return [[_match(person, score) for person, score in one] for one in found]
+        return [
+            [Match(who.name, _cosine(score), who.metadata, who.has_crop) for who, score in one]
+            for one in found
+        ]
 
     def verify(self, person: str, embeddings: np.ndarray, *, fusion: str = "max") -> list[float]:
         """How like one person probes are: the cosine of each (q, d), as `search` scores them.
@@ -275,10 +278,6 @@ class GalleryReader:
             )
             self._counted = known = (state, people, images)
         return known[1:]
-
-
-def _match(person: Person, score: float) -> Match:
-    return Match(person.name, _cosine(score), person.metadata, person.has_crop)
 
 
 def _cosine(score: float) -> float:

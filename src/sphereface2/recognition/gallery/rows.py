@@ -19,7 +19,6 @@ from sqlalchemy.engine import Connection, Dialect
 
 from sphereface2.errors import UserError
 from sphereface2.recognition.gallery.types import (
-    Checked,
     Enrolment,
     Image,
     Person,
@@ -222,7 +221,7 @@ class Rows:
     def add(
         self,
         connection: Connection,
-        items: Iterable[Checked],
+        items: Iterable[Enrolment],
         *,
         replace: bool,
         refused: Refused | None = None,
@@ -234,7 +233,7 @@ class Rows:
         # rows of people who are there are locked.
         items = sorted(items, key=lambda item: item.key)
         rows = [
-            {"id": i.key, "name": i.name, "metadata": "{}", "template": template(i.vectors)}
+            {"id": i.key, "name": i.person, "metadata": "{}", "template": template(i.embeddings)}
             for i in items
         ]
         touch = self.insert(people).on_conflict_do_update(
@@ -242,7 +241,7 @@ class Rows:
         )
         connection.execute(touch, rows)
         there = self.describe(connection, [item.key for item in items])
-        new_ids = iter(image_ids(sum(len(item.vectors) for item in items)))
+        new_ids = iter(image_ids(sum(len(item.embeddings) for item in items)))
         ids: dict[int, list[int]] = {}
         added, changed = [], []
         for item in items:
@@ -252,22 +251,21 @@ class Rows:
             except UserError as error:
                 if refused is None:
                     raise
-                refused(item.enrolment, error)
+                refused(item, error)
                 continue
-            ids[item.key] = [next(new_ids) for _ in item.vectors]
-            for row in zip(ids[item.key], item.vectors, item.sources, item.crops, strict=True):
+            vectors, ids[item.key] = item.embeddings, [next(new_ids) for _ in item.embeddings]
+            columns: Any = (ids[item.key], vectors, item.sources, item.crops)
+            for row in zip(*columns, strict=True):
                 added.append(dict(zip(images.c.keys(), (item.key, *row), strict=True)))
-            vectors, metadata = item.vectors, item.metadata
             if before.images and replace:
                 connection.execute(sa.delete(images).where(images.c.person == item.key))
             elif before.images:
                 # Of the images themselves, so that it does not drift however often it changes.
                 vectors = np.stack([*self.vectors(connection, item.key, False), *vectors])
-            if before.images or metadata is not None:
-                metadata = metadata or json.dumps(before.metadata)
-                changed.append(
-                    {"key": item.key, "metadata": metadata, "template": template(vectors)}
-                )
+            if before.images or item.metadata is not None:
+                metadata = before.metadata if item.metadata is None else item.metadata
+                facts = {"metadata": json.dumps(metadata), "template": template(vectors)}
+                changed.append({"key": item.key, **facts})
         if added and self._dialect is postgresql:
             self._copy(connection, added)
         elif added:
@@ -379,14 +377,14 @@ def parts(keys: list[Key]) -> Iterator[list[Key]]:
     return (keys[start : start + _KEYS] for start in range(0, len(keys), _KEYS))
 
 
-def _check(item: Checked, before: Person, replace: bool, known: bool | None) -> None:
+def _check(item: Enrolment, before: Person, replace: bool, known: bool | None) -> None:
     """UserError unless somebody who is there as ``before`` can become what ``item`` makes them."""
     if known is False and before.images:
-        raise PersonExistsError(f"{item.name!r} is enrolled already")
+        raise PersonExistsError(f"{item.person!r} is enrolled already")
     if known and not before.images:
-        raise UnknownPersonError(f"no person named {item.name!r} is enrolled")
-    if before.name != item.name:
+        raise UnknownPersonError(f"no person named {item.person!r} is enrolled")
+    if before.name != item.person:
         raise UserError(
-            f"{item.name!r} cannot be distinguished from {before.name!r}; give another name"
+            f"{item.person!r} cannot be distinguished from {before.name!r}; give another name"
         )
-    check_count(item.name, len(item.vectors) + (0 if replace else before.images))
+    check_count(item.person, len(item.embeddings) + (0 if replace else before.images))

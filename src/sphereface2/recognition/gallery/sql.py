@@ -301,14 +301,10 @@ def _check_whose(path: Path, address: str) -> None:
 
 def _tune(connection: Any, _: Any) -> None:
     """Have pgvector take packed embeddings, and its index go on until it has found enough rows."""
-    from psycopg.adapt import Dumper
-    from psycopg.pq import Format
+    from psycopg.types.string import BytesBinaryDumper
 
-    class PackedDumper(Dumper):
-        format = Format.BINARY  # of no type: the server takes that of the column or the cast
-
-        def dump(self, obj: Packed) -> Packed:
-            return obj
+    class PackedDumper(BytesBinaryDumper):
+        oid = 0  # of no type: the server takes that of the column or the cast
 
     connection.adapters.register_dumper(Packed, PackedDumper)
     with connection.cursor() as cursor:

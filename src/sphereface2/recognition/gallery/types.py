@@ -86,8 +86,12 @@ class Enrolment:
     sources: Sequence[str | None] | None = None
     crops: Sequence[bytes | None] | None = None
 
-    def check(self, dim: int) -> Checked:
-        """UserError if a gallery of embeddings of ``dim`` numbers refuses it."""
+    def check(self, dim: int) -> Enrolment:
+        """The same with a clean name, unit vectors (k, d) and lists of k sources and crops.
+
+        Raises:
+            UserError: a gallery of embeddings of ``dim`` numbers refuses it.
+        """
         name = person_name(self.person)
         vectors = unit(self.embeddings, dim)
         if not len(vectors):
@@ -104,21 +108,14 @@ class Enrolment:
                 raise UserError(
                     f"a source of {name!r} has {size} bytes; {SOURCE_BYTES} is the maximum"
                 )
-        metadata = None if self.metadata is None else metadata_json(name, self.metadata)
-        return Checked(self, person_key(name), name, vectors, sources, crops, metadata)
+        metadata = self.metadata  # as it is now, whatever its owner makes of it later
+        metadata = None if metadata is None else json.loads(metadata_json(name, metadata))
+        return Enrolment(name, vectors, metadata, sources, crops)
 
-
-@dataclass(frozen=True)
-class Checked:
-    """An enrolment that passed the checks: clean name, its key, unit vectors (k, d) float32."""
-
-    enrolment: Enrolment
-    key: int
-    name: str
-    vectors: np.ndarray
-    sources: list[str | None]
-    crops: list[bytes | None]
-    metadata: str | None
+    @property
+    def key(self) -> int:
+        """The person's key, of a clean name."""
+        return person_key(self.person)
 
 
 def check_count(name: str, images: int) -> None:

@@ -15,7 +15,7 @@ from sphereface2.align import Aligner
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
-from sphereface2.recognition.gallery.faces import lasting, shown
+from sphereface2.recognition.gallery.faces import lasting
 from sphereface2.recognition.service.app import check_far, create_app
 from sphereface2.recognition.service.keys import KeyFile
 from sphereface2.recognition.service.security import is_loopback
@@ -87,7 +87,7 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     with Gallery.open(gallery, embedder=embedder, model=lasting(checkpoint)) as people:
         sizes = people.stats()
         print(
-            f"gallery {shown(gallery)}: {sizes['people']:,} people, {sizes['images']:,} images",
+            f"gallery {people.uri}: {sizes['people']:,} people, {sizes['images']:,} images",
             file=sys.stderr,
             flush=True,
         )

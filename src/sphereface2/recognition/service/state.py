@@ -22,7 +22,7 @@ from sphereface2.recognition.gallery import (
     UnknownPersonError,
     person_name,
 )
-from sphereface2.recognition.quality import Gate, measure
+from sphereface2.recognition.quality import check, measure
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.errors import Refusal
 from sphereface2.recognition.service.metrics import Metrics
@@ -84,11 +84,11 @@ class Service:
         Raises:
             Refusal: 422 for one that the quality gate refuses.
         """
-        gate, warnings = Gate(self.settings.quality), []
+        warnings = []
         for number, one in enumerate(seen, 1):
             name = "the image" if len(seen) == 1 else f"image {number}"
             try:
-                warnings += gate.check(measure(one.crop, one.face), name)
+                warnings += check(measure(one.crop, one.face), self.settings.quality, name)
             except UserError as error:
                 raise Refusal(422, "poor_image", str(error)) from None
         return warnings

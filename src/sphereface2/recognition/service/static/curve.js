@@ -3,7 +3,7 @@
 import { decimal, percent, vector } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [560, 270];
-const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 44, 50];
+const [LEFT, RIGHT, TOP, BOTTOM] = [70, 20, 54, 50];
 
 /** `curve`: {similarity, probability}; `verdict`: {similarity, probability, threshold}. */
 export function drawCurve(curve, verdict) {
@@ -45,13 +45,15 @@ export function drawCurve(curve, verdict) {
   );
 
   const [px, py] = [x(verdict.similarity), y(verdict.probability)];
-  const left = px > WIDTH * 0.85;
-  const lift = verdict.probability > 0.85 ? 26 : -12;
+  // Below the curve where it is high, above it and before the point where it rises.
+  const high = verdict.probability > 0.85;
+  const left = px > (high ? WIDTH * 0.85 : LEFT + 80);
+  const lift = high ? 26 : -12;
   root.append(
     vector("line", { class: "drop-line", x1: px, x2: px, y1: py, y2: y(0) }),
     vector("circle", { class: "point", cx: px, cy: py, r: 7 }),
     text(px + (left ? -12 : 12), py + lift, decimal(verdict.similarity), left ? "end" : "start", "value"),
-    text(edge + 6, y(0) - 8, "threshold", "start"),
+    text(edge, y(1) - 8, "threshold", edge > WIDTH * 0.8 ? "end" : "start"),
   );
   return root;
 }

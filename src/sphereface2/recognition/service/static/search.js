@@ -49,12 +49,13 @@ function show(found) {
   return meaning ? [...faces, make("p", { className: "hint", textContent: meaning })] : faces;
 }
 
-/** What the false accept rate means for a gallery of this size. */
+/** What the mark on the bars is, and what the false accept rate means for a gallery of this size. */
 function expected(found) {
   if (found.fpir === null || !found.people) return "";
-  return found.fpir > 0.5
+  const mark = `The mark on each bar is the threshold, ${decimal(found.threshold)}. `;
+  return mark + (found.fpir > 0.5
     ? "In a gallery of this size, most strangers would be named by mistake at this false accept rate: choose a lower one."
-    : `In a gallery of this size, about one stranger in ${Math.round(1 / found.fpir).toLocaleString("en")} would be named by mistake.`;
+    : `In a gallery of this size, about one stranger in ${Math.round(1 / found.fpir).toLocaleString("en")} would be named by mistake.`);
 }
 
 function one(face, at, found) {

@@ -265,9 +265,8 @@ def peers(data: Data) -> None:
 
 
 def tune(data: Data) -> None:
-    """How the index's settings trade time for recall, and usearch's graph beside it."""
+    """How the index's settings trade time for recall."""
     import faiss
-    from usearch.index import Index
 
     size, dim = data.gallery.shape
 
@@ -291,14 +290,6 @@ def tune(data: Data) -> None:
             ivf.nprobe = count // share
             search = rescoring(lambda probe, ivf=ivf, few=few: ivf.search(probe[None], few)[1][0])
             data.report(f"a {share}th of the lists, {few} rescored", search)
-    graph = Index(ndim=dim, metric="ip", dtype="i8", connectivity=16, expansion_add=128)
-    start = time.perf_counter()
-    graph.add(np.arange(size), data.gallery)
-    print(f"  usearch: built in {time.perf_counter() - start:.1f} s")
-    for effort in (64, 128, 256, 512):
-        graph.expansion_search = effort
-        search = rescoring(lambda probe: graph.search(probe, 16).keys.astype(np.int64))
-        data.report(f"usearch, effort {effort}", search)
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ ALL = 1 << 20
 NEAR = 32
 """Neighbours of a row that are looked at where they are not."""
 _BLOCK, _CHUNK = 1024, 2048
-_EFFORT = 128  # candidates that the graph keeps as it is built and searched
+_EFFORT, _LINKS = 128, 16  # candidates that the graph keeps as it is built and searched; its links
+_SAMPLE = 1 << 16
 
 Pairs = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Takes rows a < b and their scores; called in several threads at once."""
@@ -112,27 +113,25 @@ def _found(
     progress: Callable[[float], None] | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Of so many queries at a time the first's place, and the nearest rows, int64, -1 for none."""
-    from usearch.index import Index
+    import faiss
 
-    threads, all_of_it = workers or usable_cpus(), len(rows) + len(queries)
-    index = Index(
-        ndim=rows.shape[1],
-        metric="ip",
-        dtype="i8",
-        expansion_add=_EFFORT,
-        expansion_search=_EFFORT,
+    faiss.omp_set_num_threads(workers or usable_cpus())  # of this thread
+    index: Any = faiss.IndexHNSWSQ(
+        rows.shape[1], faiss.ScalarQuantizer.QT_8bit, _LINKS, faiss.METRIC_INNER_PRODUCT
     )
-    # Rows that are added at one time do not see each other: neighbours must not come together.
+    index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT
+    index.train(rows[:: -(-len(rows) // _SAMPLE)])  # the range of each number
+    all_of_it = len(rows) + len(queries)
+    # A person's images come one after the other: in that order the graph leads to few others.
     order = np.random.default_rng(0).permutation(len(rows))
+    places = np.append(order, -1)  # of what is not found too
     for start in range(0, len(rows), _CHUNK):
         part = order[start : start + _CHUNK]
-        index.add(part, rows[part], threads=threads)
+        index.add(rows[part])
         if progress is not None:
             progress(len(part) / all_of_it)
     for start in range(0, len(queries), _CHUNK):
         part = queries[start : start + _CHUNK]
-        matches: Any = index.search(part, count, threads=threads)
-        there = np.arange(matches.keys.shape[1]) < np.asarray(matches.counts)[:, None]
-        yield start, np.where(there, np.asarray(matches.keys).astype(np.int64), -1)
+        yield start, places[index.search(part, count)[1]]
         if progress is not None:
             progress(len(part) / all_of_it)

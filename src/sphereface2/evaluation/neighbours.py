@@ -116,9 +116,8 @@ def _found(
     import faiss
 
     faiss.omp_set_num_threads(workers or usable_cpus())  # of this thread
-    index: Any = faiss.IndexHNSWSQ(
-        rows.shape[1], faiss.ScalarQuantizer.QT_8bit, _LINKS, faiss.METRIC_INNER_PRODUCT
-    )
+    graph = f"HNSW{_LINKS},SQ8"  # a byte a number
+    index: Any = faiss.index_factory(rows.shape[1], graph, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT
     index.train(rows[:: -(-len(rows) // _SAMPLE)])  # the range of each number
     all_of_it = len(rows) + len(queries)

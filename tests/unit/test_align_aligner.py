@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage.data import astronaut
 
-from sphereface2.align import TEMPLATE, Aligner, NoFaceError, detector, similarity
+from sphereface2.align import TEMPLATE, Aligner, NoFaceError, similarity
 from sphereface2.errors import UserError
 
 
@@ -158,8 +158,6 @@ def test_threads_and_processes_can_share_it(aligner, photo, face):
 
 
 def test_settings_are_checked():
-    with pytest.raises(UserError, match="did you mean 'mtcnn'"):
-        detector.create("mtcn")
     with pytest.raises(UserError, match="16 to 4,096 pixels"):
         Aligner(size=3)
     with pytest.raises(UserError, match="smallest score"):

@@ -8,8 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from sphereface2.align import detector as detectors
-from sphereface2.align.detector import Detector, Face
+from sphereface2.align.detector import Face, Mtcnn
 from sphereface2.align.template import SIZE, check_size, warp
 from sphereface2.errors import UserError
 from sphereface2.images import ImageLike, read_image
@@ -38,28 +37,22 @@ class Aligner:
     its crops stay dark.
 
     Args:
-        detector: ``mtcnn``.
         size: side of the crops in pixels.
         min_score: the detector's confidence in [0, 1] from which a face counts.
         rotations: where no face is found, look for it with the image turned by 90°, 180° and
             270°, and take the turn with the surest face. Four times the time for such images.
 
     Raises:
-        UserError: no such detector, its package is missing, or a number is out of range.
+        UserError: a number is out of range.
     """
 
     def __init__(
-        self,
-        detector: str = detectors.DEFAULT,
-        *,
-        size: int = SIZE,
-        min_score: float = 0.9,
-        rotations: bool = False,
+        self, *, size: int = SIZE, min_score: float = 0.9, rotations: bool = False
     ) -> None:
         check_size(size)
         if not 0 <= min_score <= 1:
             raise UserError(f"the smallest score must lie in [0, 1], not {min_score}")
-        self._detector: Detector = detectors.create(detector)
+        self._detector = Mtcnn()
         self.size = size
         self.min_score = min_score
         self.rotations = rotations

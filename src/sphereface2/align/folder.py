@@ -16,18 +16,18 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from sphereface2 import console
-from sphereface2.align import detector as detectors
 from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start_worker
 from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.folder import check_outside, images_below
 from sphereface2.errors import UserError, check_number
 from sphereface2.files import TEMPORARY, atomic_write, lock
-from sphereface2.images import SUFFIXES
+from sphereface2.images import MAX_PIXELS, SUFFIXES
 from sphereface2.signals import STOPPED, Stopper
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
+_DETECTED_BY = {"detector": "mtcnn"}
 _CHUNK = 8  # images that go to a worker at a time
 
 
@@ -43,8 +43,7 @@ def align(
     png: bool = False,
     min_score: float = 0.9,
     rotations: bool = False,
-    max_pixels: int = 100_000_000,
-    detector: str = detectors.DEFAULT,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Find faces in photographs and crop them for training and embedding.
 
@@ -68,7 +67,6 @@ def align(
         min_score: Confidence of the detector, in [0, 1], from which a face counts.
         rotations: Where no face is found, turn the image by 90°, 180° and 270°.
         max_pixels: Refuse images with more pixels than this.
-        detector: Name of the detector, as for `Aligner`.
 
     Returns:
         The report, also in ``target/report.json``: ``images``, ``aligned``, ``crops``,
@@ -84,7 +82,6 @@ def align(
     """
     known = read_landmarks(landmarks) if landmarks is not None else None
     settings = Settings(
-        detector=detector,
         size=size,
         min_score=min_score,
         all_faces=all_faces,
@@ -226,7 +223,7 @@ class _Journal:
         self.target, self.settings = target, settings
         self._file = file
         self.done: dict[str, dict[str, Any]] = {}
-        header = {"source": str(source.resolve()), "settings": asdict(settings)}
+        header = {"source": str(source.resolve()), "settings": {**_DETECTED_BY, **asdict(settings)}}
         file.seek(0)
         data = file.read()
         if not data:

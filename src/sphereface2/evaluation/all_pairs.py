@@ -33,7 +33,7 @@ from sphereface2.evaluation.results import (
     unmeasured,
 )
 from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
-from sphereface2.evaluation.tiles import Tiles, count_pairs, one_thread, sorted_rows
+from sphereface2.evaluation.tiles import Tiles, one_thread
 from sphereface2.evaluation.verification import FARS, allowed_accepts, roc
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
@@ -98,9 +98,8 @@ def evaluate_all_pairs(
         >>> found.genuine, found.impostor, found.tar[0].value, found.rank1
         (2, 8, 1.0, 1.0)
     """
-    rows, people = sorted_rows(embeddings, labels)
-    genuine, impostors = count_pairs(people)
-    tiles = Tiles(rows, people, block, workers)
+    tiles, genuine, impostors = Tiles.of(embeddings, labels, block, workers)
+    rows, people = tiles.rows, tiles.people
     exact = genuine + impostors <= _EXACT_CURVE
     curve = np.zeros(0) if plots is None or exact else np.logspace(-6, 0, 97)
     points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)

@@ -123,12 +123,11 @@ class Calibration:
             scores: similarities.
             prior: share of genuine pairs among those to be judged, in (0, 1).
         """
+        from scipy.special import expit
+
         if not 0 < prior < 1:
             raise UserError(f"the prior must lie between 0 and 1, got {prior}")
-        odds = self.llr(scores) + math.log(prior / (1 - prior))
-        # Each half where its exponential cannot overflow.
-        e = np.exp(-np.abs(odds))
-        return np.where(odds >= 0, 1, e) / (1 + e)
+        return np.asarray(expit(self.llr(scores) + math.log(prior / (1 - prior))))
 
     def threshold(self, far: float | None = None) -> float:
         """The similarity from which to accept at ``far``, by default at `far_default`.
@@ -333,6 +332,7 @@ def pool(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 def _logistic(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two points of the line that minimises the balanced cross-entropy, with Platt's targets."""
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     centre, spread = scores.mean(), scores.std() or 1.0
     x = (scores - centre) / spread
@@ -343,15 +343,13 @@ def _logistic(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
         z = line[0] * x + line[1]
-        e = np.exp(-np.abs(z))
-        p = np.where(z >= 0, 1, e) / (1 + e)
-        error = weight * (p - target)
-        value = weight @ (np.log1p(e) + np.maximum(z, 0) - target * z)
+        error = weight * (expit(z) - target)
+        value = weight @ (np.logaddexp(0, z) - target * z)
         return float(value), np.array([error @ x, error.sum()])
 
     def curvature(line: np.ndarray) -> np.ndarray:
-        e = np.exp(-np.abs(line[0] * x + line[1]))
-        w = weight * e / (1 + e) ** 2
+        p = expit(line[0] * x + line[1])
+        w = weight * p * (1 - p)
         return np.array([[w @ x**2, w @ x], [w @ x, w.sum()]])
 
     found = minimize(
@@ -391,20 +389,17 @@ def _read(path: Path) -> Calibration:
         if content["method"] not in get_args(Method):
             raise ValueError(f"its method is {content['method']!r}")
         thresholds = [
-            Threshold(
-                float(one["far"]),
-                float(one["threshold"]),
-                (float(one["ci"][0]), float(one["ci"][1])),
-                (float(one["far_ci"][0]), float(one["far_ci"][1])),
-                float(one["tar"]),
-                int(one["impostors"]),
-            )
+            Threshold(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
             for one in content["thresholds"]
         ]
         if not thresholds:
             raise ValueError("it has no threshold")
-        if not all(0 < one.far < 1 and math.isfinite(one.threshold) for one in thresholds):
-            raise ValueError("it has a threshold or a FAR that is none")
+        for one in thresholds:
+            (low, high), (least, most) = one.ci, one.far_ci
+            if not np.isfinite([one.threshold, low, high]).all() or not 0 < one.far < 1:
+                raise ValueError("it has a threshold or a FAR that is none")
+            if not 0 <= least <= most <= 1 or not 0 <= one.tar <= 1:
+                raise ValueError("it has a rate that is none")
         data = [
             {_OLD_KEYS.get(key, key): value for key, value in one.items()}
             for one in content["data"]

@@ -20,7 +20,7 @@ import numpy as np
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import draws, interval, ratio_intervals
 from sphereface2.evaluation.results import Estimate, Resampling, Result, least_far, to_dict
-from sphereface2.evaluation.tiles import Tiles, count_pairs, sorted_rows
+from sphereface2.evaluation.tiles import Tiles
 
 _KEPT = 4_000_000  # accepted impostor pairs that are held before they are counted
 
@@ -153,16 +153,14 @@ def all_pairs_at(
         >>> found.far.value, found.tar.value, found.impostor
         (0.0, 1.0, 8)
     """
-    rows, people = sorted_rows(embeddings, labels)
-    genuine, impostor = count_pairs(people)
+    tiles, genuine, impostor = Tiles.of(embeddings, labels, block, workers)
     asked = list(thresholds) if isinstance(thresholds, Mapping) else [None] * len(thresholds)
     values = thresholds.values() if isinstance(thresholds, Mapping) else thresholds
     limits = np.array([*values], np.float32)
-    tiles = Tiles(rows, people, block, workers)
     accepted = _accepted_impostors(tiles, limits, progress)
     hits, trials = tiles.genuine_hits(np.nextafter(limits, np.float32(-np.inf)))
     tar_cis = ratio_intervals(hits, trials, replicates, seed)
-    far_cis = _far_intervals(accepted, np.bincount(people), replicates, seed)
+    far_cis = _far_intervals(accepted, np.bincount(tiles.people), replicates, seed)
     return [
         AtThreshold(
             float(limit),
@@ -315,17 +313,16 @@ def uniform_accuracy(
         >>> found.share.value, found.threshold, found.images
         (1.0, 1.0, 4)
     """
-    rows, people = sorted_rows(embeddings, labels)
-    count_pairs(people)
-    tiles = Tiles(rows, people, block, workers)
+    tiles, _, _ = Tiles.of(embeddings, labels, block, workers)
+    rows, people = tiles.rows, tiles.people
     tiles.count([])
     starts = np.searchsorted(people, np.arange(people[-1] + 2))
     lowest = np.full(len(rows), np.inf, np.float32)
     for first, last in pairwise(starts):
-        if last - first > 1:
-            scores = rows[first:last] @ rows[first:last].T
-            np.fill_diagonal(scores, np.inf)
-            lowest[first:last] = scores.min(axis=1)
+        for start in range(first, last, block) if last - first > 1 else ():
+            scores = rows[start : min(start + block, last)] @ rows[first:last].T
+            np.fill_diagonal(scores[:, start - first :], np.inf)
+            lowest[start : start + len(scores)] = scores.min(axis=1)
     judged = np.isfinite(lowest)
     return best_threshold(
         lowest[judged], tiles.nearest_other[judged], people[judged], replicates, seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
@@ -56,14 +56,14 @@ def sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
     return rows, people[order]
 
 
-def count_pairs(people: np.ndarray) -> tuple[int, int]:
-    """Genuine and impostor pairs; UserError unless there are both."""
-    images = np.bincount(people).astype(np.int64)
+def count_pairs(labels: np.ndarray) -> tuple[int, int]:
+    """Genuine and impostor pairs of labelled images; UserError unless there are both."""
+    images = np.unique(labels, return_counts=True)[1].astype(np.int64)
     genuine = int((images * (images - 1) // 2).sum())
-    impostors = len(people) * (len(people) - 1) // 2 - genuine
+    impostors = len(labels) * (len(labels) - 1) // 2 - genuine
     if not genuine or not impostors:
         raise UserError(
-            f"the {len(people)} images of {len(images)} people make no "
+            f"the {len(labels)} images of {len(images)} people make no "
             f"{'impostor' if genuine else 'genuine'} pair: all-pairs evaluation needs two people "
             "and a person with two images"
         )
@@ -86,9 +86,21 @@ class Tiles:
         self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
         starts = range(0, len(rows), self.block)
         self.all = [(i, j) for i in starts for j in starts if j >= i]
-        self.mixed = [(i, j) for i, j in self.all if self._holds_genuine(i, j)]
+        self.mixed = dict.fromkeys(tile for tile in self.all if self._holds_genuine(*tile))
         self.nearest_other = np.full(len(rows), -np.inf, np.float32)
         self.nearest_same = np.full(len(rows), -np.inf, np.float32)
+
+    @classmethod
+    def of(
+        cls, embeddings: np.ndarray, labels: np.ndarray, block: int, workers: int | None
+    ) -> tuple[Tiles, int, int]:
+        """Of labelled images, with the numbers of genuine and impostor pairs.
+
+        Raises:
+            UserError: no genuine or no impostor pair, or embeddings that are not finite.
+        """
+        rows, people = sorted_rows(embeddings, labels)
+        return cls(rows, people, block, workers), *count_pairs(people)
 
     def _holds_genuine(self, i: int, j: int) -> bool:
         last_of_i = min(i + self.block, len(self.people)) - 1
@@ -97,9 +109,16 @@ class Tiles:
     def _genuine(self, i: int, j: int) -> np.ndarray:
         return self.people[i : i + self.block, None] == self.people[None, j : j + self.block]
 
+    def _strike_genuine(self, i: int, j: int, scores: np.ndarray) -> None:
+        """Leave the impostor pairs of a tile, each once."""
+        if (i, j) in self.mixed:
+            scores[self._genuine(i, j)] = -np.inf
+        if i == j:
+            scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+
     def _run(
         self,
-        tiles: list[tuple[int, int]],
+        tiles: Collection[tuple[int, int]],
         work: Callable[[int, int, np.ndarray], None],
         progress: Callable[[float], None] | None = None,
     ) -> None:
@@ -144,13 +163,9 @@ class Tiles:
         lock = Lock()
         searches = sorted(searches, key=lambda search: search.bracket[0])
         edges = [tuple(value_of(key) for key in search.bracket) for search in searches]
-        mixed = set(self.mixed)
 
         def work(i: int, j: int, scores: np.ndarray) -> None:
-            if (i, j) in mixed:
-                scores[self._genuine(i, j)] = -np.inf
-            if i == j:
-                scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+            self._strike_genuine(i, j, scores)
             with lock:
                 self._keep_best(self.nearest_other, i, j, scores)
             left = scores.ravel()
@@ -173,13 +188,9 @@ class Tiles:
 
         Pair k is of rows ``i + a[k]`` and ``j + b[k]``; it runs in several threads at once.
         """
-        mixed = set(self.mixed)
 
         def select(i: int, j: int, scores: np.ndarray) -> None:
-            if (i, j) in mixed:
-                scores[self._genuine(i, j)] = -np.inf
-            if i == j:
-                scores[~self.upper[: len(scores), : len(scores)]] = -np.inf
+            self._strike_genuine(i, j, scores)
             a, b = _reaching(scores, limit)
             work(i, j, a, b, scores[a, b])
 

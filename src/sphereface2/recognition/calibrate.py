@@ -253,7 +253,7 @@ def _apart(
         if known := len(both.intersection(left.tolist())):
             name += f", {known:,} of its {len(np.unique(left)):,} people in the calibration"
         try:
-            count_pairs(np.unique(left, return_inverse=True)[1])
+            count_pairs(left)
         except UserError as error:
             raise UserError(f"--check {name}: {error}") from error
         if known:

@@ -209,7 +209,7 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
     for group in sorted({one for one in found if one is not None}):
         inside = source.labels[[one == group for one in found]]
         try:
-            count_pairs(np.unique(inside, return_inverse=True)[1])
+            count_pairs(inside)
         except UserError as error:
             raise UserError(f"group {group!r} of {path} cannot be judged: {error}") from error
     known = {name for key in keys for name in key}

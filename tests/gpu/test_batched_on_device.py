@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sphereface2.data.batched import augment
+from sphereface2.data.batched import table, transformed
 from sphereface2.data.transforms import Augmentation
 
 STEPS = {
@@ -44,7 +44,8 @@ def test_equals_the_augmentation_of_single_images(device, step, size):
     draws = augmentation.draw(len(images), np.random.default_rng(1))
     expected = augmentation.apply(images, draws).float()
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-    found = augment(augmentation, batch, draws)
+    numbers = torch.from_numpy(table(augmentation, draws, *batch.shape[2:])).to(device)
+    found = transformed(augmentation, batch, numbers)
     assert found.dtype == torch.uint8
     assert found.is_contiguous(memory_format=torch.channels_last)
     errors = (found.cpu().float() - expected).abs().numpy()

@@ -38,25 +38,12 @@ COLUMNS = sum(_COLUMNS.values())
 """Numbers of an image in `table`; even, so that they are pairs of 8 bytes."""
 
 
-def augment(augmentation: Augmentation, images: Tensor, draws: np.ndarray) -> Tensor:
-    """Augment a batch of images of one size.
-
-    Args:
-        augmentation: what may happen to them.
-        images: uint8 (B, 3, H, W).
-        draws: float32 (B, D), of `Augmentation.draw`.
+def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What draws (B, D) of `Augmentation.draw` do to images (height, width).
 
     Returns:
-        uint8 (B, 3, S, S) in channels-last memory, on the device of ``images``. The host does not
-        wait for it.
+        float32 (B, `COLUMNS`), for `transformed`.
     """
-    height, width = images.shape[2:]
-    numbers = pinned(table(augmentation, draws, height, width), images.device)
-    return transformed(augmentation, images, numbers.to(images.device, non_blocking=True))
-
-
-def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int) -> np.ndarray:
-    """What draws (B, D) do to images (height, width): float32 (B, `COLUMNS`)."""
     plan = augmentation.plan(draws)
     forward = np.zeros((len(draws), 3, 3))
     forward[:, :2] = plan.matrix(slice(None), height, width).transpose(2, 0, 1)
@@ -67,13 +54,22 @@ def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int
         np.stack([plan.top, plan.height, plan.left, plan.width], 1),
         plan.colour,
         *(plan.small, plan.quality, plan.lamp),
-        *(plan.low, plan.light, plan.photometric, plan.jpeg, plan.erase),
+        *(plan.low_resolution, plan.light, plan.photometric, plan.jpeg, plan.erase),
     ]
     return np.concatenate([one.reshape(len(draws), -1) for one in columns], 1, dtype=np.float32)
 
 
 def transformed(augmentation: Augmentation, images: Tensor, numbers: Tensor) -> Tensor:
-    """`augment`, with the `table` (B, `COLUMNS`) on the device of ``images``."""
+    """Augment a batch of images of one size; the host does not wait for it.
+
+    Args:
+        augmentation: what may happen to them.
+        images: uint8 (B, 3, H, W).
+        numbers: of `table`, on the device of ``images``.
+
+    Returns:
+        uint8 (B, 3, S, S) in channels-last memory, on the device of ``images``.
+    """
     side = augmentation.size
     part = dict(zip(_COLUMNS, numbers.split(list(_COLUMNS.values()), 1), strict=True))
     pixels = images.float().contiguous(memory_format=torch.channels_last)

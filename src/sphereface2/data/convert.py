@@ -20,7 +20,7 @@ from sphereface2.data.folder import check_outside
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
-from sphereface2.errors import UserError, check_number, did_you_mean
+from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.files import atomic_folder, printable
 from sphereface2.images import decode, encode_image
 
@@ -62,15 +62,10 @@ class Encoding:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in _FORMATS:
-            hint = did_you_mean(self.format, _FORMATS)
-            raise UserError(
-                f"cannot encode as {self.format!r}{hint}; choose one of {', '.join(_FORMATS)}"
-            )
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"the quality must be 1 to 100, got {self.quality}")
-        if self.size is not None and self.size < 8:
-            raise UserError(f"the size must be at least 8 pixels, got {self.size}")
+        check_choice("--encode", self.format, _FORMATS)
+        check_number("--quality", self.quality, least=1, most=100)
+        if self.size is not None:
+            check_number("--size", self.size, least=8)
 
     def __call__(self, image: np.ndarray) -> bytes:
         """A uint8 (H, W, 3) RGB image as a file's bytes."""
@@ -122,14 +117,13 @@ def convert(
         UserError: an unknown format, ``target`` exists or no image can be read.
     """
     anew = encode is not None or size is not None
-    if quality is not None:
-        check_number("--quality", quality, least=1, most=100)
     if quality is not None and (not anew or encode == "png"):
         raise UserError(
             "--quality is that of images encoded anew as WebP or JPEG: give --encode webp or "
             "--encode jpg with it"
         )
-    encoding = Encoding(encode or "webp", quality or 75, size) if anew else None
+    quality = 75 if quality is None else quality
+    encoding = Encoding(encode or "webp", quality, size) if anew else None
     target = Path(target)
     check_target(target, to, "bin")
     if to == "bin":

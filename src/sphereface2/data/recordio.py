@@ -12,6 +12,7 @@ replace the label if flag > 0, and the encoded image.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 import warnings
 from collections.abc import Iterable
@@ -307,17 +308,12 @@ def pack(label: float | Iterable[float], image: bytes = b"", key: int = 0) -> by
 
 def write_record(file: BinaryIO, payload: bytes) -> int:
     """Append one record, split wherever the payload holds the magic aligned; bytes written."""
-    parts = []
-    start = 0
-    at = payload.find(_MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            parts.append(payload[start:at])
-            start = at + 4
-            at = payload.find(_MAGIC_BYTES, start)
-        else:
-            at = payload.find(_MAGIC_BYTES, at + 1)
-    parts.append(payload[start:])
+    found = (match.start() for match in re.finditer(re.escape(_MAGIC_BYTES), payload))
+    cuts = [at for at in found if at % 4 == 0]
+    parts = [
+        payload[start:end]
+        for start, end in zip([0, *(at + 4 for at in cuts)], [*cuts, len(payload)], strict=True)
+    ]
     written = 0
     for i, part in enumerate(parts):
         if len(part) > _LENGTH_MASK:

@@ -23,7 +23,7 @@ from sphereface2.errors import UserError, check_number
 cv2.setNumThreads(0)
 
 # Columns of the matrix of draws: seven decisions, then the parameters.
-_STEPS = ("flip", "affine", "crop", "low", "photometric", "jpeg", "erase")
+_STEPS = ("flip", "affine", "crop", "low_resolution", "photometric", "jpeg", "erase")
 _AFFINE, _CROP, _LOW = 1, 2, 3
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
@@ -167,18 +167,7 @@ class Augmentation:
     @cached_property
     def _probabilities(self) -> np.ndarray:
         """In the order of the decision columns."""
-        return np.array(
-            [
-                self.flip,
-                self.affine,
-                self.crop,
-                self.low_resolution,
-                self.photometric,
-                self.jpeg,
-                self.erase,
-            ],
-            dtype=np.float32,
-        )
+        return np.array([getattr(self, step) for step in _STEPS], np.float32)
 
     @cached_property
     def _any_pixel_step(self) -> bool:
@@ -227,10 +216,10 @@ class Augmentation:
     def _pixel_steps(self, out: np.ndarray, plan: Plan) -> None:
         """Low resolution, lamp, photometric jitter, JPEG, erasing, in place on (B, S, S, 3)."""
         side = self.size
-        hit = plan.low | plan.light | plan.photometric | plan.jpeg | plan.erase
+        hit = plan.low_resolution | plan.light | plan.photometric | plan.jpeg | plan.erase
         for i in np.flatnonzero(hit).tolist():
             image = out[i]
-            if plan.low[i]:
+            if plan.low_resolution[i]:
                 small = int(plan.small[i])
                 reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
                 cv2.resize(reduced, (side, side), dst=image, interpolation=cv2.INTER_LINEAR)
@@ -258,7 +247,7 @@ class Plan:
     flip: np.ndarray
     affine: np.ndarray
     crop: np.ndarray
-    low: np.ndarray
+    low_resolution: np.ndarray
     photometric: np.ndarray
     jpeg: np.ndarray
     erase: np.ndarray

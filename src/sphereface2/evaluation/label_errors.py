@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sphereface2.data.embedding_table import unit
 from sphereface2.evaluation.neighbours import nearest_other, pairs_from
 
 _GRID = np.linspace(-1, 1, 401)
@@ -106,12 +107,6 @@ def weighted_sums(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> 
         shape=(int(labels.max()) + 1, len(rows)),
     )
     return np.asarray(matrix @ rows, np.float32)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1; rows of 0 stay."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1)
 
 
 def _own(rows: np.ndarray, labels: np.ndarray, sums: np.ndarray, weights: np.ndarray) -> np.ndarray:

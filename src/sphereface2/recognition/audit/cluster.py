@@ -17,12 +17,13 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.align import Aligner
 from sphereface2.data.convert import Conversion, Encoding, check_target, is_unsafe, write_source
+from sphereface2.data.embedding_table import unit
 from sphereface2.data.source import Source, Subset
 from sphereface2.errors import UserError, check_number
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
-from sphereface2.evaluation.label_errors import unit, weighted_sums
+from sphereface2.evaluation.label_errors import weighted_sums
 from sphereface2.files import atomic_write, digest, printable, read_lines, read_text, writing
 from sphereface2.images import encode_image
 from sphereface2.recognition.audit.faces import Faces, examined

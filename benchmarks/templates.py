@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from sphereface2.data import ijb
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.templates import (
     TemplateAverager,
     evaluate_templates,
@@ -124,7 +125,7 @@ def main() -> None:
             f"in {time.perf_counter() - started:.1f} s"
         )
         started = time.perf_counter()
-        report = evaluate_templates(features, found, replicates=1000)
+        report = evaluate_templates(features, found, bootstrap=Bootstrap(1000))
         print(f"every figure {time.perf_counter() - started:.1f} s")
         pairs = report.verification
         assert pairs is not None

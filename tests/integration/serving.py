@@ -23,6 +23,7 @@ from skimage.data import astronaut
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data.synthetic import person
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration
 
 BASE = "http://127.0.0.1:8000"
@@ -40,7 +41,11 @@ def make_model(folder: Path, *, calibrated: bool = True) -> Path:
         scores = np.concatenate([rng.normal(0.1, 0.2, 2000), rng.normal(0.6, 0.2, 500)]).clip(-1, 1)
         same = np.arange(2500) >= 2000
         Calibration.fit(
-            scores, same, fingerprint=bundle.fingerprint(network), fars=(1e-2, 1e-1), replicates=10
+            scores,
+            same,
+            fingerprint=bundle.fingerprint(network),
+            fars=(1e-2, 1e-1),
+            bootstrap=Bootstrap(10),
         ).save(folder)
     return folder
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sphereface2.errors import UserError
 from sphereface2.evaluation import all_pairs, selection
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.selection import Tally, keys_of, value_of
 from sphereface2.evaluation.tiles import Tiles
 from sphereface2.evaluation.verification import tar_at_far
@@ -88,7 +89,9 @@ def test_neither_seed_nor_threads_nor_tiles_matter(monkeypatch):
     monkeypatch.setattr(all_pairs, "_SAMPLE", 5000)
     embeddings, labels = faces(noise=1.0)
     results = [
-        evaluate_all_pairs(embeddings, labels, FARS, seed=seed, workers=workers, block=100)
+        evaluate_all_pairs(
+            embeddings, labels, FARS, bootstrap=Bootstrap(0, seed), workers=workers, block=100
+        )
         for seed, workers in [(0, 1), (1, 2), (2, 3)]
     ]
     assert results[0].tar == results[1].tar == results[2].tar
@@ -140,7 +143,7 @@ def test_a_tally_counts_in_bounded_memory(values, distinct):
 
 def test_intervals_are_over_people():
     embeddings, labels = faces(people=30, noise=1.5)
-    found = evaluate_all_pairs(embeddings, labels, [0.01], replicates=400)
+    found = evaluate_all_pairs(embeddings, labels, [0.01], bootstrap=Bootstrap(400))
     low, high = found.tar[0].ci
     assert low < found.tar[0].value < high
     # By hand: at the fixed threshold, the s.d. of a ratio of sums over people.

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from sphereface2.evaluation import bootstrap
-from sphereface2.evaluation.bootstrap import draws, interval, pair_weights, ratio_intervals, ratios
+from sphereface2.evaluation.bootstrap import (
+    NONE,
+    Bootstrap,
+    draws,
+    interval,
+    pair_weights,
+    ratio_intervals,
+    ratios,
+)
 
 
 def test_pairs_count_as_often_as_their_people_are_drawn():
@@ -39,8 +47,8 @@ def test_ratios_are_those_of_copied_people():
         people = np.array([0, 2, 3])[rng.integers(3, size=3)]
         again.append(hits[:, people].sum(axis=1) / trials[people].sum())
     expected = np.quantile(again, [0.025, 0.975], axis=0).T
-    np.testing.assert_allclose(ratio_intervals(hits, trials, 200, seed=1), expected)
-    assert ratio_intervals(hits, trials, 0) == [None, None]
+    np.testing.assert_allclose(ratio_intervals(hits, trials, Bootstrap(200, 1)), expected)
+    assert ratio_intervals(hits, trials, NONE) == [None, None]
 
 
 def test_what_no_resample_has_is_none():

@@ -14,6 +14,7 @@ from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.backbones.bundle import fingerprint
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, named_by_mistake
 from sphereface2.evaluation.pairs import sample_pairs
 from sphereface2.evaluation.reliability import cllr, min_cllr, quality, reliability
@@ -33,7 +34,9 @@ def true_llr(scores):
 
 
 def fit(scores, same, **options):
-    return Calibration.fit(scores, same, **{"fingerprint": "f", "replicates": 100} | options)
+    return Calibration.fit(
+        scores, same, **{"fingerprint": "f", "bootstrap": Bootstrap(100)} | options
+    )
 
 
 # --- curves --------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ def test_thresholds_hold_their_far_and_intervals_cover_the_true_one():
     covered, far_covered = [], []
     for seed in range(40):
         scores, same = gaussian(200, 2000, seed)
-        found = fit(scores, same, fars=list(truth), replicates=200, seed=seed).thresholds
+        found = fit(scores, same, fars=list(truth), bootstrap=Bootstrap(200, seed)).thresholds
         for far, one in found.items():
             assert np.mean(scores[~same] >= one.threshold) <= far
             assert one.tar == np.mean(scores[same] >= one.threshold)
@@ -241,7 +244,7 @@ def test_the_bootstrap_over_people_is_the_plain_one(people, images, far):
     scores, same, who = people_scores(3, people=people, images=images)
     if people == 4:
         scores[(who == 0).any(axis=1) & (who == 1).any(axis=1)] += 1
-    found = fit(scores, same, fars=[far], people=who, replicates=300, seed=5)
+    found = fit(scores, same, fars=[far], people=who, bootstrap=Bootstrap(300, 5))
     rng = np.random.default_rng(5)
     limits, fars = [], []
     impostors = scores[~same]

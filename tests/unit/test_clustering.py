@@ -7,6 +7,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics.cluster import pair_confusion_matrix
 
 from sphereface2.evaluation import clustering, neighbours
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster, compare
 from sphereface2.recognition.audit.cluster import STRANGERS, threshold_for
@@ -84,7 +85,7 @@ def test_the_threshold_leaves_an_image_few_similar_strangers(fars: list[float]) 
     rng = np.random.default_rng(0)
     same = np.arange(500_000) < 50_000
     scores = rng.normal(np.where(same, 0.6, 0.1), 0.12)
-    fitted = Calibration.fit(scores, same, fingerprint="", fars=fars, replicates=2)
+    fitted = Calibration.fit(scores, same, fingerprint="", fars=fars, bootstrap=Bootstrap(2))
     impostors = np.sort(scores[~same])
     limits = [threshold_for(fitted, images) for images in (500, 2000, 20_000)]
     assert limits == sorted(limits)

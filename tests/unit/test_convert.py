@@ -177,9 +177,7 @@ def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
 
 @pytest.mark.parametrize("wrong", [{"format": "gif"}, {"quality": 0}, {"size": 2}])
 def test_an_encoding_out_of_range(wrong):
-    with pytest.raises(
-        UserError, match=r"'webp', 'png', got 'gif'|≥ 1 and ≤ 100, got 0|≥ 8"
-    ):
+    with pytest.raises(UserError, match=r"'webp', 'png', got 'gif'|≥ 1 and ≤ 100, got 0|≥ 8"):
         Encoding(**wrong)
 
 

@@ -24,6 +24,7 @@ from sphereface2.backbones import bundle
 from sphereface2.backbones.hub import hub_id
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.recognition import face_embedder as module
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -164,7 +165,7 @@ def test_verify_decides_by_far_or_threshold() -> None:
     rng, genuine = np.random.default_rng(0), np.arange(2000) % 2 == 0
     calibration = Calibration.fit(
         rng.normal(0.4 * genuine, 0.1), genuine, fingerprint=plain.fingerprint, fars=(0.1, 0.02),
-        replicates=20,
+        bootstrap=Bootstrap(20),
     )  # fmt: skip
     embedder = FaceEmbedder(network(), calibration)
     result = embedder.verify(a, b, aligned=True)
@@ -204,7 +205,7 @@ def saved(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     same = np.arange(2000) % 2 == 0
     embedder.calibration = Calibration.fit(
-        rng.normal(0.4 * same, 0.1), same, fingerprint=embedder.fingerprint, replicates=20
+        rng.normal(0.4 * same, 0.1), same, fingerprint=embedder.fingerprint, bootstrap=Bootstrap(20)
     )
     embedder.save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.distractors import evaluate_distractors
 from sphereface2.evaluation.identification import (
     rank_k,
@@ -112,8 +113,8 @@ def test_intervals_are_over_people():
     right = rng.random(400) < skill[people]
     scores = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
     found = search_scores(scores, np.zeros(400, int), np.arange(2))
-    wide = rank_k(found, [1], people=people, replicates=500)[0]
-    narrow = rank_k(found, [1], replicates=500)[0]
+    wide = rank_k(found, [1], people=people, bootstrap=Bootstrap(500))[0]
+    narrow = rank_k(found, [1], bootstrap=Bootstrap(500))[0]
     assert wide.ci[0] < wide.value < wide.ci[1]
     share = np.array([right[people == p].mean() for p in range(40)])
     assert wide.ci[1] - wide.ci[0] == pytest.approx(2 * 1.96 * share.std() / np.sqrt(40), rel=0.15)
@@ -144,7 +145,11 @@ def test_distractors_in_any_blocks(size):
     probes = base[people] * np.where(rng.random((10, 64)) < 0.35, -1, 1)
     crowd = rng.choice([-1, 1], (40, 64)).astype(np.float32) / 8
     found = evaluate_distractors(
-        probes, people, np.split(crowd, range(size, 40, size)), [1, 10, 33, 999], replicates=50
+        probes,
+        people,
+        np.split(crowd, range(size, 40, size)),
+        [1, 10, 33, 999],
+        bootstrap=Bootstrap(50),
     )
     assert [rate.at for rate in found.rank1] == [1, 10, 33, 40]
     pairs = [(i, j) for i in range(10) for j in range(10) if i != j and people[i] == people[j]]

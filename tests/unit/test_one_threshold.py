@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.evaluation import one_threshold
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.one_threshold import (
     AtThreshold,
     all_pairs_at,
@@ -54,15 +55,15 @@ def test_a_set_too_small_to_tell_says_so():
 
 def test_false_accepts_are_counted_alike_however_often_they_are_tallied(monkeypatch):
     rows, labels = drawn(1, people=20)
-    expected = all_pairs_at(rows, labels, [0.0], replicates=50)
+    expected = all_pairs_at(rows, labels, [0.0], bootstrap=Bootstrap(50))
     monkeypatch.setattr(one_threshold, "_KEPT", 3)
-    assert all_pairs_at(rows, labels, [0.0], block=4, replicates=50) == expected
+    assert all_pairs_at(rows, labels, [0.0], block=4, bootstrap=Bootstrap(50)) == expected
 
 
 def test_the_interval_of_a_far_resamples_people():
     """Beside a bootstrap that copies each drawn person's images."""
     rows, labels = drawn(5, people=25)
-    (found,) = all_pairs_at(rows, labels, [0.3], replicates=2000, seed=1)
+    (found,) = all_pairs_at(rows, labels, [0.3], bootstrap=Bootstrap(2000, 1))
     people, rng, rates = np.unique(labels), np.random.default_rng(2), []
     scores, same = rows @ rows.T, labels[:, None] == labels[None]
     for _ in range(2000):
@@ -100,7 +101,7 @@ def test_uniform_accuracy_is_the_best_over_every_threshold(seed):
 
 def test_an_easy_set_is_served_wholly_and_its_interval_says_so():
     rows, labels = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 2]], np.array([0, 0, 1, 1, 2, 2])
-    found = uniform_accuracy(rows, labels, replicates=100)
+    found = uniform_accuracy(rows, labels, bootstrap=Bootstrap(100))
     assert found.share.value == 1.0
     assert found.share.ci == (1.0, 1.0)
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import draws
+from sphereface2.evaluation.bootstrap import Bootstrap, draws
 from sphereface2.evaluation.one_threshold import all_pairs_at
 from sphereface2.evaluation.results import to_dict
 from sphereface2.study import design, plots, results, runner, stored
@@ -371,7 +371,7 @@ def test_a_transferred_threshold_has_the_interval_of_all_pairs():
     centres = rng.normal(size=(120, DIM)) + 2 * rng.normal(size=(12, DIM))[np.arange(120) % 12]
     rows = centres[labels] + rng.normal(size=(len(labels), DIM))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    (expected,) = all_pairs_at(rows, labels, {1e-2: 0.9}, replicates=2000)
+    (expected,) = all_pairs_at(rows, labels, {1e-2: 0.9}, bootstrap=Bootstrap(2000))
     transfer = [measure_transfer("lfw", "f", rows, labels, [(1e-2, 0.9), (None, 0.5)])]
     cell = SimpleNamespace(transfer=transfer, test=SimpleNamespace(uniform=0.25))
     found = results._transfer_figures(cell, lambda n: np.concatenate([*draws(n, 2000, 1)]))

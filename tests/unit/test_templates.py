@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.data.ijb import People, TemplateSet
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.templates import (
     TemplateAverager,
     evaluate_templates,
@@ -98,7 +99,7 @@ def test_templates_without_weight_are_noted():
             notes=["said before"],
         ),
         detector_weights=True,
-        replicates=20,
+        bootstrap=Bootstrap(20),
     )
     assert found.notes[0] == "said before"
     assert found.notes[1].startswith("1 of 60 templates have a feature of zeros")

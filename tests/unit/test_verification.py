@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.pairs import evaluate_pairs
 from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import (
@@ -186,7 +187,7 @@ def clustered(people=50, images=4, seed=0):
 def test_bootstrap_weights_are_copies_of_people():
     """One replicate, done by hand: copy each person as often as drawn, score all pairs."""
     scores, same, who = clustered(people=12)
-    found = curve_figures(scores, same, [0.1], people=who, replicates=1, seed=3)
+    found = curve_figures(scores, same, [0.1], people=who, bootstrap=Bootstrap(1, 3))
     copies = np.random.default_rng(3).integers(12, size=12)
     table = {}
     for s, (a, b) in zip(scores, who, strict=True):
@@ -208,8 +209,8 @@ def test_bootstrap_weights_are_copies_of_people():
 
 def test_people_give_wider_intervals_than_their_many_pairs():
     scores, same, who = clustered()
-    over_people = curve_figures(scores, same, [0.1], people=who, replicates=200)
-    over_pairs = curve_figures(scores, same, [0.1], replicates=200)
+    over_people = curve_figures(scores, same, [0.1], people=who, bootstrap=Bootstrap(200))
+    over_pairs = curve_figures(scores, same, [0.1], bootstrap=Bootstrap(200))
     for a, b in [
         (over_people.tar[0], over_pairs.tar[0]),
         (over_people.auc, over_pairs.auc),
@@ -223,7 +224,7 @@ def test_over_pairs_the_interval_is_the_binomial_one():
     same = np.arange(5000) < 400
     scores = rng.standard_normal(5000) + 1.5 * same
     tar = tar_at_far(scores, same, [0.1])[0].value
-    low, high = curve_figures(scores, same, [0.1], replicates=500).tar[0].ci
+    low, high = curve_figures(scores, same, [0.1], bootstrap=Bootstrap(500)).tar[0].ci
     width = 2 * 1.96 * np.sqrt(tar * (1 - tar) / 400)
     assert low < tar < high
     assert high - low == pytest.approx(width, rel=0.25)
@@ -231,9 +232,9 @@ def test_over_pairs_the_interval_is_the_binomial_one():
 
 def test_bootstrap_is_seeded_and_gives_none_where_the_set_cannot_tell():
     scores, same, who = clustered(people=10, images=2)
-    first = curve_figures(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
-    assert first == curve_figures(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=1)
-    assert first != curve_figures(scores, same, [0.1, 1e-4], people=who, replicates=50, seed=2)
+    first = curve_figures(scores, same, [0.1, 1e-4], people=who, bootstrap=Bootstrap(50, 1))
+    assert first == curve_figures(scores, same, [0.1, 1e-4], people=who, bootstrap=Bootstrap(50, 1))
+    assert first != curve_figures(scores, same, [0.1, 1e-4], people=who, bootstrap=Bootstrap(50, 2))
     assert first.tar[1].ci is None
 
 
@@ -245,7 +246,11 @@ def test_coverage_of_the_intervals():
     for seed in range(100, 200):
         scores, same, who = clustered(seed=seed)
         for k, people in enumerate([who, None]):
-            low, high = curve_figures(scores, same, [0.1], people=people, replicates=200).tar[0].ci
+            low, high = (
+                curve_figures(scores, same, [0.1], people=people, bootstrap=Bootstrap(200))
+                .tar[0]
+                .ci
+            )
             hits[k] += low <= truth <= high
     assert hits[0] >= 88
     assert hits[1] <= 85

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.results import (
     OperatingPoint,
     PairsVerified,
@@ -69,8 +69,7 @@ def evaluate_all_pairs(
     unreadable: Sequence[str] = (),
     block: int = 1024,
     workers: int | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
     plots: Path | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> AllPairsResult:
@@ -84,9 +83,8 @@ def evaluate_all_pairs(
         unreadable: names of images that were left out.
         block: rows of a tile.
         workers: threads; by default the CPUs this process may use.
-        replicates: with R > 0 each TAR gets a 95 % interval from R bootstraps over people, with
-            the thresholds held fixed.
-        seed: of the bootstrap, and of a sample that no figure depends on.
+        bootstrap: over people, of the intervals of TAR; thresholds are held fixed. Its seed
+            draws a sample too, on which no figure depends.
         plots: folder for ``NAME_all_pairs_roc.png``.
         progress: called with the share of the work done since the last call.
 
@@ -102,7 +100,7 @@ def evaluate_all_pairs(
     rows, people = tiles.rows, tiles.people
     exact = genuine + impostors <= _EXACT_CURVE
     curve = np.zeros(0) if plots is None or exact else np.logspace(-6, 0, 97)
-    points = _points([*fars, *curve], tiles, impostors, replicates, seed, progress)
+    points = _points([*fars, *curve], tiles, impostors, bootstrap, progress)
     tar = tuple(points[: len(fars)])
     equal = ["all images have the same embedding, as a network with weights of 0 gives them"]
     return AllPairsResult(
@@ -117,7 +115,7 @@ def evaluate_all_pairs(
         unreadable_names=tuple(unreadable[:20]),
         notes=unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
         + (equal if (rows == rows[0]).all() else []),
-        intervals=Resampling.fixed(replicates, seed),
+        intervals=Resampling.fixed(bootstrap),
         plots=() if plots is None else _plot(name, points[len(fars) :], rows, people, plots),
     )
 
@@ -126,19 +124,18 @@ def _points(
     fars: Sequence[float],
     tiles: Tiles,
     impostors: int,
-    replicates: int,
-    seed: int,
+    bootstrap: Bootstrap,
     progress: Callable[[float], None] | None,
 ) -> list[OperatingPoint]:
     """TAR at each FAR."""
     if not all(0 < far <= 1 for far in fars):
         raise ValueError(f"a FAR must lie in (0, 1], got {fars}.")
     ranks = [allowed_accepts(far, impostors) for far in fars]
-    found = _scores_at(ranks, tiles, impostors, seed, progress)
+    found = _scores_at(ranks, tiles, impostors, bootstrap.seed, progress)
     # The highest impostor score that must be rejected: none when all may be accepted.
     bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
     hits, trials = tiles.genuine_hits(bounds)
-    cis = ratio_intervals(hits, trials, replicates, seed)
+    cis = ratio_intervals(hits, trials, bootstrap)
     points = []
     for far, k, bound, hit, ci in zip(fars, ranks, bounds, hits, cis, strict=True):
         if not k:
@@ -159,7 +156,7 @@ def _scores_at(
     """The impostor score at each rank from the top."""
     searches = {k: Search(k) for k in set(ranks) if 0 < k < impostors}
     with one_thread():  # many small products
-        _bracket(list(searches.values()), tiles, impostors, np.random.default_rng(seed))
+        _bracket(list(searches.values()), tiles, impostors, seed)
     first = True
     while (unsettled := [s for s in searches.values() if s.bound is None]) or first:
         tiles.count(unsettled, progress if first else None)
@@ -169,14 +166,12 @@ def _scores_at(
     return {k: float(s.bound) for k, s in searches.items() if s.bound is not None}
 
 
-def _bracket(
-    searches: list[Search], tiles: Tiles, impostors: int, rng: np.random.Generator
-) -> None:
+def _bracket(searches: list[Search], tiles: Tiles, impostors: int, seed: int) -> None:
     """Place each bracket where a sample says the wanted score lies, wide enough to hold it."""
     if impostors <= _SAMPLE:
         return  # the tally alone holds about as much
     # Small random squares of the score matrix: a row serves few pairs, yet each is a product.
-    rows, people = tiles.rows, tiles.people
+    rows, people, rng = tiles.rows, tiles.people, np.random.default_rng(seed)
     side = min(64, len(rows) // 2)
     sample = []
     for _ in range(-(-_SAMPLE // side**2)):

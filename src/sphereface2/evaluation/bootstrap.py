@@ -15,12 +15,28 @@ For impostor pairs that hardly share people the product of counts makes interval
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 LEVEL = 0.95
 """Coverage of all intervals of the package."""
 Interval = tuple[float, float]
+
+
+class Bootstrap(NamedTuple):
+    """Which resamples intervals of 95 % are made from.
+
+    Attributes:
+        replicates: how many; 0 leaves the intervals out.
+        seed: that draws them.
+    """
+
+    replicates: int = 1000
+    seed: int = 0
+
+
+USUAL, NONE = Bootstrap(), Bootstrap(0)
 
 _NUMBERS = 4_000_000  # that a chunk of replicates holds
 
@@ -113,21 +129,19 @@ def interval(replicates: np.ndarray) -> Interval | None:
 
 
 def ratio_intervals(
-    hits: np.ndarray, trials: np.ndarray, replicates: int, seed: int = 0
+    hits: np.ndarray, trials: np.ndarray, bootstrap: Bootstrap
 ) -> list[Interval | None]:
     """The interval of each of K ratios of sums over people.
 
     Args:
         hits: (K, people), what each of the ratios counts for each person.
         trials: (people,), out of how many; people without a trial are not drawn.
-        replicates: number of resamples; 0 gives None for each ratio.
-        seed: of the resampling.
+        bootstrap: over people; without resamples each interval is None.
     """
-    if not replicates:
+    if not bootstrap.replicates:
         return [None] * len(hits)
     tried = np.flatnonzero(trials)
     parts = [
-        ratios(counts, hits[:, tried].T, trials[tried])
-        for counts in draws(len(tried), replicates, seed)
+        ratios(counts, hits[:, tried].T, trials[tried]) for counts in draws(len(tried), *bootstrap)
     ]
     return [interval(values) for values in np.concatenate(parts).T]

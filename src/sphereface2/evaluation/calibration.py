@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sphereface2.errors import UserError, check_choice
+from sphereface2.evaluation.bootstrap import USUAL, Bootstrap
 from sphereface2.evaluation.one_threshold import CheckedSet
 from sphereface2.evaluation.results import Resampling, far_key, to_dict
 from sphereface2.evaluation.thresholds import Threshold, check_fars, find_thresholds
@@ -167,8 +168,7 @@ class Calibration:
         people: np.ndarray | None = None,
         data: Sequence[CalibrationSet] = (),
         images: Images | None = None,
-        replicates: int = 1000,
-        seed: int = 0,
+        bootstrap: Bootstrap = USUAL,
     ) -> Calibration:
         """Fit on pairs whose truth is known.
 
@@ -186,8 +186,7 @@ class Calibration:
             people: int (P, 2), the identities of each pair, over which intervals are bootstrapped;
                 None resamples pairs, which makes them too narrow where pairs share people.
             data, images: what the pairs are, to be stored.
-            replicates: number of resamples.
-            seed: of the resampling.
+            bootstrap: of the intervals, with resamples.
 
         Raises:
             UserError: a FAR too small for the number of impostor pairs (it must allow
@@ -212,11 +211,9 @@ class Calibration:
                 "the similarities of genuine pairs are no higher than those of impostor pairs: "
                 "is the network trained, and is the list of pairs right?"
             )
-        thresholds = find_thresholds(
-            scores, same, fars, people=people, replicates=replicates, seed=seed
-        )
+        thresholds = find_thresholds(scores, same, fars, people=people, bootstrap=bootstrap)
         over = "pairs" if people is None else "people"
-        resampling = Resampling(over, replicates, seed)
+        resampling = Resampling(over, *bootstrap)
         return cls(fingerprint, method, knots, llrs, thresholds, tuple(data), resampling, images)
 
     def to_dict(self) -> dict[str, Any]:
@@ -388,10 +385,11 @@ def _read(path: Path) -> Calibration:
             raise ValueError(f"its format version is {content['format_version']!r}")
         if content["method"] not in get_args(Method):
             raise ValueError(f"its method is {content['method']!r}")
-        thresholds = [
-            Threshold(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
+        found: list[dict[str, Any]] = [
+            {key: tuple(v) if isinstance(v, list) else v for key, v in one.items()}
             for one in content["thresholds"]
         ]
+        thresholds = [Threshold(**one) for one in found]
         if not thresholds:
             raise ValueError("it has no threshold")
         for one in thresholds:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.results import Rate, Resampling, Result
 
 SIZES = tuple(10**k for k in range(1, 10))
@@ -50,8 +50,7 @@ def evaluate_distractors(
     sizes: Sequence[int] = SIZES,
     *,
     name: str = "distractors",
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> DistractorResult:
     """Rank-1 identification of probes among the first N distractors, for each N.
 
@@ -62,9 +61,7 @@ def evaluate_distractors(
         sizes: the N wanted, each at least 1; those beyond the number of distractors are dropped,
             and that number itself is always reported.
         name: of the set.
-        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over the probes'
-            people, the distractors held fixed.
-        seed: of the bootstrap.
+        bootstrap: over the probes' people, of the intervals; the distractors are held fixed.
 
     Raises:
         UserError: nobody has two images, there are no distractors, or embeddings are not finite.
@@ -81,7 +78,7 @@ def evaluate_distractors(
         raise UserError(
             "no person among the probes has two images; MegaFace's protocol needs two of a person"
         )
-    cis = ratio_intervals(hits, trials, replicates, seed)
+    cis = ratio_intervals(hits, trials, bootstrap)
     return DistractorResult(
         name=name,
         images=len(probes),
@@ -94,8 +91,8 @@ def evaluate_distractors(
         ),
         unreadable=0,
         notes=[],
-        seed=seed,
-        intervals=Resampling.fixed(replicates, seed),
+        seed=bootstrap.seed,
+        intervals=Resampling.fixed(bootstrap),
     )
 
 

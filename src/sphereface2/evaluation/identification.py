@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import Interval, ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, Interval, ratio_intervals
 from sphereface2.evaluation.results import (
     FLAT,
     OperatingPoint,
@@ -133,8 +132,7 @@ def rank_k(
     ranks: Sequence[int] = RANKS,
     *,
     people: np.ndarray | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> list[Rate]:
     """Closed-set identification: the share of enrolled probes whose own person has at most rank k.
 
@@ -143,8 +141,7 @@ def rank_k(
     Args:
         ranks: each 1 or more.
         people: (Q,), each probe's person; by default each probe is a person of its own.
-        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over people.
-        seed: of the bootstrap.
+        bootstrap: over people, of the intervals.
 
     Raises:
         UserError: no probe is enrolled.
@@ -156,7 +153,7 @@ def rank_k(
     """
     own_ranks = _own_ranks(found)
     hits = [own_ranks <= k for k in ranks]
-    cis = _intervals(found, hits, people, replicates, seed)
+    cis = _intervals(found, hits, people, bootstrap)
     return [Rate(k, float(h.mean()), ci) for k, h, ci in zip(ranks, hits, cis, strict=True)]
 
 
@@ -165,8 +162,7 @@ def tpir_at_fpir(
     fpirs: Sequence[float] = FPIRS,
     *,
     people: np.ndarray | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> list[OperatingPoint]:
     """Open-set identification: TPIR at each FPIR, exact on the observed scores.
 
@@ -178,7 +174,7 @@ def tpir_at_fpir(
 
     Args:
         fpirs: each in (0, 1].
-        people, replicates, seed: as in `rank_k`; thresholds are held fixed in the bootstrap.
+        people, bootstrap: as in `rank_k`; thresholds are held fixed.
 
     Raises:
         UserError: no probe is enrolled.
@@ -192,7 +188,7 @@ def tpir_at_fpir(
     first, own_scores = _own_ranks(found) == 1, found.score[found.enrolled]
     bounds = error_bounds(fpirs, found.score[~found.enrolled], found.score)
     hits = [first & (own_scores > bound) for _, bound, _ in bounds]
-    cis = _intervals(found, hits, people, replicates, seed)
+    cis = _intervals(found, hits, people, bootstrap)
     return [
         OperatingPoint(fpir, float(hit.mean()), ci, threshold) if k else OperatingPoint(fpir, None)
         for fpir, (k, _, threshold), hit, ci in zip(fpirs, bounds, hits, cis, strict=True)
@@ -211,13 +207,12 @@ def _intervals(
     found: Searches,
     hits: list[np.ndarray],
     people: np.ndarray | None,
-    replicates: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> list[Interval | None]:
     who = np.arange(len(found.enrolled)) if people is None else np.asarray(people)
     who = np.unique(who[found.enrolled], return_inverse=True)[1]
     counted = np.stack([np.bincount(who, weights=hit) for hit in hits])
-    return ratio_intervals(counted, np.bincount(who), replicates, seed)
+    return ratio_intervals(counted, np.bincount(who), bootstrap)
 
 
 def evaluate_gallery(
@@ -227,8 +222,7 @@ def evaluate_gallery(
     gallery: np.ndarray,
     gallery_people: np.ndarray,
     *,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> GalleryResult:
     """Every figure of the searches of probes in one gallery; arguments as in `search`, `rank_k`.
 
@@ -238,8 +232,7 @@ def evaluate_gallery(
         (2, 1.0)
     """
     found = search(probes, probe_people, gallery, gallery_people)
-    options: dict[str, Any] = {"people": probe_people, "replicates": replicates, "seed": seed}
-    tpir = tuple(tpir_at_fpir(found, **options))
+    tpir = tuple(tpir_at_fpir(found, people=probe_people, bootstrap=bootstrap))
     outside = int(np.count_nonzero(~found.enrolled))
     return GalleryResult(
         name=name,
@@ -247,8 +240,8 @@ def evaluate_gallery(
         people=len(np.unique(gallery_people)),
         probes=len(probes),
         enrolled=len(probes) - outside,
-        rank=tuple(rank_k(found, **options)),
+        rank=tuple(rank_k(found, people=probe_people, bootstrap=bootstrap)),
         tpir=tpir,
         notes=unmeasured("TPIR at FPIR", tpir, outside, f"probes of people outside {name}"),
-        intervals=Resampling.fixed(replicates, seed),
+        intervals=Resampling.fixed(bootstrap),
     )

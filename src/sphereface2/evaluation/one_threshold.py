@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import draws, interval, ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, ratio_intervals
 from sphereface2.evaluation.results import Estimate, Resampling, Result, least_far, to_dict
 from sphereface2.evaluation.tiles import Tiles
 
@@ -127,8 +127,7 @@ def all_pairs_at(
     *,
     block: int = 1024,
     workers: int | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
     progress: Callable[[float], None] | None = None,
 ) -> list[AtThreshold]:
     """FAR and TAR at each threshold over all N(N-1)/2 pairs, exact.
@@ -139,8 +138,7 @@ def all_pairs_at(
         thresholds: similarities, or by the FAR that each was chosen for.
         block: rows of a tile.
         workers: threads; by default the CPUs this process may use.
-        replicates: with R > 0 each rate gets a 95 % interval from R bootstraps over people.
-        seed: of the bootstrap.
+        bootstrap: over people, of the intervals.
         progress: called with the share of the work done since the last call.
 
     Memory grows with the pairs of people that share a false accept, not with the pairs.
@@ -159,8 +157,8 @@ def all_pairs_at(
     limits = np.array([*values], np.float32)
     accepted = _accepted_impostors(tiles, limits, progress)
     hits, trials = tiles.genuine_hits(np.nextafter(limits, np.float32(-np.inf)))
-    tar_cis = ratio_intervals(hits, trials, replicates, seed)
-    far_cis = _far_intervals(accepted, np.bincount(tiles.people), replicates, seed)
+    tar_cis = ratio_intervals(hits, trials, bootstrap)
+    far_cis = _far_intervals(accepted, np.bincount(tiles.people), bootstrap)
     return [
         AtThreshold(
             float(limit),
@@ -211,13 +209,13 @@ def _accepted_impostors(
 
 
 def _far_intervals(
-    accepted: list[np.ndarray], images: np.ndarray, replicates: int, seed: int
+    accepted: list[np.ndarray], images: np.ndarray, bootstrap: Bootstrap
 ) -> list[tuple[float, float] | None]:
     """The interval of each FAR over people: impostor pairs (a, b) count c_a·c_b times."""
-    if not replicates:
+    if not bootstrap.replicates:
         return [None] * len(accepted)
     rates: list[list[np.ndarray]] = [[] for _ in accepted]
-    for counts in draws(len(images), replicates, seed):
+    for counts in draws(len(images), *bootstrap):
         drawn = counts * images
         total = (drawn.sum(1) ** 2 - (drawn**2).sum(1)) / 2
         total[total == 0] = np.nan
@@ -291,8 +289,7 @@ def uniform_accuracy(
     *,
     block: int = 1024,
     workers: int | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> UniformAccuracy:
     """The largest share of images that one threshold serves (arXiv 2403.07289, on images).
 
@@ -301,9 +298,7 @@ def uniform_accuracy(
         labels: int (N,), the person of each row.
         block: rows of a tile.
         workers: threads.
-        replicates: with R > 0 the share gets a 95 % interval over people; each resample finds its
-            own threshold.
-        seed: of the bootstrap.
+        bootstrap: over people, of the share's interval; each resample finds its own threshold.
 
     Raises:
         UserError: no genuine or no impostor pair, or embeddings that are not finite.
@@ -324,13 +319,11 @@ def uniform_accuracy(
             np.fill_diagonal(scores[:, start - first :], np.inf)
             lowest[start : start + len(scores)] = scores.min(axis=1)
     judged = np.isfinite(lowest)
-    return best_threshold(
-        lowest[judged], tiles.nearest_other[judged], people[judged], replicates, seed
-    )
+    return best_threshold(lowest[judged], tiles.nearest_other[judged], people[judged], bootstrap)
 
 
 def best_threshold(
-    lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, replicates: int = 0, seed: int = 0
+    lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, bootstrap: Bootstrap = NONE
 ) -> UniformAccuracy:
     """The threshold t that most images have in (highest impostor, lowest genuine].
 
@@ -338,7 +331,7 @@ def best_threshold(
         lowest: (N,), the least genuine score of each image of a person with several.
         highest: (N,), its greatest impostor score.
         people: (N,), whose it is.
-        replicates, seed: as in `uniform_accuracy`.
+        bootstrap: as in `uniform_accuracy`.
     """
     served = highest < lowest
     places = np.unique(lowest[served]) if served.any() else lowest[:1]
@@ -358,10 +351,10 @@ def best_threshold(
     whole = shares(np.ones((1, len(numbers))))[0]
     best = int(whole.argmax())
     ci = None
-    if replicates:
+    if bootstrap.replicates:
         found = [
             shares(counts).max(axis=1)
-            for counts in draws(len(numbers), replicates, seed, numbers=len(places))
+            for counts in draws(len(numbers), *bootstrap, numbers=len(places))
         ]
         ci = interval(np.concatenate(found))
     return UniformAccuracy(Estimate(float(whole[best]), ci), float(places[best]), len(lowest))
@@ -392,21 +385,19 @@ def judge_thresholds(
     *,
     name: str,
     groups: Sequence[str | None] | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> OneThresholdResult:
     """`all_pairs_at`, `uniform_accuracy` and, where there are groups, `by_group` of a set."""
-    resampled: Any = {"replicates": replicates, "seed": seed}
-    at = all_pairs_at(embeddings, labels, thresholds, **resampled) if thresholds else []
+    at = all_pairs_at(embeddings, labels, thresholds, bootstrap=bootstrap) if thresholds else []
     return OneThresholdResult(
         name=name,
         images=len(labels),
         people=len(np.unique(labels)),
-        uniform=uniform_accuracy(embeddings, labels, **resampled),
+        uniform=uniform_accuracy(embeddings, labels, bootstrap=bootstrap),
         thresholds=tuple(at),
-        groups=by_group(groups, embeddings, labels, thresholds, **resampled) if groups else {},
+        groups=by_group(groups or (), embeddings, labels, thresholds, bootstrap=bootstrap),
         notes=[],
-        intervals=Resampling.fixed(replicates, seed),
+        intervals=Resampling.fixed(bootstrap),
     )
 
 
@@ -416,8 +407,7 @@ def by_group(
     labels: np.ndarray,
     thresholds: Mapping[float, float],
     *,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> dict[str, tuple[AtThreshold, ...]]:
     """`all_pairs_at` within each group at the same thresholds.
 
@@ -426,7 +416,7 @@ def by_group(
 
     Args:
         groups: the group of each of the N images; None is in no group.
-        embeddings, labels, thresholds, replicates, seed: as in `all_pairs_at`.
+        embeddings, labels, thresholds, bootstrap: as in `all_pairs_at`.
 
     Raises:
         UserError: a group without genuine or without impostor pairs.
@@ -437,9 +427,7 @@ def by_group(
         inside = names == name
         try:
             found[name] = tuple(
-                all_pairs_at(
-                    embeddings[inside], labels[inside], thresholds, replicates=replicates, seed=seed
-                )
+                all_pairs_at(embeddings[inside], labels[inside], thresholds, bootstrap=bootstrap)
             )
         except UserError as error:
             raise UserError(f"group {name!r} cannot be judged: {error}") from error

@@ -10,11 +10,11 @@ import numpy as np
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.evaluation import verification as metrics
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.reliability import CalibrationQuality, quality, reliability
 from sphereface2.evaluation.results import PairsVerified, unmeasured
 
-REPLICATES = 1000
 #: Pairs of either kind that a calibration takes from a labelled set at most: enough for a FAR of
 #: 1e-5.
 MOST_PAIRS = 3_000_000
@@ -39,8 +39,7 @@ def evaluate_pairs(
     pair_set: PairSet,
     *,
     fars: Sequence[float] = metrics.FARS,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
     calibration: Calibration | None = None,
     plots: Path | None = None,
 ) -> PairsResult:
@@ -50,9 +49,7 @@ def evaluate_pairs(
         scores: (P,), the score of each pair.
         pair_set: the pairs.
         fars: where TAR is wanted.
-        replicates: of the bootstrap over people (over pairs where the set does not know them);
-            0 leaves the intervals out.
-        seed: of the bootstrap.
+        bootstrap: over people (over pairs where the set does not know them), of the intervals.
         calibration: of the network that gave the scores, to be judged on the set.
         plots: folder for ``NAME_roc.png``, ``NAME_scores.png`` and, with a calibration,
             ``NAME_reliability.png``.
@@ -67,7 +64,7 @@ def evaluate_pairs(
     same, people = pair_set.same, pair_set.people
     folds = metrics.kfold_accuracy(scores, same, pair_set.folds)
     who = None if people is None else people[pair_set.pairs]
-    curve = metrics.curve_figures(scores, same, fars, people=who, replicates=replicates, seed=seed)
+    curve = metrics.curve_figures(scores, same, fars, people=who, bootstrap=bootstrap)
     impostors = int(np.count_nonzero(~same))
     judged = None if calibration is None else _judge(calibration, scores, pair_set)
     return PairsResult(

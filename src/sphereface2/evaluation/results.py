@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2.evaluation.bootstrap import LEVEL, Interval
+from sphereface2.evaluation.bootstrap import LEVEL, Bootstrap, Interval
 
 FLAT = {"flat": True}
 """Metadata of a field of `Rate`s that become a JSON key each: ``rank`` at 5 is ``rank5``."""
@@ -74,9 +74,9 @@ class Resampling:
     thresholds: str | None = None
 
     @classmethod
-    def fixed(cls, replicates: int, seed: int, over: str = "people") -> Resampling | None:
+    def fixed(cls, bootstrap: Bootstrap, over: str = "people") -> Resampling | None:
         """With the thresholds held fixed; None without resamples."""
-        return cls(over, replicates, seed, thresholds="fixed") if replicates else None
+        return cls(over, *bootstrap, thresholds="fixed") if bootstrap.replicates else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.data.ijb import TemplateSet
-from sphereface2.evaluation.bootstrap import ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.identification import GalleryResult, evaluate_gallery
 from sphereface2.evaluation.results import (
     OperatingPoint,
@@ -156,8 +156,7 @@ def evaluate_templates(
     templates: TemplateSet,
     *,
     detector_weights: bool = False,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
     progress: Callable[[float], None] | None = None,
 ) -> TemplatesResult:
     """IJB's figures from the features of its templates.
@@ -166,9 +165,8 @@ def evaluate_templates(
         features: float32 (T, d) of `TemplateAverager`, rows of length 1.
         templates: from `sphereface2.data.ijb.load`.
         detector_weights: whether the features were weighted, for the result.
-        replicates: with R > 0 every figure gets a 95 % interval from R bootstraps over people (over
-            pairs, for 1:1, where the 1:N lists do not say who is who), thresholds held fixed.
-        seed: of the bootstrap.
+        bootstrap: over people (over pairs, for 1:1, where the 1:N lists do not say who is who), of
+            the intervals; thresholds are held fixed.
         progress: called with the share of the 1:1 scores done since the last call.
     """
     notes, verification, probes = list(templates.notes), None, templates.probes
@@ -183,7 +181,7 @@ def evaluate_templates(
             person[who.templates] = who.people
         scores = template_pair_scores(features, templates.pairs, progress=progress)
         genuine_people = person[templates.pairs[templates.same, 0]]
-        verification = _verify(scores, templates.same, genuine_people, replicates, seed)
+        verification = _verify(scores, templates.same, genuine_people, bootstrap)
     galleries: Sequence[GalleryResult] = []
     if probes is not None:
         galleries = [
@@ -193,8 +191,7 @@ def evaluate_templates(
                 probes.people,
                 features[gallery.templates],
                 gallery.people,
-                replicates=replicates,
-                seed=seed,
+                bootstrap=bootstrap,
             )
             for gallery in templates.galleries
         ]
@@ -210,17 +207,17 @@ def evaluate_templates(
 
 
 def _verify(
-    scores: np.ndarray, same: np.ndarray, who: np.ndarray, replicates: int, seed: int
+    scores: np.ndarray, same: np.ndarray, who: np.ndarray, bootstrap: Bootstrap
 ) -> PairsVerified:
     """``who``: the person of each genuine pair, -1 where unknown."""
     points = tar_at_far(scores, same)
     over = "pairs" if (who < 0).any() else "people"
-    if replicates:
+    if bootstrap.replicates:
         unit = np.arange(len(who)) if over == "pairs" else np.unique(who, return_inverse=True)[1]
         # Where no score qualifies none is accepted.
         bounds = [np.inf if p.threshold is None else p.threshold for p in points]
         hits = np.stack([np.bincount(unit, weights=scores[same] >= bound) for bound in bounds])
-        cis = ratio_intervals(hits, np.bincount(unit), replicates, seed)
+        cis = ratio_intervals(hits, np.bincount(unit), bootstrap)
         points = [
             p if p.value is None else OperatingPoint(p.at, p.value, ci, p.threshold)
             for p, ci in zip(points, cis, strict=True)
@@ -232,5 +229,5 @@ def _verify(
         impostor=impostors,
         tar=tuple(points),
         notes=unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
-        intervals=Resampling.fixed(replicates, seed, over),
+        intervals=Resampling.fixed(bootstrap, over),
     )

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import Interval, draws, interval, pair_weights
+from sphereface2.evaluation.bootstrap import (
+    USUAL,
+    Bootstrap,
+    Interval,
+    draws,
+    interval,
+    pair_weights,
+)
 from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import allowed_accepts, tar_at_far
 
@@ -76,8 +83,7 @@ def find_thresholds(
     fars: Sequence[float],
     *,
     people: np.ndarray | None = None,
-    replicates: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = USUAL,
 ) -> dict[float, Threshold]:
     """The threshold of each FAR with its intervals.
 
@@ -87,8 +93,7 @@ def find_thresholds(
         fars: each in (0, 1), with enough impostor pairs for it (`check_fars`).
         people: int (P, 2), the two identities of each pair, over which intervals are bootstrapped;
             None resamples pairs, which makes them too narrow where pairs share people.
-        replicates: number of resamples.
-        seed: of the resampling.
+        bootstrap: of the intervals, with resamples.
 
     Raises:
         UserError: so many impostor pairs share the greatest similarity that no score has the FAR,
@@ -113,7 +118,7 @@ def find_thresholds(
             )
         limits.append(point.threshold)
     limit_replicates, far_replicates = _resample(
-        scores, same, np.array(fars), np.array(limits), people, replicates, seed
+        scores, same, np.array(fars), np.array(limits), people, bootstrap
     )
     found = {}
     for k, point in enumerate(points):
@@ -132,8 +137,7 @@ def _resample(
     fars: np.ndarray,
     limits: np.ndarray,
     people: np.ndarray | None,
-    replicates: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> tuple[np.ndarray, np.ndarray]:
     """In each resample, the threshold for each FAR and the FAR at each of ``limits``: (R, F) each.
 
@@ -152,8 +156,8 @@ def _resample(
         units = int(who.max()) + 1
         together = coo_matrix((np.ones(count), (who[:, 0], who[:, 1])), (units, units)).tocsr()
     ordered = np.sort(scores)
-    found = np.full((2, replicates, len(fars)), np.nan)
-    unsettled = np.ones(replicates, bool)
+    found = np.full((2, bootstrap.replicates, len(fars)), np.nan)
+    unsettled = np.ones(bootstrap.replicates, bool)
     length = 4 * allowed_accepts(float(fars.max()), count) + 1000
     while unsettled.any():
         tail = order[:length]
@@ -164,7 +168,7 @@ def _resample(
         above = ordered[np.minimum(following, len(ordered) - 1)]
         within = (top[:, None] >= limits).sum(axis=0)
         start = 0
-        for counts in draws(units, replicates, seed, numbers=len(tail)):
+        for counts in draws(units, *bootstrap, numbers=len(tail)):
             rows = start + np.flatnonzero(unsettled[start : start + len(counts)])
             counts, start = counts[rows - start], start + len(counts)
             if who is None or together is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import draws, interval, pair_weights
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, pair_weights
 from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -211,8 +211,7 @@ def curve_figures(
     fars: Sequence[float] = FARS,
     *,
     people: np.ndarray | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    bootstrap: Bootstrap = NONE,
 ) -> CurveFigures:
     """EER, AUC and TAR at FAR with bootstrap intervals, over people where they are known.
 
@@ -225,15 +224,14 @@ def curve_figures(
         same: bool (P,), True for genuine pairs.
         fars: where TAR is wanted, each in (0, 1].
         people: int (P, 2), the two identities of each pair; None resamples pairs instead.
-        replicates: number of resamples; 0 leaves the intervals out.
-        seed: of the resampling.
+        bootstrap: of the intervals.
 
     Raises:
         UserError: no resample had pairs of both kinds.
 
     Examples:
         >>> same = np.arange(40) < 20
-        >>> found = curve_figures(np.where(same, 0.7, 0.1), same, [0.1], replicates=50)
+        >>> found = curve_figures(np.where(same, 0.7, 0.1), same, [0.1], bootstrap=Bootstrap(50))
         >>> found.tar[0].ci, found.eer
         ((1.0, 1.0), Estimate(value=0.0, ci=(0.0, 0.0)))
     """
@@ -242,9 +240,9 @@ def curve_figures(
         auc=Estimate(auc(scores, same)),
         tar=tuple(tar_at_far(scores, same, fars)),
     )
-    if not replicates:
+    if not bootstrap.replicates:
         return found
-    eers, aucs, tars = _resample(*check_both(scores, same), fars, people, replicates, seed)
+    eers, aucs, tars = _resample(*check_both(scores, same), fars, people, bootstrap)
     return CurveFigures(
         eer=replace(found.eer, ci=interval(eers)),
         auc=replace(found.auc, ci=interval(aucs)),
@@ -252,7 +250,7 @@ def curve_figures(
             point if point.value is None else replace(point, ci=interval(again))
             for point, again in zip(found.tar, tars, strict=True)
         ),
-        intervals=Resampling("pairs" if people is None else "people", len(eers), seed),
+        intervals=Resampling("pairs" if people is None else "people", len(eers), bootstrap.seed),
     )
 
 
@@ -261,8 +259,7 @@ def _resample(
     same: np.ndarray,
     fars: Sequence[float],
     people: np.ndarray | None,
-    replicates: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """EER (R,), AUC (R,) and TAR at each FAR (F, R) of R resamples."""
     order, last = _descending(scores)
@@ -271,7 +268,7 @@ def _resample(
         who = np.unique(np.asarray(people)[order], return_inverse=True)[1].reshape(-1, 2)
         units = int(who.max()) + 1
     eers, aucs, tars = [], [], []
-    for counts in draws(units, replicates, seed, numbers=len(scores)):
+    for counts in draws(units, *bootstrap, numbers=len(scores)):
         weights = pair_weights(counts, y, who)
         tar = np.cumsum(np.where(y, weights, 0), axis=1)[:, last]
         far = np.cumsum(np.where(y, 0, weights), axis=1)[:, last]

@@ -26,7 +26,7 @@ from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables
-from sphereface2.evaluation.bootstrap import LEVEL
+from sphereface2.evaluation.bootstrap import LEVEL, Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
 from sphereface2.evaluation.one_threshold import CheckedSet, all_pairs_at, boundary
 from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
@@ -157,7 +157,8 @@ def calibrate(
             given = "photographs" if any(looks[: len(sets)]) else "crops"
         scored = [_score(embedder, one, rng, bars) for one in sets]
         scores, same, people = _join(scored)
-        options: dict[str, Any] = {"fars": fars, "method": method, "people": people, "seed": seed}
+        options: dict[str, Any] = {"fars": fars, "method": method, "people": people}
+        options["bootstrap"] = Bootstrap(seed=seed)
         options |= {"data": [one.data for one in scored], "images": given}
         calibration = Calibration.fit(scores, same, fingerprint=embedder.fingerprint, **options)
         judged = tuple(_check_on(calibration, embedder, *one, bars) for one in others)
@@ -312,8 +313,7 @@ def _check_on(
         rows,
         labels,
         {far: one.threshold for far, one in calibration.thresholds.items()},
-        replicates=calibration.intervals.replicates,
-        seed=calibration.intervals.seed,
+        bootstrap=Bootstrap(calibration.intervals.replicates, calibration.intervals.seed),
         progress=console.advance(bars, f"{name}: pairs", 1),
     )
     fingerprint, people = other.fingerprint(), len(np.unique(labels))

@@ -33,10 +33,11 @@ from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.distractors import DistractorResult, evaluate_distractors
 from sphereface2.evaluation.one_threshold import OneThresholdResult, judge_thresholds
-from sphereface2.evaluation.pairs import REPLICATES, PairsResult, evaluate_pairs
+from sphereface2.evaluation.pairs import PairsResult, evaluate_pairs
 from sphereface2.evaluation.results import Result
 from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, evaluate_templates
 from sphereface2.evaluation.tiles import count_pairs
@@ -160,8 +161,7 @@ def evaluate(
         ) as embedder,
         console.bars() as bars,
     ):
-        resampled = {"replicates": REPLICATES, "seed": seed}
-        judge = _Judge(embedder, bars, resampled, plots, detector_weights, group_of)
+        judge = _Judge(embedder, bars, Bootstrap(seed=seed), plots, detector_weights, group_of)
         if flip:
             folder = bundle.resolve(checkpoint).resolve()
             judge.calibration = Calibration.load(folder, fingerprint=embedder.fingerprint)
@@ -252,7 +252,7 @@ class _Judge:
 
     embedder: Embedder
     bars: Progress
-    resampled: dict[str, Any]
+    bootstrap: Bootstrap
     plots: Path | None
     detector_weights: bool
     groups: list[str | None] | None = None
@@ -281,7 +281,7 @@ class _Judge:
         result = evaluate_pairs(
             pair_scores(embeddings, pair_set.pairs),
             pair_set,
-            **self.resampled,
+            bootstrap=self.bootstrap,
             calibration=self.calibration,
             plots=self.plots,
         )
@@ -303,7 +303,7 @@ class _Judge:
             labels,
             name=name,
             unreadable=[source.name(index) for index in lost],
-            **self.resampled,
+            bootstrap=self.bootstrap,
             plots=self.plots,
             progress=console.advance(self.bars, f"{name}: pairs", 1),
         )
@@ -328,7 +328,7 @@ class _Judge:
                 f"--groups compares rates at one threshold, and {name} has too few pairs for one "
                 "of its own: run sphereface2 calibrate on the model, or give a larger set"
             )
-        about: dict[str, Any] = {"name": name, "groups": groups, **self.resampled}
+        about: dict[str, Any] = {"name": name, "groups": groups, "bootstrap": self.bootstrap}
         return judge_thresholds(embeddings, labels, thresholds, **about)
 
     def _templates(self, templates: TemplateSet) -> TemplatesResult:
@@ -350,7 +350,7 @@ class _Judge:
             averager.features(),
             templates,
             detector_weights=self.detector_weights,
-            **self.resampled,
+            bootstrap=self.bootstrap,
             progress=console.advance(self.bars, "pairs", 1),
         )
 
@@ -360,7 +360,7 @@ class _Judge:
         advance = console.advance(self.bars, "megaface: probes", len(suite.probes))
         probes = self.embedder.embed_source(suite.probes, unreadable=lost, progress=advance)
         people = np.delete(np.asarray(suite.probes.labels), lost)
-        order = np.random.default_rng(self.resampled["seed"]).permutation(len(suite.distractors))
+        order = np.random.default_rng(self.bootstrap.seed).permutation(len(suite.distractors))
         advance = console.advance(self.bars, "megaface: distractors", len(order))
         blocks = (
             self.embedder.embed_source(
@@ -368,5 +368,7 @@ class _Judge:
             )
             for at in range(0, len(order), _CHUNK)
         )
-        result = evaluate_distractors(probes, people, blocks, name="megaface", **self.resampled)
+        result = evaluate_distractors(
+            probes, people, blocks, name="megaface", bootstrap=self.bootstrap
+        )
         return replace(result, unreadable=len(lost))

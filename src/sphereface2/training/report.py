@@ -22,10 +22,10 @@ from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images
 from sphereface2.evaluation.pairs import (
     MOST_PAIRS,
-    REPLICATES,
     PairsResult,
     evaluate_pairs,
     sample_pairs,
@@ -112,7 +112,7 @@ def report(run: Path, inputs: Inputs, progress: Progress) -> RunReport:
     """
     settings, source = inputs.settings, inputs.source
     plots, where = _plots(run)
-    options: dict[str, Any] = {"replicates": REPLICATES, "seed": settings.seed, "plots": plots}
+    options: dict[str, Any] = {"bootstrap": Bootstrap(seed=settings.seed), "plots": plots}
     calibrated = f"none: nobody was held out; {_CALIBRATE.format(run=run)}"
     with Embedder.load(run, flip=settings.validation.flip) as embedder:
         sets = [
@@ -229,7 +229,7 @@ def _calibrate(
             people=labels[pairs],
             data=[data],
             images=images,
-            seed=seed,
+            bootstrap=Bootstrap(seed=seed),
         )
     except UserError as error:
         return f"none: {error}; {_CALIBRATE.format(run=run)}"

@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -162,8 +162,7 @@ def write_source(
     """
     done = Conversion(target)
     with atomic_folder(target) as temporary:
-        shape = _first_size(source, encoding)
-        with _WRITERS[to](temporary, _folder_names(source, to), shape) as add:
+        with _WRITERS[to](temporary, _folder_names(source, to)) as add:
             _copy(source, add, done, to, encoding)
         if done.images == 0:
             raise UserError(f"none of the {len(source)} images can be read")
@@ -179,16 +178,11 @@ def _copy(
     to: str,
     encoding: Encoding | None,
 ) -> None:
-    def read(index: int) -> bytes:
+    def checked(index: int) -> bytes | None:
         try:
-            return source.read(index)
-        except (UserError, OSError):
-            return b""
-
-    def checked(data: bytes) -> bytes | None:
-        try:
+            data = source.read(index)
             image = decode(data)
-        except UserError:
+        except (UserError, OSError):
             return None
         return data if encoding is None else encoding(image)
 
@@ -198,8 +192,7 @@ def _copy(
         task = bar.add_task(f"converting to {to}", total=len(source))
         for start in range(0, len(order), _CHUNK):
             indices = order[start : start + _CHUNK].tolist()
-            # Sources are read by one thread: some share an open file.
-            found = pool.map(checked, map(read, indices))
+            found = pool.map(checked, indices)
             for index, data in zip(indices, found, strict=True):
                 bar.advance(task)
                 if data is None:
@@ -239,18 +232,6 @@ def _convert_pairs(source: str | Path, target: Path, encoding: Encoding | None) 
     people = 0 if pairs.people is None else len(np.unique(pairs.people))
     console.show(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
     return Conversion(target, len(images), people)
-
-
-def _first_size(source: Source, encoding: Encoding | None) -> tuple[int, int]:
-    """Height and width of the first readable image, as it is written."""
-    for index in range(len(source)):
-        try:
-            image = decode(source.read(index))
-        except (UserError, OSError):
-            continue
-        height, width = (image if encoding is None else decode(encoding(image))).shape[:2]
-        return height, width
-    return 0, 0
 
 
 def _folder_names(source: Source, to: str) -> list[str]:
@@ -296,67 +277,68 @@ def extension_of(data: bytes) -> str:
 # -- one writer a format -------------------------------------------------------------------------
 
 
+def _file(folder: Path, position: int, image: bytes) -> str:
+    """Write an image into a person's folder; returns its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{position:06d}.{extension_of(image)}"
+    (folder / name).write_bytes(image)
+    return name
+
+
 @contextmanager
-def _folder(root: Path, names: list[str], size: tuple[int, int]) -> Iterator[_Add]:
+def _folder(root: Path, names: list[str]) -> Iterator[_Add]:
     def add(label: int, position: int, image: bytes) -> None:
-        folder = root / names[label]
-        folder.mkdir(exist_ok=True)
-        (folder / f"{position:06d}.{extension_of(image)}").write_bytes(image)
+        _file(root / names[label], position, image)
 
     yield add
 
 
 @contextmanager
-def _list(root: Path, names: list[str], size: tuple[int, int]) -> Iterator[_Add]:
+def _list(root: Path, names: list[str]) -> Iterator[_Add]:
     with (root / "train.txt").open("w", encoding="utf-8") as lines:
 
         def add(label: int, position: int, image: bytes) -> None:
-            folder = root / "images" / names[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / f"{position:06d}.{extension_of(image)}"
-            file.write_bytes(image)
-            lines.write(f"{file.relative_to(root).as_posix()}\t{label}\n")
+            name = _file(root / "images" / names[label], position, image)
+            lines.write(f"images/{names[label]}/{name}\t{label}\n")
 
         yield add
 
 
 @contextmanager
-def _recordio(root: Path, names: list[str], size: tuple[int, int]) -> Iterator[_Add]:
-    with RecordIOWriter(root, size) as writer:
+def _recordio(root: Path, names: list[str]) -> Iterator[_Add]:
+    with RecordIOWriter(root) as writer:
+        first = True
 
         def add(label: int, position: int, image: bytes) -> None:
+            nonlocal first
+            if first:
+                height, width, _ = decode(image).shape
+                writer.size, first = (height, width), False
             writer.add(label, image)
 
         yield add
 
 
 @contextmanager
-def _webdataset(root: Path, names: list[str], size: tuple[int, int]) -> Iterator[_Add]:
+def _webdataset(root: Path, names: list[str]) -> Iterator[_Add]:
     shard: tarfile.TarFile | None = None
     count = 0
+    with ExitStack() as shards:
 
-    def member(name: str, data: bytes) -> None:
-        assert shard is not None
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(data), 0o644
-        shard.addfile(info, io.BytesIO(data))
+        def add(label: int, position: int, image: bytes) -> None:
+            nonlocal count, shard
+            if count % _SHARD_IMAGES == 0:
+                shards.close()  # the one before
+                path = root / f"shard-{count // _SHARD_IMAGES:06d}.tar"
+                shard = shards.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT))
+            assert shard is not None
+            for end, data in ((extension_of(image), image), ("cls", str(label).encode())):
+                info = tarfile.TarInfo(f"{count:09d}.{end}")
+                info.size, info.mode = len(data), 0o644
+                shard.addfile(info, io.BytesIO(data))
+            count += 1
 
-    def add(label: int, position: int, image: bytes) -> None:
-        nonlocal shard, count
-        if count % _SHARD_IMAGES == 0:
-            if shard is not None:
-                shard.close()
-            path = root / f"shard-{count // _SHARD_IMAGES:06d}.tar"
-            shard = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        member(f"{count:09d}.{extension_of(image)}", image)
-        member(f"{count:09d}.cls", str(label).encode())
-        count += 1
-
-    try:
         yield add
-    finally:
-        if shard is not None:
-            shard.close()
 
 
 _WRITERS = {"folder": _folder, "list": _list, "recordio": _recordio, "webdataset": _webdataset}

@@ -21,6 +21,7 @@ from sphereface2.recognition.gallery.types import Person, packed
 
 _ROWS = 8_192  # read at a time
 _SCORES = 2**24  # of several probes at once
+_TOGETHER = 8  # probes, fewer of which are slower by BLAS than by FAISS's own products
 _CANDIDATES = 16  # rows of a probe, of which several may show one person
 _PEOPLE_KEPT = 100_000  # in memory
 _STATE = f"SELECT (SELECT fingerprint FROM stamp), ({SEQ})"
@@ -161,11 +162,15 @@ def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> li
     if len(probes) > 1 and len(probes) * size > _SCORES:
         return [one for probe in probes for one in exact(view, probe[None], k, size)]
     faiss.omp_set_num_threads(1)  # of this thread: one search is not divided among several
+    # Of the process; what it is compared with, and its default, differ among FAISS's versions.
+    faiss.cvar.distance_compute_blas_threshold = 1 if len(probes) >= _TOGETHER else 1 << 30
     found = faiss.knn(probes, view.rows, size, metric=faiss.METRIC_INNER_PRODUCT)
     answers = []
     for scores, rows in zip(*found, strict=True):
-        alive = np.isin(rows, view.dead, invert=True)
-        answers.append(best_people(scores[alive], view.owners[rows[alive]], k))
+        if len(view.dead):
+            alive = np.isin(rows, view.dead, invert=True)
+            scores, rows = scores[alive], rows[alive]
+        answers.append(best_people(scores, view.owners[rows], k))
     # Rows that no longer count, and several of one person, may stand before others.
     again = [i for i, one in enumerate(answers) if len(one) < k and size < len(view.rows)]
     if again:

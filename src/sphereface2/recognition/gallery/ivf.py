@@ -51,11 +51,13 @@ class View:
 
 
 def best_people(scores: np.ndarray, owners: np.ndarray, k: int) -> Ranked:
-    """The k best owners of scores (n,), each by the best of theirs."""
-    order = np.argsort(-scores, kind="stable")
-    firsts = np.sort(np.unique(owners[order], return_index=True)[1])
-    chosen = order[firsts[:k]]
-    return list(zip(owners[chosen].tolist(), scores[chosen].tolist(), strict=True))
+    """The k best owners of scores (n,), which descend, each by the best of theirs."""
+    best: dict[int, float] = {}
+    for owner, score in zip(owners.tolist(), scores.tolist(), strict=True):
+        if len(best) == k:
+            break
+        best.setdefault(owner, score)
+    return list(best.items())
 
 
 def mostly_gone(gone: int, rows: int) -> bool:
@@ -155,7 +157,9 @@ class Ivf:
         if 2 * there.sum() < (found >= 0).sum():  # the removed stand before others
             return None
         rows = rows[there]
-        ranked = best_people(view.rows[rows] @ probe, view.owners[rows], k)
+        scores = view.rows[rows] @ probe
+        order = np.argsort(-scores, kind="stable")
+        ranked = best_people(scores[order], view.owners[rows[order]], k)
         return ranked if len(ranked) == k else None
 
     def _make(self, view: View) -> None:

@@ -6,7 +6,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Database:
     path: Path | None = None
     read_only: bool = False
     _new: bool = False
+    _connect: Callable[[], Any] = lambda: None
+    _idle: deque[sqlite3.Connection] = field(default_factory=deque)  # of snapshots
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -137,7 +140,7 @@ class Database:
             writes = connection.get_execution_options().get("writes", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-        return cls(engine, str(path), path, mode != "rw", new)
+        return cls(engine, str(path), path, mode != "rw", new, connect)
 
     @property
     def is_file(self) -> bool:
@@ -160,9 +163,14 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """As `read`, on SQLite and past SQLAlchemy: a search costs little more than its product."""
-        with self._told("read"), self._raw() as connection:
-            connection.execute("BEGIN")  # which ends when it goes back to the pool
-            yield connection
+        with self._told("read"):
+            connection = self._idle.pop() if self._idle else self._connect()
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+                self._idle.append(connection)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -193,6 +201,8 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
+        while self._idle:
+            self._idle.pop().close()
         self.engine.dispose()
 
     def log_ahead(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sphereface2.align import Aligner, Face
+from sphereface2.align import Aligner, Face, NoFaceError
 from sphereface2.backbones import bundle, hub
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
@@ -138,6 +138,13 @@ class FaceEmbedder:
             UserError: it cannot be read.
         """
         return self.aligner.align(image)
+
+    def crops(self, image: ImageLike) -> list[tuple[np.ndarray, Face]]:
+        """As `crop`, of every face of the photograph, the largest and most central first."""
+        if found := self.aligner.align_all(image):
+            return found
+        name = image if isinstance(image, str | Path) else "the image"
+        raise NoFaceError(f"no face found in {name}; give an image that shows one")
 
     def embed(
         self,

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sphereface2.align import Face, NoFaceError
+from sphereface2.align import Face
 from sphereface2.data.embedding_table import METADATA
 from sphereface2.data.folder import ImageSource, is_image
 from sphereface2.data.opening import open_source
@@ -180,7 +180,8 @@ class Job:
                 if self.aligned:
                     crop = read_image(content)
                 else:
-                    found = _faces(embedder, content, self.faces)
+                    every = self.faces == "all"
+                    found = embedder.crops(content) if every else [embedder.crop(content)]
                     (crop, _), *others[index] = found
                     faces[index] = [face for _, face in found]
                 if self.measured:
@@ -244,15 +245,6 @@ def measures(index: int, crop: np.ndarray, face: Face | None) -> dict[str, Any]:
         "brightness": float(grey.mean()),
         "contrast": float(grey.std()),
     }
-
-
-def _faces(embedder: FaceEmbedder, content: bytes, which: str) -> list[tuple[np.ndarray, Face]]:
-    """The crop of the largest and most central face, or all crops of an image."""
-    if which == "largest":
-        return [embedder.crop(content)]
-    if found := embedder.aligner.align_all(content):
-        return found
-    raise NoFaceError("no face found in the image; give an image that shows one")
 
 
 class Parts:

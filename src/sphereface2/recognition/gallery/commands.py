@@ -110,7 +110,7 @@ def search(
                         raise
                     errors.append(error)
                     seen.append((file, error))
-            crops = [one.crop for _, one in seen if isinstance(one, Seen)]
+            crops = [one[0] for _, one in seen if not isinstance(one, UserError)]
             rows = embedder.embed(crops, aligned=True) if crops else np.zeros((0, opened.dim))
             answers = iter(opened.search(rows, k=k, fusion=fusion, exact=exact))
             for file, one in seen:
@@ -122,7 +122,7 @@ def search(
                 reports.append(
                     {
                         "image": str(file),
-                        "box": None if one.face is None else one.face.box.tolist(),
+                        "box": None if one[1] is None else one[1].box.tolist(),
                         "person": best and best.person,
                         "threshold": line.threshold,
                         "far": line.far,
@@ -184,7 +184,7 @@ def verify(
         line = _line(embedder, far, None, threshold, 1, model or opened.model)
         if aligned:
             warn_of_photographs(images)
-        crops = [look(embedder, image, aligned, "one")[0].crop for image in images]
+        crops = [look(embedder, image, aligned, "one")[0][0] for image in images]
         scores = opened.verify(person, embedder.embed(crops, aligned=True), fusion=fusion)
     reports: list[dict[str, Any]] = [
         {

@@ -314,8 +314,8 @@ def _embed(
             done(1)
             try:
                 seen = look(embedder, file.path, file.aligned, faces)
-                for one in seen:
-                    for warning in check(measure(one.crop, one.face), quality, str(file.path)):
+                for crop, face in seen:
+                    for warning in check(measure(crop, face), quality, str(file.path)):
                         print(f"warning: {warning}", file=sys.stderr)
             except UserError as error:
                 if left_out is None:
@@ -324,7 +324,7 @@ def _embed(
                 continue
             if len(waiting) >= _BATCH and waiting[-1][0].person != file.person:
                 yield from embedded()
-            waiting += [(file, one.crop) for one in seen]
+            waiting += [(file, crop) for crop, _ in seen]
         if waiting:
             yield from embedded()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from sphereface2.align import Face, NoFaceError, warp
+from sphereface2.align import Face
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.backbones.bundle import run_of
 from sphereface2.data.folder import images_below
@@ -20,30 +20,23 @@ from sphereface2.recognition.gallery.gallery import Gallery
 
 #: Which faces of an image are taken; ``one`` refuses an image of several.
 Faces = Literal["one", "largest", "all"]
+#: A face of an image: the crop, and where it was found if the image was no crop already.
+Seen = tuple[np.ndarray, Face | None]
 
 
-class Seen(NamedTuple):
-    """A face of an image: the crop, and where it was found if the image was no crop already."""
-
-    crop: np.ndarray
-    face: Face | None
-
-
-def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> list[Seen]:
+def look(embedder: FaceEmbedder, path: Path, aligned: bool, faces: Faces) -> Sequence[Seen]:
     """The faces of an image, the largest and most central first; UserError if it shows none."""
-    pixels = read_image(path)
     if aligned:
-        return [Seen(pixels, None)]
-    found = embedder.aligner.detect(pixels, thorough=faces == "all")
-    if not found:
-        raise NoFaceError(f"no face found in {path}; give an image that shows one")
-    if len(found) > 1 and faces == "one":
+        return [(read_image(path), None)]
+    if faces == "all":
+        return embedder.crops(path)
+    crop, face = embedder.crop(path)
+    if face.others and faces == "one":
         raise UserError(
-            f"{path} shows {len(found)} faces: crop it to one, or give --faces largest or "
+            f"{path} shows {face.others + 1} faces: crop it to one, or give --faces largest or "
             "--faces all"
         )
-    some = found if faces == "all" else found[:1]
-    return [Seen(warp(pixels, face.landmarks, embedder.aligner.size), face) for face in some]
+    return [(crop, face)]
 
 
 def files_of(given: Path) -> list[Path]:

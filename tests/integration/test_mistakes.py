@@ -77,6 +77,7 @@ CALLS = {
     "fit --data.train people --run-folder model": "is a model's folder",
     "fit --data.train people --run-folder file/run": "cannot be a folder, as .*file is a file",
     "evaluate model --pairs pairs.bin --plots file": "cannot be a folder, as .*file is a file",
+    "evaluate model --pairs pairs.bin --pairs pairs.bin --plots p": "sets are called 'pairs'",
     "data convert people file/x --to folder": "file/x: Not a directory",
     "gallery list foreign.db": "database of another program, with a table 'accounts'",
     # Options that would have no effect, and values that no option has.

@@ -175,6 +175,26 @@ def test_a_verification_set_becomes_a_smaller_bin(tmp_path, folder):
     assert not (tmp_path / "x.bin").exists()
 
 
+def test_a_bin_has_the_folds_of_the_list_that_it_is_made_from(tmp_path):
+    for k in range(80):
+        (tmp_path / f"p_{k}.jpg").write_bytes(picture(k))
+    labels = np.repeat([1, 0], 20)  # CALFW's list: the genuine pairs may all stand first
+    lines = [f"p_{2 * k + side}.jpg {labels[k]}\n" for k in range(40) for side in range(2)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    convert(tmp_path / "list.txt", tmp_path / "set.bin", to="bin")
+    listed, packed = load_pairs(tmp_path / "list.txt"), load_pairs(tmp_path / "set.bin")
+
+    def folds(found):
+        first = [found.images[index] for index in found.pairs[:, 0]]
+        return sorted(zip(first, found.folds.tolist(), found.same.tolist(), strict=True))
+
+    assert folds(packed) == folds(listed)
+    assert sorted(packed.same[packed.folds == 3]) == [False, False, True, True]
+    (tmp_path / "list.txt").write_text("".join(lines[:22] + lines[40:44]))
+    with pytest.warns(UserWarning, match="will be read in ten of equal length"):
+        convert(tmp_path / "list.txt", tmp_path / "odd.bin", to="bin")
+
+
 @pytest.mark.parametrize("wrong", [{"format": "gif"}, {"quality": 0}, {"size": 2}])
 def test_an_encoding_out_of_range(wrong):
     with pytest.raises(UserError, match=r"'webp', 'png', got 'gif'|≥ 1 and ≤ 100, got 0|≥ 8"):

@@ -7,6 +7,8 @@ import os
 import pickle
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +179,20 @@ def test_shards_that_are_wrong(tmp_path):
     (tmp_path / "d.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match="not a complete tar"):
         WebDatasetSource(tmp_path / "d.tar")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files by /proc")
+def test_of_thousands_of_shards_few_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("sphereface2.data.source._MOST_OPEN", 5)
+    for k in range(20):
+        tar(tmp_path / f"{k:02d}.tar", [("0.jpg", b"%d" % k), ("0.cls", b"0")])
+    source = WebDatasetSource(tmp_path)
+    order = list(np.random.default_rng(0).integers(20, size=400))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [b"%d" % k for k in order]
+    shards = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert sum(shard.endswith(".tar") for shard in shards) <= 5 + 8
+    assert pickle.loads(pickle.dumps(source)).read(7) == b"7"
 
 
 def test_a_hard_link_in_a_shard_is_the_file_it_links_to(tmp_path):

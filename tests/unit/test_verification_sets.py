@@ -58,6 +58,13 @@ def test_bin_with_decoded_images(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_pixels_of_another_shape_are_another_image(tmp_path):
+    black = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
+    (tmp_path / "set.bin").write_bytes(pickle.dumps((black * 2, [True, False])))
+    found = load_pairs(tmp_path / "set.bin")
+    assert [image.shape for image in found.images] == [(4, 6, 3), (6, 4, 3)]
+
+
 def test_an_image_of_several_pairs_is_kept_once(tmp_path):
     path = write(tmp_path / "set.bin", ([b"a", b"b", b"a", b"c"], [True, False]))
     found = load_pairs(path)

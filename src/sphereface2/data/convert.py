@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from sphereface2 import console
 from sphereface2.data import pairbin
 from sphereface2.data.folder import check_outside
 from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError, check_choice, check_number
@@ -97,10 +99,11 @@ def convert(
     ``to`` is ``folder`` (``person/000000.jpg``), ``list`` (the same under ``images/``, and
     ``train.txt``), ``recordio`` (``train.rec train.idx property``) or ``webdataset`` (shards of
     10,000). Images go over by ascending label and in their order within a person; labels stay what
-    they are. Names of people become folder names, and ``names.txt`` in the formats that have none.
+    they are, except in a folder, whose people are numbered in the order of their names. Names of
+    people become folder names, and ``names.txt`` in the formats that have none.
     Each image is decoded once as a check: one that is missing or damaged is left out and reported.
     With ``bin``, ``source`` is a verification set and ``target`` a file in InsightFace's layout;
-    its pairs keep their order, and an unreadable image is an error.
+    its pairs stand in the order of their folds, and an unreadable image is an error.
 
     Bytes are copied as they are unless ``encode`` or ``size`` is given. ``target`` appears only
     when it is complete.
@@ -225,10 +228,18 @@ def _convert_pairs(source: str | Path, target: Path, encoding: Encoding | None) 
         for image in pool.map(read, range(len(pairs.images))):
             images.append(image)
             bar.advance(task)
+    # The folds of a .bin are its consecutive blocks.
+    order = np.argsort(pairs.folds, kind="stable")
+    if not np.array_equal(pairs.folds[order], consecutive_folds(len(pairs))):
+        warnings.warn(
+            f"{source} has {len(np.unique(pairs.folds))} folds of its own, and {target} will be "
+            "read in ten of equal length",
+            stacklevel=3,
+        )
     # An image that serves several pairs is one object here, which a pickle holds once.
-    bins = [images[index] for index in pairs.pairs.ravel().tolist()]
+    bins = [images[index] for index in pairs.pairs[order].ravel().tolist()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    pairbin.write(target, bins, pairs.same.tolist())
+    pairbin.write(target, bins, pairs.same[order].tolist())
     people = 0 if pairs.people is None else len(np.unique(pairs.people))
     console.show(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
     return Conversion(target, len(images), people)

@@ -105,7 +105,7 @@ def pack_lfw(images: Path, test_pairs: Path, target: Path) -> tuple[int, int]:
         People and images of the training set.
     """
     lines = read_text(test_pairs).splitlines()
-    count = int(lines[0])
+    count = int(lines[0]) if lines and lines[0].isdecimal() else 0
     pairs = [line.split("\t") for line in lines[1:] if line.strip()]
     genuine, impostor = pairs[:count], pairs[count:]
     if len(genuine) != count or len(impostor) != count or count < 10:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sphereface2.data import unpickle
 from sphereface2.data.pairlist import read_people
-from sphereface2.data.pairs import Image, PairSet, consecutive_folds
+from sphereface2.data.pairs import Image, PairSet, consecutive_folds, content
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write
 
@@ -33,17 +33,17 @@ def read(path: Path, names: Path | None = None) -> PairSet:
         UserError: the file holds more than data, or something else, or disagrees with ``names``.
     """
     try:
-        content = unpickle.loads(path.read_bytes())
+        stored = unpickle.loads(path.read_bytes())
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a plain verification set and was not read: it holds {error}"
         ) from error
     except Exception as error:  # a damaged pickle can fail in any operation of the machine
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error!s:.100}") from error
-    if not (isinstance(content, list) and len(content) == 2):
+    if not (isinstance(stored, list) and len(stored) == 2):
         raise UserError(f"{path} is not a verification set: expected (images, same or not)")
-    images, verdicts = content
-    if not all(isinstance(p, list) or (isinstance(p, np.ndarray) and p.ndim) for p in content):
+    images, verdicts = stored
+    if not all(isinstance(p, list) or (isinstance(p, np.ndarray) and p.ndim) for p in stored):
         raise UserError(f"{path} is not a verification set: expected two lists")
     if len(images) != 2 * len(verdicts) or len(verdicts) == 0:
         raise UserError(
@@ -88,7 +88,7 @@ def _distinct(
                 f"{path}: image {i % 2} of pair {i // 2} is neither bytes nor a uint8 array of an "
                 "image"
             )
-        key = (who[i] if who else None, image if isinstance(image, bytes) else image.tobytes())
+        key = (who[i] if who else None, content(image))
         if key not in seen:
             seen[key] = len(distinct)
             distinct.append(image)

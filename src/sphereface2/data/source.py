@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,27 +121,46 @@ def write_names(folder: Path, names: Sequence[str] | None) -> None:
         (folder / "names.txt").write_text(lines, encoding="utf-8")
 
 
+class _Descriptor:
+    """A file open for reading, until nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_MOST_OPEN = (
+    128  # files at a time: a set may have thousands of shards, a process mostly 1,024 files
+)
+_opened: deque[weakref.ref[OpenFile]] = deque()
+
+
 class OpenFile:
-    """A file read at any place, by threads and by processes that share it; pickles as its path."""
+    """A file read at any place, by threads and by processes that share it; pickles as its path.
+
+    Where a process reads many, the ones opened first are closed, and opened again when read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
+        self._open: _Descriptor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_descriptor": None}
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        return {"path": self.path, "_open": None}
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; UserError if the file ends before."""
-        try:
-            data = os.pread(self._descriptor, size, offset)  # type: ignore[arg-type]
-        except TypeError:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            return self.read(offset, size)
+        file = self._open  # which stays open while this thread reads, whoever lets go of it
+        if file is None:
+            file = self._open = _Descriptor(self.path)
+            _opened.append(weakref.ref(self))
+            while len(_opened) > _MOST_OPEN:
+                if (first := _opened.popleft()()) is not None:
+                    first._open = None
+        data = os.pread(file.number, size, offset)
         if len(data) != size:
             raise UserError(
                 f"{self.path} ends before byte {offset + size:,}: it was cut since it was opened; "

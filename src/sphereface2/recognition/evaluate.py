@@ -151,6 +151,8 @@ def evaluate(
         for _, one in sets:
             check_outside(plots, one)
     sets += [(root, open_suite(name, root)) for name in suites if root is not None]
+    if plots is not None:
+        _check_names([one.name for _, one in sets if isinstance(one, PairSet)])
     group_of = None
     if groups is not None:
         group_of = _read_groups(groups, next(one for _, one in sets if isinstance(one, Source)))
@@ -170,6 +172,15 @@ def evaluate(
     parts = (part for one in found.results for part in (*tables.render(one), ""))
     console.tell(as_json, found.to_dict(), *parts)
     return found
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse two sets of one name, which that of their plots follows from."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"two verification sets are called {twice[0]!r}, and the plots of one would replace "
+            "the other's: rename a file, or plot them one by one"
+        )
 
 
 def _look_at(sets: Sequence[tuple[Path, Set]], align: bool) -> None:

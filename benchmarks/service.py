@@ -126,7 +126,7 @@ def compare(models: dict[str, Path], folder: Path, images: list[bytes], seconds:
             file = folder / f"{name}{len(options)}.db"
             return stack.enter_context(server(models[name], file, *options))[0]
 
-        urls = {(name, 32): serve(name) for name in models}
+        urls = {(name, 16): serve(name) for name in models}
         urls["PyTorch", 1] = serve("PyTorch", "--max-batch", "1")
         for url in urls.values():
             load(url, images, 8, 2)

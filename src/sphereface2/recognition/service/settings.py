@@ -57,7 +57,7 @@ class Settings:
     rotations: bool = False
     audit: Path | None = None
     far: float | None = None
-    max_batch: int = 32
+    max_batch: int = 16
     max_wait_ms: float = 5.0
     max_queue: int = 128
     max_images: int = 16

@@ -53,10 +53,10 @@ class View:
 def best_people(scores: np.ndarray, owners: np.ndarray, k: int) -> Ranked:
     """The k best owners of scores (n,), which descend, each by the best of theirs."""
     best: dict[int, float] = {}
-    for owner, score in zip(owners.tolist(), scores.tolist(), strict=True):
+    for owner, score in zip(owners, scores, strict=True):  # of which few are looked at
         if len(best) == k:
             break
-        best.setdefault(owner, score)
+        best.setdefault(int(owner), float(score))
     return list(best.items())
 
 
@@ -158,7 +158,7 @@ class Ivf:
             return None
         rows = rows[there]
         scores = view.rows[rows] @ probe
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-scores)
         ranked = best_people(scores[order], view.owners[rows[order]], k)
         return ranked if len(ranked) == k else None
 

@@ -351,7 +351,8 @@ def run_folder(tmp_path: Path, kind: str) -> Path:
     (run / "environment.json").write_text(json.dumps({"data": data | {"people": 30}}))
     (run / "config.yaml").write_text(
         "data: {train: /home/me/secret}\nbackbone: {name: sfnet4}\nhead: {name: sphereface2}\n"
-        "training: {epochs: 2}\n"
+        "sample_to_sample: {weight: 0.25}\nteacher: {path: /home/me/secret/large, weight: 2}\n"
+        "training: {epochs: 2, start_from: /home/me/secret/small-0}\n"
     )
     (run / "results.json").write_text(
         '{"data": {"note": "/home/me/secret"}, "training": {"steps": 7}, "sets": [{"name": "lfw", '
@@ -374,6 +375,8 @@ def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
     assert "secret" not in everything
     for fact in ("f00d", "1,200 images of 30 people", "87.50 ± 1.00 %", "50.0 % @1e-2", "7 steps"):
         assert fact in text
+    for made_by in ("weight: 0.25", "path: large", "start_from: small-0"):
+        assert made_by in text
     for heading in ("Intended use", "Limits", "Licence", "Training", "Figures", "Threshold"):
         assert f"## {heading}" in text
     assert ("synthetic, drawn faces" in text) == (kind == "synthetic")

@@ -265,7 +265,9 @@ def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, pl
     training = found.training
     table = Table(title=escape(settings.name), show_header=False)
     table.add_row("data", escape(found.data.note))
-    table.add_row("loss", escape(_component(settings.head)))
+    between = settings.sample_to_sample
+    beside = f"; between samples s {between.s:g}, m {between.m:g}, weight {between.weight:g}"
+    table.add_row("loss", escape(_component(settings.head)) + (beside if between.weight else ""))
     table.add_row("backbone", escape(_component(settings.backbone)))
     table.add_row(
         "training",

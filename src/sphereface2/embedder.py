@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
+from sphereface2.machine import cores
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class Embedder:
         self.flip = flip
         self.batch_size = batch_size
         self.read = read
-        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._threads = threads or min(8, cores())
         self._engine: _Engine = (
             _OnnxEngine(network, device)
             if isinstance(network, OnnxNetwork)

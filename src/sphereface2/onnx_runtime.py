@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from sphereface2.errors import UserError
+from sphereface2.machine import cores
 
 
 def load() -> ModuleType:
@@ -60,4 +61,4 @@ def default_threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted):
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()

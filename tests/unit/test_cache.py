@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from sphereface2.data.cache import DecodedPart, ImageCache, free_memory
+from sphereface2.data.cache import DecodedPart, ImageCache
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.transforms import Augmentation
@@ -101,23 +100,6 @@ def test_parts_of_two_ranks_are_one_set() -> None:
     assert len(cache) == 5
     for number, file in enumerate(source.files):
         np.testing.assert_array_equal(cache[number], decode(file))
-
-
-def test_files_that_a_container_has_read_are_memory_that_can_be_had(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:     8000 kB\n")
-    assert free_memory(tmp_path) == 8_192_000
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    for name, text in (
-        ("memory.max", "5000000\n"),
-        ("memory.current", "4900000\n"),
-        ("memory.stat", "anon 900000\ninactive_file 3000000\n"),
-    ):
-        (group / name).write_text(text)
-    assert free_memory(tmp_path) == 3_100_000
-    (group / "memory.max").write_text("max\n")
-    assert free_memory(tmp_path) == 8_192_000
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,6 +22,7 @@ from sphereface2.data.folder import check_outside, images_below
 from sphereface2.errors import UserError, check_number
 from sphereface2.files import TEMPORARY, atomic_write, lock
 from sphereface2.images import MAX_PIXELS, SUFFIXES
+from sphereface2.machine import cores
 from sphereface2.signals import STOPPED, Stopper
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
@@ -97,7 +97,7 @@ def align(
     names, passed_over = _names(source, target, known)
     try:
         with Stopper(STOPPED), _open(target, source, settings) as journal:
-            report = _crop_all(journal, source, names, known, workers or _cores())
+            report = _crop_all(journal, source, names, known, workers or cores())
             report["passed_over"] = passed_over
             atomic_write(target / REPORT, _json(report, indent=2))
     except OSError as error:
@@ -159,10 +159,6 @@ def _jobs(source: Path, target: Path, names: list[str], known: Landmarks | None)
         place = stem if taken[stem] == 1 else PurePosixPath(name)
         points = known.points[name] if known is not None else None
         yield Job(name, source / name, target / place, points)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(jobs: list[Job], settings: Settings, workers: int) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
+from sphereface2.machine import free_memory
 
 _AHEAD = 256
 
@@ -190,32 +190,3 @@ def _path(file: Any) -> str:
     if hasattr(os, "memfd_create"):
         return f"/proc/{os.getpid()}/fd/{file.fileno()}"
     return str(file.name)
-
-
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still have by the system and its container; None: unknown."""
-    free: list[int] = []
-    try:
-        lines = (root / "proc" / "meminfo").read_text().splitlines()
-        table = dict(line.split(":") for line in lines)
-        free.append(int(table["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    for place, limit, used, cached in (
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        (
-            "sys/fs/cgroup/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            most, now = (int((root / place / name).read_text()) for name in (limit, used))
-            # Files that were read, and are forgotten when memory is wanted.
-            lines = (root / place / "memory.stat").read_text().splitlines()
-            kept = int(dict(line.split() for line in lines)[cached])
-        except (OSError, KeyError, ValueError):  # no such system, or "max": no limit
-            continue
-        free.append(most - now + kept)
-    return max(0, min(free)) if free else None

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2.evaluation.tiles import Tiles, usable_cpus
+from sphereface2.evaluation.tiles import Tiles
+from sphereface2.machine import cores
 
 ALL = 1 << 20
 """Rows whose scores are all computed."""
@@ -115,7 +116,7 @@ def _found(
     """Of so many queries at a time the first's place, and the nearest rows, int64, -1 for none."""
     import faiss
 
-    faiss.omp_set_num_threads(workers or usable_cpus())  # of this thread
+    faiss.omp_set_num_threads(workers or cores())  # of this thread
     graph = f"HNSW{_LINKS},SQ8"  # a byte a number
     index: Any = faiss.index_factory(rows.shape[1], graph, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.selection import Search, value_of
+from sphereface2.machine import cores
 
 
 @cache
@@ -24,12 +24,6 @@ def _blas() -> ThreadpoolController:
 def one_thread() -> AbstractContextManager[object]:
     """While it lasts, matrix products take one thread each."""
     return _blas().limit(limits=1, user_api="blas")
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    return len(usable) or os.cpu_count() or 1
 
 
 def _reaching(scores: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +76,7 @@ class Tiles:
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}.")
         self.rows, self.people = rows, people
-        self.block, self.workers = min(block, len(rows)), workers or usable_cpus()
+        self.block, self.workers = min(block, len(rows)), workers or cores()
         self.upper = np.triu(np.ones((self.block, self.block), bool), 1)
         starts = range(0, len(rows), self.block)
         self.all = [(i, j) for i in starts for j in starts if j >= i]

@@ -54,7 +54,8 @@ def fit(
         start_from: Run, model folder or hub id whose network a new run starts from: fine-tuning,
             with other people; short for `--training.start_from`.
         run_folder: Folder of the run: it is started there, or continued if it has a checkpoint.
-        ranks: Number of processes on this machine, or "auto": one per GPU or CPU core.
+        ranks: Number of processes on this machine, or "auto": one per GPU or CPU core,
+            of 32 images a batch at least.
         print_config: Print all settings as YAML and exit, instead of training.
     """
     overrides = list(settings)

@@ -20,13 +20,14 @@ from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
 from sphereface2.files import check_folder, owned
+from sphereface2.machine import cores
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
 from sphereface2.training import resuming, starting
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
-from sphereface2.training.inputs import Inputs, open_inputs
+from sphereface2.training.inputs import Inputs, open_inputs, usual_batch
 from sphereface2.training.loading import cache_images
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
@@ -34,6 +35,7 @@ from sphereface2.training.teacher import Teacher, open_teacher
 from sphereface2.training.trainer import Progress, Trainer
 from sphereface2.training.validation import Validation
 
+_IMAGES_A_RANK = 32  # of a batch, where the number of ranks is ours to choose
 _RANKS_A_CORE = 8  # processes that one core can drive, each with a copy of the network
 
 
@@ -59,7 +61,7 @@ def fit(
             ``config`` or else the run's own configuration; else the run starts there. None: a new
             folder.
         ranks: processes to start on this machine, a number or ``auto`` (one a GPU, or one a CPU
-            core); None: this process alone, or the one that torchrun started.
+            core, of 32 images a batch at least); None: this process alone, or torchrun's.
         overrides: ``--section.key value`` words.
         source: the training set, for callers that have opened it; None: what the settings name.
         conclude: what is done with the trained network in the end, on rank 0.
@@ -112,7 +114,7 @@ def fit(
             main = place.is_main
         if main:
             stopper.message = f"stopped while the trained network was evaluated; {again}"
-            torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
+            torch.set_num_threads(settings.training.threads or cores())
             conclude(folder, inputs, progress)
 
 
@@ -198,10 +200,13 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
     if ranks == "auto":
         if settings.training.device in ("auto", "cuda") and torch.cuda.is_available():
             return torch.cuda.device_count()
-        return os.cpu_count() or 1
+        # Each normalises by its own share of a batch, whose statistics are poor of fewer images.
+        batch = settings.training.batch_size or usual_batch(settings.training)
+        share = batch // settings.training.accumulate
+        return max(1, min(cores(), share // _IMAGES_A_RANK))
     if not ranks.isdigit() or int(ranks) < 1:
         raise UserError(f"--ranks {ranks!r} must be a positive number or auto")
-    if int(ranks) > (most := _RANKS_A_CORE * (os.cpu_count() or 1)):
+    if int(ranks) > (most := _RANKS_A_CORE * cores()):
         raise UserError(f"--ranks {ranks} is more than this machine bears ({most}): give auto")
     return int(ranks)
 

@@ -21,7 +21,6 @@ from sphereface2.training import resuming
 from sphereface2.training.config import RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
 
-_BATCH = {"muon": 128}  # whose steps gain by their number; 256 for others
 _STEPS_AN_EPOCH = 10
 
 
@@ -99,6 +98,11 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
     )
 
 
+def usual_batch(training: TrainingConfig) -> int:
+    """Images a step where none are asked for; Muon gains by the number of its steps."""
+    return 128 if training.optimizer == "muon" else 256
+
+
 def _with_batch_size(settings: RunConfig, place: World, images: int, people: int) -> TrainingConfig:
     """The settings of the training with a batch size, which must suit so many images and people."""
     training, data = settings.training, settings.data
@@ -114,8 +118,7 @@ def _with_batch_size(settings: RunConfig, place: World, images: int, people: int
         else:
             fits = 2 ** int(math.log2(max(images / _STEPS_AN_EPOCH, 1)))
             # Two images a pass at the least, which batch normalisation needs.
-            most = _BATCH.get(training.optimizer, 256)
-            batch = max(min(most, fits) // share, 2) * share
+            batch = max(min(usual_batch(training), fits) // share, 2) * share
         training = dataclasses.replace(training, batch_size=batch)
     elif training.batch_size > images and not data.people_per_batch:
         raise UserError(

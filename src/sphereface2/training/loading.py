@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from sphereface2.data.cache import DecodedPart, ImageCache, KeptSource
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.errors import UserError
+from sphereface2.machine import cores
 from sphereface2.signals import in_worker
 from sphereface2.training.distributed import World
 
@@ -72,7 +72,7 @@ def cache_images(dataset: FaceDataset, kind: str, world: World) -> str:
             dataset.source,
             dataset.indices[world.local_rank :: ranks],
             of=len(dataset),
-            threads=max(1, (os.cpu_count() or 1) // ranks),
+            threads=max(1, cores() // ranks),
         )
     except UserError as error:
         failure = str(error)

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from sphereface2.files import atomic_write, writing
+from sphereface2.machine import cores
 
 
 def environment() -> dict[str, Any]:
@@ -36,6 +37,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
+        "cores": cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if cuda else None,

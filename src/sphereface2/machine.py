@@ -1,0 +1,52 @@
+"""What this process may use of its machine: cores and memory, within its container's limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+
+def cores(root: Path = Path("/")) -> int:
+    """CPU cores: those that the process may run on, and no more than its container has time for."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    count = len(usable) or os.cpu_count() or 1
+    group = root / "sys" / "fs" / "cgroup"
+    for places in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((group / place).read_text() for place in places).split()
+            limit = math.ceil(int(quota) / int(period))
+        except (OSError, ValueError):  # no such system, or "max": no limit
+            continue
+        if limit > 0:  # -1: no limit
+            count = min(count, limit)
+    return count
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still have by the system and its container; None: unknown."""
+    free: list[int] = []
+    try:
+        lines = (root / "proc" / "meminfo").read_text().splitlines()
+        table = dict(line.split(":") for line in lines)
+        free.append(int(table["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass
+    for place, limit, used, cached in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        (
+            "sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            most, now = (int((root / place / name).read_text()) for name in (limit, used))
+            # Files that were read, and are forgotten when memory is wanted.
+            lines = (root / place / "memory.stat").read_text().splitlines()
+            kept = int(dict(line.split() for line in lines)[cached])
+        except (OSError, KeyError, ValueError):  # no such system, or "max": no limit
+            continue
+        free.append(most - now + kept)
+    return max(0, min(free)) if free else None

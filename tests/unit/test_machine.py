@@ -1,0 +1,64 @@
+"""What a process may use of its machine."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from sphereface2.machine import cores, free_memory
+from sphereface2.training import config
+
+
+def test_files_that_a_container_has_read_are_memory_that_can_be_had(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:     8000 kB\n")
+    assert free_memory(tmp_path) == 8_192_000
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (
+        ("memory.max", "5000000\n"),
+        ("memory.current", "4900000\n"),
+        ("memory.stat", "anon 900000\ninactive_file 3000000\n"),
+    ):
+        (group / name).write_text(text)
+    assert free_memory(tmp_path) == 3_100_000
+    (group / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) == 8_192_000
+
+
+def test_a_container_has_time_for_some_cores_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert cores(tmp_path) == 64
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    (group / "cpu").mkdir(parents=True)
+    for limit, expected in (("max 100000", 64), ("250000 100000", 3), ("9000000 100000", 64)):
+        (group / "cpu.max").write_text(f"{limit}\n")
+        assert cores(tmp_path) == expected
+    (group / "cpu.max").unlink()
+    (group / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, expected in ((-1, 64), (50_000, 1)):
+        (group / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("usable", "words", "expected"),
+    [
+        (2, [], 2),
+        (64, [], 8),
+        (64, ["--training.optimizer", "muon"], 4),
+        (64, ["--training.batch_size", "16"], 1),
+        (64, ["--training.accumulate", "4"], 2),
+    ],
+)
+def test_as_many_ranks_as_batch_normalisation_bears(
+    usable: int, words: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("sphereface2.training.fit")  # `fit` is its function, too
+    monkeypatch.setattr(module, "cores", lambda: usable)
+    settings = config.load(None, ["--training.device", "cpu", *words])
+    assert module._count_ranks("auto", settings) == expected

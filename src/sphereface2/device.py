@@ -12,6 +12,16 @@ import torch
 from sphereface2.errors import UserError
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 numbers itself, and not by many times the work in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of late versions
+    return any(has for name, has in known.items() if name.endswith("bf16"))
+
+
 def resolve(name: str | None = None, local_rank: int = 0) -> torch.device:
     """The device called ``name``; ``None`` or ``auto`` is CUDA, else MPS, else the CPU.
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sphereface2.errors import UserError
@@ -39,6 +40,21 @@ def test_a_small_set_gets_numbers_that_fit(people, count, images, held_out, batc
     assert found.settings.training.batch_size == batch
     assert len(found.people["validation"]) == held_out
     assert found.chosen == [f"data.validation_people {held_out}", f"training.batch_size {batch}"]
+
+
+@pytest.mark.parametrize(
+    ("known", "precision"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "off"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"l2_cache_size": 1, "amx_bf16": True}, "bf16"),
+    ],
+)
+def test_precision_is_what_the_processor_has(people, monkeypatch, known, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    found = opened(people(20, 3), "--training.autocast", "auto")
+    assert found.settings.training.autocast == precision
+    assert found.chosen[-1] == f"training.autocast {precision}"
 
 
 def test_numbers_that_are_given_stay(people):

@@ -104,7 +104,7 @@ class DataConfig:
 
 _DEMANDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
     "cuda_graph": (
-        ("autocast", ("off", "bf16"), "the host asks whether a step in fp16 overflowed"),
+        ("autocast", ("off", "bf16", "auto"), "the host asks whether a step in fp16 overflowed"),
         ("optimizer", ("sgd", "muon"), "the host counts AdamW's steps"),
         ("accumulate", (1,), "a step of one pass is recorded"),
     ),
@@ -112,7 +112,7 @@ _DEMANDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
     "fused_head": (
         ("optimizer", ("sgd", "muon"), "the prototypes take SGD's steps"),
         ("clip_norm", (None,), "it comes after their step; see training.clip_embedding_norm"),
-        ("autocast", ("off", "bf16"), "a step in fp16 may have to be undone"),
+        ("autocast", ("off", "bf16", "auto"), "a step in fp16 may have to be undone"),
         ("accumulate", (1,), "they take a step with every batch"),
     ),
 }
@@ -182,8 +182,8 @@ class TrainingConfig:
     is held (``heads.FusedSGD``); needs ``head.streaming`` or ``head.sharded``."""
     fused_momentum: Literal["full", "bfloat16"] = "full"
     """``fused_head``: how the prototypes' momentum is kept."""
-    autocast: Literal["off", "bf16", "fp16"] = "off"
-    """Precision of the backbone's operators; the head computes in float32."""
+    autocast: Literal["off", "bf16", "fp16", "auto"] = "off"
+    """Precision of the backbone's operators; ``auto``: bf16 where the device has it, else off."""
     compile: bool = False
     """Compile the backbone with ``torch.compile``."""
     cuda_graph: bool = False

@@ -285,7 +285,7 @@ def _announce(
 ) -> None:
     settings, chosen = inputs.settings, ""
     if inputs.chosen:
-        chosen = f"chosen     {', '.join(inputs.chosen)}, for the size of the set\n"
+        chosen = f"chosen     {', '.join(inputs.chosen)}, for this set and device\n"
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
         f"data       {inputs.located.note}\n"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.split import default_validation_people, split_people
+from sphereface2.device import has_bf16
 from sphereface2.errors import UserError
 from sphereface2.training import resuming
 from sphereface2.training.config import RunConfig, TrainingConfig
@@ -30,7 +31,7 @@ class Inputs:
 
     settings: RunConfig
     chosen: list[str]
-    """What the data decided, for people."""
+    """What the data and the device decided, for people."""
     source: Source
     train_indices: np.ndarray
     held_out_indices: np.ndarray
@@ -79,6 +80,10 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
     training = _with_batch_size(settings, place, len(train), len(people))
     if training is not settings.training:
         chosen.append(f"training.batch_size {training.batch_size}")
+    if training.autocast == "auto":
+        autocast: Literal["bf16", "off"] = "bf16" if has_bf16(place.device) else "off"
+        training = dataclasses.replace(training, autocast=autocast)
+        chosen.append(f"training.autocast {autocast}")
     return Inputs(
         settings=dataclasses.replace(settings, data=data, training=training),
         chosen=chosen,

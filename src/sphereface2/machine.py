@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,6 +23,23 @@ def cores(root: Path = Path("/")) -> int:
         if limit > 0:  # -1: no limit
             count = min(count, limit)
     return count
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """So many threads for FAISS, called by this thread in here.
+
+    The number is OpenMP's, which PyTorch shares where it was loaded first: left as it is, a network
+    would run on as many from then on.
+    """
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

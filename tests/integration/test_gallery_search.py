@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from galleries import agrees, brute_force, filled, opened, unit, vectors
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.neighbours import nearest_other
 from sphereface2.recognition.gallery import (
     Enrolment,
     Gallery,
@@ -109,7 +111,9 @@ def test_a_change_read_in_part_is_read_again(
     probes = vectors(50_000, 6)
     with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
         people = filled(gallery)
-        agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
+        gallery.set_index(256)
+        gallery.warm_up()
+        gallery._search._residents[0].ivf.wait()
         more = {f"q{i}": vectors(5000 + i, 2) for i in range(700)}  # one statement reads a part
         list(other.add_many(Enrolment(name, rows) for name, rows in more.items()))
         people |= more
@@ -123,7 +127,31 @@ def test_a_change_read_in_part_is_read_again(
         monkeypatch.setattr(Resident, "_append", cut_short)
         with pytest.raises(UserError, match="disk I/O error"):
             gallery.search(probes)
-        agrees(gallery.search(probes, k=4), brute_force(people, probes, "max", 4))
+        found = gallery.search(probes, k=4, exact=True)
+        agrees(found, brute_force(people, probes, "max", 4))
+        # By the index too: of 16 numbers, each image's own code is among the nearest.
+        own = gallery.search(np.stack([rows[0] for rows in more.values()]), k=1)
+        assert [one[0].person for one in own] == list(more)
+
+
+def test_a_search_leaves_pytorch_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sphereface2.evaluation.neighbours.ALL", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with opened(tmp_path / "g.db") as gallery:
+            gallery.set_index(256)
+            filled(gallery)
+            gallery.search(vectors(0))
+            gallery.warm_up()
+            gallery._search._residents[0].ivf.wait()
+            gallery.search(vectors(0))
+        nearest_other(unit(vectors(1, 60)), np.arange(60), unit(vectors(2, 60)), workers=1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_record_of_changes_too_short_is_no_harm(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.evaluation.tiles import Tiles
-from sphereface2.machine import cores
+from sphereface2.machine import cores, faiss_threads
 
 ALL = 1 << 20
 """Rows whose scores are all computed."""
@@ -116,7 +116,7 @@ def _found(
     """Of so many queries at a time the first's place, and the nearest rows, int64, -1 for none."""
     import faiss
 
-    faiss.omp_set_num_threads(workers or cores())  # of this thread
+    threads = workers or cores()
     graph = f"HNSW{_LINKS},SQ8"  # a byte a number
     index: Any = faiss.index_factory(rows.shape[1], graph, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT
@@ -127,11 +127,14 @@ def _found(
     places = np.append(order, -1)  # of what is not found too
     for start in range(0, len(rows), _CHUNK):
         part = order[start : start + _CHUNK]
-        index.add(rows[part])
+        with faiss_threads(threads):
+            index.add(rows[part])
         if progress is not None:
             progress(len(part) / all_of_it)
     for start in range(0, len(queries), _CHUNK):
         part = queries[start : start + _CHUNK]
-        yield start, places[index.search(part, count)[1]]
+        with faiss_threads(threads):
+            near = index.search(part, count)[1]
+        yield start, places[near]
         if progress is not None:
             progress(len(part) / all_of_it)

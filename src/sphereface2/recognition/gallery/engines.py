@@ -13,6 +13,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from sphereface2.machine import faiss_threads
 from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View, best_people, mostly_gone
 from sphereface2.recognition.gallery.rows import SEQ, Rows, bytes_type, parts, person_of
 from sphereface2.recognition.gallery.sql import Database
@@ -80,7 +81,12 @@ class Resident:
             if self._view.seq > seq:
                 return None
             if self._view.seq < seq:
-                self._catch_up(connection, seq)
+                before = self._view, self._buffers
+                try:
+                    self._catch_up(connection, seq)
+                except BaseException:  # what was read in part is read again, by the index as well
+                    self._view, self._buffers = before
+                    raise
             return self._view
 
     def index(self, make: Callable[[View], Ivf]) -> Ivf:
@@ -121,7 +127,7 @@ class Resident:
         for some in parts(sorted(now - kept)):
             chosen = f"({self._owner}, {self._key}) IN (VALUES {_marks(some, '(?,?)')})"
             self._append(connection, chosen, [value for pair in some for value in pair])
-        self._view = replace(self._view, seq=seq)  # of a change cut short it is the old one
+        self._view = replace(self._view, seq=seq)
         if mostly_gone(len(self._view.dead), len(self._view.rows)):
             alive = [np.delete(one, self._view.dead, axis=0) for one in self._columns()]
             self._view = replace(self._view, dead=gone[:0])
@@ -161,10 +167,10 @@ def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> li
     size = min(size or max(_CANDIDATES, 4 * k), len(view.rows))
     if len(probes) > 1 and len(probes) * size > _SCORES:
         return [one for probe in probes for one in exact(view, probe[None], k, size)]
-    faiss.omp_set_num_threads(1)  # of this thread: one search is not divided among several
     # Of the process; what it is compared with, and its default, differ among FAISS's versions.
     faiss.cvar.distance_compute_blas_threshold = 1 if len(probes) >= _TOGETHER else 1 << 30
-    found = faiss.knn(probes, view.rows, size, metric=faiss.METRIC_INNER_PRODUCT)
+    with faiss_threads(1):  # one search is not divided among several
+        found = faiss.knn(probes, view.rows, size, metric=faiss.METRIC_INNER_PRODUCT)
     answers = []
     for scores, rows in zip(*found, strict=True):
         if len(view.dead):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
+from sphereface2.machine import faiss_threads
 
 #: A probe's candidates: a person's key and the cosine, best first.
 Ranked = list[tuple[int, float]]
@@ -129,11 +130,11 @@ class Ivf:
         change = (view.ids[first:], view.rows[first:], view.seq)
         with self._lock:
             self._removed |= removed
-            self._find(view)
             if self._index is None:
                 self._updates.append(change)
             else:
                 self._apply(self._index, *change)
+            self._find(view)
 
     def _find(self, view: View) -> None:
         """Note where each image's row is."""
@@ -145,13 +146,11 @@ class Ivf:
 
     def search(self, view: View, probe: np.ndarray, k: int) -> Ranked | None:
         """The k best people for a probe (d,), their scores exact; None: look at every row."""
-        import faiss
-
         with self._lock:
             if self._index is None or self._seq != view.seq:
                 return None
-            faiss.omp_set_num_threads(1)  # of this thread; more wait for each other longer
-            found = self._index.search(probe[None], max(_CANDIDATES, 4 * k))[1][0]
+            with faiss_threads(1):  # more wait for each other longer
+                found = self._index.search(probe[None], max(_CANDIDATES, 4 * k))[1][0]
             rows = self._order[np.searchsorted(self._ids, found).clip(max=len(self._ids) - 1)]
         there = view.ids[rows] == found
         if 2 * there.sum() < (found >= 0).sum():  # the removed stand before others
@@ -205,7 +204,8 @@ class Ivf:
         gone = len(np.setdiff1d(kept, there))
         if len(new) + gone > len(there) // 2:
             return None
-        self._removed |= gone > 0
+        if gone:  # `update` may note as much meanwhile
+            self._removed = True
         self._apply(index, view.ids[new], view.rows[new], view.seq)
         return index
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from sphereface2.errors import UserError
 from sphereface2.training import config
-from sphereface2.training.distributed import world
+from sphereface2.training.distributed import World, world
 from sphereface2.training.fit import fit
 from sphereface2.training.inputs import open_inputs
 
@@ -55,6 +55,12 @@ def test_precision_is_what_the_processor_has(people, monkeypatch, known, precisi
     found = opened(people(20, 3), "--training.autocast", "auto")
     assert found.settings.training.autocast == precision
     assert found.chosen[-1] == f"training.autocast {precision}"
+
+
+def test_precision_is_what_every_rank_has(people, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(World, "gather", lambda self, own: [own, False])
+    assert opened(people(20, 3), "--training.autocast", "auto").settings.training.autocast == "off"
 
 
 def test_numbers_that_are_given_stay(people):

@@ -202,8 +202,11 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
             return torch.cuda.device_count()
         # Each normalises by its own share of a batch, whose statistics are poor of fewer images.
         batch = settings.training.batch_size or usual_batch(settings.training)
-        share = batch // settings.training.accumulate
-        return max(1, min(cores(), share // _IMAGES_A_RANK))
+        share, rest = divmod(batch, settings.training.accumulate)
+        most = max(1, min(cores(), share // _IMAGES_A_RANK))
+        if settings.training.batch_size is None or rest:
+            return most
+        return max(count for count in range(1, most + 1) if share % count == 0)
     if not ranks.isdigit() or int(ranks) < 1:
         raise UserError(f"--ranks {ranks!r} must be a positive number or auto")
     if int(ranks) > (most := _RANKS_A_CORE * cores()):

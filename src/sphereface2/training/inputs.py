@@ -81,7 +81,9 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
     if training is not settings.training:
         chosen.append(f"training.batch_size {training.batch_size}")
     if training.autocast == "auto":
-        autocast: Literal["bf16", "off"] = "bf16" if has_bf16(place.device) else "off"
+        # One precision on all ranks: Muon's steps would be others on others, and weights drift.
+        everywhere = all(place.gather(has_bf16(place.device)))
+        autocast: Literal["bf16", "off"] = "bf16" if everywhere else "off"
         training = dataclasses.replace(training, autocast=autocast)
         chosen.append(f"training.autocast {autocast}")
     return Inputs(

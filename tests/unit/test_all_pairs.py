@@ -158,6 +158,8 @@ def test_sets_that_cannot_be_scored():
     embeddings = np.eye(4, dtype=np.float32)
     with pytest.raises(UserError, match="no genuine pair"):
         evaluate_all_pairs(embeddings, np.arange(4))
+    with pytest.raises(UserError, match="0 images of 0 people make no genuine pair"):
+        evaluate_all_pairs(embeddings[:0], np.arange(0))  # none could be read
     with pytest.raises(UserError, match="no impostor pair"):
         evaluate_all_pairs(embeddings, np.zeros(4, int))
     with pytest.raises(UserError, match="NaN"):

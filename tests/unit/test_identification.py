@@ -169,5 +169,7 @@ def test_crowds_that_hide_nobody():
         evaluate_distractors(np.eye(2), np.zeros(2), [], [10])
     with pytest.raises(UserError, match="two images"):
         evaluate_distractors(np.eye(2), np.arange(2), [np.eye(2)], [1])
+    with pytest.raises(UserError, match="two images"):
+        evaluate_distractors(np.eye(2)[:0], np.arange(0), [np.eye(2)], [1])
     with pytest.raises(UserError, match="NaN"):
         evaluate_distractors(np.eye(2), np.zeros(2), [np.eye(2) * np.nan], [1])

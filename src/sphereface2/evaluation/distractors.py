@@ -103,7 +103,7 @@ def _count(
     hits = np.zeros((len(rivals), int(people.max(initial=-1)) + 1), np.int64)
     trials = np.zeros(hits.shape[1], np.int64)
     order = np.argsort(people, kind="stable")
-    for person, own in enumerate(np.split(order, np.cumsum(np.bincount(people))[:-1])):
+    for person, own in enumerate(np.split(order, np.cumsum(np.bincount(people)))[:-1]):
         scores = probes[own] @ probes[own].T
         others = ~np.eye(len(own), dtype=bool)
         trials[person] = others.sum()

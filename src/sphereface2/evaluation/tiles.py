@@ -94,7 +94,8 @@ class Tiles:
             UserError: no genuine or no impostor pair, or embeddings that are not finite.
         """
         rows, people = sorted_rows(embeddings, labels)
-        return cls(rows, people, block, workers), *count_pairs(people)
+        pairs = count_pairs(people)  # before the work, and before a tile of no rows
+        return cls(rows, people, block, workers), *pairs
 
     def _holds_genuine(self, i: int, j: int) -> bool:
         last_of_i = min(i + self.block, len(self.people)) - 1

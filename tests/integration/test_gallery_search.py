@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from galleries import agrees, brute_force, filled, opened, unit, vectors
+from galleries import DIM, MODEL, agrees, brute_force, filled, opened, unit, vectors
 
 from sphereface2.errors import UserError
 from sphereface2.evaluation.neighbours import nearest_other
@@ -132,6 +132,21 @@ def test_a_change_read_in_part_is_read_again(
         # By the index too: of 16 numbers, each image's own code is among the nearest.
         own = gallery.search(np.stack([rows[0] for rows in more.values()]), k=1)
         assert [one[0].person for one in own] == list(more)
+
+
+def test_embeddings_made_again_by_the_same_model_are_seen_by_other_processes(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path / "g.db") as gallery, opened(tmp_path / "g.db") as other:
+        gallery.add("a", vectors(0, 1))
+        other.search(vectors(0), k=1)
+        new = vectors(1, 1)
+        gallery.reembed(
+            lambda stored: [(one.id, new[0]) for _, theirs in stored for one in theirs],
+            fingerprint=MODEL,
+            dim=DIM,
+        )
+        assert other.search(new, k=1)[0][0].score == pytest.approx(1, abs=1e-5)
 
 
 def test_a_search_leaves_pytorch_its_threads(

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from sphereface2.evaluation.identification import Searches, tpir_at_fpir
+from sphereface2.machine import cores
 from sphereface2.recognition.gallery import Enrolment, Gallery
 
 IMAGES = 5
@@ -307,7 +308,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="FAISS, hnswlib and LanceDB instead")
     parser.add_argument("--tune", action="store_true", help="the index's settings instead")
     options = parser.parse_args()
-    print(f"numpy on {os.cpu_count()} cores")
+    print(f"numpy on {cores()} cores")
     for size in options.sizes:
         data = Data(size, options)
         print(

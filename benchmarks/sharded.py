@@ -35,6 +35,7 @@ from sphereface2 import heads
 from sphereface2.heads import sharding
 from sphereface2.heads.base import Head, renormalise_, unit_rows
 from sphereface2.heads.sharding import Shard, local
+from sphereface2.machine import cores
 
 SCALE, MARGIN = 64.0, 0.35
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(
-        f"batch {arguments.batch} of all ranks, {arguments.dim}-d, {os.cpu_count()} cores, gloo, "
+        f"batch {arguments.batch} of all ranks, {arguments.dim}-d, {cores()} cores, gloo, "
         f"one thread a rank; median of {arguments.rounds} rounds\n\n"
         "| people | ranks | head | bytes a step | model | collectives | of these before any "
         "gradient | seconds | × bare products | from the dense head |\n"

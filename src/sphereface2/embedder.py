@@ -194,8 +194,9 @@ class Embedder:
 
         Args:
             images: the batch.
-            threads: cores that this pass of a torch network on the CPU uses, for callers that run
-                several passes at once; it holds for the calling thread's later passes too.
+            threads: cores that this pass on the CPU uses, for callers that run several passes at
+                once. PyTorch keeps it for the calling thread's later passes; ONNX Runtime holds
+                the weights once for each number.
 
         Raises:
             UserError: the network gives NaN or infinity.
@@ -388,9 +389,10 @@ class _OnnxEngine:
 
     def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         inputs = self.network.preprocessing.arrays(images)
-        embeddings = self.network(inputs)
+        embeddings = self.network(inputs, threads=threads)
         if flip:
-            embeddings = embeddings + self.network(np.ascontiguousarray(inputs[..., ::-1]))
+            mirrored = np.ascontiguousarray(inputs[..., ::-1])
+            embeddings = embeddings + self.network(mirrored, threads=threads)
         if not np.isfinite(embeddings).all():
             raise UserError(_NOT_FINITE)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)

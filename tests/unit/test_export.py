@@ -168,6 +168,21 @@ def test_it_pickles(float32):
     assert again.fingerprint == exported.fingerprint
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the kernel's threads")
+def test_a_pass_takes_the_threads_it_is_given(float32):
+    exported = OnnxNetwork(float32, threads=1)
+    embedder, images = Embedder(exported), faces(3)
+    wanted = embedder.forward(images)
+
+    def started():
+        return len(os.listdir("/proc/self/task"))
+
+    before = started()
+    for extra, threads in enumerate((None, 1, 2, 2, 1)):
+        np.testing.assert_allclose(embedder.forward(images, threads=threads), wanted, atol=1e-6)
+        assert started() - before == (extra > 1)  # one more for two at work, and no third
+
+
 def test_torch_export_archive(checkpoint):
     report = export(checkpoint, to="torch_export")
     said = {module.EXTRA_FILE: ""}

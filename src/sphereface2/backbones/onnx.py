@@ -28,7 +28,7 @@ class OnnxNetwork:
     Args:
         source: path of the file, or its content.
         folder: with the content, that of the model whose weights it reads, if it holds none.
-        threads: of one operator; see `onnx_runtime.session`.
+        threads: of one operator unless a call says otherwise; see `onnx_runtime.session`.
 
     Attributes:
         embedding_dim, input_size, preprocessing, metadata: of the network that it was
@@ -53,41 +53,43 @@ class OnnxNetwork:
             raise UserError(f"{label} does not exist or is no file: give an .onnx file")
         self.content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._threads = threads
+        self._sessions: dict[int, Any] = {}  # by threads, each with the weights
         self._folder = folder if isinstance(source, bytes) else Path(source).resolve().parent
-        self._session = self._start(label)
-        self.description = _description(self._session, label)
+        self.description = _description(self._session(None, label), label)
         self.embedding_dim: int = self.description["embedding_dim"]
         self.preprocessing = Preprocessing.from_dict(self.description["preprocessing"])
         self.input_size = self.preprocessing.size
         self.metadata: dict[str, Any] = self.description["metadata"]
         self.fingerprint: str = self.description["fingerprint"]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images: np.ndarray, *, threads: int | None = None) -> np.ndarray:
+        """Embeddings of images; ``threads``: of this call, for callers with several at once."""
         if images.dtype != np.float32 or images.shape[1:] != (3, *self.input_size):
             raise UserError(
                 f"the network takes float32 images of shape (B, 3, {self.input_size[0]}, "
                 f"{self.input_size[1]}), not {images.dtype} of shape {images.shape}"
             )
-        place = self._session.get_inputs()[0]
+        session = self._session(threads)
+        place = session.get_inputs()[0]
         # Foreign graphs may be for one image at a time.
         parts = np.split(images, len(images)) if place.shape[0] == 1 else [images]
-        return np.concatenate([self._session.run(None, {place.name: part})[0] for part in parts])
+        return np.concatenate([session.run(None, {place.name: part})[0] for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None}  # which does not pickle
+        return {**self.__dict__, "_sessions": {}}  # which do not pickle
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._session = self._start("the exported network")
-
-    def _start(self, label: str) -> Any:
+    def _session(self, threads: int | None, label: str = "the exported network") -> Any:
+        threads = threads or self._threads or onnx_runtime.default_threads()
+        if threads in self._sessions:
+            return self._sessions[threads]
         try:
-            return onnx_runtime.session(self.content, threads=self._threads, folder=self._folder)
+            session = onnx_runtime.session(self.content, threads=threads, folder=self._folder)
         except UserError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base but this
             first = str(error).strip().splitlines()[0]
             raise UserError(f"{label} is damaged or not an ONNX file: {first}") from error
+        return self._sessions.setdefault(threads, session)
 
 
 def _description(session: Any, label: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ MAX_ALIGNED_SIDE = 1024
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 _BATCHES_AT_ONCE = 4  # more would be smaller ones
 _TRIALS = 8
-_WORTH_IT = 0.7  # of one core's time
+_WORTH_IT = 0.7  # of the share's time
 Result = TypeVar("Result")
 Which = Literal["one", "largest", "all"]
 """The faces of an image to take: "one" refuses an image with several."""
@@ -60,14 +60,16 @@ class Recogniser:
         """Start the threads."""
         self.embedder, self._settings = embedder, settings
         self._accepted = self._arriving = 0
-        self._cores = self._useful = onnx_runtime.default_threads()
+        self._cores = self._alone = onnx_runtime.default_threads()
+        workers = min(self._cores, _BATCHES_AT_ONCE) if embedder.device == "cpu" else 1
+        self._share = self._cores // workers
         self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="images")
         self.batcher = Batcher(
             self._forward,
             max_batch=settings.max_batch,
             max_wait=settings.max_wait_ms / 1000,
             on_the_way=lambda: self._arriving,
-            workers=min(self._cores, _BATCHES_AT_ONCE) if embedder.device == "cpu" else 1,
+            workers=workers,
             observe=metrics.batch,
         )
         metrics.watch("sphereface2_images", "Images in work.", lambda: self._accepted)
@@ -76,26 +78,27 @@ class Recogniser:
         )
 
     def _forward(self, crops: list[np.ndarray], batches: int) -> np.ndarray:
-        return self.embedder.embedder.forward(crops, threads=max(1, self._useful // batches))
+        threads = self._alone if batches == 1 else self._share
+        return self.embedder.embedder.forward(crops, threads=threads)
 
     def warm_up(self) -> None:
         """Load the detector and run the network, so that the first request is as fast.
 
         On all cores, which wait for each other after every layer, a small network takes as long for
-        a face as on one, or longer: the better number is found here.
+        a face as on a batch's share of them, or longer: the better number is found here.
         """
         grey = np.full((112, 112, 3), 128, np.uint8)
         seconds = {}
-        for threads in (self._cores, 1):
-            self._useful = threads
+        for threads in (self._cores, self._share):
+            self._alone = threads
             times = []
             for _ in range(_TRIALS):
                 started = time.perf_counter()
                 self.batcher.submit(grey).result()
                 times.append(time.perf_counter() - started)
             seconds[threads] = min(times)
-        if seconds[self._cores] < _WORTH_IT * seconds[1]:
-            self._useful = self._cores
+        if seconds[self._cores] < _WORTH_IT * seconds[self._share]:
+            self._alone = self._cores
         self.embedder.aligner.detect(grey)
 
     async def embed(

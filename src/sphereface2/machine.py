@@ -25,6 +25,11 @@ def cores(root: Path = Path("/")) -> int:
     return count
 
 
+def share_of_cores(processes: int) -> int:
+    """CPU cores for each of so many processes of this machine: one at the least."""
+    return max(1, cores() // processes)
+
+
 @contextmanager
 def faiss_threads(count: int) -> Iterator[None]:
     """So many threads for FAISS, called by this thread in here.

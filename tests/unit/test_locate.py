@@ -55,6 +55,7 @@ def test_the_variable_names_a_folder_of_sets(place, monkeypatch):
     assert (found.kind, found.train) == ("environment", shared / "faces")
     assert found.pairs == [shared / "lfw.bin", shared / "agedb.bin"]
     assert found.names == shared / "lfw_pairs.txt"
+    assert names_beside(shared / "lfw.BIN") == found.names
     assert names_beside(shared / "agedb.bin") is None
     assert not found.is_synthetic
     assert locate(str(shared / "faces")).kind == "given"  # what is named in the settings wins

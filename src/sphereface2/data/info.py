@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.data.folder import FolderSource
-from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.opening import is_bin, load_pairs, open_source
 from sphereface2.errors import UserError
 from sphereface2.files import printable
 from sphereface2.images import decode
@@ -69,7 +69,7 @@ def info(path: Path, /, *, as_json: bool = False) -> Info:
         UserError: there is no data set.
     """
     path = Path(path)
-    found = _pairs_info(path) if path.suffix.lower() == ".bin" else _source_info(path)
+    found = _pairs_info(path) if is_bin(path) else _source_info(path)
     console.tell(as_json, found.to_dict(), *_parts(found))
     return found
 

@@ -62,7 +62,7 @@ def open_source(path: str | Path) -> Source:
     if suffix in LIST_SUFFIXES:
         return ListSource(path)
     hint = ""
-    if suffix == ".bin":
+    if is_bin(path):
         hint = "; a .bin holds pairs, for --pairs of evaluate and calibrate"
     elif suffix in SUFFIXES:
         hint = "; give the folder that holds the image"
@@ -97,7 +97,7 @@ def load_pairs(
         raise UserError(f"there is no verification set {path}")
     with path.open("rb") as file:
         head = file.read(2)
-    if path.suffix.lower() == ".bin" or head[:1] == b"\x80":
+    if is_bin(path) or head[:1] == b"\x80":
         if images is not None:
             raise UserError(f"{path} holds its own images: leave out the image folder")
         return pairbin.read(path, Path(names) if names is not None else None)
@@ -108,7 +108,12 @@ def load_pairs(
     return pairlist.read(path, Path(images) if images is not None else path.parent)
 
 
+def is_bin(pairs: Path) -> bool:
+    """Whether a verification set is named as one that packs its images is, ``X.bin``."""
+    return pairs.suffix.lower() == ".bin"
+
+
 def names_beside(pairs: Path) -> Path | None:
     """The list that names the people of ``X.bin``: ``X_pairs.txt`` beside it, if it exists."""
     names = pairs.with_name(f"{pairs.stem}_pairs.txt")
-    return names if pairs.suffix == ".bin" and names.exists() else None
+    return names if is_bin(pairs) and names.exists() else None

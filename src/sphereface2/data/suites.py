@@ -9,7 +9,7 @@ from pathlib import Path
 from sphereface2.data import ijb
 from sphereface2.data.folder import ImageSource
 from sphereface2.data.ijb import TemplateSet
-from sphereface2.data.opening import load_pairs, names_beside, open_source
+from sphereface2.data.opening import is_bin, load_pairs, names_beside, open_source
 from sphereface2.data.pairlist import read_cfp
 from sphereface2.data.pairs import PairSet, union
 from sphereface2.data.source import Source
@@ -152,7 +152,7 @@ def open_pair_sets(
     Raises:
         UserError: a set cannot be read, or ``images`` or ``names`` belong to none of them.
     """
-    packed = [path for path in paths if path.suffix == ".bin"]
+    packed = [path for path in paths if is_bin(path)]
     if names is not None and len(packed) != 1:
         raise UserError(f"--names belongs to one .bin file, and --pairs gives {len(packed)}")
     if images is not None and len(packed) == len(paths):

@@ -26,7 +26,7 @@ import torch
 from sphereface2.data.cache import KeptSource
 from sphereface2.data.hardening import hardenings
 from sphereface2.data.locate import locate
-from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.opening import is_bin, load_pairs, open_source
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
@@ -122,7 +122,7 @@ def _pair_sets(inputs: Inputs, pairs: Sequence[str]) -> list[tuple[PairSet, str]
     paths += [Path(name) for name in pairs if name != "auto"]
     names = Path(validation.names) if validation.names else located.names
     keep = inputs.settings.data.cache != "none"
-    return [_pair_set(path, names if path.suffix == ".bin" else None, keep) for path in paths]
+    return [_pair_set(path, names if is_bin(path) else None, keep) for path in paths]
 
 
 def _measure(

@@ -30,7 +30,7 @@ from sphereface2.data.locate import locate
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock
-from sphereface2.machine import cores
+from sphereface2.machine import share_of_cores
 from sphereface2.signals import PARENT, STOPPED, Stopper
 from sphereface2.study import design
 from sphereface2.study.design import Cell, Study
@@ -117,7 +117,7 @@ class _Worker:
     """A process that runs one cell after another, until one fails."""
 
     def __init__(self, jobs: int) -> None:
-        threads = max(1, cores() // jobs)
+        threads = share_of_cores(jobs)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sphereface2.study.cell"],
             stdin=subprocess.PIPE,

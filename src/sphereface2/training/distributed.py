@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from sphereface2.device import resolve
 from sphereface2.errors import Stopped, UserError
-from sphereface2.machine import cores
+from sphereface2.machine import share_of_cores
 from sphereface2.signals import PARENT, SIGNALS, Stopper
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place = resolve(device, local_rank)
-    torch.set_num_threads(threads or max(1, cores() // local_size))
+    torch.set_num_threads(threads or share_of_cores(local_size))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     alone = World(rank, size, local_rank, local_size, place)
@@ -248,7 +248,7 @@ def launch(count: int, words: Sequence[str]) -> None:
         "LOCAL_WORLD_SIZE": str(count),
         PARENT: str(os.getpid()),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    environment.setdefault("OMP_NUM_THREADS", str(share_of_cores(count)))
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sphereface2.data.conditions import choose, corrupt
 from sphereface2.data.locate import TrainingData, locate
-from sphereface2.data.opening import load_pairs, open_source
+from sphereface2.data.opening import is_bin, load_pairs, open_source
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.split import default_validation_people, split_people
@@ -100,7 +100,7 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
             source.class_names,
             {"train": train, "validation": split.validation, "test": split.test},
         ),
-        pairs=[load_pairs(path, names=names if path.suffix == ".bin" else None) for path in paths],
+        pairs=[load_pairs(path, names=names if is_bin(path) else None) for path in paths],
         located=located,
     )
 

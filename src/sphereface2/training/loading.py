@@ -15,7 +15,7 @@ from sphereface2.data.cache import DecodedPart, ImageCache, KeptSource
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.errors import UserError
-from sphereface2.machine import cores
+from sphereface2.machine import share_of_cores
 from sphereface2.signals import in_worker
 from sphereface2.training.distributed import World
 
@@ -72,7 +72,7 @@ def cache_images(dataset: FaceDataset, kind: str, world: World) -> str:
             dataset.source,
             dataset.indices[world.local_rank :: ranks],
             of=len(dataset),
-            threads=max(1, cores() // ranks),
+            threads=share_of_cores(ranks),
         )
     except UserError as error:
         failure = str(error)

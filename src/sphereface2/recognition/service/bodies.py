@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.errors import Refusal, sentence
 from sphereface2.recognition.service.schemas import MAX_METADATA
 
 _FIELDS = 32
@@ -54,17 +54,8 @@ async def read(request: Request, model: type[Model]) -> Model:
 
 def documentation(model: type[BaseModel]) -> dict[str, Any]:
     """The request body of ``model`` for OpenAPI: a form."""
-    schema = _binary(model.model_json_schema())
-    content = {"multipart/form-data": {"schema": schema}}
+    content = {"multipart/form-data": {"schema": model.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
-
-
-def sentence(errors: Any) -> str:
-    """The first of pydantic's complaints."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"])[:100]
-    text = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {text}" if place else text
 
 
 class _InMemory(MultiPartParser):
@@ -93,11 +84,3 @@ async def _form(request: Request, body: bytes, model: type[BaseModel]) -> dict[s
             values[name] = content
     await form.close()
     return values
-
-
-def _binary(schema: Any) -> Any:
-    """The schema of a form: images as files."""
-    if isinstance(schema, dict):
-        plain = {key: _binary(value) for key, value in schema.items()}
-        return {**plain, "format": "binary"} if plain.get("format") == "byte" else plain
-    return [_binary(value) for value in schema] if isinstance(schema, list) else schema

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+
+from sphereface2.errors import UserError
+from sphereface2.recognition.gallery import (
+    GalleryUnavailableError,
+    PersonExistsError,
+    UnknownPersonError,
+)
+
+_USER_ERRORS = (
+    (GalleryUnavailableError, 503, "gallery_unavailable"),
+    (UnknownPersonError, 404, "no_such_person"),
+    (PersonExistsError, 409, "exists"),
+    (UserError, 422, "invalid"),
+)
+_STATUSES = {
+    404: ("not_found", "no route has this address: see /openapi.json"),
+    405: ("method_not_allowed", "this address does not take this method: see /openapi.json"),
+}
 
 
 class Refusal(HTTPException):
@@ -24,3 +45,28 @@ class Refusal(HTTPException):
         sentence = str(self.detail).encode("utf-8", "replace").decode()
         content = {"code": self.code, "error": sentence}
         return JSONResponse(content, status_code=self.status_code, headers=self.headers)
+
+
+def refusal(error: Exception) -> Refusal | None:
+    """What is answered to an error; None where it is the server's own failure."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, HTTPException):
+        status = error.status_code
+        found = Refusal(status, *_STATUSES.get(status, ("bad", str(error.detail))))
+        found.headers = error.headers
+        return found
+    if isinstance(error, RequestValidationError):
+        return Refusal(422, "invalid", sentence(error.errors()))
+    for kind, status, code in _USER_ERRORS:
+        if isinstance(error, kind):
+            return Refusal(status, code, str(error), retry_after=1 if status == 503 else None)
+    return None
+
+
+def sentence(errors: Any) -> str:
+    """The first of pydantic's complaints."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"])[:100]
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {text}" if place else text

@@ -11,7 +11,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sphereface2.recognition.service.audit import Audit
-from sphereface2.recognition.service.errors import Refusal
+from sphereface2.recognition.service.errors import Refusal, refusal
 from sphereface2.recognition.service.metrics import Metrics
 
 log = logging.getLogger("sphereface2.service")
@@ -29,10 +29,9 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+_PAGES = frozenset({"/", "/docs", "/favicon.ico"})  # and what is below /static/
 #: Not audited: they say nothing about people.
-_UNAUDITED = frozenset(
-    {"/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"}
-)
+_UNAUDITED = _PAGES | {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 
@@ -57,6 +56,9 @@ class Observer:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         state["client"] = scope["client"][0] if scope.get("client") else "unknown"
         state["request"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        page = scope["path"] in _PAGES or scope["path"].startswith("/static/")
+        # HEAD works wherever GET does; the server leaves out the body.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def decorated(message: Message) -> None:
             nonlocal status
@@ -65,15 +67,14 @@ class Observer:
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
                 headers["X-Request-Id"] = state["request"]
-                headers.setdefault("Cache-Control", "no-store")
+                headers["Cache-Control"] = "no-cache" if page else "no-store"
             await send(message)
 
         try:
-            await self.app(scope, receive, decorated)
+            await self.app(inner, receive, decorated)
         except Exception as error:
-            if isinstance(error, Refusal):
-                answer = error
-            else:
+            answer = refusal(error)
+            if answer is None:
                 log.exception("request %s failed", state["request"])
                 answer = Refusal(
                     500, "internal", f"the server failed: see its log for {state['request']}"
@@ -83,17 +84,16 @@ class Observer:
                 raise
             await answer.response()(scope, receive, decorated)
         finally:
-            self._record(scope, status, time.monotonic() - started)
+            self._record(inner, scope["method"], status, time.monotonic() - started)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        state, method = scope["state"], scope["method"]
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        state, path = scope["state"], scope["path"]
         route = getattr(scope.get("route"), "path_format", "other")
         known = method if method in _METHODS else "other"
         self.metrics.requests.labels(route, known, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         if code := state.get("code"):
             self.metrics.refused.labels(code).inc()
-        path = scope["path"]
         if path in _UNAUDITED or path.startswith("/static/"):
             return
         self.audit.write(

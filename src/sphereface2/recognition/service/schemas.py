@@ -67,7 +67,7 @@ def _metadata(value: Any) -> Any:
 
 
 _Bytes = Annotated[
-    bytes, BeforeValidator(_image), WithJsonSchema({"type": "string", "format": "byte"})
+    bytes, BeforeValidator(_image), WithJsonSchema({"type": "string", "format": "binary"})
 ]
 Image = Annotated[_Bytes, Field(description="A JPEG, PNG or WebP file; base64 in JSON.")]
 # Validation stops at the first bad one.

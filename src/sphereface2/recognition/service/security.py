@@ -150,23 +150,6 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-class HeadAsGet:
-    """ASGI: HEAD works wherever GET does; the server leaves out the body."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "HEAD":
-            await self.app(scope, receive, send)
-            return
-        asked = {**scope, "method": "GET"}
-        try:
-            await self.app(asked, receive, send)
-        finally:
-            scope["route"] = asked.get("route")
-
-
 def is_loopback(host: str) -> bool:
     """Whether ``host`` can be reached from this machine alone."""
     if host == "localhost":

@@ -169,56 +169,52 @@ class Job:
     ) -> bytes:
         """Part ``number`` as a Parquet file."""
         indices = self.rows(number)
-        faces: dict[int, list[Face]] = {}
-        others: dict[int, list[tuple[np.ndarray, Face]]] = {}
+        faces: dict[int, list[Face | None]] = {}
+        more: dict[int, list[np.ndarray]] = {}  # the crops of an image's other faces
         reasons: dict[int, str] = {}
         measured: dict[int, dict[str, Any]] = {}
 
         def read(index: int) -> np.ndarray:
             try:
                 content = source.read(index)
+                found: list[tuple[np.ndarray, Face | None]]
                 if self.aligned:
-                    crop = read_image(content)
+                    found = [(read_image(content), None)]
                 else:
                     every = self.faces == "all"
-                    found = embedder.crops(content) if every else [embedder.crop(content)]
-                    (crop, _), *others[index] = found
-                    faces[index] = [face for _, face in found]
-                if self.measured:
-                    main = None if self.aligned else faces[index][0]
-                    measured[index] = measures(index, crop, main)
-                return crop
+                    found = [*(embedder.crops(content) if every else [embedder.crop(content)])]
+                crops, faces[index] = ([*part] for part in zip(*found, strict=True))
+                more[index] = crops[1:]
+                measured[index] = measures(index, *found[0]) if self.measured else {}
+                return crops[0]
             except (OSError, UserError) as error:
                 reasons[index] = str(error)
                 raise
 
-        embeddings = embedder.embedder.embed(indices, read=read, unreadable=[], progress=progress)
+        embed, people = embedder.embedder.embed, source.class_names
+        first = iter(embed(indices, read=read, unreadable=[], progress=progress))
         kept = [index for index in indices if index not in reasons]
-        if more := [(index, crop) for index in kept for crop, _ in others.get(index, ())]:
-            rest = embedder.embedder.embed([crop for _, crop in more])
-            where = np.array([*kept, *(index for index, _ in more)])
-            order = np.argsort(where, kind="stable")  # an image's first face stays its first
-            embeddings, kept = np.concatenate([embeddings, rest])[order], where[order].tolist()
-        known = len(source.labels) > 0
-        labels = [int(source.labels[i]) if known and not others.get(i) else None for i in kept]
-        people = source.class_names
-        columns: dict[str, Any] = {  # Parquet and CSV hold UTF-8 alone, which not all names are
-            "name": [printable(source.name(index)) for index in kept],
-            "label": labels,
-            "person": [printable(people[n]) if people and n is not None else None for n in labels],
-            "embedding": _fixed(embeddings.astype(self.dtype)),
-        }
-        if not self.aligned:
-            found = [face for index in dict.fromkeys(kept) for face in faces[index]]
-            columns["score"] = [face.score for face in found]
-            boxes = [face.box for face in found]
-            columns["box"] = _fixed(np.array(boxes, np.float32).reshape(-1, 4))
-        if self.measured:
-            columns |= {c.name: [measured[index][c.name] for index in kept] for c in COLUMNS}
+        others = iter(embed([crop for index in kept for crop in more[index]]))
+        rows = []
+        for index in kept:
+            label = None  # of several faces nobody knows whose it is
+            if len(faces[index]) == 1 and len(source.labels):
+                label = int(source.labels[index])
+            for place, face in enumerate(faces[index]):
+                row = {  # Parquet and CSV hold UTF-8 alone, which not all names are
+                    "name": printable(source.name(index)),
+                    "label": label,
+                    "person": printable(people[label]) if people and label is not None else None,
+                    "embedding": next(others if place else first).astype(self.dtype),
+                }
+                if face is not None:
+                    row |= {"score": face.score, "box": face.box}
+                rows.append(row | measured[index])
         skipped = [[printable(source.name(i)), printable(reasons[i])] for i in sorted(reasons)]
         schema = self.schema().with_metadata({_SKIPPED: json.dumps(skipped)})
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=schema), buffer, use_dictionary=["person"])
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, buffer, use_dictionary=["person"])
         return buffer.getvalue()
 
 
@@ -344,8 +340,3 @@ def metadata(path: Path) -> dict[str, Any]:
         return json.loads((pq.read_schema(path).metadata or {})[METADATA])
     except (OSError, pa.ArrowInvalid, KeyError, ValueError):
         return {}
-
-
-def _fixed(values: np.ndarray) -> pa.FixedSizeListArray:
-    """(N, k) as N lists of k."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

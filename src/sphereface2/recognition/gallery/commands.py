@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
 from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
@@ -101,7 +100,7 @@ def search(
         reports: list[dict[str, Any]] = []
         errors: list[UserError] = []
         for start in range(0, len(files), _BATCH):
-            seen: list[tuple[Path, Seen | UserError]] = []
+            seen: list[tuple[Path, Seen]] = []
             for file in files[start : start + _BATCH]:
                 try:
                     seen += [(file, face) for face in look(embedder, file, aligned, faces)]
@@ -109,32 +108,29 @@ def search(
                     if len(files) == 1:
                         raise
                     errors.append(error)
-                    seen.append((file, error))
-            crops = [one[0] for _, one in seen if not isinstance(one, UserError)]
-            rows = embedder.embed(crops, aligned=True) if crops else np.zeros((0, opened.dim))
-            answers = iter(opened.search(rows, k=k, fusion=fusion, exact=exact))
-            for file, one in seen:
-                if isinstance(one, UserError):
-                    reports.append({"image": str(file), "error": str(one)})
-                    continue
-                matches = next(answers)
+                    reports.append({"image": str(file), "error": str(error)})
+            crops = [crop for _, (crop, _) in seen]
+            rows = embedder.embed(crops, aligned=True)
+            answers = opened.search(rows, k=k, fusion=fusion, exact=exact)
+            for (file, (_, face)), matches in zip(seen, answers, strict=True):
                 best = None if line.threshold is None else decide(matches, line.threshold)
-                reports.append(
-                    {
-                        "image": str(file),
-                        "box": None if one[1] is None else one[1].box.tolist(),
-                        "person": best and best.person,
-                        "threshold": line.threshold,
-                        "far": line.far,
-                        "fpir": line.fpir,
-                        "matches": [
-                            {"person": m.person, "score": m.score, "metadata": m.metadata}
-                            for m in matches
-                        ],
-                    }
-                )
+                report = {
+                    "image": str(file),
+                    "box": None if face is None else face.box.tolist(),
+                    "person": best and best.person,
+                    "threshold": line.threshold,
+                    "far": line.far,
+                    "fpir": line.fpir,
+                    "matches": [
+                        {"person": m.person, "score": m.score, "metadata": m.metadata}
+                        for m in matches
+                    ],
+                }
+                reports.append(report)
                 if not as_json:
-                    console.show(_answer(reports[-1]))
+                    console.show(_answer(report))
+    order = {str(file): place for place, file in enumerate(files)}
+    reports.sort(key=lambda report: order[report["image"]])
     written = write(reports, copies) if copies else []
     told = [f"{len(written):,} annotated: {annotate}"] if written else []
     console.tell(as_json, reports, *told)

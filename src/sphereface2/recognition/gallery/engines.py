@@ -71,12 +71,7 @@ class Resident:
         self._buffers = larger
 
     def view(self, connection: sqlite3.Connection, seq: int) -> View | None:
-        """The rows as ``connection``'s transaction sees them; None if they are newer already.
-
-        Args:
-            connection: in a transaction.
-            seq: of the last change that the transaction sees.
-        """
+        """The rows as a transaction sees them, up to change ``seq``; None if they are newer."""
         with self._lock:
             if self._view.seq > seq:
                 return None
@@ -154,13 +149,9 @@ def _marks(values: Sequence[Any], mark: str = "?") -> str:
 
 
 def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> list[Ranked]:
-    """The k best people for each probe (q, d), by products with every row.
+    """The k best people for each probe, float32 (q, d), by products with every row.
 
-    Args:
-        view: the rows.
-        probes: float32 (q, d).
-        k: people.
-        size: rows that are looked for first; several may show one person.
+    ``size`` rows are looked for first, of which several may show one person.
     """
     import faiss  # which reads the rows in less than half of numpy's time
 
@@ -186,13 +177,7 @@ def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> li
 
 
 class FileSearch:
-    """Search of a SQLite gallery.
-
-    Args:
-        database: the gallery's.
-        rows: its tables.
-        row: its stamp.
-    """
+    """Search of a SQLite gallery; ``row`` is its stamp."""
 
     def __init__(self, database: Database, rows: Rows, row: Any) -> None:
         self._db, self._description, self._stamp = database, rows.description, row
@@ -289,7 +274,7 @@ class FileSearch:
 
 
 class ServerSearch:
-    """Search of a PostgreSQL gallery; arguments as `FileSearch`."""
+    """Search of a PostgreSQL gallery; ``row`` is its stamp."""
 
     def __init__(self, database: Database, rows: Rows, row: Any) -> None:
         self._db, self._rows, self._stamp = database, rows, row
@@ -314,15 +299,7 @@ class ServerSearch:
 def _pgvector(
     connection: Connection, probe: np.ndarray, k: int, *, mean: bool, every: bool
 ) -> Ranked:
-    """The k best people for a probe (d,), by pgvector, scored in float32.
-
-    Args:
-        connection: in a transaction of PostgreSQL.
-        probe: float32, of length 1.
-        k: people.
-        mean: compare with people's templates, not with their images.
-        every: look at every row, not at the index.
-    """
+    """The k best people for a probe, float32 (d,), by pgvector; see `FileSearch.search`."""
     values = {"probe": packed(probe, "float32"), "coarse": packed(probe, "float16"), "k": k}
     table, owner, vector = (
         ("people", "id", "template") if mean else ("images", "person", "embedding")

@@ -6,8 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +46,6 @@ class Database:
     path: Path | None = None
     read_only: bool = False
     _new: bool = False
-    _connect: Callable[[], Any] = lambda: None
-    _idle: deque[sqlite3.Connection] = field(default_factory=deque)  # of snapshots
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -131,16 +128,15 @@ class Database:
             connection.create_function("casefold", 1, str.casefold, deterministic=True)
             return connection
 
-        engine = sa.create_engine(
-            "sqlite://", creator=connect, poolclass=sa.QueuePool, pool_size=8, max_overflow=24
-        )
+        # 0: as many as are asked for, so that no search waits for a connection.
+        engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.QueuePool, pool_size=0)
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
             writes = connection.get_execution_options().get("writes", False)
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-        return cls(engine, str(path), path, mode != "rw", new, connect)
+        return cls(engine, str(path), path, mode != "rw", new)
 
     @property
     def is_file(self) -> bool:
@@ -163,14 +159,9 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """As `read`, on SQLite and past SQLAlchemy: a search costs little more than its product."""
-        with self._told("read"):
-            connection = self._idle.pop() if self._idle else self._connect()
+        with self._told("read"), self._raw() as connection:
             connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
-                self._idle.append(connection)
+            yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -201,8 +192,6 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
-        while self._idle:
-            self._idle.pop().close()
         self.engine.dispose()
 
     def log_ahead(self) -> None:
@@ -245,11 +234,8 @@ class Database:
 
     @contextmanager
     def _raw(self) -> Iterator[Any]:
-        connection = self.engine.raw_connection()
-        try:
+        with closing(self.engine.raw_connection()) as connection:  # ends its transaction as well
             yield connection.driver_connection
-        finally:
-            connection.close()
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:

@@ -50,7 +50,6 @@ def test_a_container_has_time_for_some_cores_only(
     [
         (2, [], 2),
         (64, [], 8),
-        (64, ["--training.optimizer", "muon"], 4),
         (64, ["--training.batch_size", "16"], 1),
         (64, ["--training.accumulate", "4"], 2),
         (6, ["--training.batch_size", "256"], 4),  # of equal shares

@@ -141,8 +141,8 @@ class TrainingConfig:
     epochs: Positive = 12.0
     """Passes over the training images; may be a fraction."""
     batch_size: Count | None = None
-    """Images an optimiser step, over all ranks and accumulation steps. Default: 256, with Muon 128,
-    and fewer for a small set, so that an epoch has ten steps."""
+    """Images an optimiser step, over all ranks and accumulation steps. Default: 256, and fewer for
+    a small set, so that an epoch has ten steps."""
     accumulate: Count = 1
     """Forward-backward passes an optimiser step."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"

@@ -27,7 +27,7 @@ from sphereface2.training import resuming, starting
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
-from sphereface2.training.inputs import Inputs, open_inputs, usual_batch
+from sphereface2.training.inputs import USUAL_BATCH, Inputs, open_inputs
 from sphereface2.training.loading import cache_images
 from sphereface2.training.logging import environment
 from sphereface2.training.report import report
@@ -201,7 +201,7 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
         if settings.training.device in ("auto", "cuda") and torch.cuda.is_available():
             return torch.cuda.device_count()
         # Each normalises by its own share of a batch, whose statistics are poor of fewer images.
-        batch = settings.training.batch_size or usual_batch(settings.training)
+        batch = settings.training.batch_size or USUAL_BATCH
         share, rest = divmod(batch, settings.training.accumulate)
         most = max(1, min(cores(), share // _IMAGES_A_RANK))
         if settings.training.batch_size is None or rest:

@@ -22,6 +22,7 @@ from sphereface2.training import resuming
 from sphereface2.training.config import RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
 
+USUAL_BATCH = 256  # images a step where none are asked for
 _STEPS_AN_EPOCH = 10
 
 
@@ -105,11 +106,6 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
     )
 
 
-def usual_batch(training: TrainingConfig) -> int:
-    """Images a step where none are asked for; Muon gains by the number of its steps."""
-    return 128 if training.optimizer == "muon" else 256
-
-
 def _with_batch_size(settings: RunConfig, place: World, images: int, people: int) -> TrainingConfig:
     """The settings of the training with a batch size, which must suit so many images and people."""
     training, data = settings.training, settings.data
@@ -125,7 +121,7 @@ def _with_batch_size(settings: RunConfig, place: World, images: int, people: int
         else:
             fits = 2 ** int(math.log2(max(images / _STEPS_AN_EPOCH, 1)))
             # Two images a pass at the least, which batch normalisation needs.
-            batch = max(min(usual_batch(training), fits) // share, 2) * share
+            batch = max(min(USUAL_BATCH, fits) // share, 2) * share
         training = dataclasses.replace(training, batch_size=batch)
     elif training.batch_size > images and not data.people_per_batch:
         raise UserError(

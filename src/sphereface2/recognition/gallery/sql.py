@@ -305,7 +305,7 @@ def _tune(connection: Any, _: Any) -> None:
     connection.adapters.register_dumper(Packed, PackedDumper)
     with connection.cursor() as cursor:
         cursor.execute(
-            "SET hnsw.iterative_scan = strict_order; SET hnsw.ef_search = 100; "
+            "SET hnsw.iterative_scan = strict_order; SET hnsw.ef_search = 400; "
             "SET hnsw.max_scan_tuples = 100000"
         )
     connection.commit()

@@ -114,15 +114,15 @@ def test_a_change_read_in_part_is_read_again(
         gallery.set_index(256)
         gallery.warm_up()
         gallery._search._residents[0].ivf.wait()
-        more = {f"q{i}": vectors(5000 + i, 2) for i in range(700)}  # one statement reads a part
+        more = {f"q{i}": vectors(5000 + i, 2) for i in range(700)}
         list(other.add_many(Enrolment(name, rows) for name, rows in more.items()))
         people |= more
         append, calls = Resident._append, iter(range(9))
 
         def cut_short(self: Resident, *words: object) -> None:
-            if next(calls) == 1:
-                raise sqlite3.OperationalError("disk I/O error")
             append(self, *words)  # type: ignore[arg-type]
+            if next(calls) == 0:
+                raise sqlite3.OperationalError("disk I/O error")
 
         monkeypatch.setattr(Resident, "_append", cut_short)
         with pytest.raises(UserError, match="disk I/O error"):

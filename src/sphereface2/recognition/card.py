@@ -87,10 +87,10 @@ def model_card(
     if license == "other":
         license_name = license_name or UNSTATED
     synthetic = bool(data.get("synthetic"))
-    front: dict[str, Any] = {"library_name": "sphereface2", "license": license}
-    front |= {"license_name": license_name} if license_name else {}
-    front |= {"license_link": license_link} if license_link else {}
-    front |= {
+    licence = {"license": license, "license_name": license_name, "license_link": license_link}
+    front: dict[str, Any] = {
+        "library_name": "sphereface2",
+        **{key: value for key, value in licence.items() if value},
         "pipeline_tag": "image-feature-extraction",
         "tags": ["face-recognition", "face-verification"] + ["synthetic-data"] * synthetic,
     }
@@ -260,15 +260,11 @@ def _identity(network: Backbone, fingerprint: str) -> str:
 
 def _result(figures: dict[str, Any]) -> dict[str, Any]:
     """A verification set's accuracy as the hub's ``model-index`` has it."""
-    accuracy = {
-        "type": "accuracy",
-        "name": f"{figures['folds']}-fold accuracy",
-        "value": figures["accuracy"],
-    }
+    name = f"{figures['folds']}-fold accuracy"
     return {
         "task": {"type": "face-verification"},
         "dataset": {"type": figures["name"], "name": figures["name"]},
-        "metrics": [accuracy],
+        "metrics": [{"type": "accuracy", "name": name, "value": figures["accuracy"]}],
     }
 
 

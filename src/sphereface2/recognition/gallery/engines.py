@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from sphereface2.machine import faiss_threads
 from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View, best_people, mostly_gone
-from sphereface2.recognition.gallery.rows import SEQ, Rows, bytes_type, parts, person_of
+from sphereface2.recognition.gallery.rows import SEQ, Rows, bytes_type, person_of
 from sphereface2.recognition.gallery.sql import Database
 from sphereface2.recognition.gallery.stamps import check_moved, stamp
 from sphereface2.recognition.gallery.types import Person, packed
@@ -111,26 +112,26 @@ class Resident:
         mine = np.setdiff1d(np.flatnonzero(np.isin(view.owners, changed)), view.dead)
         pairs = zip(view.owners[mine].tolist(), view.ids[mine].tolist(), strict=True)
         there = dict(zip(pairs, mine, strict=True))
-        now: set[tuple[int, int]] = set()
-        for some in parts(changed):
-            query = f"SELECT {self._owner}, {self._key} FROM {self._table}"
-            now |= set(connection.execute(f"{query} WHERE {self._owner} IN ({_marks(some)})", some))
+        query = f"SELECT {self._owner}, {self._key} FROM {self._table}"
+        query += f" WHERE {self._owner} IN (SELECT value FROM json_each(?))"
+        now = set(connection.execute(query, (json.dumps(changed),)))
         # An image never changes; a template, a person's one row, does.
         kept = set() if self._owner == self._key else now & there.keys()
         gone = np.array([row for pair, row in there.items() if pair not in kept], np.int64)
         self._view = replace(view, dead=np.concatenate([view.dead, gone]))
-        for some in parts(sorted(now - kept)):
-            chosen = f"({self._owner}, {self._key}) IN (VALUES {_marks(some, '(?,?)')})"
-            self._append(connection, chosen, [value for pair in some for value in pair])
+        if new := sorted(now - kept):
+            pair = "json_extract(value, '$[0]'), json_extract(value, '$[1]')"
+            where = f"({self._owner}, {self._key}) IN (SELECT {pair} FROM json_each(?))"
+            self._append(connection, where, (json.dumps(new),))
         self._view = replace(self._view, seq=seq)
         if mostly_gone(len(self._view.dead), len(self._view.rows)):
             alive = [np.delete(one, self._view.dead, axis=0) for one in self._columns()]
             self._view = replace(self._view, dead=gone[:0])
             self._show(alive, len(alive[0]))
         if self.ivf is not None:
-            self.ivf.update(self._view, len(now - kept), len(gone) > 0)
+            self.ivf.update(self._view, len(new), len(gone) > 0)
 
-    def _append(self, connection: sqlite3.Connection, where: str, values: Sequence[int]) -> None:
+    def _append(self, connection: sqlite3.Connection, where: str, values: Sequence[str]) -> None:
         columns = f"{self._owner}, {self._key}, {self._vector}"
         cursor = connection.execute(f"SELECT {columns} FROM {self._table} WHERE {where}", values)
         while found := cursor.fetchmany(_ROWS):
@@ -142,10 +143,6 @@ class Resident:
             for buffer, new in zip(self._buffers, (rows, owners, ids), strict=True):
                 buffer[start:end] = new
             self._show(self._buffers, end)
-
-
-def _marks(values: Sequence[Any], mark: str = "?") -> str:
-    return ",".join([mark] * len(values))
 
 
 def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> list[Ranked]:
@@ -207,9 +204,9 @@ class FileSearch:
         _, rows = read = self._read
         if read[0] != seq:  # another thread has begun anew meanwhile, with another state
             rows = {}
-        for some in parts([key for key in keys if key not in rows]):
-            query = f"{self._description} WHERE people.id IN ({_marks(some)})"
-            rows |= {row[0]: row for row in snapshot.execute(query, some)}
+        query = f"{self._description} WHERE people.id IN (SELECT value FROM json_each(?))"
+        if new := [key for key in keys if key not in rows]:
+            rows |= {row[0]: row for row in snapshot.execute(query, (json.dumps(new),))}
         return rows
 
     def warm_up(self) -> None:

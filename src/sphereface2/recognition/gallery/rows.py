@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -33,9 +33,7 @@ from sphereface2.recognition.gallery.types import (
 
 STORAGES = ("float32", "float16")
 _CHANGES_KEPT = 100_000
-_KEYS = 500  # in one IN (…)
 
-Key = TypeVar("Key")
 #: Somebody with their images.
 Stored = tuple[Person, list[Image]]
 #: Is told whom a gallery refuses, and why.
@@ -138,7 +136,7 @@ class Rows:
             sa.Column("source", sa.Text),
             sa.Column("crop", sa.LargeBinary),
         )
-        theirs = images.c.person == people.c.id
+        self._theirs = theirs = images.c.person == people.c.id
         self.described = sa.select(
             people.c.id,
             people.c.name,
@@ -167,11 +165,15 @@ class Rows:
 
     def describe(self, connection: Connection, keys: Iterable[int]) -> dict[int, Person]:
         """Those of these people who are there."""
-        return {
-            row.id: person_of(row)
-            for some in parts(list(keys))
-            for row in connection.execute(self.described.where(self.people.c.id.in_(some)))
-        }
+        query = self.described.where(self._among(self.people.c.id, keys))
+        return {row.id: person_of(row) for row in connection.execute(query)}
+
+    def _among(self, key: sa.ColumnElement[int], keys: Iterable[int]) -> sa.ColumnElement[bool]:
+        """Whether a key is one of these, of which one parameter takes any number."""
+        if self._dialect is sqlite:
+            listed = sa.func.json_each(json.dumps(list(keys))).table_valued("value")
+            return key.in_(sa.select(listed.c.value))
+        return key == sa.any_(sa.literal(list(keys), sa.ARRAY(sa.BigInteger)))
 
     def named(self, part: str) -> sa.ColumnElement[bool]:
         """Whether a name contains ``part``, in upper or lower case."""
@@ -199,14 +201,12 @@ class Rows:
         query = sa.select(images.c.person, images.c.id, images.c.source).order_by(images.c.id)
         if keys is None:
             people = {row.id: person_of(row) for row in connection.execute(self.described)}
-            queries = [query]
         else:
             people = self.describe(connection, keys)
-            queries = [query.where(images.c.person.in_(some)) for some in parts(keys)]
+            query = query.where(self._among(images.c.person, keys))
         found: dict[int, Stored] = {key: (person, []) for key, person in people.items()}
-        for one in queries:
-            for person, image, source in connection.execute(one):
-                found[person][1].append(Image(image, source))
+        for person, image, source in connection.execute(query):
+            found[person][1].append(Image(image, source))
         return found
 
     def vectors(self, connection: Connection, key: int, mean: bool) -> list[np.ndarray]:
@@ -341,29 +341,27 @@ class Rows:
     ) -> None:
         """Replace everybody's embeddings by these, by image; who and what has none goes."""
         people, images = self.people, self.images
-        new_images, new_people, lost_images, lost_people = [], [], [], []
+        new_images, new_people, lost = [], [], []
         for key, (_, theirs) in there.items():
             kept = []
             for row in ({"person_": key, "id_": image.id} for image in theirs):
                 if (vector := vectors.get(row["id_"])) is None:
-                    lost_images.append(row)
+                    lost.append(row)
                 else:
                     kept.append(vector)
                     new_images.append({**row, "embedding": vector})
             if kept:
                 new_people.append({"id_": key, "template": template(np.stack(kept))})
-            else:
-                lost_people.append({"id_": key})
         image = (images.c.person == sa.bindparam("person_")) & (images.c.id == sa.bindparam("id_"))
         somebody = people.c.id == sa.bindparam("id_")
         for statement, rows in (
-            (sa.delete(images).where(image), lost_images),
-            (sa.delete(people).where(somebody), lost_people),
+            (sa.delete(images).where(image), lost),
             (sa.update(images).where(image), new_images),
             (sa.update(people).where(somebody), new_people),
         ):
             if rows:
                 connection.execute(statement, rows)
+        connection.execute(sa.delete(people).where(~sa.exists().where(self._theirs)))
         if self._dialect is sqlite:
             # Images have other embeddings under the ids that they had: a record of changes that
             # begins after all others has every process read all of them anew.
@@ -375,11 +373,6 @@ def person_of(row: Iterable[Any]) -> Person:
     """A row of `Rows.description`."""
     _, name, metadata, images, has_crop = row
     return Person(name, images, json.loads(metadata), bool(has_crop))
-
-
-def parts(keys: list[Key]) -> Iterator[list[Key]]:
-    """Lists short enough for one statement."""
-    return (keys[start : start + _KEYS] for start in range(0, len(keys), _KEYS))
 
 
 def _check(item: Enrolment, before: Person, replace: bool, known: bool | None) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from sphereface2.errors import UserError
 from sphereface2.extras import require
@@ -64,30 +64,28 @@ class Database:
             return cls._file(Path(text), create)
         try:
             url = sa.make_url(text)
-            if url.drivername == "postgresql":
-                url = url.set(drivername="postgresql+psycopg")
-            if url.drivername != "postgresql+psycopg":
-                raise UserError(
-                    f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
-                )
-            require("galleries on PostgreSQL", "psycopg", "pgvector")
-            # Unless the address says otherwise: a server that is cut off would hang for minutes.
-            patience = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * BUSY_SECONDS}
-            engine = sa.create_engine(
-                url,
-                connect_args={key: patience[key] for key in patience.keys() - url.query.keys()},
-                pool_pre_ping=True,
-                pool_size=8,
-                max_overflow=24,
-            )
-            sa.event.listen(engine, "connect", _tune)
-        except (ArgumentError, NoSuchModuleError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (ArgumentError, ValueError) as error:
             raise UserError(
                 "the gallery's address cannot be read; give a file or "
                 "postgresql+psycopg://user:password@host/database"
             ) from error
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        if url.drivername != "postgresql+psycopg":
+            raise UserError(
+                f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
+            )
+        require("galleries on PostgreSQL", "psycopg", "pgvector")
+        # Unless the address says otherwise: a server that is cut off would hang for minutes.
+        patience = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * BUSY_SECONDS}
+        engine = sa.create_engine(
+            url,
+            connect_args={key: patience[key] for key in patience.keys() - url.query.keys()},
+            pool_pre_ping=True,
+            pool_size=8,
+            max_overflow=24,
+        )
+        sa.event.listen(engine, "connect", _tune)
         return cls(engine, url.render_as_string(hide_password=True))
 
     @classmethod

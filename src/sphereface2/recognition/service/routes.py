@@ -21,7 +21,6 @@ from sphereface2.recognition.service.state import (
     decision,
     doing,
     face_out,
-    match_out,
 )
 
 _CURVE_POINTS = 201
@@ -112,7 +111,16 @@ async def search(request: Request, service: Current) -> schemas.Found:
     comparisons = sizes["people" if asked.fusion == "mean" else "images"]
     faces = []
     for one, matches in zip(seen, found, strict=True):
-        listed = [match_out(match, threshold) for match in matches]
+        listed = [
+            schemas.MatchOut(
+                name=match.person,
+                similarity=match.score,
+                same=decision(match.score, threshold),
+                metadata=match.metadata,
+                thumbnail=match.has_crop,
+            )
+            for match in matches
+        ]
         faces.append(
             schemas.FaceSearch(
                 face=face_out(one.face),

@@ -17,7 +17,6 @@ from sphereface2.evaluation.calibration import Calibration
 from sphereface2.images import encode_image
 from sphereface2.recognition.gallery import (
     Gallery,
-    Match,
     Person,
     UnknownPersonError,
     person_name,
@@ -199,17 +198,6 @@ def decision(similarity: float, threshold: float | None) -> bool | None:
 def face_out(face: Face | None) -> schemas.Face | None:
     """A face as the API gives it."""
     return None if face is None else schemas.Face(**face.to_dict())
-
-
-def match_out(match: Match, threshold: float | None) -> schemas.MatchOut:
-    """A candidate as the API gives it."""
-    return schemas.MatchOut(
-        name=match.person,
-        similarity=match.score,
-        same=decision(match.score, threshold),
-        metadata=match.metadata,
-        thumbnail=match.has_crop,
-    )
 
 
 def person_out(person: Person) -> schemas.PersonOut:

@@ -162,6 +162,7 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(cells.glob("*/checkpoints/last/model.safetensors")):
@@ -170,7 +171,7 @@ def test_a_terminated_study_goes_on(tmp_path: Path, tree: dict[str, Any]) -> Non
         refused = ran("study", "run", study, "--cells", cells)
         assert refused.returncode == 2
         assert "another study is being run" in refused.stderr
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as systemd does, and a terminal with SIGINT
         _, told = process.communicate()
     assert (process.returncode, told) == (143, f"{STOPPED}\n")
     assert not list(cells.glob("*/failed.txt"))

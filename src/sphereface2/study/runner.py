@@ -161,9 +161,10 @@ class _Runner:
         """End the workers."""
         with self.lock:
             self.stopping = True
-            for worker in self.workers:
+            workers = [*self.workers]  # of which threads take out those that end
+            for worker in workers:
                 worker.end()
-        for worker in self.workers:
+        for worker in workers:
             worker.process.wait()
 
     def run(self, until: float | None) -> None:

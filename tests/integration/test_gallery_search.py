@@ -211,7 +211,7 @@ def test_an_index_is_forgotten_before_a_removal_is_seen_and_a_full_disk_is_no_mi
         assert kept.exists()
         other.remove("p1")
         index.save()  # of a state that is no more: not for a moment is there a file
-        assert not kept.exists() and index._seq >= 0
+        assert not kept.exists() and index._view.seq >= 0
         gallery.search(vectors(1, 1))
         index._removed = False
 

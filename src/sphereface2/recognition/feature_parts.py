@@ -75,31 +75,18 @@ def open_images(path: str | Path) -> Source:
 
 @dataclass(frozen=True)
 class Job:
-    """What is computed, whoever computes it; it pickles.
+    """What is computed, whoever computes it; it pickles."""
 
-    Attributes:
-        path: of the set.
-        images: number of images in it.
-        input: its fingerprint.
-        model: the embedder's fingerprint.
-        embedding_dim: length of an embedding.
-        aligner: what finds faces; None if the images are crops.
-        flip, dtype, batch_size: as in `embed_set`.
-        measured: each row also holds the image's `measures`, for an audit.
-        faces: "largest", or "all": each face of an image has a row, the largest and most central
-            first.
-    """
-
-    path: Path
-    images: int
-    input: str
-    model: str
+    path: Path  # of the set
+    images: int  # number of images in it
+    input: str  # its fingerprint
+    model: str  # the embedder's fingerprint
     embedding_dim: int
-    aligner: str | None
-    flip: bool
+    aligner: str | None  # what finds faces; None if the images are crops
+    flip: bool  # as the next two and `faces`, of `embed_set`
     dtype: str
     batch_size: int
-    measured: bool = False
+    measured: bool = False  # each row also holds the image's `measures`, for an audit
     faces: str = "largest"
 
     @classmethod

@@ -25,27 +25,17 @@ TABLE = "embeddings.parquet"
 
 @dataclass(frozen=True)
 class Faces:
-    """The N images of a set that could be embedded.
-
-    Attributes:
-        source: the set.
-        index: int64 (N,), place of each in the set.
-        rows: float32 (N, d), of length 1.
-        thumbnails: uint8 (N, SIDE * SIDE).
-        pixels: bytes (N,), digests.
-        sharpness, brightness, contrast: float32 (N,), of `measures`.
-        left_out: index, name and reason of the others.
-    """
+    """The N images of a set that could be embedded."""
 
     source: Source
-    index: np.ndarray
-    rows: np.ndarray
-    thumbnails: np.ndarray
-    pixels: np.ndarray
-    sharpness: np.ndarray
+    index: np.ndarray  # int64 (N,), place of each in the set
+    rows: np.ndarray  # float32 (N, d), of length 1
+    thumbnails: np.ndarray  # uint8 (N, SIDE * SIDE)
+    pixels: np.ndarray  # bytes (N,), digests
+    sharpness: np.ndarray  # float32 (N,), as the next two, of `measures`
     brightness: np.ndarray
     contrast: np.ndarray
-    left_out: list[tuple[int, str, str]]
+    left_out: list[tuple[int, str, str]]  # index, name and reason of the others
 
     @property
     def labels(self) -> np.ndarray:

@@ -193,7 +193,7 @@ class Gallery(GalleryReader):
         and their space is written over when it is used again.
         """
         self._check_open()
-        self._db.vacuum(self._rows.people, self._rows.images)
+        self._db.vacuum()
         self._erase()
 
     def set_index(self, index_from: int | None) -> None:

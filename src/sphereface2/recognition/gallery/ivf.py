@@ -29,21 +29,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class View:
-    """The images of one state of the database. Nothing that it shows is ever overwritten.
+    """The images of one state of the database. Nothing that it shows is ever overwritten."""
 
-    Attributes:
-        seq: of the last change that it has.
-        rows: (n, d) float32.
-        owners: (n,) int64, the person of each row.
-        ids: (n,) int64, the image of each row.
-        dead: rows that no longer count.
-    """
-
-    seq: int
-    rows: np.ndarray
-    owners: np.ndarray
-    ids: np.ndarray
-    dead: np.ndarray
+    seq: int  # of the last change that it has
+    rows: np.ndarray  # float32 (n, d)
+    owners: np.ndarray  # int64 (n,), the person of each row
+    ids: np.ndarray  # int64 (n,), the image of each row
+    dead: np.ndarray  # rows that no longer count
 
     @property
     def images(self) -> int:
@@ -93,10 +85,8 @@ class Ivf:
 
     def _start(self, view: View) -> None:
         self._index: Any = None
-        self._seq = view.seq
-        self._updates: list[tuple[np.ndarray, np.ndarray, int]] = []
         self._removed = False  # the index holds codes of what was removed
-        self._find(view)
+        self._follow(view)
         self._stop.clear()
         self._thread = threading.Thread(target=self._make, args=(view,), daemon=True)
         self._thread.start()
@@ -126,18 +116,15 @@ class Ivf:
             codes = self._index.ntotal + new
             if mostly_gone(codes - view.images, codes):
                 return self.restart(view)
-        first = len(view.rows) - new
-        change = (view.ids[first:], view.rows[first:], view.seq)
         with self._lock:
             self._removed |= removed
-            if self._index is None:
-                self._updates.append(change)
-            else:
-                self._apply(self._index, *change)
-            self._find(view)
+            if self._index is not None:  # else `_make` adds them
+                _add(self._index, view, np.arange(len(view.rows) - new, len(view.rows)))
+            self._follow(view)
 
-    def _find(self, view: View) -> None:
+    def _follow(self, view: View) -> None:
         """Note where each image's row is."""
+        self._view = view
         order = np.argsort(view.ids, kind="stable")
         counts = np.ones(len(order), bool)
         counts[view.dead] = False
@@ -147,7 +134,7 @@ class Ivf:
     def search(self, view: View, probe: np.ndarray, k: int) -> Ranked | None:
         """The k best people for a probe (d,), their scores exact; None: look at every row."""
         with self._lock:
-            if self._index is None or self._seq != view.seq:
+            if self._index is None or self._view.seq != view.seq:
                 return None
             with faiss_threads(1):  # more wait for each other longer
                 found = self._index.search(probe[None], max(_CANDIDATES, 4 * k))[1][0]
@@ -170,13 +157,12 @@ class Ivf:
                 for start in range(0, len(alive), _ROWS):
                     if self._stop.is_set():
                         return
-                    some = alive[start : start + _ROWS]
-                    index.add_with_ids(view.rows[some], view.ids[some])
+                    _add(index, view, alive[start : start + _ROWS])
             index.nprobe = max(_LISTS, index.nlist // 8)
             with self._lock:
-                for change in self._updates:
-                    self._apply(index, *change)
-                self._updates.clear()
+                if self._view is not view:  # of which images came meanwhile
+                    new = np.isin(self._view.ids, view.ids, invert=True)
+                    _add(index, self._view, np.flatnonzero(new))
                 self._index = index
             self.save()
         except Exception:  # searches look at every row instead
@@ -206,13 +192,8 @@ class Ivf:
             return None
         if gone:  # `update` may note as much meanwhile
             self._removed = True
-        self._apply(index, view.ids[new], view.rows[new], view.seq)
+        _add(index, view, new)
         return index
-
-    def _apply(self, index: Any, ids: np.ndarray, rows: np.ndarray, seq: int) -> None:
-        if len(ids):
-            index.add_with_ids(rows, ids)
-        self._seq = seq
 
     def save(self) -> None:
         """Write the file, unless the index holds codes of what was removed, or lags behind.
@@ -231,7 +212,7 @@ class Ivf:
         import faiss
 
         with self._lock:
-            if self._index is None or self._removed or self._seq != seq:
+            if self._index is None or self._removed or self._view.seq != seq:
                 return
             temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
             try:
@@ -240,6 +221,11 @@ class Ivf:
                 temporary.replace(self._file)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _add(index: Any, view: View, rows: np.ndarray) -> None:
+    if len(rows):
+        index.add_with_ids(view.rows[rows], view.ids[rows])
 
 
 def _trained(view: View, alive: np.ndarray) -> Any:

@@ -32,20 +32,13 @@ _HELD = ("55P03", "40P01", "40001")
 
 @dataclass
 class Database:
-    """An engine with the gallery's transactions; errors of the database become one sentence.
-
-    Attributes:
-        engine: SQLAlchemy's.
-        name: the address without its password, for messages.
-        path: SQLite's file; None on a server.
-        read_only: whether the file can only be read.
-    """
+    """An engine with the gallery's transactions; errors of the database become one sentence."""
 
     engine: Engine
-    name: str
-    path: Path | None = None
-    read_only: bool = False
-    _new: bool = False
+    name: str  # the address without its password, for messages
+    path: Path | None = None  # SQLite's file; None on a server
+    read_only: bool = False  # whether the file can only be read
+    _new: bool = False  # whether the file was created here
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -218,17 +211,15 @@ class Database:
                 connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
         return True
 
-    def vacuum(self, *tables: sa.Table) -> None:
+    def vacuum(self) -> None:
         """Give the space of deleted rows back: SQLite rewrites its file; PostgreSQL reuses it."""
-        with self._told("changed"):
-            if self.is_file:
-                with self._raw() as connection:
-                    connection.execute("VACUUM")
-                return
-            with self.engine.connect() as server:
+        if self.is_file:
+            with self._told("changed"), self._raw() as connection:
+                connection.execute("VACUUM")
+        else:
+            with self._told("changed"), self.engine.connect() as server:
                 server = server.execution_options(isolation_level="AUTOCOMMIT")
-                for table in tables:
-                    server.exec_driver_sql(f"VACUUM {table.name}")
+                server.exec_driver_sql("VACUUM people, images")
 
     @contextmanager
     def _raw(self) -> Iterator[Any]:

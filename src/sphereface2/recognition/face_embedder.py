@@ -373,12 +373,7 @@ class FaceEmbedder:
 def _threshold(
     calibration: calibrations.Calibration | None, far: float | None, threshold: float | None
 ) -> tuple[float | None, float | None]:
-    """The similarity to decide at and the FAR it was chosen for; None where nothing tells them.
-
-    Raises:
-        UserError: both are given, ``threshold`` is no cosine, or the calibration is missing or has
-            no threshold for ``far``.
-    """
+    """The similarity to decide at and the FAR it was chosen for; None where nothing tells them."""
     if threshold is not None:
         if far is not None:
             raise UserError("give a threshold or a FAR, not both")

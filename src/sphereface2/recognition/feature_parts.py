@@ -279,11 +279,7 @@ class Parts:
             atomic_write(self._path(number), content)
 
     def merge(self) -> None:
-        """Make the file, and the list of what was left out, from all parts.
-
-        Raises:
-            UserError: it cannot be written, or no image gave an embedding.
-        """
+        """Make the file and the list of what was left out; UserError if there is no embedding."""
         listed = self.out.with_name(f"{self.out.name}.skipped.csv")
         merged, skipped_file = self.folder / "merged", self.folder / "skipped"
         embedded = skipped = 0

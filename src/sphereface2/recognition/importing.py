@@ -119,11 +119,7 @@ def _colour(file: Path, layout: str) -> str:
 
 
 def _probe(embedder: Embedder, file: Path) -> np.ndarray:
-    """Cosines between embeddings of images that nothing but a mistake makes alike.
-
-    Raises:
-        UserError: embeddings of different images have one direction, or are not finite.
-    """
+    """Cosines between embeddings of four unlike images; UserError if two have one direction."""
     height, width = embedder.network.input_size
     rng = np.random.default_rng(0)
     face = synthetic.render(synthetic.Identity.draw(rng), rng)

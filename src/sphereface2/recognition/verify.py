@@ -81,11 +81,7 @@ def verify(
 
 
 def draw(result: Verification, images: tuple[Path, Path], path: str | Path) -> None:
-    """Write a PNG of two compared images, with the boxes and landmarks of the faces.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write a PNG of two compared images, with boxes and landmarks; UserError if it cannot be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

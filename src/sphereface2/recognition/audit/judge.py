@@ -65,18 +65,9 @@ def _name(faces: Faces, row: int | np.integer) -> str:
     return printable(faces.source.name(int(faces.index[row])))
 
 
-def _finding(
-    kind: str,
-    faces: Faces,
-    row: int | np.integer,
-    other: int,
-    about: str,
-    score: float,
-    action: str,
-) -> Finding:
-    """What was found of the image of a row."""
-    index, label = int(faces.index[row]), faces.whose(row)
-    return Finding(kind, index, _name(faces, row), label, other, about, float(score), action)
+def _image(faces: Faces, row: int | np.integer) -> tuple[int, str, str]:
+    """An image as a `Finding` has it: index, name and label."""
+    return int(faces.index[row]), _name(faces, row), faces.whose(row)
 
 
 def _left_out(faces: Faces) -> Iterator[Finding]:
@@ -95,7 +86,8 @@ def _wrong(
             other = int(people[scores.nearest[row]])
             about = faces.person(other)
         action = "move" if other >= 0 and scores.moves[row] >= move else "remove"
-        yield _finding("wrong label", faces, row, other, about, scores.wrong[row], action)
+        score = float(scores.wrong[row])
+        yield Finding("wrong label", *_image(faces, row), other, about, score, action)
 
 
 def _same_people(
@@ -171,7 +163,7 @@ def _duplicates(
             if labels[keep] != labels[drop]:
                 kind, about = "duplicate across labels", f"{about} of {faces.whose(keep)}"
             other = int(faces.index[keep])
-            yield _finding(kind, faces, drop, other, about, score[drop], "remove")
+            yield Finding(kind, *_image(faces, drop), other, about, score[drop], "remove")
 
 
 def _fit(scores: LabelScores | None, row: int) -> float:
@@ -189,4 +181,4 @@ def _quality(faces: Faces) -> Iterator[Finding]:
         ("blurred", faces.sharpness, faces.sharpness < MIN_SHARPNESS),
     ):
         for row in np.flatnonzero(bad):
-            yield _finding("quality", faces, row, -1, what, values[row], "keep")
+            yield Finding("quality", *_image(faces, row), -1, what, float(values[row]), "keep")

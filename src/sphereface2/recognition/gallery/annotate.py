@@ -55,11 +55,7 @@ def places(out: Path, probes: Sequence[Path], images: Sequence[Path]) -> dict[st
 
 
 def write(reports: Sequence[dict[str, Any]], where: dict[str, Path]) -> list[Path]:
-    """Write the copies of those images that `gallery search` has answers for.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write the copies of the images that were answered; UserError if one cannot be written."""
     answered = [report for report in reports if "error" not in report]
     written = []
     for image, found in groupby(answered, lambda report: report["image"]):

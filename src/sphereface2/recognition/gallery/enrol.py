@@ -61,12 +61,10 @@ class _File(NamedTuple):
         """What `source` noted, if the file is there: other callers note what they like."""
         try:
             kept = json.loads(source or "null")
-        except ValueError:
+            file = cls(person, Path(kept["path"]), kept["aligned"])
+        except (ValueError, KeyError, TypeError):
             return None
-        if not isinstance(kept, dict) or not {"path", "aligned"} <= kept.keys():
-            return None
-        path = Path(kept["path"])
-        return cls(person, path, kept["aligned"]) if path.is_file() else None
+        return file if file.path.is_file() else None
 
 
 def add(

@@ -101,7 +101,7 @@ def _add_layers(app: FastAPI, settings: Settings, metrics: Metrics, audit: Audit
     hosts = list(settings.allow_host)
     if is_loopback(settings.host) and not settings.behind_proxy:
         hosts += [*LOOPBACK_NAMES, settings.host]
-    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(BodyLimit, limit=int(settings.max_body_mb * 1e6))
     app.add_middleware(SameOrigin, origins=settings.allow_origin)
     app.add_middleware(Hosts, allowed_hosts=hosts or None, www_redirect=False)
     app.add_middleware(Observer, metrics=metrics, audit=audit)

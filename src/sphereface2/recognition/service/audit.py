@@ -34,11 +34,7 @@ class Audit:
     """Appends to a file (which logrotate may move away), or to standard output."""
 
     def __init__(self, path: str | Path | None = None) -> None:
-        """Open the log.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Open the log; UserError if the file cannot be written."""
         self._handler: logging.Handler
         if path is None:
             self._handler = logging.StreamHandler(sys.stdout)

@@ -47,11 +47,7 @@ class KeyFile:
     """The keys that are admitted; read again when the file changes."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read ``path``.
-
-        Raises:
-            UserError: the file is missing, damaged or holds no key.
-        """
+        """Read ``path``; UserError if the file is missing, damaged or holds no key."""
         self.path = Path(path)
         self._state = _state(self.path)
         self._keys = {key.id: key for key in read(self.path)}

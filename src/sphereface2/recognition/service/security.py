@@ -6,7 +6,6 @@ import ipaddress
 import time
 from collections.abc import Collection
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
@@ -52,11 +51,7 @@ class Access:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         header: Annotated[str | None, Depends(_HEADER)],
     ) -> None:
-        """Name the key in ``request.state.key``.
-
-        Raises:
-            Refusal: 401 without a valid key, 429 when the rate is exceeded.
-        """
+        """Name the key in ``request.state.key``; a Refusal, 401 without one, 429 if too often."""
         client = request.state.client
         if self.keys is not None:
             key = self.keys.check(bearer.credentials.strip() if bearer else header or "")
@@ -106,7 +101,8 @@ class SameOrigin:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None and origin in self.origins:
             return
-        foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
+        own = headers.get("host", "").lower()
+        foreign = origin is not None and origin.lower().partition("://")[2] != own
         navigation = scope["path"] in ("/", "/docs") and scope["method"] in ("GET", "HEAD")
         linked = navigation and headers.get("sec-fetch-mode") == "navigate"
         if foreign or (site not in ("same-origin", "none") and not linked):
@@ -158,11 +154,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _netloc(origin: str) -> str:
-    """HOST[:PORT] of an origin; empty for ``null`` and for what is none."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""

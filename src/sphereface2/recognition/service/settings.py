@@ -97,8 +97,3 @@ class Settings:
     def max_pixels(self) -> int:
         """Pixels of an image."""
         return int(self.max_megapixels * 1e6)
-
-    @property
-    def max_body(self) -> int:
-        """Bytes of a request."""
-        return int(self.max_body_mb * 1e6)

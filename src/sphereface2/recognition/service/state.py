@@ -78,11 +78,7 @@ class Service:
         return await self.recogniser.embed(images, aligned=aligned, which=which)
 
     def check(self, seen: Sequence[Seen]) -> list[str]:
-        """Warnings about faces that are poor ones to enrol or to decide by.
-
-        Raises:
-            Refusal: 422 for one that the quality gate refuses.
-        """
+        """Warnings about poor faces; a Refusal, 422, of one that the quality gate refuses."""
         warnings = []
         for number, one in enumerate(seen, 1):
             name = "the image" if len(seen) == 1 else f"image {number}"

@@ -175,16 +175,8 @@ def adapted(
     A transposition is added where the graph takes (batch, h, w, 3), and a flattening where the
     embedding has more dimensions. A fixed batch becomes free if the embeddings stay the same;
     otherwise it stays 1, and the images are embedded one by one. A file that `export` wrote says
-    itself how it sees images, and stays as it is.
-
-    Args:
-        file: an ONNX file.
-        size: (height, width), where the graph leaves them open.
-        output: name of the embedding, where there are several.
-        mean, std, colour: of `Preprocessing`; default: 127.5, 127.5 and RGB.
-
-    Raises:
-        UserError: no such graph, a missing package, or the file says something else of its images.
+    itself how it sees images, and stays as it is. Options are those of `import_weights`, ``size``
+    (height, width).
     """
     require("imports of ONNX files", "onnx")
     import onnx

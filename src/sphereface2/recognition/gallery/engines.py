@@ -35,10 +35,7 @@ Found = list[tuple[Person, float]]
 class Resident:
     """SQLite's embeddings in memory, brought up to date by what changed and never read twice.
 
-    Args:
-        table, owner, key, vector: names of the table and its columns.
-        dim: numbers in an embedding.
-        storage: how the table holds them.
+    They are in the column ``vector`` of a table, beside their person's key and their own.
     """
 
     def __init__(

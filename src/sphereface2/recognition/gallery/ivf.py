@@ -172,11 +172,9 @@ class Ivf:
         """The index of the file with what changed since; None if it is better built anew."""
         import faiss
 
-        if not self._file.exists():
-            return None
         try:
             index = faiss.read_index(str(self._file))
-        except RuntimeError:  # damaged
+        except RuntimeError:  # it is not there, or damaged
             return None
         if not isinstance(index, faiss.IndexIVFPQFastScan) or index.d != view.rows.shape[1]:
             return None

@@ -203,9 +203,7 @@ def metadata_json(name: str, metadata: dict[str, Any]) -> str:
 
 def unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
     """Embeddings (n, d) or (d,) brought to length 1: float32 (n, d); UserError if they cannot."""
-    vectors = np.asarray(embeddings, np.float64)
-    if vectors.ndim == 1:
-        vectors = vectors[None]
+    vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
     if vectors.ndim != 2 or (vectors.size and vectors.shape[1] != dim):
         raise UserError(
             f"the embeddings have the shape {np.shape(embeddings)}; the gallery takes (n, {dim})"

@@ -27,13 +27,7 @@ CONCURRENCY = 1_000
 
 
 def check_binding(settings: Settings) -> None:
-    """Refuse an address that others can reach and nothing protects.
-
-    Raises:
-        UserError: the file of keys is missing, damaged or empty; or ``host`` is no loopback
-            address and there are no keys, or neither a proxy stands before the service nor is it
-            told to do without.
-    """
+    """UserError for keys that cannot be read, or an address open to others and unprotected."""
     if settings.keys is not None:
         KeyFile(settings.keys)
     host, loopback = settings.host, is_loopback(settings.host)

@@ -78,16 +78,6 @@ class CalibrationReport:
     shared_bias: SharedBias | None
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Scored pairs: scores (P,), same (P,), people (P, 2) or None, and what they are."""
-
-    scores: np.ndarray
-    same: np.ndarray
-    people: np.ndarray | None
-    data: CalibrationSet
-
-
 Named = tuple[str, PairSet | Source]
 """A set and what to call it."""
 
@@ -155,11 +145,10 @@ def calibrate(
         if not align:
             looks = [warn_if_unaligned(name, *images_of(one)) for name, one in (*sets, *others)]
             given = "photographs" if any(looks[: len(sets)]) else "crops"
-        scored = [_score(embedder, one, rng, bars) for one in sets]
-        scores, same, people = _join(scored)
+        scores, same, people, data = _score(embedder, sets, rng, bars)
         options: dict[str, Any] = {"fars": fars, "method": method, "people": people}
         options["bootstrap"] = Bootstrap(seed=seed)
-        options |= {"data": [one.data for one in scored], "images": given}
+        options |= {"data": data, "images": given}
         calibration = Calibration.fit(scores, same, fingerprint=embedder.fingerprint, **options)
         judged = tuple(_check_on(calibration, embedder, *one, bars) for one in others)
         calibration, metadata = replace(calibration, checked=judged), embedder.metadata
@@ -278,21 +267,34 @@ def _impostors(one: PairSet | Source) -> int:
     return min(int(counts.sum() ** 2 - (counts**2).sum()) // 2, MOST_PAIRS)
 
 
-def _score(embedder: Embedder, named: Named, rng: np.random.Generator, bars: Progress) -> _Scored:
-    name, one = named
-    lost: list[int] | None = None
-    if isinstance(one, PairSet):
-        advance = console.advance(bars, name, len(one.images))
-        embeddings = embedder.embed_pairs(one, progress=advance)
-        pairs, same = one.pairs, one.same
-        people = None if one.people is None else one.people[pairs]
-    else:
-        embeddings, labels, lost = _embed(embedder, name, one, bars)
-        pairs, same = sample_pairs(labels, rng, MOST_PAIRS)
-        people = labels[pairs]
-    count = None if lost is None else len(lost)
-    data = CalibrationSet.of(name, same, people, one.fingerprint(), count)
-    return _Scored(pair_scores(embeddings, pairs), same, people, data)
+def _score(
+    embedder: Embedder, sets: Sequence[Named], rng: np.random.Generator, bars: Progress
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[CalibrationSet]]:
+    """Scores (P,), same (P,) and people (P, 2) or None of the pairs of all sets, and the sets.
+
+    The people of different sets are taken for different.
+    """
+    scores, verdicts, data = [], [], []
+    people: list[np.ndarray] = []
+    for name, one in sets:
+        lost: list[int] | None = None
+        if isinstance(one, PairSet):
+            advance = console.advance(bars, name, len(one.images))
+            embeddings = embedder.embed_pairs(one, progress=advance)
+            pairs, same = one.pairs, one.same
+            whose = None if one.people is None else one.people[pairs]
+        else:
+            embeddings, labels, lost = _embed(embedder, name, one, bars)
+            pairs, same = sample_pairs(labels, rng, MOST_PAIRS)
+            whose = labels[pairs]
+        count = None if lost is None else len(lost)
+        data.append(CalibrationSet.of(name, same, whose, one.fingerprint(), count))
+        scores.append(pair_scores(embeddings, pairs))
+        verdicts.append(same)
+        if whose is not None:
+            people.append(whose + (int(people[-1].max()) + 1 if people else 0))
+    known = np.concatenate(people) if len(people) == len(sets) else None
+    return np.concatenate(scores), np.concatenate(verdicts), known, data
 
 
 def _embed(
@@ -318,20 +320,6 @@ def _check_on(
     )
     fingerprint, people = other.fingerprint(), len(np.unique(labels))
     return CheckedSet(name, fingerprint, len(labels), people, len(lost), tuple(found))
-
-
-def _join(scored: Sequence[_Scored]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """All scores, verdicts and people; the people of different sets are taken for different."""
-    people, following = [], 0
-    for one in scored:
-        if one.people is not None:
-            people.append(one.people + following)
-            following = int(people[-1].max()) + 1
-    return (
-        np.concatenate([one.scores for one in scored]),
-        np.concatenate([one.same for one in scored]),
-        np.concatenate(people) if len(people) == len(scored) else None,
-    )
 
 
 def _parts(report: CalibrationReport) -> list[Table | str]:

@@ -22,13 +22,7 @@ from sphereface2.data.opening import open_source
 from sphereface2.data.overlap import images_of
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
-from sphereface2.data.suites import (
-    SUITES,
-    MegaFace,
-    TemplateSet,
-    open_pair_sets,
-    open_suite,
-)
+from sphereface2.data.suites import SUITES, MegaFace, TemplateSet, open_pair_sets, open_suite
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation import tables

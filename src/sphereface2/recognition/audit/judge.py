@@ -6,12 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sphereface2.evaluation.label_errors import (
-    AlikeLabels,
-    LabelScores,
-    alike_labels,
-    score_labels,
-)
+from sphereface2.evaluation.label_errors import AlikeLabels, LabelScores, alike_labels, score_labels
 from sphereface2.files import printable
 from sphereface2.recognition.audit.duplicates import Duplicate, find_duplicates
 from sphereface2.recognition.audit.faces import Faces

@@ -15,13 +15,7 @@ from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.recognition.gallery import Match
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.metrics import CONTENT_TYPE
-from sphereface2.recognition.service.state import (
-    ERRORS,
-    Current,
-    decision,
-    doing,
-    face_out,
-)
+from sphereface2.recognition.service.state import ERRORS, Current, decision, doing, face_out
 
 _CURVE_POINTS = 201
 

@@ -15,12 +15,7 @@ from sphereface2.align import Face
 from sphereface2.errors import UserError
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.images import encode_image
-from sphereface2.recognition.gallery import (
-    Gallery,
-    Person,
-    UnknownPersonError,
-    person_name,
-)
+from sphereface2.recognition.gallery import Gallery, Person, UnknownPersonError, person_name
 from sphereface2.recognition.quality import check, measure
 from sphereface2.recognition.service import bodies, schemas
 from sphereface2.recognition.service.errors import Refusal

@@ -180,12 +180,11 @@ def compute_by_ray(
         _check_answers(address)
     try:
         if own:
-            options: dict[str, Any] = {} if address else {"include_dashboard": False}
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **options,
+                include_dashboard=None if address else False,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray cannot be reached at {address or 'this machine'}: {error}") from error

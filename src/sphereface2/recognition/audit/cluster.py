@@ -91,9 +91,6 @@ def cluster(
         device: Where to compute: cpu, cuda, mps; by default the best there is.
         as_json: Print the summary as JSON.
 
-    Returns:
-        The summary.
-
     Raises:
         UserError: a wrong option, no such model or set, OUT holds work on others, or its
             people.txt was edited.

@@ -72,9 +72,6 @@ def audit(
         device: Where to compute: cpu, cuda, mps; by default the best there is.
         as_json: Print the summary as JSON.
 
-    Returns:
-        The summary.
-
     Raises:
         UserError: a wrong option, no such model or set, or OUT holds an audit of others.
     """

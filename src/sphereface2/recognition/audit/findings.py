@@ -73,11 +73,7 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
 
 
 def read_findings(path: Path) -> list[Finding]:
-    """Read ``findings.csv``, perhaps edited.
-
-    Raises:
-        UserError: it is no such file, or a line of it says something else.
-    """
+    """Read ``findings.csv``, perhaps edited; UserError if a line says something else."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names = [field.name for field in fields(Finding)]
     if rows.fieldnames is None or set(names) - set(rows.fieldnames):

@@ -92,12 +92,7 @@ def create_app(
         app.include_router(router, dependencies=access)
     app.include_router(routes.probes)
     _add_page(app)
-    _add_layers(app, settings, metrics, audit)
-    return app
-
-
-def _add_layers(app: FastAPI, settings: Settings, metrics: Metrics, audit: Audit) -> None:
-    """What a request passes on its way in; the last one added is the outermost."""
+    # What a request passes on its way in; the last one added is the outermost.
     hosts = list(settings.allow_host)
     if is_loopback(settings.host) and not settings.behind_proxy:
         hosts += [*LOOPBACK_NAMES, settings.host]
@@ -112,6 +107,7 @@ def _add_layers(app: FastAPI, settings: Settings, metrics: Metrics, audit: Audit
             allow_methods=["*"],
             allow_headers=["*"],
         )
+    return app
 
 
 def _add_page(app: FastAPI) -> None:

@@ -62,18 +62,14 @@ class Embedding(sa.types.TypeDecorator[np.ndarray]):
 
         return Type()
 
-    def process_bind_param(self, value: np.ndarray | None, dialect: Dialect) -> bytes | None:
-        """To the database."""
-        if value is None:
-            return None
+    def process_bind_param(self, value: Any, dialect: Dialect) -> bytes:
+        """To the database, where every row has one."""
         if dialect.name == "sqlite":
             return value.astype(bytes_type(self.storage)).tobytes()
         return packed(value, self.storage)
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray | None:
+    def process_result_value(self, value: Any, dialect: Dialect) -> np.ndarray:
         """From the database, float32."""
-        if value is None:
-            return None
         if dialect.name == "sqlite":
             return np.frombuffer(value, bytes_type(self.storage)).astype(np.float32)
         return np.asarray(value.to_list() if hasattr(value, "to_list") else value, np.float32)

@@ -45,11 +45,8 @@ class Observer:
         self.audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":  # what begins and ends the application; no route is another
             await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1002})
             return
         started, status = time.monotonic(), 0
         state = scope.setdefault("state", {})

@@ -48,6 +48,7 @@ def test_a_partitioned_table_gives_equal_answers(server: Postgres) -> None:
         gallery.add("p3", vectors(5, 2), replace=True)
         people["p3"] = vectors(5, 2)
         gallery.remove("p4")
+        gallery.compact()
         del people["p4"]
         gallery.rename("p5", "q5")
         people["q5"] = people.pop("p5")

@@ -20,6 +20,7 @@ from sphereface2.recognition.gallery import (
     Match,
     decide,
 )
+from sphereface2.recognition.gallery import ivf as ivf_module
 from sphereface2.recognition.gallery.engines import Resident, exact
 from sphereface2.recognition.gallery.ivf import Ivf, View
 
@@ -225,6 +226,26 @@ def test_an_index_is_forgotten_before_a_removal_is_seen_and_a_full_disk_is_no_mi
     with closing(sqlite3.connect(address)) as connection:  # galleries of every version open
         columns = [row[1] for row in connection.execute("PRAGMA table_info(stamp)")]
     assert columns[-2:] == ["model", "hnsw_from"]
+
+
+def test_images_that_come_while_an_index_is_built_are_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, ids = unit(vectors(3, 320)).astype(np.float32), np.arange(320)
+    first, second = (
+        View(seq, rows[:count], ids[:count], ids[:count], np.zeros(0, int))
+        for seq, count in ((1, 300), (2, 320))
+    )
+    begun, trained = threading.Event(), ivf_module._trained
+    monkeypatch.setattr(ivf_module, "_trained", lambda *words: begun.wait(10) and trained(*words))
+    index = Ivf(tmp_path / "index", lambda write: write(2), first)
+    index.update(second, 20, False)
+    assert index.search(second, rows[310], 1) is None  # not yet
+    begun.set()
+    index.wait()
+    assert index._index.ntotal == 320 and (tmp_path / "index").exists()
+    assert index.search(second, rows[310], 1) == [(310, pytest.approx(1, abs=1e-5))]
+    assert index.search(first, rows[310], 1) is None  # of a state that is no more
 
 
 def test_a_search_ends_before_its_index_begins_anew(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -174,9 +173,7 @@ def add(
                 )
         elif embedder is not None:
             tolerant = None if person else left_out
-            people = _embed(embedder, files, faces, quality, keep_crops, left_out=tolerant)
-            if person:  # whose files stay together
-                people = (dataclasses.replace(one, metadata=about) for one in people)
+            people = _embed(embedder, files, faces, quality, keep_crops, about, left_out=tolerant)
         if embedder is not None:
             fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
         if fingerprint is None:
@@ -263,9 +260,8 @@ def reembed(
                 f"no person would remain in {opened.uri}, which was not changed: put the files "
                 "back, or enrol the people in a new gallery"
             )
-        ids = [image.id for _, image in todo]
-        left_out.extend(reasons[one] for one in ids if one in reasons)
-        return zip([one for one in ids if one not in reasons], rows, strict=True)
+        left_out.extend(reasons[image] for image in sorted(reasons))
+        return zip([image.id for _, image in todo if image.id not in reasons], rows, strict=True)
 
     facts: dict[str, Any] = {"fingerprint": embedder.fingerprint, "dim": embedder.embedding_dim}
     with Gallery.open(gallery, create=False) as opened:
@@ -286,6 +282,7 @@ def _embed(
     faces: Faces,
     quality: Action,
     keep_crops: bool,
+    metadata: dict[str, Any] | None,
     *,
     left_out: list[str] | None,
 ) -> Iterator[Enrolment]:
@@ -303,7 +300,7 @@ def _embed(
             theirs = list(group)
             crops = [encode_image(crop, ".jpg") for (_, crop), _ in theirs] if keep_crops else None
             sources = [file.source for (file, _), _ in theirs]
-            yield Enrolment(person, np.stack([row for _, row in theirs]), None, sources, crops)
+            yield Enrolment(person, np.stack([row for _, row in theirs]), metadata, sources, crops)
         waiting.clear()
 
     with console.bars(counted=True) as bars:

@@ -277,7 +277,7 @@ def _score(
     scores, verdicts, data = [], [], []
     people: list[np.ndarray] = []
     for name, one in sets:
-        lost: list[int] | None = None
+        unreadable: int | None = None
         if isinstance(one, PairSet):
             advance = console.advance(bars, name, len(one.images))
             embeddings = embedder.embed_pairs(one, progress=advance)
@@ -286,9 +286,8 @@ def _score(
         else:
             embeddings, labels, lost = _embed(embedder, name, one, bars)
             pairs, same = sample_pairs(labels, rng, MOST_PAIRS)
-            whose = labels[pairs]
-        count = None if lost is None else len(lost)
-        data.append(CalibrationSet.of(name, same, whose, one.fingerprint(), count))
+            whose, unreadable = labels[pairs], len(lost)
+        data.append(CalibrationSet.of(name, same, whose, one.fingerprint(), unreadable))
         scores.append(pair_scores(embeddings, pairs))
         verdicts.append(same)
         if whose is not None:

@@ -186,15 +186,13 @@ def adapted(
     given = {"size": size, "mean": mean, "std": std, "colour": colour, "output": output}
     try:
         model = onnx.load(file)
-        if any(item.key == METADATA_KEY for item in model.metadata_props):
-            content = model.SerializeToString()
-            _check_stated(OnnxNetwork(content), given, file)
-            return content
-        onnx_runtime.session(model.SerializeToString())
-    except UserError:
-        raise
+        content = model.SerializeToString()
+        onnx_runtime.session(content)
     except Exception as error:  # of protobuf and of ONNX Runtime, which share no base but this
         raise UserError(f"{file} is damaged or not an ONNX file") from error
+    if any(item.key == METADATA_KEY for item in model.metadata_props):
+        _check_stated(OnnxNetwork(content), given, file)
+        return content
     mean, std, colour = mean or (127.5,) * 3, std or (127.5,) * 3, colour or "RGB"
     sides, batch, channels_last = _input(model, size, file)
     rng = np.random.default_rng(0)

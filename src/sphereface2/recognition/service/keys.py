@@ -75,14 +75,13 @@ class KeyFile:
 
 def read(path: str | Path) -> list[Key]:
     """The keys in a file, oldest first; UserError if it is missing or damaged."""
+    if not Path(path).exists():
+        raise UserError(
+            f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
+        )
+    text = read_text(path)
     try:
-        if not Path(path).exists():
-            raise UserError(
-                f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
-            )
-        content = json.loads(read_text(path))
-    except UserError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a key file: {error}") from error
     try:

@@ -293,7 +293,7 @@ class ServerSearch:
 def _pgvector(
     connection: Connection, probe: np.ndarray, k: int, *, mean: bool, every: bool
 ) -> Ranked:
-    """The k best people for a probe, float32 (d,), by pgvector; see `FileSearch.search`."""
+    """The k best people for a probe (d,), by pgvector, scored in float32: `FileSearch.search`."""
     values = {"probe": packed(probe, "float32"), "coarse": packed(probe, "float16"), "k": k}
     table, owner, vector = (
         ("people", "id", "template") if mean else ("images", "person", "embedding")

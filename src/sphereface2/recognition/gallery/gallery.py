@@ -226,7 +226,7 @@ class Gallery(GalleryReader):
         Args:
             embed: gives (an image's id, its new embedding) for images of the people it is handed.
                 Images that it leaves out go, and people without images. It is called again for
-                people who changed meanwhile.
+                people who have got images meanwhile.
             fingerprint: of the new model.
             dim: numbers in its embeddings.
             model: where the new model is.
@@ -234,13 +234,12 @@ class Gallery(GalleryReader):
         Raises:
             UserError: what ``embed`` raises; the gallery is then as it was.
         """
-        done: dict[int, set[int]] = {}  # the images that were handed out
+        done: set[int] = set()  # the images that were handed out
         vectors: dict[int, np.ndarray] = {}
         while True:
             with self._change(alone=True) as connection:
                 there = self._rows.stored(connection, None)
-                images = {key: {image.id for image in one[1]} for key, one in there.items()}
-                todo = [key for key in there if done.get(key) != images[key]]
+                todo = [one for one in there.values() if not done.issuperset(i.id for i in one[1])]
                 if not todo:
                     if not self.is_file:  # an index is built faster than it grows
                         stamps.index_server(connection, None)
@@ -248,9 +247,9 @@ class Gallery(GalleryReader):
                     row = self._restamp(connection, fingerprint=fingerprint, dim=dim, model=model)
                     self._search.forget()
                     break
-            some = sorted((there[key] for key in todo), key=lambda one: one[0].name)
-            vectors |= {image: unit(vector, dim)[0] for image, vector in embed(some)}
-            done |= {key: images[key] for key in todo}
+            todo.sort(key=lambda one: one[0].name)
+            vectors |= {image: unit(vector, dim)[0] for image, vector in embed(todo)}
+            done |= {image.id for _, theirs in todo for image in theirs}
         self._take(row)
         self._erase()
 

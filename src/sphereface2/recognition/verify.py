@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
-from sphereface2.files import atomic_write, printable, writing
+from sphereface2.files import printable, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder, Verification
-
-_COLOURS = {True: "#2a6f97", False: "#c8553d", None: "#777777"}
-_INK = "#333333"
 
 
 def verify(
@@ -80,39 +76,36 @@ def verify(
     return report
 
 
-def draw(result: Verification, images: tuple[Path, Path], path: str | Path) -> None:
+def draw(result: Verification, images: tuple[Path, Path], path: Path) -> None:
     """Write a PNG of two compared images, with boxes and landmarks; UserError if it cannot be."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    colour = _COLOURS[result.same]
-    figure = Figure(figsize=(8, 4.9), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for place, name, face in zip(figure.subplots(1, 2), images, result.faces, strict=True):
+    from sphereface2.evaluation.plots import GENUINE, IMPOSTOR, INK, panels, write
+
+    colour = {True: GENUINE, False: IMPOSTOR, None: "#777777"}[result.same]
+    canvas, places = panels(["", ""], columns=2, size=(8, 4.9))
+    for place, name, face in zip(places, images, result.faces, strict=True):
         pixels = read_image(name)
         place.imshow(pixels, interpolation="antialiased")
         place.set_axis_off()
         title = printable(name.name)
-        place.set_title(title, fontsize=9, color=_INK, parse_math=False)  # "$" is just a letter
+        place.set_title(title, fontsize=9, color=INK, parse_math=False)  # "$" is just a letter
         if face is not None:
             x0, y0, x1, y1 = (float(edge) for edge in face.box)
             place.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2)
             )
-            place.scatter(*face.landmarks.T, s=16, c="white", edgecolors=_INK, linewidths=0.9)
+            x, y = face.landmarks.T
+            place.scatter(x, y, s=16, c="white", edgecolors=INK, linewidths=0.9)
             # A box may reach beyond the image; the image stays the frame.
             place.set_xlim(-0.5, pixels.shape[1] - 0.5)
             place.set_ylim(pixels.shape[0] - 0.5, -0.5)
-    figure.suptitle(result.verdict.capitalize(), color=colour, fontsize=15, fontweight="bold")
+    verdict = result.verdict.capitalize()
+    canvas.figure.suptitle(verdict, color=colour, fontsize=15, fontweight="bold")
     facts = [f"{name} {value}" for name, value in _facts(result)]
-    figure.supxlabel(" · ".join(facts), color=_INK, fontsize=10)
-    memory = io.BytesIO()
-    canvas.print_png(memory)
-    path = Path(path)
+    canvas.figure.supxlabel(" · ".join(facts), color=INK, fontsize=10)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, memory.getvalue())
+        write(canvas, path)
 
 
 def _facts(result: Verification) -> list[tuple[str, str]]:

@@ -408,7 +408,7 @@ def test_onnx_networks(tmp_path, options):
     images = [rng.integers(256, size=(16, 16, 3)).astype(np.uint8) for _ in range(7)]
     with Embedder.load(out, flip=False, batch_size=3) as embedder:
         np.testing.assert_allclose(embedder.embed(images), expected_of(tensors, images), atol=1e-5)
-        free = embedder.network._session.get_inputs()[0].shape[0]
+        free = embedder.network._session(None).get_inputs()[0].shape[0]
         assert free == (1 if options.get("frozen") else "batch")
     with pytest.raises(UserError, match="is exported already"):
         export(out, to="onnx")

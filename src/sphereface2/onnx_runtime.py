@@ -59,6 +59,6 @@ def session(model: bytes | Path, *, threads: int | None = None, folder: Path | N
 def default_threads() -> int:
     """``OMP_NUM_THREADS`` where it is a positive number, else the cores this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted):
+    if wanted.isdecimal() and int(wanted):
         return int(wanted)
     return cores()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sphereface2.machine import cores, free_memory
+from sphereface2.onnx_runtime import default_threads
 from sphereface2.training import config
 
 
@@ -43,6 +44,14 @@ def test_a_container_has_time_for_some_cores_only(
     for quota, expected in ((-1, 64), (50_000, 1)):
         (group / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
         assert cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "-1", "4,2", "many", "²"])
+def test_a_number_of_threads_that_is_none_is_passed_over(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert default_threads() == cores()
 
 
 @pytest.mark.parametrize(

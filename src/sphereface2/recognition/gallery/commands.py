@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -97,25 +98,25 @@ def search(
         line = _line(embedder, far, fpir, threshold, people, model or stats["model"])
         if not as_json:
             print(line.sentence, file=sys.stderr)
-        reports: list[dict[str, Any]] = []
+        placed: list[tuple[int, dict[str, Any]]] = []
         errors: list[UserError] = []
         for start in range(0, len(files), _BATCH):
-            seen: list[tuple[Path, Seen]] = []
-            for file in files[start : start + _BATCH]:
+            seen: list[tuple[int, Seen]] = []
+            for place, file in enumerate(files[start : start + _BATCH], start):
                 try:
-                    seen += [(file, face) for face in look(embedder, file, aligned, faces)]
+                    seen += [(place, face) for face in look(embedder, file, aligned, faces)]
                 except UserError as error:
                     if len(files) == 1:
                         raise
                     errors.append(error)
-                    reports.append({"image": str(file), "error": str(error)})
+                    placed.append((place, {"image": str(file), "error": str(error)}))
             crops = [crop for _, (crop, _) in seen]
             rows = embedder.embed(crops, aligned=True)
             answers = opened.search(rows, k=k, fusion=fusion, exact=exact)
-            for (file, (_, face)), matches in zip(seen, answers, strict=True):
+            for (place, (_, face)), matches in zip(seen, answers, strict=True):
                 best = None if line.threshold is None else decide(matches, line.threshold)
                 report = {
-                    "image": str(file),
+                    "image": str(files[place]),
                     "box": None if face is None else face.box.tolist(),
                     "person": best and best.person,
                     "threshold": line.threshold,
@@ -126,11 +127,10 @@ def search(
                         for m in matches
                     ],
                 }
-                reports.append(report)
+                placed.append((place, report))
                 if not as_json:
                     console.show(_answer(report))
-    order = {str(file): place for place, file in enumerate(files)}
-    reports.sort(key=lambda report: order[report["image"]])
+    reports = [report for _, report in sorted(placed, key=itemgetter(0))]
     written = write(reports, copies) if copies else []
     told = [f"{len(written):,} annotated: {annotate}"] if written else []
     console.tell(as_json, reports, *told)

@@ -114,6 +114,8 @@ def test_what_is_no_gallery_is_told(tmp_path: Path, server: Postgres) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"not http://…"):
         opened("http://milvus:19530")
+    with pytest.raises(UserError, match="address cannot be read"):
+        opened("postgresql://u@/d?host=one&host=two&port=1")
     with pytest.raises(UserError, match="is a folder"):
         opened(tmp_path)
     (tmp_path / "thesis.txt").write_text("mine" * 1000)

@@ -55,29 +55,26 @@ class Database:
         text = str(uri).removeprefix("sqlite:///")
         if "://" not in text:
             return cls._file(Path(text), create)
+        scheme = text.partition("://")[0]
+        if scheme not in ("postgresql", "postgresql+psycopg"):
+            raise UserError(f"a gallery is a file or postgresql+psycopg://…, not {scheme}://…")
+        require("galleries on PostgreSQL", "psycopg", "pgvector")
         try:
-            url = sa.make_url(text)
-        except (ArgumentError, ValueError) as error:
+            url = sa.make_url(text).set(drivername="postgresql+psycopg")
+            # Unless the address says otherwise: a server that is cut off would hang for minutes.
+            patience = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * BUSY_SECONDS}
+            engine = sa.create_engine(
+                url,
+                connect_args={key: patience[key] for key in patience.keys() - url.query.keys()},
+                pool_pre_ping=True,
+                pool_size=8,
+                max_overflow=24,
+            )
+        except (ArgumentError, ValueError) as error:  # of hosts and ports in it as well
             raise UserError(
                 "the gallery's address cannot be read; give a file or "
                 "postgresql+psycopg://user:password@host/database"
             ) from error
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-        if url.drivername != "postgresql+psycopg":
-            raise UserError(
-                f"a gallery is a file or postgresql+psycopg://…, not {url.drivername}://…"
-            )
-        require("galleries on PostgreSQL", "psycopg", "pgvector")
-        # Unless the address says otherwise: a server that is cut off would hang for minutes.
-        patience = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * BUSY_SECONDS}
-        engine = sa.create_engine(
-            url,
-            connect_args={key: patience[key] for key in patience.keys() - url.query.keys()},
-            pool_pre_ping=True,
-            pool_size=8,
-            max_overflow=24,
-        )
         sa.event.listen(engine, "connect", _tune)
         return cls(engine, url.render_as_string(hide_password=True))
 

@@ -414,7 +414,7 @@ def test_onnx_networks(tmp_path, options):
         export(out, to="onnx")
 
 
-def test_onnx_networks_that_are_refused(tmp_path):
+def test_onnx_networks_that_are_refused(tmp_path, monkeypatch):
     file, out = tmp_path / "theirs.onnx", tmp_path / "model"
 
     def refuses(match, **options):
@@ -430,6 +430,9 @@ def test_onnx_networks_that_are_refused(tmp_path):
     refuses("give --size")
     graph(file, batch=4, frozen=True)
     refuses("embeds 4 images at a time")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        refuses("ONNX Runtime cannot be imported")
     file.write_bytes(b"no graph")
     refuses("is damaged or not an ONNX file")
     with pytest.raises(UserError, match="one number or three"):

@@ -179,6 +179,7 @@ def adapted(
     (height, width).
     """
     require("imports of ONNX files", "onnx")
+    onnx_runtime.load()
     import onnx
 
     if not file.is_file():

@@ -70,7 +70,7 @@ def verify(
         report["plot"] = str(plot)
     console.tell(as_json, report, *_parts(result, model))
     if plot is not None:  # after the decision, which does not depend on it
-        draw(result, both, plot)
+        draw(result, both, Path(plot))
         if not as_json:
             console.show(f"plot: {plot}")
     return report

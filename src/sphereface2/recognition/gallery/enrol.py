@@ -260,7 +260,7 @@ def reembed(
                 f"no person would remain in {opened.uri}, which was not changed: put the files "
                 "back, or enrol the people in a new gallery"
             )
-        left_out.extend(reasons[image] for image in sorted(reasons))
+        left_out.extend(reasons[image.id] for _, image in todo if image.id in reasons)
         return zip([image.id for _, image in todo if image.id not in reasons], rows, strict=True)
 
     facts: dict[str, Any] = {"fingerprint": embedder.fingerprint, "dim": embedder.embedding_dim}

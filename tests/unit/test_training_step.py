@@ -132,16 +132,27 @@ def test_what_is_not_finite_never_reaches_the_weights(wrong: str) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 def test_optimizers_go_on_from_their_state(optimizer: str, momentum: float) -> None:
+    """Also from before the loss between samples begins, whose bias has had no gradient then."""
     settings = {"training__optimizer": optimizer, "training__momentum": momentum}
+    settings["sample_to_sample__weight"] = 1.0
     whole, cut = training_step(**settings), training_step(**settings, seed=1)
+    whole.samples_from = cut.samples_from = 3
     whole(batches(seed=1), 1)
     state = copy.deepcopy(training_state(whole.modules, whole.optimizers))
+    held, expected = (
+        {name: one.keys() for name, one in tree["optimizer"]["state"].items()}
+        for tree in (state, training_state(cut.modules, cut.optimizers))
+    )
+    assert held == expected
     restore_training_state(state, cut.modules, cut.optimizers)
     for step in (whole, cut):
         torch.manual_seed(0)
-        step(batches(seed=2), 2)
+        for number in (2, 3, 4):
+            step(batches(seed=number), number)
     for one, other in zip(weights(whole), weights(cut), strict=True):
         assert torch.equal(one, other)
+    bias = [step.modules["samples"].bias for step in (whole, cut)]
+    assert torch.equal(*bias) and bias[0] != training_step(**settings).modules["samples"].bias
 
 
 def test_the_watch_follows_the_mean_and_stops_once() -> None:

@@ -104,7 +104,7 @@ def build_optimizers(
         if params
     ]
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(settings, lr=config.lr)]
+        return [_begun(torch.optim.AdamW(settings, lr=config.lr))]
     sgd = torch.optim.SGD(
         settings,
         lr=config.lr,
@@ -112,7 +112,24 @@ def build_optimizers(
         nesterov=config.nesterov,
         fused=config.cuda_graph or None,  # that alone takes a rate from the device
     )
-    return [sgd, *orthogonal, *fused]
+    return [_begun(sgd), *orthogonal, *fused]
+
+
+def _begun(optimizer: torch.optim.AdamW | torch.optim.SGD) -> torch.optim.Optimizer:
+    """The optimiser with the state that parameters else get with their first gradient.
+
+    A loss may begin later, or weigh nothing: a checkpoint holds the state of all parameters anyhow.
+    """
+    averages = ("exp_avg", "exp_avg_sq")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.tensor(0.0)
+                state |= {name: torch.zeros_like(parameter) for name in averages}
+            elif group["momentum"]:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _fused(config: TrainingConfig, head: Head, decay: float) -> FusedSGD:

@@ -259,12 +259,14 @@ def test_what_is_missing_is_told(copied):
     (failed,) = cells_of(copied, arm="normface", seed=2)
     for cell in (lost, failed):
         (cells / cell.key / "cell.json").unlink()
-    (cells / failed.key / "failed.txt").write_text("exit status 1\nerror: loss | is not finite\n")
+    said = f"error: loss | is not finite in {cells / failed.key}"
+    (cells / failed.key / "failed.txt").write_text(f"exit status 1\n{said}\n")
     text = report(copied)
     assert "**Unfinished:** 2 of " in text
     told = section(text, "### Not done")
     assert "- cosface · head.m 0.2 · clean · seed 1" in told.replace("grid: ", "")
-    assert f"normface · clean · seed 2: error: loss \\| is not finite (in {failed.key})" in told
+    line = f"error: loss \\| is not finite in {failed.key} (in {failed.key})"
+    assert f"normface · clean · seed 2: {line}" in told  # and not where the cells lie
     clean = {row[0]: row for row in rows(section(text, "### clean"))}
     assert [clean[arm][1] for arm in TREE["arms"]] == ["3", "2", "2"]
 

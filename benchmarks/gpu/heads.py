@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -24,12 +23,8 @@ from heads import authors_formula
 from sphereface2 import heads
 from sphereface2.heads import terms
 
-if TYPE_CHECKING:
-    from sphereface2.heads.product_kernels import Tiles
-
 BATCH, DIM = 1024, 512
 PEOPLE = (1_000_000, 100_000)
-REPEATS = 10
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 
 
@@ -83,12 +78,9 @@ class Inputs:
 
         return without
 
-    def fused_head(
-        self, momentum: str = "full", epilogues: bool = False, **options: object
-    ) -> heads.Head:
+    def fused_head(self, momentum: str = "full", **options: object) -> heads.Head:
         """A head that takes its step with the prototypes within the pass over them."""
         head = self.head("sphereface2", streaming=True, **options)
-        head.epilogues = epilogues
         heads.FusedSGD(head, 0.1, momentum_dtype=momentum, **SGD)
         return head
 
@@ -115,8 +107,8 @@ class Inputs:
         return self.step(loss, list(module.parameters()))
 
 
-def graphed(step: Step, device: torch.device, times: int = 1) -> Step:
-    """The step, so many times, as a CUDA graph, which the host launches at once."""
+def graphed(step: Step, device: torch.device) -> Step:
+    """The step as a CUDA graph, which the host launches at once."""
     if device.type != "cuda":
         return step
     stream = torch.cuda.Stream()
@@ -127,8 +119,7 @@ def graphed(step: Step, device: torch.device, times: int = 1) -> Step:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(times):
-            step()
+        step()
     return graph.replay
 
 
@@ -149,26 +140,12 @@ def drawn_on(device: torch.device) -> Iterator[None]:
 
 
 Build = Callable[[Inputs], Step]
-# As a graph, whose kernels start without the host, a smaller block loses nothing, and more of it
-# stays in the cache.
-EPILOGUES = {"epilogues": True}
 HALF = {"momentum": "bfloat16", "weight_dtype": "bfloat16", "compute": "bf16"}
 SAMPLED = {"negatives": "uniform", "negative_share": 0.1}
 STREAMED = {"streaming": True}
 CONTENDERS: list[tuple[str, str, Build]] = [
     ("SphereFace2 fused update, bf16 W and momentum", "bf16", lambda of: of.fused(**HALF)),
     ("first, as a CUDA graph", "bf16", lambda of: graphed(of.fused(**HALF), of.device)),
-    ("first, in epilogues", "bf16", lambda of: of.fused(**HALF, **EPILOGUES)),
-    (
-        "first, in epilogues, as a CUDA graph",
-        "bf16",
-        lambda of: graphed(of.fused(**HALF, **EPILOGUES), of.device),
-    ),
-    (
-        "first, in epilogues, as a CUDA graph, 16,384 a block",
-        "bf16",
-        lambda of: graphed(of.fused(**HALF, **EPILOGUES, chunk_size=16384), of.device),
-    ),
     ("SphereFace2 fused update", "bf16", lambda of: of.fused(compute="bf16")),
     ("SphereFace2 streaming", "bf16", lambda of: of.ours("sphereface2", compute="bf16")),
     ("SphereFace2 sampled 0.1, fused", "bf16", lambda of: of.fused(compute="bf16", **SAMPLED)),
@@ -183,7 +160,7 @@ CONTENDERS: list[tuple[str, str, Build]] = [
     ("first, 32,768 a block", "bf16", lambda of: of.fused(**HALF, chunk_size=32768)),
 ]
 if importlib.util.find_spec("pytorch_metric_learning") is not None:
-    CONTENDERS[8:8] = [
+    CONTENDERS[5:5] = [
         ("pytorch-metric-learning CosFace", "tf32", lambda of: of.metric_learning()),
         ("pytorch-metric-learning CosFace", "bf16", lambda of: of.metric_learning(half=True)),
     ]
@@ -193,9 +170,6 @@ def run(part: Part) -> None:
     batch, dim = (32, 16) if part.tiny else (BATCH, DIM)
     sizes = (200, 500) if part.tiny else PEOPLE
     part.record(**measure.ceilings(part))
-    with part.measuring(people=70_003, head="first, in epilogues, against first") as row:
-        row |= parity(Inputs(batch, dim, 203 if part.tiny else 70_003, part.device))
-    fastest = epilogues(part, batch, dim) if part.device.type == "cuda" else {}
     each = part.left / (len(sizes) * len(CONTENDERS))
     for people in sizes:
         for name, precision, build in CONTENDERS:
@@ -203,98 +177,12 @@ def run(part: Part) -> None:
                 part.record(people=people, head=name, products=precision, error="no time was left")
                 continue
             shape = (batch, dim, people, part.device)
-            about = {"people": people, "head": name, "products": precision}
-            with tiled(fastest), part.measuring(**about) as row:
+            with part.measuring(people=people, head=name, products=precision) as row:
                 torch.manual_seed(0)
                 seconds = 0.0 if part.tiny else each / 3
                 bound = torch.bfloat16 if precision == "bf16" else torch.float32
                 with measure.matmul_precision("high"):
                     row |= compare(build, shape, part, seconds, bound)
-
-
-def parity(of: Inputs) -> measure.Row:
-    """Two steps in epilogues against two of kernels one after another, relative differences."""
-    found: dict[bool, dict[str, Tensor]] = {}
-    for joined in (False, True):
-        torch.manual_seed(0)  # the same prototypes, and the same noise of rounding
-        head = of.fused_head(**HALF, epilogues=joined)
-        x = of.x.detach().clone().requires_grad_()
-        for _ in range(2):
-            loss = head(x, of.labels)
-            loss.backward()
-        (state,) = head.fused.state.values()
-        gradients = {"gradient": x.grad, "bias": head.bias.grad}
-        tensors = gradients | {"momentum": state["momentum_buffer"], "weight": head.weight}
-        found[joined] = {"loss": loss} | tensors
-    row = {
-        name: ((found[True][name].double() - plain.double()).norm() / plain.double().norm()).item()
-        for name, plain in found[False].items()
-    }
-    if not all(difference < 1e-2 for difference in row.values()):
-        raise ArithmeticError(f"the epilogues compute something else: {row}")
-    return row
-
-
-@contextmanager
-def tiled(fastest: dict[str, Tiles]) -> Iterator[None]:
-    """With the tilings that were the fastest, of whatever goes by the name of a list of them."""
-    from sphereface2.heads import product_kernels
-
-    with ExitStack() as stack:
-        for name, tiles in fastest.items():
-            stack.enter_context(patch.object(product_kernels, name, (tiles,)))
-        yield
-
-
-def epilogues(part: Part, batch: int, dim: int, count: int = 65_536) -> dict[str, Tiles]:
-    """The kernels of one block of the default size, with each tiling, against bare products.
-
-    Returns:
-        The fastest tiling, by the name of the list that has it.
-    """
-    from sphereface2.heads import product_kernels
-    from sphereface2.heads.blocks import Block, GradientProduct
-    from sphereface2.margins import BinaryMargin, Own
-
-    half = {"device": part.device, "dtype": torch.bfloat16}
-    x, rows, velocity = (torch.randn(n, dim, **half) for n in (batch, count, count))
-    x, inverse = torch.nn.functional.normalize(x), 1 / rows.float().norm(dim=1)
-    bias, rate = (torch.full((), value, device=part.device) for value in (-5.0, 1e-3))
-    pull, seed = torch.zeros(batch, device=part.device), torch.tensor([7], device=part.device)
-    own = Own(torch.randint(count, (batch,), device=part.device), 0, count)
-    into, block = torch.empty(batch, count, **half), Block(slice(0, count), own)
-    sgd = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": False}
-    gradient = GradientProduct(into, x, 1 / batch, inverse)
-
-    def terms_of_product() -> None:
-        sums = product_kernels.partial_sums(batch, count, part.device)
-        product_kernels.terms_of_product(
-            BinaryMargin(), x, rows, inverse, bias, block, pull, sums, into
-        )
-
-    def step_with_product() -> None:
-        product_kernels.step_with_product_(
-            rows, velocity, gradient, block.rows, None, seed, rate, **sgd
-        )
-
-    times: dict[str, dict[Tiles, float]] = {}
-    for step, bare, name in (
-        (terms_of_product, lambda: x @ rows.T, "TERMS_TILES"),
-        (step_with_product, lambda: into.T @ x, "STEP_TILES"),
-    ):
-        for tiles in getattr(product_kernels, name):
-            names = {"people": count, "head": step.__name__, "tiles": str(tuple(tiles))}
-            with tiled({name: tiles}), part.measuring(**names) as row:
-                # As graphs of ten: the host takes longer to start one than the device to end it.
-                contenders = {
-                    which: graphed(one, part.device, REPEATS)
-                    for which, one in (("step", step), ("bare", bare))
-                }
-                found = measure.in_turns(contenders, part.device, seconds=0.3)
-                row["ms"] = statistics.median(found["step"]) / REPEATS
-                row["× bf16"] = measure.median_ratio(found, "step", "bare")
-                times.setdefault(name, {})[tiles] = row["× bf16"]
-    return {name: min(found, key=found.__getitem__) for name, found in times.items()}
 
 
 def compare(

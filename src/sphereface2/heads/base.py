@@ -84,11 +84,6 @@ class Head(nn.Module):
     """Set it to True where the caller vouches for its batches, as the training loop does: labels
     are then not read to check their range, nor are other ranks asked for the sizes of their
     batches, which must be equal. Either makes a GPU's host wait at every call."""
-    epilogues: bool = False
-    """Whether ``compute="bf16"`` with a fused update and all classes makes the terms in the
-    epilogue of the product that gives the cosines, and takes the step in that of the one that gives
-    the gradient, where the kernels can (CUDA, a shared bias, d a multiple of 8). Elsewhere it
-    changes nothing. Off, because no card has measured it yet (benchmarks/gpu/NOTES.md)."""
 
     def __init__(self, embedding_dim: int, num_classes: int, **scaling: Unpack[Scaling]) -> None:
         super().__init__()

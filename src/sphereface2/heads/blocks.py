@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -56,39 +56,20 @@ class Block:
         return len(self.rows)
 
 
-class GradientProduct(NamedTuple):
-    """A gradient by normalised rows that is not made yet: ``factor`` · dcosᵀ · x / ``inverse``.
-
-    Attributes:
-        dcos: (B, c) bfloat16, derivatives by the cosines, times ``inverse``.
-        x: (B, d) bfloat16, unit embeddings.
-        factor: of the mean loss.
-        inverse: (c,) float32, 1 / the norms of the rows.
-    """
-
-    dcos: Tensor
-    x: Tensor
-    factor: float
-    inverse: Tensor
-
-
 class RowUpdate(Protocol):
     """An optimiser that consumes the gradient of W block by block."""
 
     def begin_step(self) -> None:
         """A pass over the blocks begins."""
 
-    def update_(
-        self, block: Block, unit: Tensor | None, gradient: Tensor | GradientProduct
-    ) -> None:
+    def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
         """Take a step with the block's rows of W.
 
         Args:
             block: rows among this rank's.
             unit: (c, d) those rows after normalisation, may be overwritten; None where the
                 kernels are used, which normalise the rows on their way.
-            gradient: (c, d) gradient by the normalised rows, may be overwritten; or its factors,
-                without ``unit``.
+            gradient: (c, d) gradient by the normalised rows, may be overwritten.
         """
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sphereface2.errors import UserError, check_choice, check_number
 from sphereface2.heads.base import Head
-from sphereface2.heads.blocks import Block, GradientProduct
+from sphereface2.heads.blocks import Block
 from sphereface2.heads.sharding import local
 
 MomentumType = Literal["full", "bfloat16"]
@@ -92,16 +92,13 @@ class FusedSGD(torch.optim.Optimizer):
         self.rate: Tensor | None = None
 
     @torch.no_grad()
-    def update_(
-        self, block: Block, unit: Tensor | None, gradient: Tensor | GradientProduct
-    ) -> None:
+    def update_(self, block: Block, unit: Tensor | None, gradient: Tensor) -> None:
         """Take the step of some rows of W; see `RowUpdate`."""
         (group,) = self.param_groups
         (weight,) = group["params"]
         if unit is None:
             self._step_by_kernel(block, gradient)
             return
-        assert isinstance(gradient, Tensor)
         rows, gradient = block.rows, gradient.to(unit.dtype)
         if block.skip is not None and isinstance(rows, Tensor):
             counts = ~block.skip
@@ -130,8 +127,8 @@ class FusedSGD(torch.optim.Optimizer):
         if not (isinstance(rows, slice) and stored.dtype == unit.dtype):
             self._store(unit, stored, rows)
 
-    def _step_by_kernel(self, block: Block, gradient: Tensor | GradientProduct) -> None:
-        from sphereface2.heads import product_kernels, row_kernels
+    def _step_by_kernel(self, block: Block, gradient: Tensor) -> None:
+        from sphereface2.heads import row_kernels
 
         (group,) = self.param_groups
         (weight,) = group["params"]
@@ -143,10 +140,7 @@ class FusedSGD(torch.optim.Optimizer):
             if not isinstance(rate, Tensor):
                 rate = torch.full((), rate, dtype=torch.float32, device=weight.device)
             self.rate = rate
-        step: Callable[..., None] = row_kernels.step_rows_
-        if isinstance(gradient, GradientProduct):
-            step = product_kernels.step_with_product_
-        step(
+        row_kernels.step_rows_(
             local(weight.data),
             None if velocity is None else local(velocity),
             gradient,

@@ -86,19 +86,14 @@ def add_block_terms_(
         margin.t,
         KIND=margin.margin_type,
         SLOPE=margin.detach == "margin" and margin.t != 1,
-        POWER=t_as_constant(margin),
+        POWER=int(margin.t) if margin.t in (1, 2, 3, 4) else 0,  # then powers are products
         SKIPS=skip is not None,
         GIVEN=own_cos is not None,
     )
 
 
-def t_as_constant(margin: BinaryMargin) -> int:
-    """t where it is a small integer, of which powers are products; else 0."""
-    return int(margin.t) if margin.t in (1, 2, 3, 4) else 0
-
-
 @triton.jit
-def power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
+def _power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
     """u^t for u in [0, 1]; POWER is t where that is a small integer, else 0."""
     if POWER == 1:
         result = u
@@ -114,7 +109,7 @@ def power(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def slope(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
+def _slope(u: tl.tensor, t: tl.tensor, POWER: tl.constexpr) -> tl.tensor:
     """g'(cos) = t·u^(t-1) with u = (cos + 1)/2."""
     if POWER == 2:
         result = t * u
@@ -143,7 +138,7 @@ def _acos(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def log1p(u: tl.tensor) -> tl.tensor:
+def _log1p(u: tl.tensor) -> tl.tensor:
     """log(1 + u) for u ≥ 0: log(w)·u/(w-1) with w = 1 + u, in spite of the rounding of w."""
     w = 1 + u
     rest = w - 1
@@ -193,14 +188,14 @@ def _block_terms(
         theta = _acos(tl.minimum(tl.maximum(cos_y, -_COSINE), _COSINE))
         theta = theta + m if KIND == "A" else theta * m
         margined = tl.cos(tl.minimum(tl.maximum(theta, _SMALLEST), _LARGEST))
-    g = 2 * power((margined + 1) * 0.5, t, POWER) - 1
+    g = 2 * _power((margined + 1) * 0.5, t, POWER) - 1
     p = r * (g - m if KIND == "C" else g) + bias
     small_y = tl.exp(-tl.abs(p))
     pull = -lam * tl.where(p <= 0, 1.0, small_y) / (1 + small_y)
-    loss = tl.where(mine, (tl.maximum(-p, 0.0) + log1p(small_y)) * lam / r, 0.0)
+    loss = tl.where(mine, (tl.maximum(-p, 0.0) + _log1p(small_y)) * lam / r, 0.0)
     dbias = tl.where(mine, pull / r, 0.0)
     if SLOPE:
-        pull = pull * slope((cos_y + 1) * 0.5, t, POWER)
+        pull = pull * _slope((cos_y + 1) * 0.5, t, POWER)
 
     # softplus(n) = max(n, 0) + log(1 + exp(-|n|)). Logarithms are dear, so that the factors are
     # multiplied first: 1 + product = Π (1 + exp(-|n|)), at most 2 each, where nothing cancels.
@@ -211,7 +206,7 @@ def _block_terms(
         column = begin + first + tl.arange(0, TILE)
         inside = column < columns
         base = (tl.load(line + column, mask=inside, other=0.0).to(tl.float32) + 1) * 0.5
-        n = 2 * r * power(base, t, POWER) + (r * (offset - 1) + bias)
+        n = 2 * r * _power(base, t, POWER) + (r * (offset - 1) + bias)
         counts = inside & (column != own)
         if SKIPS:
             counts = counts & (tl.load(skip_ptr + column, mask=inside, other=1) == 0)
@@ -221,10 +216,10 @@ def _block_terms(
         push = tl.where(counts, share * tl.where(n >= 0, 1.0, u) / (1 + u), 0.0)
         pushes += push
         if SLOPE:
-            push = push * slope(base, t, POWER)
+            push = push * _slope(base, t, POWER)
         derivative = tl.where(mine & (column == own), pull, push)
         tl.store(line + column, derivative.to(cos_ptr.dtype.element_ty), mask=inside)
-    loss += tl.sum(largest + log1p(product)) * share / r
+    loss += tl.sum(largest + _log1p(product)) * share / r
     dbias += tl.sum(pushes) / r
     place = sums_ptr + row * splits + split
     tl.store(place, tl.load(place) + loss)

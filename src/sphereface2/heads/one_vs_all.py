@@ -92,7 +92,6 @@ class OneVersusAllHead(Head):
             half=self.compute == "bf16",
             even=self.trust_batches,
             update=update,
-            epilogues=self.epilogues,
         )
         return streamed_one_vs_all(x, weight, local(self.bias).to(x.dtype), labels, work)
 

@@ -21,21 +21,13 @@ _ROUNDS = tl.constexpr(7)
 """Of Philox4x32: the fewest with which its authors found no fault (Salmon et al., SC 2011)."""
 
 
-def unit_rows(
-    weight: Tensor,
-    rows: slice | Tensor,
-    into: Tensor | None,
-    *,
-    store: bool,
-    inverse: Tensor | None = None,
-) -> None:
+def unit_rows(weight: Tensor, rows: slice | Tensor, into: Tensor | None, *, store: bool) -> None:
     """Rows of W, (C, d) float32 or bfloat16, at unit length.
 
     Args:
         rows: a range or int64 indices.
         into: (c, d) of either type, contiguous: the result; None: none but in W.
         store: write them back into W.
-        inverse: (c,) float32, gets 1 / the rows' norms; the rows then keep their lengths.
     """
     count, dim, start, indices = _range(weight, rows)
     width, each = _tile(dim)
@@ -43,14 +35,12 @@ def unit_rows(
         weight,
         weight if into is None else into,
         weight if indices is None else indices,
-        weight if inverse is None else inverse,
         start,
         count,
         dim,
         INDEXED=indices is not None,
         COPY=into is not None,
         STORE=store,
-        INVERSE=inverse is not None,
         ROWS=each,
         WIDTH=width,
     )
@@ -99,7 +89,7 @@ def step_rows_(
         SKIPS=skip is not None,
         MOMENTUM=velocity is not None,
         NESTEROV=nesterov,
-        ROUNDS=rounds(weight, velocity),
+        ROUNDS=any(one is not None and one.dtype == torch.bfloat16 for one in (weight, velocity)),
         ROWS=each,
         WIDTH=width,
     )
@@ -112,19 +102,10 @@ def _range(weight: Tensor, rows: slice | Tensor) -> tuple[int, int, int, Tensor 
     return len(rows), weight.shape[1], 0, rows
 
 
-def padded(dim: int) -> int:
-    """Numbers of a row as the kernels count them; noise comes in fours."""
-    return max(4, triton.next_power_of_2(dim))
-
-
 def _tile(dim: int) -> tuple[int, int]:
-    """Width of a row and rows of a program."""
-    return padded(dim), max(1, ELEMENTS // padded(dim))
-
-
-def rounds(*tensors: Tensor | None) -> bool:
-    """Whether one of what a step writes is rounded, and needs noise."""
-    return any(one is not None and one.dtype == torch.bfloat16 for one in tensors)
+    """Width of a row, of at least four numbers, as noise comes in fours, and rows of a program."""
+    width = max(4, triton.next_power_of_2(dim))
+    return width, max(1, ELEMENTS // width)
 
 
 @triton.jit
@@ -139,14 +120,12 @@ def _unit_rows(
     weight_ptr: tl.tensor,
     into_ptr: tl.tensor,
     rows_ptr: tl.tensor,
-    inverse_ptr: tl.tensor,
     start: tl.tensor,
     count: tl.tensor,
     dim: tl.tensor,
     INDEXED: tl.constexpr,
     COPY: tl.constexpr,
     STORE: tl.constexpr,
-    INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
@@ -158,10 +137,7 @@ def _unit_rows(
     mask = (row < count)[:, None] & (column < dim)[None, :]
     place = weight_ptr + source[:, None] * dim + column[None, :]
     weight = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    inverse = _inverse_norms(weight)
-    if INVERSE:
-        tl.store(inverse_ptr + row, inverse, mask=row < count)
-    unit = weight if INVERSE else weight * inverse[:, None]
+    unit = weight * _inverse_norms(weight)[:, None]
     if COPY:
         target = into_ptr + row.to(tl.int64)[:, None] * dim + column[None, :]
         tl.store(target, unit.to(into_ptr.dtype.element_ty), mask=mask)
@@ -210,41 +186,12 @@ def _step_rows(
     place = source[:, None] * dim + column[None, :]
     given = gradient_ptr + row.to(tl.int64)[:, None] * dim + column[None, :]
     weight = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    quarter = source[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
-    take_step(
-        (weight_ptr, velocity_ptr, seed_ptr, rate_ptr),
-        place,
-        quarter,
-        mask,
-        weight * _inverse_norms(weight)[:, None],
-        tl.load(given, mask=mask, other=0.0).to(tl.float32),
-        (momentum, decay),
-        MOMENTUM,
-        NESTEROV,
-        ROUNDS,
-    )
-
-
-@triton.jit
-def take_step(
-    pointers: tl.tuple,
-    place: tl.tensor,
-    quarter: tl.tensor,
-    mask: tl.tensor,
-    weight: tl.tensor,
-    gradient: tl.tensor,
-    factors: tl.tuple,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    ROUNDS: tl.constexpr,
-) -> None:
-    """The step of a tile of normalised rows, (rows, columns); ``quarter`` numbers its noise."""
-    weight_ptr, velocity_ptr, seed_ptr, rate_ptr = pointers
-    momentum, decay = factors
-    step = gradient + decay * weight
+    weight = weight * _inverse_norms(weight)[:, None]
+    step = tl.load(given, mask=mask, other=0.0).to(tl.float32) + decay * weight
     if ROUNDS:
         # One call gives four numbers of 32 bits: the lower half of each is for W, the upper one
         # for the momentum.
+        quarter = source[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
         a, b, c, d = tl.randint4x(tl.load(seed_ptr), quarter, n_rounds=_ROUNDS)
         noise = tl.interleave(tl.interleave(a, b), tl.interleave(c, d))
     if MOMENTUM:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sphereface2.heads.base import renormalise_
-from sphereface2.heads.blocks import Block, GradientProduct, RowUpdate
+from sphereface2.heads.blocks import Block, RowUpdate
 from sphereface2.heads.sharding import Shard
-from sphereface2.heads.terms import Totals, fits_kernels, has_terms_kernel
-from sphereface2.margins import ClassTerms, Own
+from sphereface2.heads.terms import Totals, fits_kernels
+from sphereface2.margins import ClassTerms
 
 ONCE = "the loss can be differentiated once only (no create_graph, no second backward)"
 
@@ -36,7 +36,6 @@ class Work:
         half: whether the products of float32 embeddings are made of bfloat16 numbers.
         even: all ranks are known to have equally many samples.
         update: consumes the gradient of W in the forward pass, which then yields none.
-        epilogues: as in `Head`.
     """
 
     margin: ClassTerms
@@ -48,7 +47,6 @@ class Work:
     half: bool = False
     even: bool = False
     update: RowUpdate | None = None
-    epilogues: bool = False
 
 
 def streamed_one_vs_all(
@@ -105,14 +103,7 @@ class _StreamedOneVersusAll(torch.autograd.Function):
         grad_weight = empty(weight) if need_weight else None
         totals = Totals(work.margin, bias, len(x), work.chunk)
         buffers = _Buffers(x, dtype)
-        joined = half and _have_epilogues(x, weight, bias, work)
-        if joined and own_cos is not None:
-            totals.add_positives(own_cos, Own(own_class, 0, len(weight)))
         for block in work.plan(x, own_class):
-            if joined and update is not None:
-                into = grad_x if need_x else None
-                _visit_joined_(weight, block, narrow_x, mean, totals, buffers, into, update)
-                continue
             exact, unit = _prototypes(weight, block, x.dtype, buffers, update is None)
             cos = torch.mm(narrow_x, unit.T, out=buffers.take("cos", len(x), len(block)))
             dcos = totals.add_(cos, block, own_cos)
@@ -146,40 +137,6 @@ class _StreamedOneVersusAll(torch.autograd.Function):
                 if part is not None:
                     part.mul_(grad)
         return *grads, None, None, None
-
-
-def _have_epilogues(x: Tensor, weight: Tensor, bias: Tensor, work: Work) -> bool:
-    """Whether the terms and the step of this pass can be made in the products' epilogues."""
-    if not work.epilogues or work.update is None or not work.visits_all or x.shape[1] % 8:
-        return False
-    return has_terms_kernel(work.margin, x, bias) and fits_kernels(weight)
-
-
-def _visit_joined_(
-    weight: Tensor,
-    block: Block,
-    x: Tensor,
-    mean: float,
-    totals: Totals,
-    buffers: _Buffers,
-    grad_x: Tensor | None,
-    update: RowUpdate,
-) -> None:
-    """A block's terms and its step in the epilogues of the products."""
-    from sphereface2.heads import row_kernels
-
-    x = x.contiguous()
-    inverse = torch.empty(len(block), device=x.device)
-    rows, into = weight.data[block.rows], None
-    if rows.dtype != x.dtype:
-        rows = into = buffers.take("rows", *rows.shape)
-    row_kernels.unit_rows(weight.data, block.rows, into, store=False, inverse=inverse)
-    stride = -(-len(block) // 16) * 16  # for wide accesses
-    dcos = buffers.take("cos", len(x), stride)[:, : len(block)]
-    totals.add_product_(x, rows, inverse, block, dcos)
-    if grad_x is not None:
-        _add_product_(grad_x, dcos, rows)  # before the step
-    update.update_(block, None, GradientProduct(dcos, x, mean, inverse))
 
 
 class _Buffers:

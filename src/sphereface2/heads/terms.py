@@ -39,7 +39,7 @@ def block_terms_(
     Returns:
         `Terms` with loss (B,), dcos the given ``cos`` itself, dbias (B,) or (B, c).
     """
-    if has_terms_kernel(margin, cos, bias):
+    if _has_terms_kernel(margin, cos, bias):
         from sphereface2.heads import kernels
 
         assert isinstance(margin, BinaryMargin)
@@ -76,7 +76,7 @@ class Totals:
 
     def add_(self, cos: Tensor, block: Block, own_cos: Tensor | None) -> Tensor:
         """Take the terms of a block: its cosines (B, c) are overwritten by their derivatives."""
-        if has_terms_kernel(self.margin, cos, self.bias):
+        if _has_terms_kernel(self.margin, cos, self.bias):
             from sphereface2.heads import kernels
 
             if self.partial is None:
@@ -106,26 +106,6 @@ class Totals:
             self.dbias.index_add_(0, block.rows, dbias.sum(0))
         return dcos
 
-    def add_positives(self, own_cos: Tensor, own: Own) -> None:
-        """Take the terms of the own classes, once for all of `add_product_`."""
-        positive = self.margin.positive(own_cos, self.bias)
-        self.pull = positive.dcos
-        self.losses += own.mask(positive.loss)
-        self.dbias += own.mask(positive.dbias)
-
-    def add_product_(
-        self, x: Tensor, rows: Tensor, inverse: Tensor, block: Block, into: Tensor
-    ) -> None:
-        """`add_` in the epilogue of the product x·rowsᵀ; see `product_kernels.terms_of_product`."""
-        from sphereface2.heads import product_kernels
-
-        if self.partial is None:
-            self.partial = product_kernels.partial_sums(len(x), self.widest, x.device)
-        assert isinstance(self.margin, BinaryMargin)
-        product_kernels.terms_of_product(
-            self.margin, x, rows, inverse, self.bias, block, self.pull, self.partial, into
-        )
-
     def sums(self) -> tuple[Tensor, Tensor]:
         """Each sample's loss, (B,), and the derivative by the bias summed over samples."""
         if self.partial is not None:
@@ -134,7 +114,7 @@ class Totals:
         return self.losses, self.dbias if self.bias.ndim else self.dbias.sum()
 
 
-def has_terms_kernel(margin: ClassTerms, cos: Tensor, bias: Tensor) -> bool:
+def _has_terms_kernel(margin: ClassTerms, cos: Tensor, bias: Tensor) -> bool:
     """Whether the kernels know the equations and take these tensors."""
     return isinstance(margin, BinaryMargin) and bias.ndim == 0 and fits_kernels(cos)
 

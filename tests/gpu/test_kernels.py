@@ -64,13 +64,13 @@ ROWS = [
     (
         "_unit_rows",
         {"weight_ptr": w, "into_ptr": into},
-        {"INDEXED": i, "COPY": c, "STORE": s, "INVERSE": inverse} | SHAPE,
+        {"INDEXED": i, "COPY": c, "STORE": s} | SHAPE,
     )
-    for w, into, i, c, s, inverse in [
-        ("float32", "float32", False, False, True, False),
-        ("float32", "bfloat16", False, True, False, True),
-        ("bfloat16", "bfloat16", False, True, False, False),
-        ("bfloat16", "float32", True, True, False, False),
+    for w, into, i, c, s in [
+        ("float32", "float32", False, False, True),
+        ("float32", "bfloat16", False, True, False),
+        ("bfloat16", "bfloat16", False, True, False),
+        ("bfloat16", "float32", True, True, False),
     ]
 ]
 STEPS = [

@@ -248,7 +248,10 @@ def test_only_the_best_of_each_group_run_on(tmp_path):
     }
     assert counts == {"a": 4, "b": 4, "c": 1, "d": 4}
     arms["a"].pop("trials")
-    with pytest.raises(UserError, match="finals are decided by trials, and a has none"):
+    study = design.load(write(tmp_path, tree))  # nothing is to be decided about it
+    assert design.finalists(study, {"a": -1.0}) == ["a"]
+    arms["b"].pop("trials")
+    with pytest.raises(UserError, match="finals are decided by trials, and b has none"):
         design.load(write(tmp_path, tree))
 
 

@@ -84,7 +84,10 @@ class Sweep:
 
 @dataclass
 class Finals:
-    """A group of arms, of which those whose trials did best run with every seed and condition."""
+    """A group of arms, of which those whose trials did best run with every seed and condition.
+
+    A group of no more than ``best`` arms decides nothing, and may have arms without trials.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     arms: list[str]
@@ -357,9 +360,10 @@ def _check(study: Study, path: Path) -> None:
     for name, arm in study.arms.items():
         if arm.chosen is not None and arm.chosen not in arm.trials:
             raise UserError(f"{path}: what was chosen for {name} is none of its trials")
-    for name in (arm for group in study.finals for arm in group.arms):
-        if not study.arms[name].trials:
-            raise UserError(f"{path}: finals are decided by trials, and {name} has none")
+    for group in study.finals:
+        for name in group.arms:
+            if len(group.arms) > group.best and not study.arms[name].trials:
+                raise UserError(f"{path}: finals are decided by trials, and {name} has none")
     for name, arm in study.arms.items():
         for condition in arm.only or []:
             if condition not in study.conditions:

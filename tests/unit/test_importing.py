@@ -324,6 +324,9 @@ def test_other_networks_are_refused(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(UserError, match="is damaged"):
         import_weights(tmp_path / "text.pt", tmp_path / "out", from_="adaface")
+    (tmp_path / "net.onnx").touch()
+    with pytest.raises(UserError, match="is an ONNX file, not a checkpoint"):
+        import_weights(tmp_path / "net.onnx", tmp_path / "out", from_="adaface")
 
 
 # -- ONNX ------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def load(
     Raises:
         UserError: an unreadable file, one that would run code, or another network.
     """
+    if file.suffix == ".onnx":
+        raise UserError(f"{file} is an ONNX file, not a checkpoint of PyTorch: give --from onnx")
     tensors = dict(_flat(_read(file)))
     families = LAYOUTS[layout]
     for family in families:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -305,15 +306,16 @@ def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> An
 
     Without ``optimize`` all parameters stay, under their names.
     """
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["embeddings"],
-        verbose=False,
-        optimize=optimize,
-    )
+    with _errors_alone("torch.onnx"):
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["embeddings"],
+            verbose=False,
+            optimize=optimize,
+        )
     model = exported.model_proto  # type: ignore[union-attr]
     graph = model.graph
     for item in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output]:
@@ -323,6 +325,18 @@ def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> An
             if dimension.dim_param == graph.input[0].type.tensor_type.shape.dim[0].dim_param:
                 dimension.dim_param = "batch"
     return model
+
+
+@contextmanager
+def _errors_alone(name: str) -> Iterator[None]:
+    """Hear no warnings of a logger: torch's exporter has one for each operator of torchvision."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 # --- the check ------------------------------------------------------------------------------------

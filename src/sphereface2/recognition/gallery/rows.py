@@ -225,17 +225,22 @@ class Rows:
     ) -> dict[int, list[int]]:
         """Write people and their images: the images' ids by the person's key."""
         people, images = self.people, self.images
-        # In one order, so that two processes never wait for each other; and touched, so that the
-        # rows of people who are there are locked.
+        # In one order, so that two processes never wait for each other. The rows of people who are
+        # there are locked and not written, which could link their templates anew.
         items = sorted(items, key=lambda item: item.key)
         rows = [
-            {"id": i.key, "name": i.person, "metadata": "{}", "template": template(i.embeddings)}
-            for i in items
+            {
+                "id": item.key,
+                "name": item.person,
+                "metadata": json.dumps(item.metadata or {}),
+                "template": template(item.embeddings),
+            }
+            for item in items
         ]
-        touch = self.insert(people).on_conflict_do_update(
-            index_elements=["id"], set_={"name": people.c.name}
+        insert = self.insert(people).on_conflict_do_update(
+            index_elements=["id"], set_={"name": people.c.name}, where=sa.false()
         )
-        connection.execute(touch, rows)
+        connection.execute(insert, rows)
         there = self.describe(connection, [item.key for item in items])
         new_ids = iter(image_ids(sum(len(item.embeddings) for item in items)))
         ids: dict[int, list[int]] = {}
@@ -253,12 +258,11 @@ class Rows:
             columns: Any = (ids[item.key], vectors, item.sources, item.crops)
             for row in zip(*columns, strict=True):
                 added.append(dict(zip(images.c.keys(), (item.key, *row), strict=True)))
-            if before.images and replace:
-                connection.execute(sa.delete(images).where(images.c.person == item.key))
-            elif before.images:
-                # Of the images themselves, so that it does not drift however often it changes.
-                vectors = np.stack([*self.vectors(connection, item.key, False), *vectors])
-            if before.images or item.metadata is not None:
+            if before.images:
+                if replace:
+                    connection.execute(sa.delete(images).where(images.c.person == item.key))
+                else:  # of the images themselves, so that it does not drift with its changes
+                    vectors = np.stack([*self.vectors(connection, item.key, False), *vectors])
                 metadata = before.metadata if item.metadata is None else item.metadata
                 facts = {"metadata": json.dumps(metadata), "template": template(vectors)}
                 changed.append({"key": item.key, **facts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -67,6 +68,19 @@ def test_a_partitioned_table_gives_equal_answers(server: Postgres) -> None:
             dim=8,
         )
         assert gallery.search(new["p7"][0], k=1)[0][0].person == "p7"
+
+
+def test_a_server_writes_a_persons_row_once_a_change(server: Postgres) -> None:
+    """Each time would link the template into its graph anew."""
+    address = server.database()
+    with opened(address) as gallery:
+        gallery.add("Ann", vectors(1, 2), metadata={})
+        gallery.add("Ann", vectors(2, 2), metadata={"room": 7})
+    written = "SELECT n_tup_ins, n_tup_upd FROM pg_stat_user_tables WHERE relname = 'people'"
+    until = time.monotonic() + 20  # connections count what they did when they end
+    while (rows := server.sql(written, address.rpartition("/")[2]).strip()) != "1|1":
+        assert time.monotonic() < until, rows
+        time.sleep(0.05)
 
 
 def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:

@@ -135,7 +135,8 @@ def postgres() -> Iterator[Postgres]:
         yield server
     finally:
         if server is not None and server.process.poll() is None:
-            server.kill()
+            server.process.send_signal(signal.SIGQUIT)  # at once; its shared memory goes as well
+            server.process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

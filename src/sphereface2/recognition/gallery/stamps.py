@@ -69,6 +69,8 @@ def index_server(connection: Connection, row: Any) -> None:
     for table, column in (("images", "embedding"), ("people", "template")):
         connection.exec_driver_sql(
             f"CREATE INDEX IF NOT EXISTS {table}_hnsw ON {table} "
+            # As dense as by default (m 16, ef_construction 64): with m 12, or 32, one search in 50
+            # among 100,000 images misses the nearest, and enrolment is hardly quicker.
             f"USING hnsw (({column}::halfvec({row.dim})) halfvec_ip_ops) "
             # Rows of another model, which other transactions still see, stay out.
             f"WHERE vector_dims({column}) = {row.dim}"

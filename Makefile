@@ -66,7 +66,7 @@ demo: install  ## open the web page on the model that comes with the package
 
 BOX := runs/box
 box: install  ## make the model that comes with the package anew, with dlib's network as teacher
-	$(BIN)/pip install --quiet '.[teacher-dlib]'
+	$(BIN)/pip install --quiet --editable '.[teacher-dlib]'
 	$(BIN)/python benchmarks/box/dlib_network.py $(BOX)/dlib
 	$(BIN)/sphereface2 fit --config box --teacher $(BOX)/dlib --run-folder $(BOX)/first --ranks auto
 	$(BIN)/python benchmarks/box/mapped.py $(BOX)/first $(SPHEREFACE2_DATA)/celeb50k $(BOX)/mapped.npz

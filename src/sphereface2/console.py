@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import Any
@@ -19,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -28,16 +31,20 @@ from rich.table import Table
 from sphereface2.files import printable
 
 _NAMED = 20
+_A_LINE = 60.0
+"""Seconds between lines of progress where there is no terminal."""
 _ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±█", "---..x><<>\"\"''-|~#")
 
 
 def bars(*, counted: bool = False) -> Progress:
-    """Progress bars on standard error, which vanish when done; nothing where it is no terminal.
+    """Progress bars on standard error, which vanish when done; lines where it is no terminal.
 
     Args:
         counted: show "done/total" instead of a percentage.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        return _Lines(counted)
     middle: ProgressColumn = MofNCompleteColumn() if counted else TaskProgressColumn()
     return Progress(
         TextColumn("{task.description}"),
@@ -46,8 +53,32 @@ def bars(*, counted: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
+
+
+class _Lines(Progress):
+    """A line a minute, for a log file: how far the task is that advanced last."""
+
+    def __init__(self, counted: bool) -> None:
+        super().__init__(disable=True, get_time=time.monotonic)
+        self._counted, self._due = counted, time.monotonic() + _A_LINE
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + _A_LINE
+        task = next(one for one in self.tasks if one.id == task_id)
+        done = f"{task.percentage:.0f} %"
+        if self._counted:
+            done = f"{task.completed:,.0f}/{task.total:,.0f}"
+        left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
+        print(f"{task.description} {done}{left}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def advance(progress: Progress | None, title: str, total: float) -> Callable[[float], None]:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from sphereface2 import console
+
 SCRIPT = """
 from rich.progress import Progress
 from sphereface2 import console
@@ -36,3 +38,14 @@ def test_output_survives_every_encoding(encoding):
         assert "┃" not in shown and "|" in shown
     if encoding == "ascii":
         assert "3 x 4 > 12 ? ?" in shown and "98.00 - 99.00 %" in shown
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with console.bars(counted=True) as progress:
+        advance = console.advance(progress, "images", 7200)
+        for _ in range(119):  # a second each
+            clock[0] += 1
+            advance(10)
+    assert capsys.readouterr().err == "images 600/7,200, 11 min left\n"

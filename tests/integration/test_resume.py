@@ -81,7 +81,8 @@ def last(folder: Path) -> Path:
 
 
 def test_stopped_and_resumed_it_ends_as_if_nothing_had_happened(folder: Path, whole: Path) -> None:
-    assert resume(folder)[0] == 0
+    # In the precision it began with, whichever is the faster one on the machine where it goes on.
+    assert resume(folder, training__autocast="auto")[0] == 0
     assert_equal(weights(folder), weights(whole))
     assert metrics(folder) == metrics(whole)
 

@@ -1,12 +1,16 @@
 """What the size of a set decides, and what is refused before a run folder is made."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sphereface2 import device
 from sphereface2.errors import UserError
-from sphereface2.training import config
+from sphereface2.training import config, resuming
+from sphereface2.training.checkpoint import Checkpoint
 from sphereface2.training.distributed import World, world
 from sphereface2.training.fit import fit
 from sphereface2.training.inputs import open_inputs
@@ -42,25 +46,52 @@ def test_a_small_set_gets_numbers_that_fit(people, count, images, held_out, batc
     assert found.chosen == [f"data.validation_people {held_out}", f"training.batch_size {batch}"]
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """Have this machine's CPU take so many seconds for a convolution in bf16, and 1 in float32."""
+
+    def have(seconds, **known):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+        times = {torch.bfloat16: seconds, torch.float32: 1.0}
+        monkeypatch.setattr(device, "convolution_seconds", times.get)
+
+    return have
+
+
 @pytest.mark.parametrize(
-    ("known", "precision"),
+    ("known", "seconds", "precision"),
     [
-        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "off"),
-        ({"avx512_bf16": True}, "bf16"),
-        ({"l2_cache_size": 1, "amx_bf16": True}, "bf16"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, 0.1, "off"),
+        ({"avx512_bf16": True}, 0.5, "bf16"),
+        ({"l2_cache_size": 1, "amx_bf16": True}, 0.1, "bf16"),
+        ({"avx512_bf16": True}, 2.0, "off"),
     ],
 )
-def test_precision_is_what_the_processor_has(people, monkeypatch, known, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+def test_precision_is_the_faster_one(people, processor, known, seconds, precision):
+    processor(seconds, **known)
     found = opened(people(20, 3), "--training.autocast", "auto")
     assert found.settings.training.autocast == precision
     assert found.chosen[-1] == f"training.autocast {precision}"
 
 
-def test_precision_is_what_every_rank_has(people, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+def test_precision_is_the_faster_one_on_every_rank(people, processor, monkeypatch):
+    processor(0.5, avx512_bf16=True)
     monkeypatch.setattr(World, "gather", lambda self, own: [own, False])
     assert opened(people(20, 3), "--training.autocast", "auto").settings.training.autocast == "off"
+
+
+@pytest.mark.parametrize("before", ["off", "bf16"])
+def test_a_run_that_goes_on_keeps_the_precision_it_chose(before):
+    found = Checkpoint(Path("step-7"), {}, {"settings": {"training": {"autocast": before}}})
+    for given, then in [("auto", before), ("fp16", "fp16")]:
+        settings = config.load(None, ["--training.autocast", given])
+        assert resuming.left_to_machine(found, settings).training.autocast == then
+
+
+def test_precisions_are_timed():
+    threads = torch.get_num_threads()
+    assert 0 < device.convolution_seconds(torch.float32) < 1
+    assert torch.get_num_threads() == threads
 
 
 def test_numbers_that_are_given_stay(people):

@@ -183,7 +183,7 @@ class TrainingConfig:
     fused_momentum: Literal["full", "bfloat16"] = "full"
     """``fused_head``: how the prototypes' momentum is kept."""
     autocast: Literal["off", "bf16", "fp16", "auto"] = "off"
-    """Of the backbone's operators (heads take float32); ``auto``: bf16 where the device has it."""
+    """Of the backbone's operators (heads take float32); ``auto``: bf16 where it is faster."""
     compile: bool = False
     """Compile the backbone with ``torch.compile``."""
     cuda_graph: bool = False

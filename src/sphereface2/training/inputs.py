@@ -16,7 +16,7 @@ from sphereface2.data.opening import is_bin, load_pairs, open_source
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.split import default_validation_people, split_people
-from sphereface2.device import has_bf16
+from sphereface2.device import faster_in_bf16
 from sphereface2.errors import UserError
 from sphereface2.training import resuming
 from sphereface2.training.config import RunConfig, TrainingConfig
@@ -83,7 +83,7 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
         chosen.append(f"training.batch_size {training.batch_size}")
     if training.autocast == "auto":
         # One precision on all ranks: Muon's steps would be others on others, and weights drift.
-        everywhere = all(place.gather(has_bf16(place.device)))
+        everywhere = all(place.gather(faster_in_bf16(place.device)))
         autocast: Literal["bf16", "off"] = "bf16" if everywhere else "off"
         training = dataclasses.replace(training, autocast=autocast)
         chosen.append(f"training.autocast {autocast}")

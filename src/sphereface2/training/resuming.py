@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Ch
             )
         print(f"{damage}; going on from {found.folder.name}, which is whole", flush=True)
     return found
+
+
+def left_to_machine(found: Checkpoint, settings: RunConfig) -> RunConfig:
+    """The settings, and where they leave one to the machine, what the run chose when it began."""
+    training = settings.training
+    before = found.run.get("settings", {}).get("training", {}).get("autocast")
+    if training.autocast == "auto" and before is not None:
+        training = replace(training, autocast=before)
+    return replace(settings, training=training)
 
 
 def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[str, list[Any]]:

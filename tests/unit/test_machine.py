@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,25 @@ def test_as_many_ranks_as_batch_normalisation_bears(
     monkeypatch.setattr(module, "cores", lambda: usable)
     settings = config.load(None, ["--training.device", "cpu", *words])
     assert module._count_ranks("auto", settings) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_used_again_without_page_faults():
+    script = """
+import resource, torch
+from sphereface2.machine import keep_freed_memory
+for keep in (False, True):
+    if keep:
+        keep_freed_memory()
+    for count in (1, 20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            torch.zeros(4096 * 25_000, dtype=torch.uint8).add_(1)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(faults)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+    without, kept = map(int, done.stdout.split())
+    assert kept < without / 10

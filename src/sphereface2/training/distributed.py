@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from sphereface2.device import resolve
 from sphereface2.errors import Stopped, UserError
-from sphereface2.machine import share_of_cores
+from sphereface2.machine import keep_freed_memory, share_of_cores
 from sphereface2.signals import PARENT, SIGNALS, Stopper
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class World:
 
 @contextmanager
 def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
-    """Join the process group that the environment describes, or be alone; set the CPU threads.
+    """Join the process group that the environment describes, or be alone; set up the CPU.
 
     ``gloo`` between CPUs, ``nccl`` between GPUs. The group is destroyed on leaving. Of ranks that
     fail for the same reason, or because another one failed, the first alone says so: the others
@@ -137,6 +137,8 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     torch.set_num_threads(threads or share_of_cores(local_size))
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    else:
+        keep_freed_memory()
     alone = World(rank, size, local_rank, local_size, place)
     if size == 1:
         yield alone

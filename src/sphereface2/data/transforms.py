@@ -139,6 +139,7 @@ class Augmentation:
         moves = (plan.affine | plan.crop).tolist()
         resizer = _Resizer(out)
         whole = array.shape[1:]
+        matrices: dict[tuple[int, int], np.ndarray] = {}  # (2, 3, B) of images of each size
         for i, image in enumerate(images):
             if image.shape == whole and not (moves[i] or resizer.waiting):  # the shortest way
                 if flips[i]:
@@ -149,7 +150,9 @@ class Augmentation:
             room = resizer.room_for(i, image.shape, array)
             height, width = image.shape[:2]
             if moves[i] and plan.affine[i]:
-                matrix = plan.matrix(i, height, width)
+                if (height, width) not in matrices:
+                    matrices[height, width] = plan.matrix(slice(None), height, width)
+                matrix = matrices[height, width][:, :, i]
                 cv2.warpAffine(image, matrix, (width, height), dst=room, flags=cv2.INTER_LINEAR)
             elif moves[i]:
                 right, down = plan.shifts(i, height, width)

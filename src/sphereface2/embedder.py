@@ -16,7 +16,7 @@ from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.machine import cores
+from sphereface2.machine import cores, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -328,6 +328,8 @@ class _TorchEngine:
 
             network = network.to(resolve(str(device)))
         self.network = network
+        if self.device == "cpu":
+            keep_freed_memory()
 
     @property
     def device(self) -> str:

@@ -37,8 +37,9 @@ def share_of_cores(processes: int) -> int:
 def keep_freed_memory() -> None:
     """Have this process use large blocks that it has freed again, by glibc; elsewhere nothing.
 
-    glibc gives them back to the system, and a training step on the CPU, which wants the same ones
-    again, then spends a twentieth of its time on the faults of their fresh pages.
+    glibc gives them back to the system, and a network on the CPU, which wants the same ones again
+    for its next batch, then spends much of its time on the faults of fresh pages: a twentieth of a
+    training step, a tenth of embedding.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

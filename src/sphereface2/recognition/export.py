@@ -324,7 +324,23 @@ def _onnx(program: torch.export.ExportedProgram, *, optimize: bool = True) -> An
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == graph.input[0].type.tensor_type.shape.dim[0].dim_param:
                 dimension.dim_param = "batch"
+    _tell_kernels(graph)
     return model
+
+
+def _tell_kernels(graph: Any) -> None:
+    """The size of each convolution's kernel, which a file may leave out and OpenCV 4 asks for."""
+    import onnx
+
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer} | {
+        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]
+        for value in graph.value_info
+    }
+    for node in graph.node:
+        named = {attribute.name for attribute in node.attribute}
+        if node.op_type == "Conv" and "kernel_shape" not in named and node.input[1] in shapes:
+            size = shapes[node.input[1]][2:]
+            node.attribute.append(onnx.helper.make_attribute("kernel_shape", size))
 
 
 @contextmanager

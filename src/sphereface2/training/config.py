@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from sphereface2 import backbones, heads
 from sphereface2.backbones import bundle
@@ -51,7 +51,7 @@ def _without(*characters: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = Annotated[str, Field(min_length=1), _without("\0")]
+Text = Annotated[str, StringConstraints(min_length=1), _without("\0")]
 FolderName = Annotated[Text, _without("/", "\n")]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path; ``~`` in it is the home folder."""

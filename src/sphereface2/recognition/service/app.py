@@ -87,7 +87,7 @@ def create_app(
         exception_handlers={HTTPException: _pass_on, RequestValidationError: _pass_on},
     )
     app.state.service = Service(recogniser, gallery, metrics, settings)
-    access = [Depends(Access(keys, settings.rate))]
+    access = [Depends(Access(keys, settings.rate).check)]
     for router in (people.router, routes.api, routes.operation):
         app.include_router(router, dependencies=access)
     app.include_router(routes.probes)

@@ -29,7 +29,7 @@ _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API k
 
 
 class Access:
-    """FastAPI dependency of every route of the API: checks the key and the rate.
+    """Checks the key and the rate: `check` is a FastAPI dependency of every route of the API.
 
     Args:
         keys: the keys admitted, or None where none is needed.
@@ -45,7 +45,7 @@ class Access:
             self._limit = RateLimitItemPerSecond(max(1, round(rate * seconds)), seconds)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    async def __call__(
+    async def check(
         self,
         request: Request,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],

@@ -193,7 +193,8 @@ def export(
 def trace(net: Backbone) -> torch.export.ExportedProgram:
     """The network, in evaluation mode, as a graph for any batch size from 1."""
     example = torch.zeros(2, 3, *net.input_size)
-    batch = torch.export.Dim("batch", min=1)
+    # Without an end torch 2.7 cannot prove of a transformer's batch that it is not 2⁶³ - 1.
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
     with torch.no_grad():
         program = torch.export.export(net.eval(), (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:

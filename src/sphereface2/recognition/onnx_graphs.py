@@ -72,9 +72,11 @@ def quantised(model: Any, faces: list[np.ndarray]) -> Any:
     # Otherwise the quantiser warns that its preparation, which is folding, was left out.
     add_pre_process_metadata(model)
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "quantised.onnx"
+        # A file: onnxruntime 1.18 to 1.20 spoil a model in memory before they have read it.
+        given, result = Path(folder) / "float.onnx", Path(folder) / "quantised.onnx"
+        onnx.save(model, given)
         quantize_static(
-            model,
+            given,
             result,
             Reader(),
             per_channel=True,

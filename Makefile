@@ -10,7 +10,7 @@ export SPHEREFACE2_DATA
 FETCHED := runs/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench gpu serve demo box report docs clean
+.PHONY: help install train test test-slow check check-oldest bench gpu serve demo box report docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -50,6 +50,20 @@ check: install  ## lint, format, types, direction of imports, declared packages
 	    benchmarks/*.py benchmarks/*/*.py | grep -E 'call-arg|name-defined|syntax'
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/deptry src
+
+# The override is for kubeflow-trainer-api, a test's tool that asks for a newer pydantic.
+OLDEST := build/oldest
+OLDEST_TESTS ?= $(patsubst %,tests/unit/test_%.py,cli config heads heads_sphereface2 backbones \
+    training_step optim muon checkpoint export verification calibration study_report plots) \
+    $(patsubst %,tests/integration/test_%.py,fit gallery serve_api)
+check-oldest:  ## run tests with the oldest versions that pyproject.toml allows, in build/oldest/
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet uv
+	$(OLDEST)/bin/uv pip compile --quiet --python $(OLDEST) --upgrade --resolution lowest-direct \
+	    --extra all --output-file $(OLDEST)/oldest.txt pyproject.toml
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --override $(OLDEST)/oldest.txt \
+	    --editable '.[test]'
+	$(OLDEST)/bin/pytest -n auto --dist loadfile $(OLDEST_TESTS)
 
 bench: install  ## measure every performance claim
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

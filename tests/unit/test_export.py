@@ -28,7 +28,7 @@ from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.importing import import_weights
 
-# OpenCV 4.11 asks for a convolution's kernel_shape, which ONNX lets a file leave out.
+# OpenCV 4.11 does not read how torch 2.7 writes a flattening.
 OPENCV_READS = int(cv2.__version__.partition(".")[0]) >= 5
 
 

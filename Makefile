@@ -56,7 +56,7 @@ OLDEST := build/oldest
 OLDEST_TESTS ?= $(patsubst %,tests/unit/test_%.py,cli config heads heads_sphereface2 backbones \
     training_step optim muon checkpoint export verification calibration study_report plots) \
     $(patsubst %,tests/integration/test_%.py,fit gallery serve_api)
-check-oldest:  ## run tests with the oldest versions that pyproject.toml allows, in build/oldest/
+check-oldest:  ## run tests with the oldest versions of dependencies (Python 3.11 or 3.12)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet uv
 	$(OLDEST)/bin/uv pip compile --quiet --python $(OLDEST) --upgrade --resolution lowest-direct \

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any
 
@@ -60,7 +61,8 @@ class _Lines(Progress):
     """A line a minute, for a log file: how far the task is that advanced last."""
 
     def __init__(self, counted: bool) -> None:
-        super().__init__(disable=True, get_time=time.monotonic)
+        # Of slow steps too, a time that is left.
+        super().__init__(disable=True, get_time=time.monotonic, speed_estimate_period=600)
         self._counted, self._due = counted, time.monotonic() + _A_LINE
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
@@ -73,7 +75,8 @@ class _Lines(Progress):
         if self._counted:
             done = f"{task.completed:,.0f}/{task.total:,.0f}"
         left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
-        print(f"{task.description} {done}{left}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk under the log is no reason to stop the work
+            print(f"{task.description} {done}{left}", file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

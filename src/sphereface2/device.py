@@ -17,7 +17,7 @@ from sphereface2.errors import UserError
 def faster_in_bf16(device: torch.device) -> bool:
     """Whether networks train faster there in bfloat16 than in float32.
 
-    On a CPU that has instructions for it a convolution is timed, in some 0.1 s: on a Xeon whose AMX
+    On a CPU that has instructions for it a convolution is timed, in some 0.2 s: on a Xeon whose AMX
     is switched off, those of AVX512-BF16 take 1.7 times as long as float32's.
     """
     if device.type == "cuda":

@@ -169,6 +169,8 @@ class Embedder:
             UserError: an image cannot be read, or the network gives NaN or infinity.
         """
         rows: list[np.ndarray] = []
+        if isinstance(self._engine, _TorchEngine) and self.device == "cpu":
+            keep_freed_memory()
         with self._engine.evaluating():
             for first, futures in self._batches(iter(images), read or self.read):
                 batch = []
@@ -328,8 +330,6 @@ class _TorchEngine:
 
             network = network.to(resolve(str(device)))
         self.network = network
-        if self.device == "cpu":
-            keep_freed_memory()
 
     @property
     def device(self) -> str:

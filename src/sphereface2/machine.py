@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Of glibc's malloc.h: blocks outside the heap, what stays free at its end, what is asked for more.
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
+# Of glibc's malloc.h: the number of blocks outside the heap, and what stays free at its end.
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -39,7 +39,8 @@ def keep_freed_memory() -> None:
 
     glibc gives them back to the system, and a network on the CPU, which wants the same ones again
     for its next batch, then spends much of its time on the faults of fresh pages: a twentieth of a
-    training step, a tenth of embedding.
+    training step, a tenth of embedding. It cannot be undone, and of threads beside the main one it
+    keeps blocks below 64 MB.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -47,7 +48,6 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_TOP_PAD, 2**26)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_output_survives_every_encoding(encoding):
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)  # by which rich takes a log for a terminal
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     with console.bars(counted=True) as progress:

@@ -106,6 +106,9 @@ def test_every_family_in_both_runtimes_and_in_8_bits(name, options, int8, tmp_pa
     path = export(folder, to="onnx").path
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     opencv = cv2.dnn.readNetFromONNX(str(path)) if OPENCV_READS else None
+    convolutions = [node for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+    told = [{attribute.name for attribute in node.attribute} for node in convolutions]
+    assert told and all("kernel_shape" in names for names in told)  # which OpenCV 4 asks for
     for batch in (1, 5, 2):
         images = torch.randn(batch, 3, 32, 32)
         (found,) = session.run(None, {"images": images.numpy()})

@@ -80,12 +80,12 @@ def test_precision_is_the_faster_one_on_every_rank(people, processor, monkeypatc
     assert opened(people(20, 3), "--training.autocast", "auto").settings.training.autocast == "off"
 
 
-@pytest.mark.parametrize("before", ["off", "bf16"])
-def test_a_run_that_goes_on_keeps_the_precision_it_chose(before):
+@pytest.mark.parametrize(("before", "then"), [("off", "off"), ("bf16", "bf16"), ("fp16", "auto")])
+def test_a_run_that_goes_on_keeps_the_precision_it_chose(before, then):
     found = Checkpoint(Path("step-7"), {}, {"settings": {"training": {"autocast": before}}})
-    for given, then in [("auto", before), ("fp16", "fp16")]:
+    for given, wanted in [("auto", then), ("fp16", "fp16")]:
         settings = config.load(None, ["--training.autocast", given])
-        assert resuming.left_to_machine(found, settings).training.autocast == then
+        assert resuming.left_to_machine(Path("run"), found, settings).training.autocast == wanted
 
 
 def test_precisions_are_timed():

@@ -173,7 +173,7 @@ def test_resize_is_antialiased_and_mixes_shapes():
 
 def test_every_draw_belongs_to_its_row():
     """An image's augmentation does not depend on its neighbours, only on its row of draws."""
-    images = faces(6, 48)
+    images = [*faces(3, 48), *faces(3, 40)]
     steps = ("affine", "crop", "low_resolution", "light", "photometric", "jpeg", "erase")
     everything = Augmentation(32, 0.5, **dict.fromkeys(steps, 0.5))
     draws = everything.draw(6, np.random.default_rng(3))

@@ -139,7 +139,7 @@ class Augmentation:
         moves = (plan.affine | plan.crop).tolist()
         resizer = _Resizer(out)
         whole = array.shape[1:]
-        matrices: dict[tuple[int, int], np.ndarray] = {}  # (2, 3, B) of images of each size
+        size: tuple[int, int] | None = None  # of the first image, and most often of all
         for i, image in enumerate(images):
             if image.shape == whole and not (moves[i] or resizer.waiting):  # the shortest way
                 if flips[i]:
@@ -150,9 +150,10 @@ class Augmentation:
             room = resizer.room_for(i, image.shape, array)
             height, width = image.shape[:2]
             if moves[i] and plan.affine[i]:
-                if (height, width) not in matrices:
-                    matrices[height, width] = plan.matrix(slice(None), height, width)
-                matrix = matrices[height, width][:, :, i]
+                if size is None:
+                    size, matrices = (height, width), plan.matrix(slice(None), height, width)
+                alike = size == (height, width)
+                matrix = matrices[:, :, i] if alike else plan.matrix(i, height, width)
                 cv2.warpAffine(image, matrix, (width, height), dst=room, flags=cv2.INTER_LINEAR)
             elif moves[i]:
                 right, down = plan.shifts(i, height, width)

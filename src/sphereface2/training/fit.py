@@ -104,7 +104,7 @@ def fit(
                 place.on_main(lambda: _own(checkpointer, owning))
                 strict = resume is not None
                 found = place.on_main(lambda: resuming.find(checkpointer, wanted, strict=strict))
-                settings = resuming.left_to_machine(found, settings)
+                settings = resuming.left_to_machine(folder, found, settings)
             inputs = open_inputs(settings, place, source)
             if not resumes:
                 check_outside(folder, inputs.source)

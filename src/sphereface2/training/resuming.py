@@ -120,13 +120,21 @@ def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Ch
     return found
 
 
-def left_to_machine(found: Checkpoint, settings: RunConfig) -> RunConfig:
-    """The settings, and where they leave one to the machine, what the run chose when it began."""
-    training = settings.training
-    before = found.run.get("settings", {}).get("training", {}).get("autocast")
-    if training.autocast == "auto" and before is not None:
+def left_to_machine(run: Path, found: Checkpoint, settings: RunConfig) -> RunConfig:
+    """The settings, and where they leave one to the machine, what the run had until now.
+
+    Unless the machine can never choose that: fp16 has demands that were not checked.
+    """
+    training, before = settings.training, _settings_of(run, found)["training"].get("autocast")
+    if training.autocast == "auto" and before in ("off", "bf16"):
         training = replace(training, autocast=before)
     return replace(settings, training=training)
+
+
+def _settings_of(run: Path, found: Checkpoint) -> dict[str, Any]:
+    """What a run was trained by; version 0.1.0 did not write it into checkpoints."""
+    settings = found.run.get("settings")
+    return settings or sections.read(run / CONFIG, "run's configuration", RunConfig)
 
 
 def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[str, list[Any]]:
@@ -135,9 +143,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
     Raises:
         UserError: one that cannot change.
     """
-    before = found.run.get("settings")
-    if before is None:  # of version 0.1.0
-        before = sections.read(run / CONFIG, "run's configuration", RunConfig)
+    before: Any = _settings_of(run, found)
     old, new = _flat(before), _flat(configuration.to_dict(settings))
     if same_network(before["backbone"], settings.backbone):
         old, new = (

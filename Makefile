@@ -1,4 +1,5 @@
-# Every target works on a fresh machine with Python >= 3.11; `make` alone lists them.
+# Every target works on a fresh machine with Python >= 3.11, where it names no other; `make` alone
+# lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

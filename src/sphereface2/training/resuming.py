@@ -143,9 +143,9 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
     Raises:
         UserError: one that cannot change.
     """
-    before: Any = _settings_of(run, found)
-    old, new = _flat(before), _flat(configuration.to_dict(settings))
-    if same_network(before["backbone"], settings.backbone):
+    recorded = _settings_of(run, found)
+    old, new = _flat(recorded), _flat(configuration.to_dict(settings))
+    if same_network(recorded["backbone"], settings.backbone):
         old, new = (
             {key: value for key, value in one.items() if not key.startswith("backbone.")}
             for one in (old, new)

@@ -21,6 +21,7 @@ from gpu import measure
 from gpu.measure import Part, Step
 from heads import authors_formula
 from sphereface2 import heads
+from sphereface2.cuda_graph import Graphed
 from sphereface2.heads import terms
 
 BATCH, DIM = 1024, 512
@@ -109,18 +110,7 @@ class Inputs:
 
 def graphed(step: Step, device: torch.device) -> Step:
     """The step as a CUDA graph, which the host launches at once."""
-    if device.type != "cuda":
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return Graphed(step, device, "the step") if device.type == "cuda" else step
 
 
 @contextmanager

@@ -74,12 +74,18 @@ class _Lines(Progress):
         done = f"{task.percentage:.0f} %"
         if self._counted:
             done = f"{task.completed:,.0f}/{task.total:,.0f}"
-        left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
         with suppress(OSError):  # a full disk under the log is no reason to stop the work
             print(f"{task.description} {done}{left}", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes, or hours from two on, for people.
+
+    Examples:
+        >>> duration(61), duration(9000)
+        ('2 min', '2.5 h')
+    """
     minutes = math.ceil(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
@@ -111,12 +117,17 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
     return result
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: neither wrapped, as a log file has no width, nor interpreted."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def show(*parts: Table | str) -> None:
-    """Print tables and lines on standard output; lines are neither wrapped nor interpreted."""
+    """Print tables and lines on standard output."""
     console = Console()
     for part in parts:
         if isinstance(part, str):
-            console.print(part, soft_wrap=True, highlight=False, markup=False)
+            say(console, part)
         else:
             console.print(part)
 

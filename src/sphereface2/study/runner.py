@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sphereface2.console import say
 from sphereface2.data.locate import locate
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
@@ -172,9 +173,10 @@ class _Runner:
         known = self._known()
         done = {cell.key for cell, judged in known if self._find(cell, judged) is not None}
         trials = len({cell.key for cell, _ in known if cell.role == "trial"})
-        self.console.print(
+        say(
+            self.console,
             f"{self.study.name}: {self._count(known)} cells, {len(done)} done before"
-            + (f", {trials} of them trials" if trials else "")
+            + (f", {trials} of them trials" if trials else ""),
         )
         progress = Progress(
             TextColumn("{task.description}"),
@@ -204,7 +206,7 @@ class _Runner:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         cell, judged = running.pop(future)
-                        progress.console.print(f"{cell.label}  {future.result()}", highlight=False)
+                        say(progress.console, f"{cell.label}  {future.result()}")
                         self.found.pop(cell.key, None)
                         if self._find(cell, judged) is None:
                             self._again(cell, judged)

@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sphereface2.console import duration, say
 from sphereface2.files import atomic_write, writing
 from sphereface2.machine import cores
 
@@ -134,10 +135,9 @@ class RunLog:
             self._progress.update(self._task, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
         elif step % (10 * max(1, self._total // 200)) == 0 or step == self._total:
             left = (self._total - step) * values["seconds_per_step"]
-            self.console.print(
+            self.say(
                 f"step {step}/{self._total} · epoch {epoch:.2f} · loss {loss:.3f} · "
-                f"{rate:,.0f} images/s · {left / 60:.1f} min left",
-                highlight=False,
+                f"{rate:,.0f} images/s · {duration(left)} left"
             )
 
     def validation(self, step: int, epoch: float, seconds: float, values: dict[str, float]) -> None:
@@ -154,8 +154,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        # Whole, whatever the terminal's width: a log file has none.
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _write(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         record = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field
 
 from sphereface2 import backbones, heads
 from sphereface2.backbones import bundle
@@ -30,31 +29,19 @@ from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
 from sphereface2.heads import SampleToSampleConfig
 from sphereface2.training import sections
-
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# Torch's numbers are float32, whose greatest is 3.4e38.
-Positive = Annotated[float, Field(gt=0, le=1e38)]
-NotNegative = Annotated[float, Field(ge=0, le=1e38)]
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-FalseAcceptRate = Annotated[float, Field(gt=0, le=1)]
-
-
-def _without(*characters: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if found := [one for one in characters if one in text]:
-            raise ValueError(f"must not contain {found[0]!r}")
-        return text
-
-    return AfterValidator(check)
-
-
-Text = Annotated[str, StringConstraints(min_length=1), _without("\0")]
-FolderName = Annotated[Text, _without("/", "\n")]
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
-"""A path; ``~`` in it is the home folder."""
+from sphereface2.training.sections import (
+    Count,
+    FalseAcceptRate,
+    FolderName,
+    NotNegative,
+    PathText,
+    Positive,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Size,
+    Text,
+)
 
 
 @dataclass
@@ -107,6 +94,7 @@ _DEMANDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
         ("autocast", ("off", "bf16", "auto"), "the host asks whether a step in fp16 overflowed"),
         ("optimizer", ("sgd", "muon"), "the host counts AdamW's steps"),
         ("accumulate", (1,), "a step of one pass is recorded"),
+        ("early_size", (None,), "a step of one size is recorded"),
     ),
     # The prototypes take their step before the backward pass.
     "fused_head": (
@@ -145,6 +133,12 @@ class TrainingConfig:
     a small set, so that an epoch has ten steps."""
     accumulate: Count = 1
     """Forward-backward passes an optimiser step."""
+    early_size: Count | None = None
+    """Side in pixels of the faces in the first part of the run, where a step then takes less time
+    (progressive resizing); ``null``: that of ``backbone.input_size``, as in the rest of it. The
+    network's last map must stay as large: for 64 pixels, 49 and more."""
+    early_share: Share = 0.6
+    """``early_size``: share of the run with it."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """``muon``: the convolutions' filters by `training.muon.Muon`, all else by SGD."""
     lr: Positive = 0.1

@@ -8,20 +8,56 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from sphereface2.errors import UserError, did_you_mean
 from sphereface2.files import read_yaml
 from sphereface2.heads import Scaling
 
 T = TypeVar("T")
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Torch's numbers are float32, whose greatest is 3.4e38.
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NotNegative = Annotated[float, Field(ge=0, le=1e38)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+FalseAcceptRate = Annotated[float, Field(gt=0, le=1)]
+
+
+def _without(*characters: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if found := [one for one in characters if one in text]:
+            raise ValueError(f"must not contain {found[0]!r}")
+        return text
+
+    return AfterValidator(check)
+
+
+Text = Annotated[str, StringConstraints(min_length=1), _without("\0")]
+FolderName = Annotated[Text, _without("/", "\n")]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path; ``~`` in it is the home folder."""
 
 
 def recipes() -> dict[str, Path]:

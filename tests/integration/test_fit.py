@@ -138,6 +138,13 @@ def test_the_end_of_a_run_names_commands_with_real_paths(tmp_path: Path) -> None
     assert parsed(*serve)["gallery"] == parsed(*add)["gallery"]
     packed = _next_commands(tmp_path / "run", source, np.arange(0), train)
     assert "PHOTOS" in packed[0] and "--aligned" not in "".join(packed)
+    # A folder with a list, such as `data audit` writes, is none of people's photographs.
+    train = tmp_path / "clean"
+    train.mkdir()
+    images = "".join(f"{tmp_path}/set/a b/{number}.png 0\n" for number in (1, 2))
+    (train / "train.txt").write_text(images)
+    listed = _next_commands(tmp_path / "run", open_source(train), np.arange(2), train)
+    assert "PHOTOS" in listed[0] and "a b/1.png" in listed[1] and str(train) not in listed[2]
 
 
 @pytest.mark.parametrize(("kill_after", "workers"), [(3, 0), (24, 2)])

@@ -130,6 +130,12 @@ def test_none_and_one_image(tmp_path: Path) -> None:
     stacked = embedder.embed(np.stack([single] * 2), aligned=True)
     assert stacked.shape == (2, 16)
     np.testing.assert_array_equal(embedder.embed(torch.stack([tensor] * 2), aligned=True), stacked)
+    # Alpha, channels first, grey images stacked: one of them would pass for another.
+    for array in (np.dstack([single, single[..., :1]]), np.asarray(tensor), single[..., :2]):
+        with pytest.raises(UserError, match=r"an image as an array must be uint8 \(H, W, 3\)"):
+            embedder.embed(array, aligned=True)
+    with pytest.raises(UserError, match="None was given"):
+        embedder.embed(None, aligned=True)  # type: ignore[arg-type]
 
 
 def test_images_that_fail_are_skipped_where_that_is_wished(tmp_path: Path) -> None:

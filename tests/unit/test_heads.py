@@ -235,3 +235,15 @@ def test_gradients_by_cosine_are_those_of_the_prototypes(name: str) -> None:
         (gradient,) = torch.autograd.grad(head(x[None], label[None]), head.weight)
         # A row of W gets the derivative by its cosine times the unit embedding.
         torch.testing.assert_close(row, gradient @ torch.nn.functional.normalize(x, dim=0))
+
+
+def test_a_batch_that_is_not_finite_leaves_nothing_behind(name):
+    """Mixed precision skips such a step, and a running mean must not keep it."""
+    head = heads.build(name, embedding_dim=8, num_classes=5)
+    x, labels = batch()
+    head(x, labels)
+    before = {key: value.clone() for key, value in head.named_buffers()}
+    head(x * float("nan"), labels)
+    for key, value in head.named_buffers():
+        assert value.dtype == torch.int64 or torch.equal(value, before[key]), key
+    assert head(x, labels).isfinite()

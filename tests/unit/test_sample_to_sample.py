@@ -83,3 +83,12 @@ def test_who_meets_nobody_else_does_not_start_the_bias_at_infinity():
     alone.start(x, labels)
     alone.remember(x[1:], torch.tensor([1]))
     assert torch.isfinite(alone(x, labels))
+
+
+def test_a_batch_that_is_not_finite_is_not_remembered():
+    between = SampleToSample(DIM, PEOPLE, CONFIG).double()
+    first, second = batches(2)
+    between.remember(*first)
+    before = between.memory.clone()
+    between.remember(second[0] * math.nan, second[1])
+    assert torch.equal(between.memory, before)

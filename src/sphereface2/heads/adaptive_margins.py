@@ -144,8 +144,8 @@ class AdaFace(SoftmaxHead):
         # One sample has no deviation.
         if self.training and len(lengths) > 1:
             lengths = lengths.clamp(1e-3, 100)
-            self.mean.lerp_(lengths.mean().to(self.mean.dtype), self.momentum)
-            self.std.lerp_(lengths.std().to(self.std.dtype), self.momentum)
+            _follow(self.mean, lengths.mean(), self.momentum)
+            _follow(self.std, lengths.std(), self.momentum)
 
     def positive_logit(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
         norms = lengths.detach().clamp(1e-3, 100)
@@ -201,7 +201,7 @@ class CurricularFace(SoftmaxHead):
 
     def prepare(self, cos_y: Tensor, lengths: Tensor) -> None:
         if self.training:
-            self.t.lerp_(cos_y.mean().to(self.t.dtype), self.momentum)
+            _follow(self.t, cos_y.mean(), self.momentum)
 
     def positive_logit(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
         return self.scale * additive_angle(cos_y, self.m)
@@ -210,3 +210,10 @@ class CurricularFace(SoftmaxHead):
         cos_y = cos_y.detach()
         bar = cos_y * math.cos(self.m) - sine(cos_y) * math.sin(self.m)
         return self.scale * torch.where(cos > bar[:, None], cos * (self.t + cos), cos)
+
+
+def _follow(running: Tensor, value: Tensor, momentum: float) -> None:
+    """Move a running mean towards a batch's value; one that is not finite, whose step is skipped
+    by who trains, would stay in it for ever."""
+    moved = running.lerp(value.to(running.dtype), momentum)
+    running.copy_(moved.where(moved.isfinite(), running))

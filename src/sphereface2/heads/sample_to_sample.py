@@ -133,8 +133,10 @@ class SampleToSample(nn.Module):
         rows = own.clamp(0, len(memory) - 1)
         ordered, order = own.sort(stable=True)
         last = order[(torch.searchsorted(ordered, rows, right=True) - 1).clamp_min(0)]
-        seen = own[last] == rows
-        memory.index_copy_(0, rows, batch.x[last].where(seen[:, None], memory[rows]))
+        new = batch.x[last]
+        # What is not finite, in a step that is skipped, would stay until the person's next image.
+        seen = (own[last] == rows) & new.isfinite().all(1)
+        memory.index_copy_(0, rows, new.where(seen[:, None], memory[rows]))
 
     @torch.no_grad()
     def start(self, embeddings: Tensor, labels: Tensor) -> None:

@@ -158,7 +158,8 @@ class FaceEmbedder:
         Args:
             images: one image or an iterable of images. An image is a path, encoded bytes, a PIL
                 image, a uint8 array (H, W, 3) in RGB or (H, W) in grey, or a uint8 tensor
-                (3, H, W). A lazy iterable is read a batch at a time.
+                (3, H, W). Many may be one array or tensor of four dimensions; several grey images
+                are a list. A lazy iterable is read a batch at a time.
             aligned: the images are face crops by the template, of any size; otherwise they are
                 photographs, and the largest and most central face of each is cropped.
             skipped: without it an image that cannot be read or shows no face is an error; with it
@@ -388,11 +389,12 @@ def _threshold(
 
 
 def _is_one(images: Any) -> bool:
-    """Whether ``images`` is a single image."""
-    if isinstance(images, np.ndarray):
-        return images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3)
-    if getattr(images, "ndim", None) is not None:  # a tensor
-        return images.ndim == 3
+    """Whether ``images`` is a single image; UserError if it is neither one nor many."""
+    if getattr(images, "ndim", None) is not None:  # an array or a tensor
+        # Of three dimensions, one that is no image: grey images look like one with alpha.
+        return images.ndim in (2, 3)
+    if images is None:
+        raise UserError("there is no image: None was given")
     return isinstance(images, str | bytes | bytearray | memoryview | Path) or hasattr(
         images, "getexif"
     )

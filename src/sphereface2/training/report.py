@@ -17,6 +17,7 @@ from sphereface2 import console
 from sphereface2.align.unaligned import looks_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.dataset import FaceDataset
+from sphereface2.data.folder import FolderSource
 from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
@@ -248,7 +249,7 @@ def _next_commands(run: Path, source: Source, held_out: np.ndarray, train: Path)
         named = [root / source.name(int(held_out[pairs[0] + k])) for k in (0, 1)]
         if all(path.is_file() for path in named):
             images, aligned = [str(path) for path in named], ["--aligned"]
-            people = str(train) if train.is_dir() else people
+            people = str(train) if isinstance(source, FolderSource) else people
     model, gallery = str(run), str(run / "gallery.db")
     flags = aligned if people != "PHOTOS" else []
     commands = [

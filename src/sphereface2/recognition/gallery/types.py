@@ -247,6 +247,6 @@ def _bytes(text: str, what: str) -> int:
         return len(text.encode())
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{what} is not valid Unicode: set the locale to UTF-8 (LC_ALL=C.UTF-8) if it was typed "
-            "in another, or write it anew"
+            f"{what} is not valid Unicode: set the locale to UTF-8 (LC_ALL=C.UTF-8) if it was typed"
+            " in another, or write it anew"
         ) from error

@@ -18,11 +18,12 @@ PEOPLE, EACH = 6, 8
 class MemorySource:
     """Plain colours; image i is unreadable if it is in ``broken`` and missing if in ``gone``."""
 
-    def __init__(self, broken=(), gone=(), size=24):
+    def __init__(self, broken=(), gone=(), size=24, dark=0):
         self.labels = np.repeat(np.arange(PEOPLE), EACH)
         self.num_classes = PEOPLE
         self.class_names = None
         self.broken, self.gone, self.size = set(broken), set(gone), size
+        self.dark = dark  # columns on the left
 
     def __len__(self):
         return len(self.labels)
@@ -33,6 +34,7 @@ class MemorySource:
         if index in self.broken:
             return b"damaged"
         image = np.full((self.size, self.size, 3), (index, 2 * index, 255 - index), np.uint8)
+        image[:, : self.dark] = 0
         return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
     def name(self, index):
@@ -94,6 +96,22 @@ def test_a_key_may_ask_for_images_of_another_size():
     first = key(range(6), step=1)
     assert torch.equal(dataset[first._replace(size=20)].images, small[first].images)
     assert dataset[first].images.shape[2:] == (HEAVY.size, HEAVY.size)
+
+
+def test_each_image_is_mirrored_in_every_other_pass():
+    source = MemorySource(dark=5)
+    dataset = make(source, augmentation=Augmentation(24, alternate_flip=True), seed=3)
+    plain = make(source)
+    mirrored = np.zeros((4, 48), bool)
+    for epoch in range(4):
+        order = np.random.default_rng(epoch).permutation(48)
+        images, expected = dataset[key(order, epoch=epoch)].images, plain[key(order)].images
+        same = (images == expected).flatten(1).all(1)
+        assert torch.equal(images[~same], expected[~same].flip(3))
+        mirrored[epoch, order] = ~same.numpy()
+    assert (mirrored[0] != mirrored[1]).all() and (mirrored[:2] == mirrored[2:]).all()
+    # Of a person, whose images stand together, about half.
+    assert abs(mirrored[0].reshape(-1, 8).sum(1) - 4).max() <= 1
 
 
 def test_unreadable_images_are_replaced_named_and_counted():

@@ -20,7 +20,7 @@ from sphereface2.data.batched import COLUMNS, pinned, table, transformed
 from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source
-from sphereface2.data.transforms import Augmentation
+from sphereface2.data.transforms import FLIP, Augmentation
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 
@@ -140,6 +140,8 @@ class FaceDataset(Dataset[Batch]):
         if key.size is not None:
             augmentation = dataclasses.replace(augmentation, size=key.size)
         draws = augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
+        if augmentation.alternate_flip:
+            draws[:, FLIP] = _alternate(positions, key.epoch + self.seed)
         if self.pixels is not None:
             bad = np.flatnonzero(~self.readable[positions]).tolist()
         else:
@@ -220,6 +222,14 @@ class FaceDataset(Dataset[Batch]):
     def unreadable_names(self) -> list[str]:
         """The names of the unreadable images this process knows of, in the source's order."""
         return [self.source.name(i) for i in sorted(self._unreadable)]
+
+
+def _alternate(positions: np.ndarray, epoch: int) -> np.ndarray:
+    """Draws of ``flip``, 0 or 1, that differ from one pass to the next; of neighbouring images,
+    which show one person, about half are mirrored."""
+    golden = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: multiples spread evenly
+    first = (positions.astype(np.uint64) * golden) >> np.uint64(63)
+    return (first + np.uint64(epoch)) % np.uint64(2)
 
 
 class _Buffers:

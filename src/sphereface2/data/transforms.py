@@ -24,7 +24,7 @@ cv2.setNumThreads(0)
 
 # Columns of the matrix of draws: seven decisions, then the parameters.
 _STEPS = ("flip", "affine", "crop", "low_resolution", "photometric", "jpeg", "erase")
-_AFFINE, _CROP, _LOW = 1, 2, 3
+FLIP, _AFFINE, _CROP, _LOW = range(4)
 _ANGLE, _SCALE, _SHIFT_X, _SHIFT_Y, _LOW_SIDE, _BRIGHT, _CONTRAST, _SATURATE = range(7, 15)
 _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23)
 _DRAWS = 23
@@ -56,6 +56,8 @@ class Augmentation:
     """Side S of the result in pixels: that of the network's input."""
     flip: float = 0.5
     """Probability of the mirror image."""
+    alternate_flip: bool = False
+    """``flip``: an image of a `FaceDataset` in every other pass, instead of at random."""
     affine: float = 0.0
     """Probability of turning, scaling and moving the image."""
     rotation: float = 10.0
@@ -103,6 +105,8 @@ class Augmentation:
         check("low_resolution_min", above=0, most=1)
         check("jpeg_quality", least=1, most=95)
         check("rotation")
+        if self.alternate_flip and not self.flip:
+            raise UserError("augmentation.alternate_flip needs augmentation.flip above 0")
         low, high = self.erase_area
         if not 0 < low <= high <= 1:
             raise UserError(f"augmentation.erase_area must ascend in (0, 1], got {self.erase_area}")

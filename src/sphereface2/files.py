@@ -200,6 +200,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def one_name(name: str) -> str:
+    """A person's name in the form by which people are told apart, however it was typed.
+
+    Unicode's composed form (NFC), in which "é" is one letter and not two, without blanks at the
+    ends.
+    """
+    return unicodedata.normalize("NFC", name).strip()
+
+
 _TURNS = frozenset("LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())  # noqa: SIM905
 
 

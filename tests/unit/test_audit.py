@@ -256,7 +256,8 @@ def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Pat
     assert person["person03-1.jpg"] == person["person03-again.png"]
 
     kept = [line for line in lines if line[:1].isdigit()]
-    text = ["== Zoë", *kept[:3], "== A b", *kept[3:5], "== Zoë", kept[7], "== -", *kept[8:]]
+    again = "Zoe\u0308"  # the same name in two letters
+    text = ["== Zoë", *kept[:3], "== A b", *kept[3:5], f"== {again}", kept[7], "== -", *kept[8:]]
     (out / PEOPLE).write_text("\n".join(text), encoding="utf-8")
     with pytest.raises(UserError, match="was edited"):
         cluster(crops, out=out, model=str(model), threshold=0.97, device="cpu")

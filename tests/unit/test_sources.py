@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sphereface2.data import open_source, split_people
+from sphereface2.data.convert import _folder_names
 from sphereface2.data.folder import FolderSource, images_below
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.locate import locate
@@ -64,6 +65,24 @@ def test_folder_sorts_people_and_images(tmp_path):
     assert contents(source) == [(b"a", 0), (b"z10", 1), (b"z2", 1)]
     assert source.name(0) == "anna/deep/er/x.png"
     assert isinstance(source, Source)
+
+
+def test_a_person_is_one_however_the_name_is_typed(tmp_path):
+    """One letter or two for "é", a blank at the end: in folders and lists alike."""
+    composed, two, blank = "Ren\u00e9e", "Rene\u0301e", "Ren\u00e9e "
+    root = tmp_path / "set"
+    files(root, {f"{n}/{i}.jpg": b"%d" % i for i, n in enumerate((composed, "Rudi", two, blank))})
+    source = FolderSource(root)
+    assert source.class_names == [two, "Rudi"]  # as the first is called
+    assert contents(source) == [(b"2", 0), (b"0", 0), (b"3", 0), (b"1", 1)]
+    lines = "".join(f"{composed}/0.jpg\t{name}\n" for name in (composed, "Rudi", two, blank))
+    (root / "train.txt").write_text(lines)
+    listed = ListSource(root / "train.txt")
+    assert (listed.class_names, listed.labels.tolist()) == ([composed, "Rudi"], [0, 1, 0, 0])
+    # A copy as folders keeps people apart whom a file of names calls alike.
+    (root / "train.txt").write_text(f"{composed}/0.jpg\t0\n{two}/2.jpg\t1\n")
+    (root / "names.txt").write_text(f"{composed}\n{two}\n")
+    assert _folder_names(ListSource(root / "train.txt"), "folder") == ["0", "1"]
 
 
 def test_pictures_behind_links_count_once_and_hidden_ones_never(tmp_path):

@@ -23,7 +23,7 @@ from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError, check_choice, check_number
-from sphereface2.files import atomic_folder, printable
+from sphereface2.files import atomic_folder, one_name, printable
 from sphereface2.images import decode, encode_image
 
 _SHARD_IMAGES = 10_000
@@ -254,7 +254,7 @@ def _folder_names(source: Source, to: str) -> list[str]:
     numbers = [f"{label:0{digits}d}" for label in range(source.num_classes)]
     names = source.class_names
     # Names may come from a file: none may lead out of the target or hide.
-    usable = names is not None and len(set(names)) == len(names) == source.num_classes
+    usable = names is not None and len({*map(one_name, names)}) == len(names) == source.num_classes
     if names is None or not usable or any(is_unsafe(name) for name in names):
         return numbers
     if to == "list" and any(printable(name) != name for name in names):  # which is UTF-8

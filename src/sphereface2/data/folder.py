@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.files import digest
+from sphereface2.files import digest, one_name
 from sphereface2.images import SUFFIXES
 
 _NAMED = 5
@@ -83,8 +83,10 @@ class _Files:
 
 
 class FolderSource(_Files):
-    """``root/person/image``: people sorted by name, images sorted by path within a person.
+    """``root/person/image``: people sorted by name, images sorted by path within a folder.
 
+    Folders whose names differ only in how they are typed (`one_name`) are one person's, who is
+    called as the first of them is and has its place.
     A person's images may lie in further folders below; see `images_below` for what counts. Files
     that are not read, images that lie beside the folders of people, and folders that link to the
     set itself are warned of.
@@ -95,8 +97,11 @@ class FolderSource(_Files):
         self.class_names: list[str] | None = []
         self.found = Found()
         labels: list[int] = []
+        numbers: dict[str, int] = {}
         above = _folders_above(self.root)
-        for entry in _entries(self.root):
+        entries = _entries(self.root)
+        first = {one_name(entry.name): entry for entry in reversed(entries)}
+        for entry in sorted(entries, key=lambda entry: (first[one_name(entry.name)], entry)):
             if entry.name.startswith("."):
                 continue
             if not entry.is_dir():
@@ -108,8 +113,10 @@ class FolderSource(_Files):
                 continue
             person = images_below(entry)
             if person.images:
-                labels += [len(self.class_names)] * len(person.images)
-                self.class_names.append(entry.name)
+                number = numbers.setdefault(one_name(entry.name), len(numbers))
+                labels += [number] * len(person.images)
+                if number == len(self.class_names):
+                    self.class_names.append(entry.name)
             self.found.add(person, entry.name)
         self.found.warn(self.root)
         if not self.found.images:

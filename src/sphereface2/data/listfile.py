@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-import unicodedata
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from sphereface2.data.source import check_labels, read_names
 from sphereface2.errors import UserError
-from sphereface2.files import digest, read_lines
+from sphereface2.files import digest, one_name, read_lines
 
 #: Suffixes of list files.
 LIST_SUFFIXES: Final = frozenset({".txt", ".lst", ".csv", ".tsv"})
@@ -58,7 +57,7 @@ class ListSource:
                     f"{self.path} line {number}: expected a path and a label, found {line[:60]!r}"
                 )
             self._files.append(found[0].replace("\\", slash))
-            labels.append(unicodedata.normalize("NFC", found[1]))  # "é" is one letter or two
+            labels.append(one_name(found[1]))
         values, names = self._values(labels, [number for number, _ in lines])
         self.labels = check_labels(values, self.path)
         self.num_classes = int(self.labels.max()) + 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 
 from sphereface2.data.pairs import Image, PairSet, content
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import digest
+from sphereface2.files import digest, one_name
 
 
 def images_of(
@@ -49,7 +48,7 @@ def comparable(name: str) -> str | None:
         >>> comparable("lfw/Zoë_Saldana") == comparable("zoë saldana"), comparable("n000012")
         (True, None)
     """
-    bare = unicodedata.normalize("NFC", PurePath(name).name).replace("_", " ").casefold()
+    bare = one_name(PurePath(name).name).replace("_", " ").casefold()
     return None if any(map(str.isdigit, bare)) or not bare else bare
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from sphereface2.data.pairs import FOLDS, ImageFiles, PairSet, consecutive_folds
 from sphereface2.errors import UserError
-from sphereface2.files import read_lines
+from sphereface2.files import one_name, read_lines
 from sphereface2.images import SUFFIXES
 
 _SAME: Final = frozenset(("1", "1.0", "true"))
@@ -68,7 +68,7 @@ def read_people(names: Path, of: Path, same: np.ndarray) -> tuple[list[str], np.
     wrong = np.flatnonzero(listed != same)
     if len(wrong):
         raise UserError(f"{names} and {of} disagree on pair {wrong[0]}: is it another set's list?")
-    return [person for pair in entries for person, _ in pair], folds
+    return [one_name(person) for pair in entries for person, _ in pair], folds
 
 
 def _rows(path: Path) -> list[_Row]:
@@ -122,7 +122,7 @@ def _pair_set(
             f"{len(missing)} of the {len(paths)} images that {path} lists are missing, "
             f"the first is {missing[0]}: is {root} the right image folder?"
         )
-    names, labels = np.unique([person_of(p) for p in files], return_inverse=True)
+    names, labels = np.unique([one_name(person_of(p)) for p in files], return_inverse=True)
     people = labels.astype(np.int64)
     agrees = np.array_equal(people[index[:, 0]] == people[index[:, 1]], same)
     return PairSet(

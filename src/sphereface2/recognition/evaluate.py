@@ -37,7 +37,7 @@ from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, 
 from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import check_folder, read_lines
+from sphereface2.files import check_folder, one_name, read_lines
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -191,7 +191,7 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
     """The group of each image of a source, from a CSV of people or images and their groups."""
     group_of: dict[str, str] = {}
     for number, line in read_lines(path):
-        fields = [field.strip() for field in next(csv.reader([line]))]
+        fields = [one_name(field) for field in next(csv.reader([line]))]
         if len(fields) != 2 or not all(fields):
             raise UserError(f"{path}:{number} must hold a person or an image, a comma and a group")
         if group_of.setdefault(fields[0], fields[1]) != fields[1]:
@@ -201,7 +201,7 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
             )
     names = source.class_names
     keys = [
-        (source.name(index), names[label] if names is not None else str(label))
+        (one_name(source.name(index)), one_name(names[label]) if names else str(label))
         for index, label in enumerate(source.labels.tolist())
     ]
     found = [group_of.get(image) or group_of.get(person) for image, person in keys]

@@ -21,6 +21,7 @@ from sphereface2.backbones import Backbone, bundle, hub
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, did_you_mean
+from sphereface2.files import one_name
 from sphereface2.heads import Head
 from sphereface2.heads.sharding import local
 from sphereface2.training import config as configuration
@@ -247,5 +248,5 @@ def _kept(folder: Path, classes: Iterable[Any]) -> dict[int, Tensor]:
     with warnings.catch_warnings():  # that a single process loads alone
         warnings.simplefilter("ignore")
         dcp.load(loaded, storage_reader=reader, no_dist=True)
-    rows = {name: row for name, row in zip(named, loaded["head"]["weight"], strict=True)}
-    return {number: rows[name] for number, name in enumerate(here) if name in rows}
+    rows = dict(zip(map(one_name, named), loaded["head"]["weight"], strict=True))
+    return {n: rows[name] for n, name in enumerate(map(one_name, here)) if name in rows}

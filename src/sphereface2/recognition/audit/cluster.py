@@ -24,7 +24,15 @@ from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import weighted_sums
-from sphereface2.files import atomic_write, digest, printable, read_lines, read_text, writing
+from sphereface2.files import (
+    atomic_write,
+    digest,
+    one_name,
+    printable,
+    read_lines,
+    read_text,
+    writing,
+)
 from sphereface2.images import encode_image
 from sphereface2.recognition.audit.faces import Faces, examined
 from sphereface2.recognition.audit.findings import show
@@ -294,7 +302,7 @@ def read_people(path: Path, source: Source) -> Subset:
     for number, line in read_lines(path):
         where = f"{path} line {number}"
         if line.startswith(_HEAD):
-            name = line.removeprefix(_HEAD).strip()
+            name = one_name(line.removeprefix(_HEAD))
             if is_unsafe(name):
                 raise UserError(f"{where}: {name!r} can name no folder; write another name")
             continue

@@ -7,7 +7,6 @@ import json
 import math
 import secrets
 import time
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
+from sphereface2.files import one_name
 
 NAME_LENGTH = 200
 METADATA_BYTES = 16_384
@@ -128,12 +128,12 @@ def check_count(name: str, images: int) -> None:
 
 
 def person_name(name: str) -> str:
-    """A name as galleries know it: Unicode's composed form (NFC), without spaces at the ends.
+    """A name as galleries know it, `one_name`.
 
     Raises:
         UserError: it is empty, longer than 200 characters, or no text that a database stores.
     """
-    clean = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
+    clean = one_name(name) if isinstance(name, str) else ""
     if not 1 <= len(clean) <= NAME_LENGTH:
         raise UserError(
             f"a person's name has 1 to {NAME_LENGTH} characters, not only spaces; got "

@@ -109,6 +109,20 @@ def test_mistakes_are_one_sentence_that_names_the_remedy(override: str, message:
     assert "<class" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "where"),
+    [
+        ("--validation.fars=[0.1, 2]", "fars.1 .* got 2 in the command line"),
+        ("--training={epochs: 0}", "epochs .* got 0 in the command line"),
+        ("--training.lr=0.1", r"seed .* got -1 in .*x\.yaml"),
+    ],
+)
+def test_a_mistake_is_looked_for_where_it_was_made(word: str, where: str, tmp_path: Path) -> None:
+    text = "seed: -1\n" if "lr" in word else "validation: {fars: [0.1]}\n"
+    with pytest.raises(UserError, match=where):
+        config.load(write(tmp_path, text), [word])
+
+
 def write(folder: Path, text: str, encoding: str = "utf-8") -> Path:
     path = folder / "x.yaml"
     path.write_bytes(text.encode(encoding))

@@ -166,8 +166,7 @@ def validated(
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             raise cause from error
-        if key in overridden:
-            where = "the command line"
+        where = _origin(key, where, overridden)
         if first["type"] == "unexpected_keyword_argument":
             *parents, name = first["loc"]
             known = _fields(_hint(section, parents))
@@ -178,6 +177,12 @@ def validated(
         raise UserError(
             f"{key} {_expected(first)}, got {shown(first['input'])} in {where}"
         ) from error
+
+
+def _origin(key: str, where: str, overridden: Iterable[str]) -> str:
+    """Where a setting, or the list or section that holds it, was given."""
+    above = any(key == one or key.startswith(f"{one}.") for one in overridden)
+    return "the command line" if above else where
 
 
 def _expected(error: Any) -> str:

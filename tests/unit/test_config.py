@@ -56,6 +56,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("--backbone.name=sfnet21", "sfnet20"),
         ("--backbone.widht=0.5", "width"),
         ("--training.epochs=three", "training.epochs"),
+        ("--training.epochs=yes", "epochs must be a number, got true in the command line"),
+        ("--data.augmentation.erase_area=[0, true]", "erase_area.1 must be a number, got true"),
+        ("--data.workers=off", "workers must be a number, got false"),
+        ("--training.lr=1:30", "lr must be a valid number, .* got '1:30'"),
+        ("--head.m=1:30", "m must be a number ≥ 0, got '1:30'"),
         ("--training.epochs=-1", "epochs must be greater than 0, got -1 in the command line"),
         ("--training.optimizer=adam", "optimizer"),
         ("--head.m=-1", "m"),
@@ -107,6 +112,15 @@ def test_mistakes_are_one_sentence_that_names_the_remedy(override: str, message:
         config.load(None, [override] if " --" not in override else override.split())
     assert "\n" not in str(caught.value)
     assert "<class" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("010", 10), ("0o10", 8), ("0x1F", 31), ("5e-4", 5e-4), (".5", 0.5)]
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, number: float, tmp_path: Path) -> None:
+    path = write(tmp_path, f"training: {{epochs: {text}}}\nhead: {{name: cosface, s: {text}}}\n")
+    loaded = config.load(path)
+    assert (loaded.training.epochs, loaded.head["s"]) == (number, number)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     TypeVar,
@@ -157,9 +158,11 @@ def validated(
         UserError: the first thing that is wrong: the setting, what was expected, what was given
             and where.
     """
+    for key, value in _booleans(tree, section):
+        where = _origin(key, where, overridden)
+        raise UserError(f"{key} must be a number, got {shown(value)} in {where}")
     try:
         settings: T = _adapter(section).validate_python(tree)  # type: ignore[arg-type]
-        return settings
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -174,9 +177,21 @@ def validated(
                 f"unknown setting {key} in {where}{did_you_mean(name, known)}; "
                 f"known: {', '.join(sorted(known))}"
             ) from error
-        raise UserError(
-            f"{key} {_expected(first)}, got {shown(first['input'])} in {where}"
-        ) from error
+        missing = first["type"] == "missing"  # where pydantic names what lies around it
+        got = "" if missing else f", got {shown(first['input'])}"
+        raise UserError(f"{key} {_expected(first)}{got} in {where}") from error
+    return settings
+
+
+def _booleans(value: Any, hint: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
+    """Where true or false stands for a number, which pydantic would read as 1 or 0."""
+    kinds = [*_alternatives(hint)]
+    if isinstance(value, bool) and bool not in kinds and {int, float}.intersection(kinds):
+        yield ".".join(way), value
+    parts = value.items() if isinstance(value, dict) else ()
+    for name, part in enumerate(value) if isinstance(value, list | tuple) else parts:
+        inner = next((found for kind in kinds if (found := _hint(kind, [name]))), None)
+        yield from _booleans(part, inner, (*way, str(name)))
 
 
 def _origin(key: str, where: str, overridden: Iterable[str]) -> str:
@@ -218,8 +233,19 @@ class _Scalar(NamedTuple):
     value: Any
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
 class _Loader(yaml.SafeLoader):
-    """Keeps the text of values; YAML 1.1 reads ``5e-4`` as text, people write it as a number."""
+    """Keeps the text of values, and reads numbers as YAML 1.2 does.
+
+    In PyYAML's 1.1 ``010`` is 8, ``1:30`` is 90, and ``5e-4`` is text.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep=deep)
@@ -228,11 +254,18 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_Loader.add_constructor(_INT, _integer)
+for _tag, _pattern in (
+    (_INT, r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$"),
+    (_FLOAT, r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"),
+    (_FLOAT, r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _typed(value: Any, hint: Any) -> Any:

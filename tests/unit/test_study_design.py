@@ -126,6 +126,12 @@ def test_a_study_extends_another(tmp_path):
     [
         ({"arms": {}}, "at least one arm"),
         ({"seeds": []}, "at least one"),
+        ({"seeds": [0, 1, 0]}, "seeds must name each once, and 0 stands twice"),
+        (
+            {"sweeps": {"s": {"arm": "cosface", "key": "head.s", "values": [30, 64, 30.0]}}},
+            "sweeps.s.values must name each once",
+        ),
+        ({"sweeps": {"s": {"key": "head.s", "values": [1]}}}, "sweeps.s.arm must be given in /"),
         ({"baseline": "arcface"}, "names the arm arcface"),
         ({"armz": {}}, "armz"),
         ({"seeds": ["x"]}, "seeds"),
@@ -163,6 +169,13 @@ def test_a_study_extends_another(tmp_path):
 def test_a_mistake_is_told_before_anything_runs(tmp_path, sections, message):
     with pytest.raises(UserError, match=message):
         design.load(write(tmp_path, changed(**sections)))
+
+
+@pytest.mark.parametrize("text", ["", "seeds: [0]"])
+def test_a_study_without_arms_is_told_what_it_needs(tmp_path, text):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match="has no arms, which are what a study compares: give them"):
+        design.load(tmp_path / "study.yaml")
 
 
 def test_the_studies_of_the_project_are_valid():

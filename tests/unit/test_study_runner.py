@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Lock
 from types import SimpleNamespace
 
-from sphereface2.study.runner import _Runner
+from sphereface2.study.runner import _Runner, _summary
 
 
 def test_workers_that_end_by_themselves_are_ended_with_the_others() -> None:
@@ -28,3 +28,11 @@ def test_workers_that_end_by_themselves_are_ended_with_the_others() -> None:
     runner.__exit__()
     assert runner.stopping
     assert sorted(ended) == ["a", "b", "c"]
+
+
+def test_the_line_of_a_cell_has_the_figures_that_there_are() -> None:
+    accuracy, test = SimpleNamespace(name="LFW", accuracy=0.9), SimpleNamespace(tar={1e-3: 0.5})
+    told = _summary(SimpleNamespace(pairs=[accuracy], test=test))  # type: ignore[arg-type]
+    assert told == ["LFW 90.00 %", "test TAR@1e-3 50.00 %"]
+    without = SimpleNamespace(pairs=[], test=SimpleNamespace(tar={0.1: 0.5}))
+    assert _summary(without) == []  # type: ignore[arg-type]

@@ -127,8 +127,8 @@ def at_thresholds(title: str, groups: Mapping[str, Sequence[AtThreshold]]) -> Ta
             asked = "" if one.asked is None else f" for {far_key(one.asked)}"
             log10 = decades = ""
             if (transfer := one.transfer) is not None:
-                log10 = f"{transfer.value:+.2f}"
-                decades = interval(transfer.ci, "{:+.2f}".format)
+                log10 = f"{transfer.value:+z.2f}"
+                decades = interval(transfer.ci, "{:+z.2f}".format)
             rates = [_short(one.far.value), interval(one.far.ci, _short), percent(one.tar.value)]
             cells = [f"{one.threshold:.3f}{asked}", *rates, log10]
             place.add_row(*([name, *cells] if grouped else [*cells, decades]))

@@ -214,8 +214,8 @@ def _elsewhere(calibration: Calibration) -> str:
         for at in one.thresholds:
             assert at.transfer is not None and at.transfer.ci is not None
             low, high = at.transfer.ci
-            there = [f"{at.asked:g}", f"{at.far.value:.2g}", f"{at.transfer.value:+.2f}"]
-            interval, tar = f"{low:+.2f} to {high:+.2f}", f"{100 * at.tar.value:.1f} %"
+            there = [f"{at.asked:g}", f"{at.far.value:.2g}", f"{at.transfer.value:+z.2f}"]
+            interval, tar = f"{low:+z.2f} to {high:+z.2f}", f"{100 * at.tar.value:.1f} %"
             rows.append([one.name, f"{one.images:,}", f"{one.people:,}", *there, interval, tar])
     header = ["set", "images", "people", "asked", "FAR there", "log10", "95 % interval", "TAR"]
     return (

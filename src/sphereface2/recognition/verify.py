@@ -114,7 +114,7 @@ def _facts(result: Verification) -> list[tuple[str, str]]:
         chosen = "threshold" if result.far is None else f"threshold for FAR {far_key(result.far)}"
         facts.append((chosen, f"{result.threshold:.4f}"))
     if result.llr is not None and result.probability is not None:
-        facts.append(("log-likelihood ratio", f"{result.llr:+.2f}"))
+        facts.append(("log-likelihood ratio", f"{result.llr:+z.2f}"))
         at = f"probability at a prior of {result.prior:g}"
         facts.append((at, f"{100 * result.probability:.2f} %"))
     return facts

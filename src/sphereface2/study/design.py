@@ -196,6 +196,11 @@ def load(path: Path) -> Study:
             alike (trials of different number), settings that no run accepts.
     """
     tree = _read(path)
+    if "arms" not in tree:
+        raise UserError(
+            f"{path} has no arms, which are what a study compares: give them, as in "
+            "'arms: {cosface: {settings: {head: {name: cosface}}}}'"
+        )
     tree.setdefault("name", path.stem)
     study = sections.validated(Study, tree, str(path))
     _check(study, path)
@@ -351,6 +356,7 @@ def _check(study: Study, path: Path) -> None:
                 f"{path} names the arm {name}{did_you_mean(name, study.arms)}, "
                 f"but its arms are {', '.join(study.arms)}"
             )
+    _check_once(study, path)
     counts = {name: len(arm.trials) for name, arm in study.arms.items() if arm.trials}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -389,6 +395,20 @@ def _check(study: Study, path: Path) -> None:
             )
         if not cell.config.data.test_people:
             raise UserError(f"{path} needs base.data.test_people, to judge the cells on")
+
+
+def _check_once(study: Study, path: Path) -> None:
+    """What stands twice would count as two results where there is one."""
+    given: dict[str, list[Any]] = {"seeds": study.seeds, "pairs": study.pairs}
+    for name, arm in study.arms.items():
+        given |= {f"arms.{name}.trials": arm.trials, f"arms.{name}.only": arm.only or []}
+    for name, sweep in study.sweeps.items():
+        given |= {f"sweeps.{name}.values": sweep.values, f"sweeps.{name}.seeds": sweep.seeds or []}
+    given["finals"] = [arm for group in study.finals for arm in group.arms]
+    for what, values in given.items():
+        if twice := [one for place, one in enumerate(values) if one in values[:place]]:
+            shown = sections.shown(twice[0])
+            raise UserError(f"{path}: {what} must name each once, and {shown} stands twice")
 
 
 def _check_settings(study: Study, path: Path) -> None:

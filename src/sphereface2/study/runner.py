@@ -184,7 +184,7 @@ class _Runner:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=self.console,
         )
         with progress, ThreadPoolExecutor(self.jobs) as pool:
@@ -307,17 +307,18 @@ class _Runner:
             text = "\n".join([f"exit status {status}", *end])
             atomic_write(folder / FAILURE, f"{text}\n".encode())
             return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
-        return f"{_summary(read(self.cells, cell))}, {time.monotonic() - start:.0f} s"
+        took = f"{time.monotonic() - start:.0f} s"
+        return ", ".join([*_summary(read(self.cells, cell)), took])
 
 
-def _summary(result: CellResult | None) -> str:
+def _summary(result: CellResult | None) -> list[str]:
     if result is None:
-        return "no result"
+        return ["no result"]
     figures = [f"{one.name} {100 * one.accuracy:.2f} %" for one in result.pairs]
     tar = result.test.tar.get(1e-3)
     if tar is not None:
         figures.append(f"test TAR@1e-3 {100 * tar:.2f} %")
-    return ", ".join(figures)
+    return figures
 
 
 @contextmanager

@@ -30,10 +30,15 @@ def by_arm(header: Sequence[str], arms: Iterable[str], columns: Iterable[Sequenc
 
 
 def number(value: float | None, *, scale: float = 1.0, digits: int = 2, sign: bool = False) -> str:
-    """``scale`` times the value, with a true minus; a dash where there is none."""
+    """``scale`` times the value, with a true minus; a dash where there is none.
+
+    Examples:
+        >>> number(-0.001, sign=True), number(-0.5)
+        ('+0.00', '−0.50')
+    """
     if value is None or value != value:
         return NONE
-    shown = f"{scale * value:{'+' if sign else ''}.{digits}f}"
+    shown = f"{scale * value:{'+' if sign else ''}z.{digits}f}"  # z: no negative zero
     return shown.replace("-", "−")
 
 

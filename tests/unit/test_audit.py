@@ -140,7 +140,7 @@ def test_a_cleaned_set_merges_moves_and_removes(faces: Path, tmp_path: Path) -> 
         finding(first[8], image=source.name(first[8]), action="keep"),
     ]
     write_findings(tmp_path / "f.csv", found)
-    chosen = cleaned(source, read_findings(tmp_path / "f.csv"))
+    chosen = cleaned(source, read_findings(tmp_path / "f.csv", source))
     write_set(chosen, tmp_path / "list")
     left = open_source(tmp_path / "list")
     assert left.num_classes == 10 and len(left) == len(source) - 1
@@ -149,8 +149,43 @@ def test_a_cleaned_set_merges_moves_and_removes(faces: Path, tmp_path: Path) -> 
     assert person[str(faces / source.name(first[4]))] == "person01"
     assert person[str(faces / source.name(first[6]))] == "person09"
     assert str(faces / source.name(first[0])) not in person
-    with pytest.raises(UserError, match="another set"):
-        cleaned(source, [finding(first[0], image="x.jpg", action="remove")])
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([{"image": "x.jpg"}], "line 2: the finding about 'x.jpg' is of another set"),
+        ([{"action": "move"}], "line 2: move needs a label in the column other"),
+        ([{"action": "move", "other": ""}], "move needs a label in the column other"),
+        ([{"action": "move", "other": "12"}], "from 0 to below 12, got 12"),
+        ([{"other": "person3"}], r"or a person's name, got 'person3' \(did you mean 'person03'"),
+        ([{"index": "x"}], "line 2: index must be a number, got 'x'"),
+        ([{"action": "merge", "other": 1}], "must be one of keep, remove, move, got 'merge'"),
+        ([{"kind": "duplicate", "action": "move", "other": 1}], "must be one of keep, remove, got"),
+        ([{}, {"action": "keep"}], "line 3 says keep of 'person00/0.jpg' and an earlier line says"),
+        (
+            [{"action": "move", "other": 1}, {"kind": "quality", "action": "move", "other": 2}],
+            "line 3 says move to 2 .* earlier line says move to 1",
+        ),
+    ],
+)
+def test_edited_findings_that_cannot_be_applied(
+    faces: Path, tmp_path: Path, edits: list[dict[str, Any]], message: str
+) -> None:
+    source = open_source(faces)
+    line = vars(finding(0, image=source.name(0), action="remove"))
+    write_findings(tmp_path / "f.csv", [Finding(**line | edit) for edit in edits])
+    with pytest.raises(UserError, match=message):
+        read_findings(tmp_path / "f.csv", source)
+
+
+def test_a_finding_names_a_person_as_it_names_a_label(faces: Path, tmp_path: Path) -> None:
+    source = open_source(faces)
+    line = vars(finding(0, image=source.name(0), action="move"))
+    edits: list[Any] = ["person03", " person11 ", 4]
+    for other, label in zip(edits, (3, 11, 4), strict=True):
+        write_findings(tmp_path / "f.csv", [Finding(**line | {"other": other})])
+        assert [one.other for one in read_findings(tmp_path / "f.csv", source)] == [label]
 
 
 def test_copies_are_found_cropped_mirrored_and_encoded_anew() -> None:

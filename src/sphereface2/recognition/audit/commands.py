@@ -84,7 +84,8 @@ def audit(
     if apply is not None:
         if write is None:
             raise UserError("--apply goes with --write, the folder for the cleaned set")
-        edited = cleaned(open_images(source), read_findings(apply))
+        opened = open_images(source)
+        edited = cleaned(opened, read_findings(apply, opened))
         return show({}, [], as_json, write_set(edited, write))
     start = time.perf_counter()
     embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}

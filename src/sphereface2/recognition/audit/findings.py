@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -20,8 +21,15 @@ from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource
 from sphereface2.data.source import Source, Subset, write_names
-from sphereface2.errors import UserError
-from sphereface2.files import atomic_folder, atomic_write, printable, read_text, writing
+from sphereface2.errors import UserError, did_you_mean
+from sphereface2.files import (
+    atomic_folder,
+    atomic_write,
+    one_name,
+    printable,
+    read_text,
+    writing,
+)
 
 KINDS = {
     "unreadable": "images that cannot be read or show no face",
@@ -32,7 +40,12 @@ KINDS = {
     "quality": "images that are blurred, dark, bright or without contrast",
 }
 """Kinds of findings, and what they are."""
-ACTIONS = ("keep", "remove", "move", "merge")
+_ACTIONS = dict.fromkeys(KINDS, ("keep", "remove", "move")) | {
+    "duplicate": ("keep", "remove"),
+    "duplicate across labels": ("keep", "remove"),
+    "same person": ("keep", "merge"),
+}
+"""What can be done about each kind; ``other`` of a duplicate is an image, no label to move to."""
 
 
 @dataclass(frozen=True)
@@ -72,51 +85,97 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
         atomic_write(path, text.getvalue().encode())
 
 
-def read_findings(path: Path) -> list[Finding]:
-    """Read ``findings.csv``, perhaps edited; UserError if a line says something else."""
+def read_findings(path: Path, source: Source) -> list[Finding]:
+    """Read ``findings.csv``, perhaps edited: ``other`` may name a person in place of the number.
+
+    Args:
+        path: the file.
+        source: the set that was audited.
+
+    Raises:
+        UserError: a line says something else, is of another set, or contradicts an earlier one.
+    """
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names = [field.name for field in fields(Finding)]
     if rows.fieldnames is None or set(names) - set(rows.fieldnames):
         raise UserError(f"{path} is no findings.csv: its columns must be {', '.join(names)}")
-    found = []
+    people = [one_name(printable(name)) for name in source.class_names or ()]
+    found, decided = [], dict[Any, str]()
     for row in rows:
-        try:
-            values: dict[str, Any] = {name: row[name] for name in names}
-            values |= {name: int(row[name]) for name in ("index", "other")}
-            one = Finding(**values | {"score": float(row["score"])})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} line {rows.line_num}: {error}") from error
-        if one.kind not in KINDS or one.action not in ACTIONS:
-            raise UserError(
-                f"{path} line {rows.line_num}: {one.kind!r}, {one.action!r} is no kind and action; "
-                f"actions are {', '.join(ACTIONS)}"
-            )
+        where = f"{path} line {rows.line_num}"
+        values: dict[str, Any] = {name: row[name] or "" for name in names}
+        for name, kind in (("index", int), ("score", float)):
+            try:
+                values[name] = kind(values[name])
+            except ValueError:
+                raise UserError(f"{where}: {name} must be a number, got {row[name]!r}") from None
+        one = Finding(**values | {"other": _other(values["other"], people, where)})
+        _check(one, source, where)
+        # Keep and remove by two kinds are no contradiction: a blurred copy goes as a copy.
+        pair = one.other if one.kind == "same person" else None
+        says: dict[Any, str] = {(one.kind, one.index, one.about, pair): one.action}
+        if one.action == "move":
+            says[one.index] = f"move to {one.other}"
+        for what, action in says.items():
+            if (before := decided.setdefault(what, action)) != action:
+                raise UserError(
+                    f"{where} says {action} of {one.image or one.label!r} and an earlier line says "
+                    f"{before}: leave one of them"
+                )
         found.append(one)
     return found
+
+
+def _other(text: str, people: Sequence[str], where: str) -> int:
+    """The number in the column ``other``, or of the label that is called so; -1 of nothing."""
+    if not (called := one_name(text)):
+        return -1
+    if not re.fullmatch(r"-1|0|[1-9][0-9]*", called) and called in people:
+        if people.count(called) > 1:
+            raise UserError(f"{where}: several labels are called {called!r}; give one's number")
+        return people.index(called)
+    try:
+        return int(called)
+    except ValueError:
+        kinds = "a label's number or a person's name" if people else "a label's number"
+        raise UserError(
+            f"{where}: other must be {kinds}, got {called[:60]!r}{did_you_mean(called, people)}"
+        ) from None
+
+
+def _check(one: Finding, source: Source, where: str) -> None:
+    actions = _ACTIONS.get(one.kind)
+    if actions is None:
+        raise UserError(f"{where}: no kind {one.kind!r}{did_you_mean(one.kind, KINDS)}")
+    if one.action not in actions:
+        raise UserError(
+            f"{where}: the action for {one.kind!r} must be one of {', '.join(actions)}, got "
+            f"{one.action!r}"
+        )
+    here = source.num_classes if one.kind == "same person" else len(source)
+    if not 0 <= one.index < here or (one.image and printable(source.name(one.index)) != one.image):
+        raise UserError(
+            f"{where}: the finding about {one.image or one.label!r} is of another set than this "
+            "one: give the set that was audited"
+        )
+    if one.action in ("move", "merge") and not 0 <= one.other < source.num_classes:
+        raise UserError(
+            f"{where}: {one.action} needs a label in the column other, a person's name or a number "
+            f"from 0 to below {source.num_classes:,}, got {one.other}"
+        )
 
 
 def cleaned(source: Source, findings: Sequence[Finding]) -> Subset:
     """A set with findings applied; labels are numbered anew, without those that became empty.
 
     Raises:
-        UserError: a finding is of another set, or nothing is left.
+        UserError: nothing is left.
     """
     given = np.asarray(source.labels)
     labels = given.copy() if len(given) else np.zeros(len(source), np.int64)
     removed = np.zeros(len(labels), bool)
     merged = []
     for finding in findings:
-        here = source.num_classes if finding.kind == "same person" else len(labels)
-        fits = 0 <= finding.index < here
-        if finding.action in ("move", "merge"):
-            fits &= 0 <= finding.other < source.num_classes
-        if fits and finding.image:
-            fits = printable(source.name(finding.index)) == finding.image
-        if not fits:
-            raise UserError(
-                f"the finding about {finding.image or finding.label!r} is of another set than "
-                "this one: give the set that was audited"
-            )
         if finding.action == "remove":
             removed[finding.index] = True
         elif finding.action == "move":

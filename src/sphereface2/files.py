@@ -195,6 +195,10 @@ def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
         yield
 
 
+MOST_BYTES = 255
+"""Longest name of a file or folder, on the file systems in use."""
+
+
 def printable(name: str) -> str:
     """A file's name as it can be printed and stored: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -312,6 +312,7 @@ def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Pat
         ("== a\n0\tx.jpg", "line 2: the set has no image 0 'x.jpg'"),
         ("== a\n0\tperson00-0.jpg\n== b\n0\tperson00-0.jpg", "line 4: image 0 stands"),
         ("0\tperson00-0.jpg", "line 1: neither"),
+        (f"== {'n' * 300}\n0\tperson00-0.jpg", "can name no folder, as it has 300 bytes"),
         ("== ../b\n0\tperson00-0.jpg", "can name no folder"),
         ("== -\n0\tperson00-0.jpg", "no image to a person"),
     ],

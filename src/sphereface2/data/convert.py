@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError, check_choice, check_number
-from sphereface2.files import atomic_folder, one_name, printable
+from sphereface2.files import MOST_BYTES, atomic_folder, one_name, printable
 from sphereface2.images import decode, encode_image
 
 _SHARD_IMAGES = 10_000
@@ -264,6 +265,8 @@ def _folder_names(source: Source, to: str) -> list[str]:
 
 def is_unsafe(name: str) -> bool:
     """Whether a name can be no folder's."""
+    if len(os.fsencode(name)) > MOST_BYTES:
+        return True
     return not name or name.startswith(".") or any(c in "/\\" or c < " " for c in name)
 
 

@@ -16,7 +16,6 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     NamedTuple,
     TypeVar,
@@ -30,7 +29,7 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from sphereface2.errors import UserError, did_you_mean
-from sphereface2.files import read_yaml
+from sphereface2.files import MOST_BYTES, read_yaml
 from sphereface2.heads import Scaling
 
 T = TypeVar("T")
@@ -56,7 +55,17 @@ def _without(*characters: str) -> AfterValidator:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), _without("\0")]
-FolderName = Annotated[Text, _without("/", "\n")]
+
+
+def _short(name: str) -> str:
+    if (length := len(os.fsencode(name))) > _MOST_NAME:
+        raise ValueError(f"must be a name of at most {_MOST_NAME} bytes, not {length}")
+    return name
+
+
+_MOST_NAME = MOST_BYTES - len("-20260101-000000")
+FolderName = Annotated[Text, _without("/", "\n"), AfterValidator(_short)]
+"""The beginning of a folder's name, which a time follows."""
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path; ``~`` in it is the home folder."""
 
@@ -242,11 +251,6 @@ class _Loader(yaml.SafeLoader):
     In PyYAML's 1.1 ``010`` is 8, ``1:30`` is 90, and ``5e-4`` is text.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep=deep)
         if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
@@ -259,6 +263,10 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_constructor(_INT, _integer)
 for _tag, _pattern in (
     (_INT, r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
 from sphereface2.evaluation.label_errors import weighted_sums
 from sphereface2.files import (
+    MOST_BYTES,
     atomic_write,
     digest,
     one_name,
@@ -304,7 +306,11 @@ def read_people(path: Path, source: Source) -> Subset:
         if line.startswith(_HEAD):
             name = one_name(line.removeprefix(_HEAD))
             if is_unsafe(name):
-                raise UserError(f"{where}: {name!r} can name no folder; write another name")
+                length = len(os.fsencode(name))
+                long = f", as it has {length} bytes" if length > MOST_BYTES else ""
+                raise UserError(
+                    f"{where}: {name[:60]!r} can name no folder{long}; write another name"
+                )
             continue
         index, *words = line.split()
         if name is None or not index.isdecimal():

@@ -99,6 +99,10 @@ def test_images_that_a_table_lacks_are_named(tmp_path: Path) -> None:
         ),
         ({"name": np.array(["a.jpg"])}, "no table of embeddings, with 'name' and 'embedding'"),
         ({"name": np.array(["a.jpg"]), "embedding": EMBEDDINGS[:1] * np.inf}, "not finite"),
+        (
+            {"name": np.array(["a"]), "embedding": EMBEDDINGS[:1] * 0},
+            r"1 embeddings .* 0.* \(a first",
+        ),
     ],
 )
 def test_damaged_tables_are_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:

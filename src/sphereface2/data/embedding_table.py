@@ -90,7 +90,8 @@ def read(path: Path) -> EmbeddingTable:
     and ``embedding`` (n, d).
 
     Raises:
-        UserError: there is no such file, it is damaged or of another layout, or not finite.
+        UserError: there is no such file, it is damaged or of another layout, or it holds
+            embeddings that are not finite or of length 0.
     """
     if not path.is_file():
         raise UserError(f"there is no table of embeddings {path}")
@@ -111,6 +112,12 @@ def read(path: Path) -> EmbeddingTable:
         )
     if not np.isfinite(embeddings).all():
         raise UserError(f"{path} holds embeddings that are not finite")
+    none = np.flatnonzero(np.linalg.norm(embeddings.astype(np.float32, copy=False), axis=1) == 0)
+    if len(none):
+        raise UserError(
+            f"{path} holds {len(none):,} embeddings of length 0, which have no direction "
+            f"({names[none[0]]} first): embed these images again, or leave them out of it"
+        )
     return EmbeddingTable(path, names, embeddings, metadata)
 
 

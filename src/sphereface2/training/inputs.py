@@ -19,7 +19,7 @@ from sphereface2.data.split import default_validation_people, split_people
 from sphereface2.device import faster_in_bf16
 from sphereface2.errors import UserError
 from sphereface2.training import resuming
-from sphereface2.training.config import RunConfig, TrainingConfig
+from sphereface2.training.config import DataConfig, RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
 
 USUAL_BATCH = 256  # images a step where none are asked for
@@ -69,6 +69,8 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
     labels = np.asarray(source.labels)
     train = split.train[choose(labels[split.train], data.subset)]
     people, classes = np.unique(labels[train], return_inverse=True)
+    if len(people) < 2:
+        raise UserError(_too_few(data, located.train, len(people), len(np.unique(labels))))
     paths = [Path(p) for p in settings.validation.pairs if p != "auto"]
     if "auto" in settings.validation.pairs:
         paths = [*located.pairs, *paths]
@@ -104,6 +106,18 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
         pairs=[load_pairs(path, names=names if is_bin(path) else None) for path in paths],
         located=located,
     )
+
+
+def _too_few(data: DataConfig, train: Path, people: int, all_of_them: int) -> str:
+    """Why there is nothing to tell apart."""
+    if all_of_them < 2:
+        remedy = f"{train} has {all_of_them}: give a set of more, such as a folder of each person"
+    else:
+        remedy = (
+            f"of the {all_of_them:,} in {train} {people} would be left: lower "
+            "data.validation_people and data.test_people, or loosen data.subset"
+        )
+    return f"training needs images of two people or more, and {remedy}"
 
 
 def _with_batch_size(settings: RunConfig, place: World, images: int, people: int) -> TrainingConfig:

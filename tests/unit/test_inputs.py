@@ -1,5 +1,6 @@
 """What the size of a set decides, and what is refused before a run folder is made."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,8 @@ def test_numbers_that_are_given_stay(people):
             r"data.people_per_batch = 50 .* 9$",
         ),
         (["--validation.pairs", "[none.bin]"], "none.bin"),
+        (["--data.validation_people", "10"], r"of the 11 in .* 1 would be left: lower data.valid"),
+        (["--name", "n" * 250], "name must be a name of at most 239 bytes, not 250"),
     ],
 )
 def test_refusals_name_the_setting_and_leave_no_run_folder(people, tmp_path, words, message):
@@ -122,3 +125,24 @@ def test_refusals_name_the_setting_and_leave_no_run_folder(people, tmp_path, wor
     with pytest.raises(UserError, match=message):
         fit(None, overrides=["--data.train", str(folder), "--output", str(tmp_path / "o"), *words])
     assert not (tmp_path / "o").exists()
+
+
+def test_a_set_of_one_person_is_told_what_training_needs(people):
+    with pytest.raises(UserError, match=r"two people or more, and .*set has 1: give a set of more"):
+        opened(people(1, 4))
+
+
+def test_a_path_relative_to_where_a_run_was_started(people, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    people(3, 2)
+    monkeypatch.chdir(tmp_path)
+    (run / "config.yaml").write_text(config.dump(config.load(None, ["--data.train", "set"])))
+    about = {"starts": [], "data": {"train": str(tmp_path / "set")}}
+    (run / "environment.json").write_text(json.dumps(about))
+    assert resuming.own_settings(run, []).data.train == "set"
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError, match=rf"relative to .*, then {tmp_path}/set; .*data.train PATH"):
+        resuming.own_settings(run, [])
+    assert resuming.own_settings(run, [], opened=True).data.train == "set"
+    assert resuming.own_settings(run, ["--data.train", "no"]).data.train == "no"  # told when opened

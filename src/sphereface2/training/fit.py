@@ -80,7 +80,7 @@ def fit(
     given = resume or run
     resumes = resume is not None or (run is not None and has_checkpoints(run))
     if resumes and given is not None and config is None:
-        settings = resuming.own_settings(given, overrides)
+        settings = resuming.own_settings(given, overrides, opened=source is not None)
     else:
         settings = starting.settings(config, overrides)
     if ranks is not None and "WORLD_SIZE" not in os.environ:
@@ -173,7 +173,7 @@ def _train(
     start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
     data = {
         "kind": inputs.located.kind,
-        "train": str(train),
+        "train": str(train.absolute()),
         "fingerprint": trainer.data_fingerprint,
         "images": len(inputs.train_indices),
         "people": inputs.num_classes,

@@ -66,11 +66,17 @@ _AFTERWARDS = (
 )
 
 
-def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
+def own_settings(run: Path, overrides: Sequence[str], *, opened: bool = False) -> RunConfig:
     """The settings that a run folder holds, changed by ``overrides``.
 
+    Args:
+        run: the folder.
+        overrides: ``--section.key value`` words.
+        opened: whether the caller has the training set, wherever it lies.
+
     Raises:
-        UserError: they are missing, cut, another's, or of a version that has other settings.
+        UserError: they are missing, cut, another's, of a version that has other settings, or name
+            data by a path relative to another folder.
     """
     path = run / CONFIG
     if not path.is_file():
@@ -83,7 +89,7 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
                 "restore it from a copy, or start a new run"
             )
     try:
-        return configuration.load(path, overrides)
+        settings = configuration.load(path, overrides)
     except UserError as error:
         starts = read_environment(run).get("starts") or [{}]
         written = starts[-1].get("packages", {}).get("sphereface2", __version__)
@@ -92,6 +98,26 @@ def own_settings(run: Path, overrides: Sequence[str]) -> RunConfig:
         raise UserError(
             f"{error}; sphereface2 {written} wrote it and this is {__version__}"
         ) from error
+    given = {key for key, _ in sections.parse(overrides, RunConfig)}
+    _check_places(run, settings, given | {"data.train"} if opened else given)
+    return settings
+
+
+def _check_places(run: Path, settings: RunConfig, given: set[str]) -> None:
+    """Paths that a run's settings give relative to where it was started lead nowhere elsewhere."""
+    named = [("data.train", settings.data.train)]
+    named += [("validation.names", settings.validation.names or "auto")]
+    named += [("validation.pairs", pairs) for pairs in settings.validation.pairs]
+    for key, place in named:
+        if key in given or place == "auto":
+            continue
+        if not (Path(place).is_absolute() or Path(place).exists()):
+            was = read_environment(run).get("data", {}).get("train", "")
+            known = f", then {was}" if key == "data.train" and Path(was).is_absolute() else ""
+            raise UserError(
+                f"{key} {place} does not exist: {run} names it relative to the folder in which it "
+                f"was started{known}; start in that folder, or give --{key} PATH"
+            )
 
 
 def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Checkpoint:

@@ -112,7 +112,7 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
             header,
             justify="right" if index else "left",
             style="dim" if index in dim else None,
-            no_wrap=index > 0,
+            overflow="fold",  # in a narrow terminal the widest column wraps first, and none ends
         )
     return result
 

@@ -183,7 +183,7 @@ def _decode_any(content: bytes | bytearray | memoryview, name: str, max_pixels: 
         if floats is not None:
             return floats
         raise UserError(
-            f"{name} is not an image that can be read; give a JPEG, PNG, WebP, GIF, BMP, TIFF, "
+            f"{name} cannot be read as an image; give a JPEG, PNG, WebP, GIF, BMP, TIFF, "
             "AVIF or JPEG 2000 file"
         ) from error
     except Exception as error:  # a damaged header makes Pillow's parsers raise almost anything

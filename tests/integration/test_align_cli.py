@@ -109,7 +109,7 @@ def test_ended_and_run_again_it_ends_as_if_never_ended(photos, whole, tmp_path, 
     ]  # fmt: skip
     assert report["images_without_face"] == ["person2/wall.png"]
     assert "is empty" in report["reasons"]["person1/empty.jpg"]
-    assert "not an image" in report["reasons"]["person1/text.jpg"]
+    assert "as an image" in report["reasons"]["person1/text.jpg"]
     assert {"person0/0.png.jpg", "person0/0.jpg.jpg"} <= crops(cut).keys()
     source = open_source(cut)
     assert len(source) == 25 and source.class_names == [f"person{i}" for i in range(4)]
@@ -251,7 +251,10 @@ def test_odd_names_stop_nothing(few, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert (report["aligned"], report["unreadable"], report["not_written"]) == (2, 2, 2)
-    assert r"bad\udce9.png is not an image" in done.stdout and "name is too long" in done.stdout
+    assert (
+        r"bad\udce9.png cannot be read as an image" in done.stdout
+        and "name is too long" in done.stdout
+    )
     assert Path(os.fsdecode(os.fsencode(out) + b"/caf\xe9_face1.jpg")).exists()
     assert skipped(few, out, all_faces=True) == 4
     # Without a longer end to their names they fit.

@@ -253,7 +253,7 @@ def test_ijb_tells_what_is_missing_or_wrong(net: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="same images in the same order"):
         ijb.load("ijbb", tmp_path)
     (tmp_path / "IJBB/loose_crop/1.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"loose_crop/1.jpg is not an image"):
+    with pytest.raises(UserError, match=r"loose_crop/1.jpg cannot be read as an image"):
         alone.image(alone.names.index("1.jpg"))
 
 

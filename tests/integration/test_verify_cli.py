@@ -124,7 +124,7 @@ def test_calibrate_then_verify(place, net, call, tmp_path):
 
     done = call(*words, "--far", "1e-3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "no threshold for a FAR of 0.001, it has 1e-1, 1e-2" in done.stderr
+    assert "no threshold for a FAR of 1e-3, it has 1e-1, 1e-2" in done.stderr
 
 
 def test_the_verdict_does_not_depend_on_its_plot(place, net, call, tmp_path):

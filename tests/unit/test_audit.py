@@ -325,6 +325,13 @@ def test_a_file_of_people_that_says_something_else(
         read_people(tmp_path / PEOPLE, open_images(crops))
 
 
+def test_a_folder_without_images_is_told_where_they_may_lie(tmp_path: Path) -> None:
+    (tmp_path / "set" / "empty").mkdir(parents=True)
+    for place in (tmp_path / "set", tmp_path / "set" / "empty"):
+        with pytest.raises(UserError, match=r"holds no images .* in it or in folders below it"):
+            open_images(place)
+
+
 def test_labels_are_merged_where_they_are_alike_and_share_a_photograph() -> None:
     labels = np.repeat(np.arange(4), 2)
     faces = SimpleNamespace(person=str)

@@ -268,7 +268,7 @@ def test_a_threshold_is_asked_for_by_its_far():
     assert calibration.far_default == 0.1
     assert calibration.threshold() == calibration.thresholds[0.1].threshold
     assert calibration.threshold(1e-2) > calibration.threshold(0.1)
-    with pytest.raises(UserError, match=r"FAR of 0.001, it has 1e-1, 1e-2"):
+    with pytest.raises(UserError, match=r"FAR of 1e-3, it has 1e-1, 1e-2"):
         calibration.threshold(1e-3)
 
 

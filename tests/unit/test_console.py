@@ -50,3 +50,15 @@ def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys):
             clock[0] += 1
             advance(10)
     assert capsys.readouterr().err == "images 600/7,200, 11 min left\n"
+
+
+def test_a_narrow_terminal_loses_no_cell(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = console.table("set", ["", "value", "95 % interval over people"])
+    table.add_row("TAR at FAR 1e-3", "99.12 ± 0.32 %", "97.00 % – 99.00 %")
+    console.show(table)
+    shown = capsys.readouterr().out
+    assert all(
+        word in shown for word in ["TAR at", "1e-3", "99.12", "0.32 %", "97.00 %", "99.00 %"]
+    )
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 40

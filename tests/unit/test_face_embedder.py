@@ -110,7 +110,7 @@ def test_a_picture_that_fails_is_named(tmp_path: Path) -> None:
     good = crops(1)[0]
     with pytest.raises(NoFaceError, match="image 1: no face"):
         embedder.embed([good, np.zeros((8, 8, 3), np.uint8), b"no image"])
-    with pytest.raises(UserError, match=r"^image 2: .*not an image"):
+    with pytest.raises(UserError, match=r"^image 2: .*as an image"):
         embedder.embed([good, good, b"no image"], aligned=True)
     with pytest.raises(UserError, match=r"gone\.jpg cannot be read"):
         embedder.embed([good, tmp_path / "gone.jpg"], aligned=True)

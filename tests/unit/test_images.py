@@ -131,13 +131,13 @@ def test_what_is_no_picture_is_named(picture, tmp_path):
     empty.write_bytes(b"")
     jpeg = encoded(Image.fromarray(picture), "JPEG")
     for bad, told in [
-        (text, "text.jpg is not an image"),
+        (text, "text.jpg cannot be read as an image"),
         (empty, "empty.jpg is empty"),
         (tmp_path / "none.jpg", "none.jpg cannot be read: No such file"),
         (tmp_path, "cannot be read"),
         ("a\0b.jpg", "cannot be read"),
         (jpeg[:-200], "damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "as an image"),
         (picture.astype(np.float32), "uint8"),
         (np.zeros((0, 4), np.uint8), "no pixels"),
         (torch.zeros(4, 4, 3), "uint8"),

@@ -275,7 +275,10 @@ def test_open_source_recognises_recordio_and_refuses_the_rest(tmp_path):
         (tmp_path / "absent", "does not exist"),
         (empty, "holds no data set"),
         (files(tmp_path, {"x.dat": b"x"}) / "x.dat", "not a set of images"),
-        (files(tmp_path / "f", {"p/readme.md": b"x"}), "holds no person/image"),
+        (
+            files(tmp_path / "f", {"p/readme.md": b"x"}),
+            r"holds no images \(.jpg, .png, …\) in folders, one a person",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             open_source(path)

@@ -33,7 +33,7 @@ def test_decode_is_rgb_and_refuses_rubbish():
     grey = cv2.imencode(".png", red[..., 0])[1].tobytes()
     assert decode(grey).shape == (8, 6, 3)
     for rubbish in (b"", b"rubbish", encoded[:20]):
-        with pytest.raises(UserError, match=r"empty|not an image|damaged"):
+        with pytest.raises(UserError, match=r"empty|as an image|damaged"):
             decode(rubbish)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sphereface2.data.source import NoImagesError
 from sphereface2.errors import UserError
 from sphereface2.files import digest, one_name
 from sphereface2.images import SUFFIXES
@@ -120,7 +121,9 @@ class FolderSource(_Files):
             self.found.add(person, entry.name)
         self.found.warn(self.root)
         if not self.found.images:
-            raise UserError(f"{self.root} holds no person/image.(jpg|png|…) files")
+            raise NoImagesError(
+                f"{self.root} holds no images (.jpg, .png, …) in folders, one a person"
+            )
         self.labels = np.array(labels, dtype=np.int64)
         self.num_classes = len(self.class_names)
 

@@ -9,7 +9,7 @@ from sphereface2.data.folder import FolderSource
 from sphereface2.data.listfile import LIST_SUFFIXES, ListSource
 from sphereface2.data.pairs import PairSet
 from sphereface2.data.recordio import RecordIOSource
-from sphereface2.data.source import Source
+from sphereface2.data.source import NoImagesError, Source
 from sphereface2.data.webdataset import WebDatasetSource
 from sphereface2.errors import UserError
 from sphereface2.images import SUFFIXES
@@ -50,7 +50,7 @@ def open_source(path: str | Path) -> Source:
         lists = [entry for entry in entries if entry.suffix.lower() in LIST_SUFFIXES]
         if len(lists) == 1:
             return ListSource(lists[0])
-        raise UserError(
+        raise NoImagesError(
             f"{path} holds no data set: expected train.rec, .tar shards, a list file "
             "or one folder a person"
         )

@@ -20,6 +20,10 @@ from sphereface2.files import printable, read_text, visible
 MAX_PEOPLE = 1 << 26
 
 
+class NoImagesError(UserError):
+    """A place holds no set of images."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """A labelled set of encoded images with random access.

@@ -143,9 +143,9 @@ class Calibration:
             if math.isclose(known, wanted, rel_tol=1e-9):
                 return found.threshold
         raise UserError(
-            f"this calibration has no threshold for a FAR of {wanted:g}, it has "
-            f"{', '.join(map(far_key, self.thresholds))}: choose one of these, or repeat "
-            f"sphereface2 calibrate with --far {wanted:g}"
+            f"this calibration has no threshold for a FAR of {far_key(wanted)}, it has "
+            f"{', '.join(map(far_key, sorted(self.thresholds, reverse=True)))}: choose one of "
+            f"these, or repeat sphereface2 calibrate with --far {far_key(wanted)}"
         )
 
     def check_for_crops(self) -> None:

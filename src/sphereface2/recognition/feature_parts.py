@@ -29,7 +29,7 @@ from sphereface2.align import Face
 from sphereface2.data.embedding_table import METADATA
 from sphereface2.data.folder import ImageSource, is_image
 from sphereface2.data.opening import open_source
-from sphereface2.data.source import Source
+from sphereface2.data.source import NoImagesError, Source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock, printable, writing
 from sphereface2.images import read_image
@@ -70,7 +70,13 @@ def open_images(path: str | Path) -> Source:
                 stacklevel=2,
             )
         return images
-    return open_source(path)
+    try:
+        return open_source(path)
+    except NoImagesError as error:
+        raise UserError(
+            f"{path} holds no images (.jpg, .png, …), in it or in folders below it, and no "
+            "train.rec, .tar shards or list file"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -173,25 +173,47 @@ def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
     with writing(path):
         file = path.open("a+")
     with file:
-        until = time.monotonic() + patience
-        while True:
-            try:
-                lock(file, "")
-                break
-            except UserError:
-                if time.monotonic() < until:
-                    time.sleep(0.1)
-                    continue
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"{folder} is in use by {holder}; wait until it ends, or end it"
-                ) from None
+        if not _locked_within(file, patience):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder} is in use by {holder}; wait until it ends, or end it")
         with writing(path):
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
             file.flush()
+        yield
+
+
+def _locked_within(file: IO[Any], patience: float) -> bool:
+    """Whether an open file can be kept to this process, as by `lock`, within so many seconds."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            lock(file, "")
+            return True
+        except UserError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+
+
+@contextmanager
+def changing(path: Path, *, patience: float = 30.0) -> Iterator[None]:
+    """Let only one process at a time read ``path``, change it and write it again.
+
+    The lock is a file beside it, ``.NAME.lock``, for its owner alone: what is renamed over ``path``
+    would not be locked.
+
+    Raises:
+        UserError: the folder cannot be written, or others change the file for ``patience`` seconds.
+    """
+    with writing(path):
+        beside = path.with_name(f".{path.name}.lock")
+        file = os.fdopen(os.open(beside, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    with file:
+        if not _locked_within(file, patience):
+            raise UserError(f"{path} is being changed by another process; try again when it ends")
         yield
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -114,6 +116,31 @@ def test_keys_are_known_by_their_hash_alone_and_can_be_withdrawn(tmp_path: Path)
     assert admitted.check(one) is None and admitted.check(two) is not None
     path.write_text("{")
     assert admitted.check(two) is None
+
+
+def test_keys_made_and_withdrawn_by_many_processes_at_once_are_all_what_was_said(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "keys.json"
+    for i in range(4):
+        keys.add(f"old{i}", path)
+    command = [sys.executable, "-c", _KEYS, str(path)]
+    workers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE) for i in range(4)]
+    tokens = [token for one in workers for token in one.communicate(timeout=60)[0].split()]
+    assert [one.returncode for one in workers] == [0] * 4
+    assert {key.name for key in keys.read(path)} == {f"{i}-{j}" for i in range(4) for j in range(5)}
+    admitted = keys.KeyFile(path)
+    assert len(tokens) == 20 and all(admitted.check(token.decode()) for token in tokens)
+
+
+_KEYS = """
+import sys
+from sphereface2.recognition.service import keys
+path, i = sys.argv[1:]
+keys.remove(f"old{i}", path)
+for j in range(5):
+    print(keys.add(f"{i}-{j}", path))
+"""
 
 
 @pytest.mark.parametrize(

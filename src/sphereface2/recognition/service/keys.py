@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write, read_text
+from sphereface2.files import atomic_write, changing, read_text
 
 _FORMAT = "sphereface2-keys"
 _TOKEN = re.compile(r"sf2_([0-9a-f]{8})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -107,36 +107,44 @@ def add(name: str, path: str | Path) -> str:
         UserError: the name is taken or the file damaged.
     """
     path = Path(path)
-    keys = read(path) if path.exists() else []
     if not name.strip() or not name.isprintable():
         raise UserError("a key needs a name of printable characters, for example who will use it")
-    if name in {key.name for key in keys}:
-        raise UserError(f"{path} already holds a key called {name!r}: remove it or choose another")
-    secret, salt = secrets.token_urlsafe(32), secrets.token_hex(16)
-    key = Key(
-        id=secrets.token_hex(4),
-        name=name,
-        salt=salt,
-        hash=_hash(salt, secret),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    _write(path, [*keys, key])
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder: create it or choose another --file")
+    with changing(path):
+        keys = read(path) if path.exists() else []
+        if name in {key.name for key in keys}:
+            raise UserError(
+                f"{path} already holds a key called {name!r}: remove it or choose another"
+            )
+        secret, salt = secrets.token_urlsafe(32), secrets.token_hex(16)
+        key = Key(
+            id=secrets.token_hex(4),
+            name=name,
+            salt=salt,
+            hash=_hash(salt, secret),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        _write(path, [*keys, key])
     return f"sf2_{key.id}_{secret}"
 
 
 def remove(name: str, path: str | Path) -> None:
     """Remove the key with this name or id; a running server refuses it from then on."""
-    keys = read(path)
-    left = [key for key in keys if name not in (key.name, key.id)]
-    if len(left) == len(keys):
-        raise UserError(f"{path} holds no key called {name!r}: sphereface2 keys list shows them")
-    _write(Path(path), left)
+    path = Path(path)
+    read(path)  # no lock is left where there is no file
+    with changing(path):
+        keys = read(path)
+        left = [key for key in keys if name not in (key.name, key.id)]
+        if len(left) == len(keys):
+            raise UserError(
+                f"{path} holds no key called {name!r}: sphereface2 keys list shows them"
+            )
+        _write(path, left)
 
 
 def _write(path: Path, keys: list[Key]) -> None:
     content = {"format": _FORMAT, "version": 1, "keys": [asdict(key) for key in keys]}
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder: create it or choose another --file")
     mask = os.umask(0o077)  # for its owner alone
     try:
         atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -197,6 +197,44 @@ def test_every_process_sees_a_change_at_once(address: str) -> None:
                 )
 
 
+def test_images_that_several_enrol_at_once_are_enrolled_once(address: str) -> None:
+    """Each has all images to give, and the gallery takes each from one of them alone."""
+    names, barrier = [f"p{i}" for i in range(40)], threading.Barrier(2)
+    told: list[int] = []
+
+    def enrol(start: int) -> None:
+        passed: list[int] = []
+        with opened(address) as gallery:
+            people = (  # in other orders, so that neither is always the first
+                Enrolment(name, vectors(i, 3), sources=[f"{name}/{j}" for j in range(3)])
+                for i, name in list(enumerate(names))[start:] + list(enumerate(names))[:start]
+            )
+            barrier.wait()
+            for person in people:
+                list(gallery.add_many([person], passed=lambda _, count: passed.append(count)))
+        told.append(sum(passed))
+
+    opened(address).close()
+    threads = [threading.Thread(target=enrol, args=(start,)) for start in (0, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    with opened(address) as gallery:
+        assert [p.images for p in gallery.people()] == [3] * 40 and sum(told) == 120
+        # An image that is there, one that is new and one without a source.
+        more = [Enrolment("p0", vectors(99, 3), {"v": 1}, sources=["p0/0", "new", None])]
+        passed: list[int] = []
+        for _ in range(2):
+            list(gallery.add_many(more, passed=lambda _, count: passed.append(count)))
+        assert passed == [1, 2]
+        (_, images), *_ = gallery.stored(["p0"])
+        assert [i.source for i in images] == ["p0/0", "p0/1", "p0/2", "new", None, None]
+        rows = np.concatenate([vectors(0, 3), vectors(99, 3)[1:], vectors(99, 3)[2:]])
+        (found,) = gallery.search(unit(unit(rows).sum(0)), k=1, fusion="mean")
+        assert found[0].person == "p0" and found[0].score == pytest.approx(1, abs=1e-6)
+
+
 def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
     calls: list[list[str]] = []
     with opened(address) as one, opened(address) as other:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from sphereface2.backbones import bundle
 from sphereface2.data.convert import convert
 from sphereface2.errors import UserError
 from sphereface2.recognition.face_embedder import FaceEmbedder
+from sphereface2.recognition.gallery import enrol
 
 
 def run(*words: object) -> Ran:
@@ -194,6 +196,26 @@ def test_a_folder_is_enrolled_once_and_past_whom_a_gallery_does_not_take(
     assert "1 images of 1 people" in added.stdout and "3 images were there" in added.stdout
     people = json.loads(run("list", gallery, "--json").stdout)
     assert [(p["name"], p["images"]) for p in people] == [("ann", 2), ("zo\u00e9", 2)]
+
+
+def test_a_folder_that_another_enrols_meanwhile_is_enrolled_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other enrols it while this one embeds, having looked who is there."""
+    gallery, embed = tmp_path / "g", enrol._embed
+    words = ["add", gallery, "--folder", world / "faces", "--model", world / "old", "--aligned"]
+    other: list[Ran] = []
+
+    def late(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        other.append(run(*words))
+        return embed(*args, **options)
+
+    monkeypatch.setattr(enrol, "_embed", late)
+    added = run(*words)
+    assert "added 6 images of 3 people" in other[0].stdout and "already" not in other[0].stdout
+    assert "added 0 images of 0 people" in added.stdout and "6 images were there" in added.stdout
+    assert [p["images"] for p in json.loads(run("list", gallery, "--json").stdout)] == [2] * 3
 
 
 def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) -> None:

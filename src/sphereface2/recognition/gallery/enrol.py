@@ -139,6 +139,10 @@ def add(
         count -= len(one.embeddings)
         left_out.append(str(error))
 
+    def passed(_: Enrolment, images: int) -> None:
+        nonlocal count, there
+        count, there = count - images, there + images
+
     def taken(people: Iterable[Enrolment], dim: int) -> Iterator[Enrolment]:
         nonlocal count
         for one in people:
@@ -186,7 +190,10 @@ def add(
             if opened is None:
                 remembered = None if model is None else lasting(model)
                 opened = stack.enter_context(Gallery.open(gallery, model=remembered, **facts))
-            for some in opened.add_many(chain([first], fit), replace=replace, refused=refused):
+            options: dict[str, Any] = {"replace": replace, "refused": refused}
+            for some in opened.add_many(
+                chain([first], fit), passed=None if person else passed, **options
+            ):
                 names |= {one.name for one in some}
         if opened is None or not count + there:
             raise UserError(f"no person was added: {folder or features} has no usable image")

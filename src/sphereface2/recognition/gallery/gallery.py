@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from sphereface2.errors import UserError
 from sphereface2.recognition.gallery import stamps
 from sphereface2.recognition.gallery.reader import GalleryReader
-from sphereface2.recognition.gallery.rows import Refused, Stored
+from sphereface2.recognition.gallery.rows import Passed, Refused, Stored
 from sphereface2.recognition.gallery.types import (
     Enrolment,
     Person,
@@ -98,6 +98,7 @@ class Gallery(GalleryReader):
         *,
         replace: bool = False,
         refused: Refused | None = None,
+        passed: Passed | None = None,
     ) -> Iterator[list[Person]]:
         """Add many people, many in one transaction: yields those stored since last time.
 
@@ -105,10 +106,13 @@ class Gallery(GalleryReader):
             people: whom to add; one person may come several times.
             replace: see `add`.
             refused: is told whom `add` refuses, and why; the others are added.
+            passed: has images whose source their person has already passed over, whoever enrolled
+                them and however recently, and is told of whom and how many.
 
         Raises:
             UserError: as `add`, without ``refused``; what was yielded before stays.
         """
+        options: dict[str, Any] = {"replace": replace, "refused": refused, "passed": passed}
         waiting: dict[int, Enrolment] = {}
         size = 0
         for item in people:
@@ -121,21 +125,18 @@ class Gallery(GalleryReader):
                 continue
             size += len(one.embeddings)
             if waiting and (size > BATCH_IMAGES or one.key in waiting):
-                yield self._add_batch(waiting, replace, refused)
+                yield self._add_batch(waiting, **options)
                 waiting, size = {}, len(one.embeddings)
             waiting[one.key] = one
         if waiting:
-            yield self._add_batch(waiting, replace, refused)
+            yield self._add_batch(waiting, **options)
 
-    def _add_batch(
-        self, batch: dict[int, Enrolment], replace: bool, refused: Refused | None
-    ) -> list[Person]:
+    def _add_batch(self, batch: dict[int, Enrolment], **options: Any) -> list[Person]:
         def change(connection: Connection) -> list[Person]:
-            items = batch.values()
-            stored = self._rows.add(connection, items, replace=replace, refused=refused)
+            stored = self._rows.add(connection, batch.values(), **options)
             return list(self._rows.describe(connection, stored).values())
 
-        return self._changed(change, replace)
+        return self._changed(change, options["replace"])
 
     def set_metadata(self, person: str, metadata: dict[str, Any]) -> Person | None:
         """Put other metadata, as in `add`, in the place of a person's.

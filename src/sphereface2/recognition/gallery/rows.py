@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ _CHANGES_KEPT = 100_000
 Stored = tuple[Person, list[Image]]
 #: Is told whom a gallery refuses, and why.
 Refused = Callable[[Enrolment, UserError], None]
+#: Is told of whom a gallery has images already, and how many of those it was to take.
+Passed = Callable[[Enrolment, int], None]
 
 
 class Embedding(sa.types.TypeDecorator[np.ndarray]):
@@ -221,9 +223,14 @@ class Rows:
         *,
         replace: bool,
         refused: Refused | None = None,
+        passed: Passed | None = None,
         known: bool | None = None,
     ) -> dict[int, list[int]]:
-        """Write people and their images: the images' ids by the person's key."""
+        """Write people and their images: the images' ids by the person's key.
+
+        With ``passed`` an image whose source the person has is passed over, and so is a person who
+        has all of theirs. The people's rows are locked by then: nobody else is enrolling them.
+        """
         people, images = self.people, self.images
         # In one order, so that two processes never wait for each other. The rows of people who are
         # there are locked and not written, which could link their templates anew.
@@ -242,6 +249,7 @@ class Rows:
         )
         connection.execute(insert, rows)
         there = self.describe(connection, [item.key for item in items])
+        items = items if passed is None else self._new(connection, items, passed)
         new_ids = iter(image_ids(sum(len(item.embeddings) for item in items)))
         ids: dict[int, list[int]] = {}
         added, changed = [], []
@@ -273,6 +281,22 @@ class Rows:
         if changed:
             connection.execute(sa.update(people).where(people.c.id == sa.bindparam("key")), changed)
         return ids
+
+    def _new(
+        self, connection: Connection, items: Sequence[Enrolment], passed: Passed
+    ) -> list[Enrolment]:
+        """What is to be added of people without the images whose source they have."""
+        images, found = self.images, []
+        mine = self._among(images.c.person, [item.key for item in items])
+        query = sa.select(images.c.person, images.c.source).where(mine)
+        there = {(key, source) for key, source in connection.execute(query) if source is not None}
+        for item in items:
+            new = [i for i, one in enumerate(item.sources or ()) if (item.key, one) not in there]
+            if len(new) < len(item.embeddings):
+                passed(item, len(item.embeddings) - len(new))
+            if new:
+                found.append(item.part(new))
+        return found
 
     def _copy(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
         """Insert images by COPY, several times as fast as INSERT."""

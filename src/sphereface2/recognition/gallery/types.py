@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,12 @@ class Enrolment:
         metadata = self.metadata  # as it is now, whatever its owner makes of it later
         metadata = None if metadata is None else json.loads(metadata_json(name, metadata))
         return Enrolment(name, vectors, metadata, sources, crops)
+
+    def part(self, rows: Sequence[int]) -> Enrolment:
+        """The same with these images alone, of what `check` gave."""
+        sources = self.sources and [self.sources[i] for i in rows]
+        crops = self.crops and [self.crops[i] for i in rows]
+        return replace(self, embeddings=self.embeddings[list(rows)], sources=sources, crops=crops)
 
     @property
     def key(self) -> int:

@@ -125,15 +125,16 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     files = sorted((world / "faces").rglob("*.png"))
     rows = embedder.embed(files, aligned=True)
     columns = {
-        "name": [str(path) for path in files] + ["unknown.png"],
-        "label": [0, 0, 1, 1, 2, 2, None],
-        "person": [path.parent.name for path in files] + [None],
-        "embedding": [*rows.astype(np.float16), rows[0].astype(np.float16)],
+        "name": [str(path) for path in files] + ["unknown.png", None],
+        "label": [0, 0, 1, 1, 2, 2, None, 2],
+        "person": [path.parent.name for path in files] + [None, "eve"],
+        "embedding": [*rows.astype(np.float16), *rows[:2].astype(np.float16)],
     }
     told = {b"sphereface2": json.dumps({"model": embedder.fingerprint})}
     pq.write_table(pa.table(columns).replace_schema_metadata(told), table)
     added = run("add", gallery, "--features", table)
     assert "6 images of 3 people" in added.stdout and "unknown.png" in added.stderr
+    assert "1 rows of eve" in added.stderr and "no name of an image" in added.stderr
     (found,) = answer(gallery, files[3], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "bob"
     with pytest.raises(UserError, match=r"by a different model, not by .*: give that model"):
@@ -151,6 +152,10 @@ def test_features_as_embed_writes_them(world: Path, tmp_path: Path) -> None:
     call(*words)
     added = run("add", tmp_path / "g", "--features", table)
     assert "6 images of 3 people" in added.stdout
+    again = run("add", tmp_path / "g", "--features", table)
+    assert "0 images of 0 people" in again.stdout and "6 images were there" in again.stdout
+    run("remove", tmp_path / "g", "ann")
+    assert "2 images of 1 people" in run("add", tmp_path / "g", "--features", table).stdout
 
 
 def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def add(
             with, or the one that a table names.
         folder: Enrol everybody in this folder, person/image. Files that are enrolled already are
             passed over; unusable images are named and left out.
-        features: Enrol everybody in this table, written by `sphereface2 embed`.
+        features: Enrol everybody in this table, written by `sphereface2 embed`. Images of a
+            person's that are enrolled already, by their name there, are passed over.
         aligned: The images are aligned crops already.
         faces: What to do with an image of several faces: refuse it (one), take the largest and
             most central, or take all.
@@ -386,8 +387,13 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
             theirs = [row for row in group if row["embedding"] is not None]
             if person is None:
                 left_out.extend(f"{row['name']} of {path}: it has no name" for row in theirs)
-            elif theirs:
-                vectors = np.array([row["embedding"] for row in theirs], np.float32)
-                yield Enrolment(str(person), vectors)
+                continue
+            # By an image's name it is known whether it is enrolled already.
+            named = [row for row in theirs if row["name"] is not None]
+            if nameless := len(theirs) - len(named):
+                left_out.append(f"{nameless} rows of {person} in {path}: no name of an image")
+            if named:
+                vectors = np.array([row["embedding"] for row in named], np.float32)
+                yield Enrolment(str(person), vectors, sources=[str(row["name"]) for row in named])
 
     return about.get("model"), dim, people()

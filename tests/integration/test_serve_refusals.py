@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_a_bad_name_is_refused(client: TestClient, name: str) -> None:
     assert client.get("/v1/people").json()["total"] == 0
 
 
-def test_a_page_of_another_site_gets_nothing(client: TestClient) -> None:
+def test_a_page_of_another_site_gets_nothing(client: TestClient, folder: Path) -> None:
     refused = [
         {"host": "evil.example"},  # its name points to 127.0.0.1
         {"host": "evil.example:8000"},
@@ -156,7 +157,11 @@ def test_a_page_of_another_site_gets_nothing(client: TestClient) -> None:
     ]
     for headers in refused:
         for path in ("/v1/people", "/", "/docs", "/metrics"):
-            assert client.get(path, headers=headers).status_code in (400, 403, 421), headers
+            answer = client.get(path, headers=headers)
+            told = (400, "bad_host") if "host" in headers else (403, "cross_origin")
+            assert (answer.status_code, answer.json()["code"]) == told, headers
+        *_, last = (folder / "audit.jsonl").read_text().splitlines()
+        assert json.loads(last)["outcome"] == told[1]
     for headers in (
         {},
         {"host": "localhost:8000"},

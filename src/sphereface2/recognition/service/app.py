@@ -98,7 +98,7 @@ def create_app(
         hosts += [*LOOPBACK_NAMES, settings.host]
     app.add_middleware(BodyLimit, limit=int(settings.max_body_mb * 1e6))
     app.add_middleware(SameOrigin, origins=settings.allow_origin)
-    app.add_middleware(Hosts, allowed_hosts=hosts or None, www_redirect=False)
+    app.add_middleware(Hosts, allowed=hosts or None)
     app.add_middleware(Observer, metrics=metrics, audit=audit)
     if settings.allow_origin:
         app.add_middleware(

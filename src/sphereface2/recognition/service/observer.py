@@ -93,13 +93,14 @@ class Observer:
             self.metrics.refused.labels(code).inc()
         if path in _UNAUDITED or path.startswith("/static/"):
             return
+        done = 0 < status < 400  # 0: the client went, or the server, before there was an answer
         self.audit.write(
             request=state["request"],
             client=state["client"],
             key=state.get("key"),
-            action=state.get("action", "refused"),
+            action=state.get("action", "redirect" if done else "refused"),
             person=state.get("person"),
             images=state.get("images"),
             status=status,
-            outcome=state.get("code") or state.get("outcome", "ok"),
+            outcome=state.get("code") or (state.get("outcome", "ok") if done else "failed"),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -71,18 +71,33 @@ class Access:
             raise Refusal(429, "too_often", "too many requests: slow down", retry_after=wait)
 
 
-class Hosts(TrustedHostMiddleware):
-    """Refuses names that the Host header may not give; an orchestrator's probes may give any.
+class Hosts:
+    """ASGI: refuses names that the Host header may not give; an orchestrator's probes may give any.
 
     A server without keys trusts what reaches it on the loopback interface. A web page elsewhere can
     reach it too, by letting its own name point to 127.0.0.1, and is given away by that name.
     """
 
+    def __init__(self, app: ASGIApp, *, allowed: Sequence[str] | None) -> None:
+        self.app = app
+        self._judge = TrustedHostMiddleware(self._admit, allowed, www_redirect=False)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path") in PROBES:
-            await self.app(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in PROBES:
+            await self._judge(scope, receive, self._refuse)
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What the judge passes on to."""
+
+    async def _refuse(self, message: Message) -> None:
+        """In the place of the judge's own answer, which is no JSON."""
+        raise Refusal(
+            400,
+            "bad_host",
+            "the Host header gives a name that is not this server's: start it with --allow-host "
+            "to admit one",
+        )
 
 
 class SameOrigin:

@@ -86,6 +86,13 @@ def test_people_come_and_go(client: TestClient, folder: Path) -> None:
     assert crop.headers["content-type"] == "image/jpeg"
     assert client.get(f"/v1/people/b/images/{second}/crop").status_code == 404
     assert client.delete(f"/v1/people/b/images/{second}").status_code == 404
+    for no_id in ("zzz", "-1", "1.5", "²", 2**63 - 1, 2**63, "9" * 5_000):  # as any other
+        gone = client.delete(f"/v1/people/Ada Łovelace/images/{no_id}")
+        assert (gone.status_code, gone.json()["code"]) == (404, "no_such_image"), no_id
+        crop = client.get(f"/v1/people/Ada Łovelace/images/{no_id}/crop")
+        assert (crop.status_code, crop.json()["code"]) == (404, "no_thumbnail"), no_id
+    nobody = client.get("/v1/people/Ada Łovelace/images/1").json()  # a name may hold slashes
+    assert nobody["error"] == "no person named 'Ada Łovelace/images/1' is enrolled"
     assert client.delete(f"/v1/people/Ada Łovelace/images/{second}").status_code == 204
     assert client.get("/v1/people/Ada Łovelace").json()["images"] == 1
     last = client.delete(f"/v1/people/Ada Łovelace/images/{first}")

@@ -66,17 +66,17 @@ def thumbnail(name: str, service: Current) -> Response:
 @router.get("/{name:text}/images", **doing("read"))
 def list_images(name: str, service: Current) -> schemas.PersonImages:
     """A person's images."""
-    person, images = enrolled(service.gallery.stored([name]))[0]
+    person, images = enrolled(name, service.gallery.stored([name]))[0]
     return schemas.PersonImages(
         **person_out(person).model_dump(),
         enrolled=[schemas.ImageOut(id=str(image.id), source=image.source) for image in images],
     )
 
 
-@router.get("/{name:text}/images/{image:int}/crop", **_JPEG, **doing("thumbnail"))
-def image_crop(name: str, image: int, service: Current) -> Response:
+@router.get("/{name:text}/images/{image}/crop", **_JPEG, **doing("thumbnail"))
+def image_crop(name: str, image: str, service: Current) -> Response:
     """The crop kept of one image of a person."""
-    return _jpeg(service.gallery.crop(name, image))
+    return _jpeg(service.gallery.crop(name, _id(image)))
 
 
 @router.post("/{name:text}/images", status_code=201, **doing("add", schemas.ImagesRequest))
@@ -87,10 +87,10 @@ async def add_images(name: str, request: Request, service: Current) -> schemas.E
     return await service.enrol(request, name, asked, known=True)
 
 
-@router.delete("/{name:text}/images/{image:int}", status_code=204, **doing("remove image"))
-def remove_image(name: str, image: int, service: Current) -> Response:
+@router.delete("/{name:text}/images/{image}", status_code=204, **doing("remove image"))
+def remove_image(name: str, image: str, service: Current) -> Response:
     """Delete one image of a person; the last one cannot be, the person can."""
-    if not service.gallery.remove_image(name, image):
+    if not service.gallery.remove_image(name, _id(image)):
         raise Refusal(404, "no_such_image", "that person has no image of that id")
     return Response(status_code=204)
 
@@ -122,14 +122,23 @@ async def change_person(name: str, request: Request, service: Current) -> schema
             return gallery.rename(name, asked.name, metadata=metadata)
         return gallery.get(name) if metadata is None else gallery.set_metadata(name, metadata)
 
-    return person_out(enrolled(await run_in_threadpool(work)))
+    return person_out(enrolled(name, await run_in_threadpool(work)))
 
 
 @router.delete("/{name:text}", status_code=204, **doing("remove"))
 def remove_person(name: str, service: Current) -> Response:
     """Delete a person: embeddings, metadata and kept crops."""
-    enrolled(service.gallery.remove(name))
+    enrolled(name, service.gallery.remove(name))
     return Response(status_code=204)
+
+
+def _id(text: str) -> int:
+    """An image's id; -1, which is none's, for what is no number of 63 bits, as databases take.
+
+    A route of numbers alone would leave the rest to the route of a name, which takes slashes.
+    """
+    known = text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63
+    return int(text) if known else -1
 
 
 def _jpeg(crop: bytes | None) -> Response:

@@ -107,7 +107,7 @@ class Service:
 
     def person(self, name: str) -> schemas.PersonOut:
         """An enrolled person; a 404 if there is none."""
-        return person_out(enrolled(self.gallery.get(name)))
+        return person_out(enrolled(name, self.gallery.get(name)))
 
     async def enrol(
         self, request: Request, name: str, asked: schemas.ImagesRequest, **options: Any
@@ -174,10 +174,13 @@ def doing(action: str, body: type[BaseModel] | None = None) -> dict[str, Any]:
     return {"dependencies": [Depends(name)], "openapi_extra": documented}
 
 
-def enrolled(found: Found | None) -> Found:
-    """What was found of a person; a 404 if nothing was."""
+def enrolled(name: str, found: Found | None) -> Found:
+    """What was found of a person; a 404 if nothing was.
+
+    It tells the name, which may be more of the address than the client took for one.
+    """
     if not found:
-        raise UnknownPersonError("no person of that name is enrolled")
+        raise UnknownPersonError(f"no person named {name!r} is enrolled")
     return found
 
 

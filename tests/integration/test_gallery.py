@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from galleries import DIM, ENGINES, agrees, brute_force, filled, opened, unit, vectors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -279,6 +280,8 @@ def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
         ({"embeddings": np.ones(DIM - 1)}, r"gallery takes \(n, 16\)"),
         ({"embeddings": np.ones((0, DIM))}, "'x' has no image; give at least one"),
         ({"embeddings": np.ones((1001, DIM))}, "1000 is the maximum"),
+        ({"embeddings": [[1.0], [1.0, 2.0]]}, "no array of numbers"),
+        ({"embeddings": torch.ones(1, DIM, requires_grad=True)}, r"tensor\.detach\(\)\.cpu\(\)"),
         ({"person": ""}, "1 to 200"),
         ({"person": "  "}, "1 to 200"),
         ({"person": "x" * 201}, "1 to 200"),
@@ -304,6 +307,15 @@ def test_what_cannot_be_stored_is_refused(
     with pytest.raises(UserError, match=message):
         shared.add(**{**good, **change})  # type: ignore[arg-type]
     assert shared.get("x") is None
+
+
+def test_a_number_of_people_is_a_whole_one(shared: Gallery) -> None:
+    for k in (0, 2.5, "3", None, 1001):
+        with pytest.raises(UserError, match=r"k must be an integer from 1 to 1000, got"):
+            shared.search(vectors(99, 1), k=k)  # type: ignore[arg-type]
+    assert shared.search(vectors(99, 1), k=np.int64(2))[0][0].person == "bystander"
+    with pytest.raises(UserError, match="index_from must be an integer"):
+        shared.set_index(2.5)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -132,6 +132,14 @@ def test_what_cannot_be_searched():
         search(np.eye(2), [0, 1, 2], np.eye(2), [0, 1])
     with pytest.raises(ValueError, match="2 gallery rows were given, but people for 1;"):
         search(np.eye(2), [0, 1], np.eye(2), [0])
+    with pytest.raises(ValueError, match=r"the probes have the shape \(2, 2\) and the gallery"):
+        search(np.eye(2), [0, 1], np.eye(3), [0, 1, 2])
+    for people in ([0, 1], ["0", "1"]):
+        with pytest.raises(ValueError, match="both as numbers or both as text"):
+            search(np.eye(2), people, np.eye(2), ["0", "1"] if people == [0, 1] else [0, 1])
+    texts = np.array(["0", "1"], object)
+    assert search(np.eye(2), ["0", "1"], np.eye(2), texts).rank.tolist() == [1, 1]
+    assert not len(search(np.zeros((0, 2)), [], np.eye(2), ["0", "1"]).rank)
     found = search(np.eye(2), [0, 1], np.eye(2), [0, 2])
     with pytest.raises(ValueError, match="FPIR"):
         tpir_at_fpir(found, [0.0])

@@ -88,7 +88,8 @@ def search(
 
     Raises:
         UserError: the gallery is empty, or embeddings are not finite.
-        ValueError: not one person for each probe, or for each gallery row.
+        ValueError: not one person for each probe, or for each gallery row; embeddings of different
+            dimensions; people who are numbers here and text there.
 
     Examples:
         >>> found = search(np.eye(3), ["a", "b", "x"], np.eye(3)[:2], ["a", "b"])
@@ -107,11 +108,23 @@ def search(
             )
     if not len(gallery):
         raise UserError("the gallery is empty; identification needs at least one person in it")
-    order = np.argsort(gallery_people, kind="stable")
-    gallery, columns = gallery[order], np.asarray(gallery_people)[order]
+    if not probes.ndim == gallery.ndim == 2 or probes.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"the probes have the shape {probes.shape} and the gallery {gallery.shape}; expected "
+            "(Q, d) and (M, d)."
+        )
+    wanted, columns = np.asarray(probe_people), np.asarray(gallery_people)
+    kinds = {people.dtype.kind for people in (wanted, columns)} if len(wanted) else set()
+    if kinds & set("US") and kinds & set("biuf"):
+        raise ValueError(
+            f"the probes' people are {wanted.dtype} and the gallery's {columns.dtype}, of which "
+            "none equals another; give both as numbers or both as text."
+        )
+    order = np.argsort(columns, kind="stable")
+    gallery, columns = gallery[order], columns[order]
     people, starts = np.unique(columns, return_index=True)
-    own_column = np.minimum(np.searchsorted(people, probe_people), len(people) - 1)
-    enrolled = people[own_column] == np.asarray(probe_people)
+    own_column = np.minimum(np.searchsorted(people, wanted), len(people) - 1)
+    enrolled = people[own_column] == wanted
     score, rank = np.empty(len(probes), np.float32), np.zeros(len(probes), np.int64)
     size = block or max(1, _SCORES // len(gallery))
     for first in range(0, len(probes), size):

@@ -10,7 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 from sphereface2.recognition.gallery import stamps
 from sphereface2.recognition.gallery.reader import GalleryReader
 from sphereface2.recognition.gallery.rows import Passed, Refused, Stored
@@ -207,6 +207,8 @@ class Gallery(GalleryReader):
         Args:
             index_from: images; None: look at every image in every search.
         """
+        if index_from is not None:
+            check_count("index_from", index_from, 0)
         with self._change(alone=True) as connection:
             row = self._restamp(connection, index_from=index_from)
         self._take(row)

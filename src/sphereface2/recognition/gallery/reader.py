@@ -176,12 +176,12 @@ class GalleryReader:
         Raises:
             UserError: embeddings that are not finite or of another dimension, a bad k or fusion.
         """
-        if not 1 <= k <= MOST_K:
-            raise UserError(f"k must be from 1 to {MOST_K}, not {k}")
+        if not isinstance(k, int | np.integer) or not 1 <= k <= MOST_K:
+            raise UserError(f"k must be an integer from 1 to {MOST_K}, got {k!r}")
         check_choice("fusion", fusion, FUSIONS)
         self._check_open()
         probes = unit(embeddings, self.dim)
-        found = self._search.search(probes, k, mean=fusion == "mean", every=exact)
+        found = self._search.search(probes, int(k), mean=fusion == "mean", every=exact)
         return [
             [Match(who.name, _cosine(score), who.metadata, who.has_crop) for who, score in one]
             for one in found

@@ -209,7 +209,13 @@ def metadata_json(name: str, metadata: dict[str, Any]) -> str:
 
 def unit(embeddings: np.ndarray, dim: int) -> np.ndarray:
     """Embeddings (n, d) or (d,) brought to length 1: float32 (n, d); UserError if they cannot."""
-    vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
+    try:
+        vectors = np.atleast_2d(np.asarray(embeddings, np.float64))
+    except (RuntimeError, TypeError, ValueError) as error:  # the first two: a tensor's
+        raise UserError(
+            "the embeddings are no array of numbers that NumPy takes as it is; give an array, of a "
+            f"PyTorch tensor tensor.detach().cpu(): {str(error).splitlines()[0]}"
+        ) from error
     if vectors.ndim != 2 or (vectors.size and vectors.shape[1] != dim):
         raise UserError(
             f"the embeddings have the shape {np.shape(embeddings)}; the gallery takes (n, {dim})"

@@ -27,7 +27,7 @@ from cyclopts import (
     convert,
 )
 
-from sphereface2.console import accept_any_encoding
+from sphereface2.console import accept_any_encoding, note
 from sphereface2.errors import Stopped, UserError
 from sphereface2.version import __version__
 
@@ -185,7 +185,7 @@ def main(words: Sequence[str] | None = None) -> int:
             warnings.showwarning = _warn  # type: ignore[assignment]
             build(words)(words)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        note(stop)
         return stop.status
     except KeyboardInterrupt:  # of a command that keeps nothing, or before it has begun
         print("stopped", file=sys.stderr)
@@ -202,7 +202,7 @@ def main(words: Sequence[str] | None = None) -> int:
         message = f"there is not enough memory ({why}): choose a smaller batch, image or network"
     else:
         return 0
-    print(f"error: {message}", file=sys.stderr)
+    note(f"error: {message}")
     return 2
 
 
@@ -247,7 +247,7 @@ def _memory_wanted(error: BaseException) -> str | None:
 
 def _warn(message: Warning | str, *_: object) -> None:
     """Print a warning on one line, without the place in the code that it comes from."""
-    print(f"warning: {message}", file=sys.stderr)
+    note(f"warning: {message}")
 
 
 if __name__ == "__main__":

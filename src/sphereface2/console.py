@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sphereface2.files import printable
+from sphereface2.files import visible
 
 _NAMED = 20
 _A_LINE = 60.0
@@ -106,7 +106,7 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
         columns: headers; the first column is set on the left, the others on the right.
         dim: indices of columns in a fainter colour.
     """
-    result = Table(title=title, title_justify="left")
+    result = Table(title=visible(title), title_justify="left")
     for index, header in enumerate(columns):
         result.add_column(
             header,
@@ -118,8 +118,16 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: neither wrapped, as a log file has no width, nor interpreted."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    """Print a line as it is: neither wrapped, as a log file has no width, nor interpreted.
+
+    Not by the terminal either, whatever names of files and people it holds; see `visible`.
+    """
+    console.print(visible(line), soft_wrap=True, highlight=False, markup=False)
+
+
+def note(line: object) -> None:
+    """Print a line on standard error, no more interpreted than by `say`."""
+    print(visible(str(line)), file=sys.stderr)
 
 
 def show(*parts: Table | str) -> None:
@@ -182,5 +190,5 @@ def named(what: str, names: Sequence[str], rest: str = "") -> list[str]:
     """
     if not names:
         return []
-    lines = [f"{len(names):,} {what}:", *(f"  {printable(name)}" for name in names[:_NAMED])]
+    lines = [f"{len(names):,} {what}:", *(f"  {name}" for name in names[:_NAMED])]
     return lines + ([f"  … and {len(names) - _NAMED:,} more{rest}"] if len(names) > _NAMED else [])

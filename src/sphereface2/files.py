@@ -241,7 +241,8 @@ _TURNS = frozenset("LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())  # noqa: SIM90
 def visible(text: str) -> str:
     """A text of unknown origin as it can stand in a line of a terminal.
 
-    Ends of lines, controls and what turns the direction of letters round become escapes.
+    Ends of lines, controls, what turns the direction of letters round, and bytes that are not UTF-8
+    become escapes.
 
     Examples:
         >>> visible("Zoë\\x1b[2J")
@@ -252,7 +253,7 @@ def visible(text: str) -> str:
         if unicodedata.category(character) in ("Cc", "Zl", "Zp")
         or unicodedata.bidirectional(character) in _TURNS
         else character
-        for character in text
+        for character in printable(text)
     )
 
 

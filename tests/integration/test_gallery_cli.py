@@ -234,6 +234,34 @@ def test_one_bad_probe_does_not_silence_the_others(world: Path, tmp_path: Path) 
     assert again == good
 
 
+def test_no_name_of_a_file_steers_the_terminal_or_begins_a_line(
+    world: Path, tmp_path: Path
+) -> None:
+    """A name may colour a terminal, set its title, end a line, and be no text at all."""
+    odd, people = "\x1b[31mred\x1b]0;title\x07\n\x9b\udcff\u202e.png", tmp_path / "people"
+    shutil.copytree(world / "faces", people)
+    for place in ("ann", "bob"):
+        shutil.copy(people / "ann" / "0.png", people / place / odd)
+        (people / place / f"torn{odd}").write_bytes(b"\x89PNG")
+    image, torn = people / "ann" / odd, people / "bob" / f"torn{odd}"
+    gallery, old, aligned, clusters = tmp_path / "g", world / "old", "--aligned", tmp_path / "c"
+    for words, times in (
+        (["gallery", "add", gallery, "--folder", people, "--model", old, aligned], 2),
+        (["gallery", "add", gallery, "eve", torn, aligned], 1),
+        (["gallery", "search", gallery, people / "ann", aligned], 2),
+        (["gallery", "verify", gallery, "ann", image, aligned], 1),
+        (["verify", image, torn, "--model", old, aligned], 1),
+        (["data", "info", people], 3),
+        (["align", people, tmp_path / "crops"], 4),
+        (["data", "convert", people, tmp_path / "set", "--to", "recordio"], 2),
+        (["data", "cluster", people, "--out", clusters, "--model", old, "--threshold", 0.9], 0),
+    ):
+        done = ran(*words)
+        text = "".join((done.stdout + done.stderr).split())
+        assert text.isprintable() and text.count(r"\x1b[31mred\x1b]0;title\x07\n") == times, words
+    assert "".join((clusters / "people.txt").read_text().split()).isprintable()
+
+
 def test_a_full_disk_is_one_sentence(world: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.files import printable, read_text, visible
+from sphereface2.files import read_text, visible
 
 #: Labels and numbers of people end here: tables by person stay affordable.
 MAX_PEOPLE = 1 << 26
@@ -121,7 +121,7 @@ def read_names(folder: Path, num_classes: int) -> list[str] | None:
 def write_names(folder: Path, names: Sequence[str] | None) -> None:
     """Write what `read_names` reads, if there are names."""
     if names is not None:
-        lines = "".join(f"{visible(printable(name))}\n" for name in names)
+        lines = "".join(f"{visible(name)}\n" for name in names)
         (folder / "names.txt").write_text(lines, encoding="utf-8")
 
 

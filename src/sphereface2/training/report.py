@@ -35,7 +35,7 @@ from sphereface2.evaluation.results import OperatingPoint, far_key, to_dict
 from sphereface2.evaluation.thresholds import pairs_needed
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import atomic_write
+from sphereface2.files import atomic_write, visible
 from sphereface2.images import read_image
 from sphereface2.training.config import RunConfig
 from sphereface2.training.inputs import Inputs
@@ -277,8 +277,8 @@ def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, pl
         f"{training.images_per_second:,.0f} images/s on {training.ranks} rank(s)",
     )
     if names := training.unreadable:
-        listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        table.add_row("unreadable", f"{len(names)} images replaced by others: {escape(listed)}")
+        listed = escape(visible(", ".join(names[:3]) + (", …" if len(names) > 3 else "")))
+        table.add_row("unreadable", f"{len(names)} images replaced by others: {listed}")
     synthetic = " (synthetic)" if found.data.synthetic else ""
     for one in found.sets:
         table.add_row(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sphereface2 import console
 from sphereface2.data import embedding_table
 from sphereface2.data.embedding_table import EmbeddingTable
 from sphereface2.data.source import Source
@@ -144,7 +145,7 @@ def open_teacher(
     rows, missing = table.rows(source, indices, settings.data.max_unreadable)
     if missing and place.is_main:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        print(f"{table.path} has no embedding of {len(missing)} images: {names}", flush=True)
+        console.show(f"{table.path} has no embedding of {len(missing)} images: {names}")
     dim = settings.backbone.get("embedding_dim", 512)
     return Teacher(rows, labels, dim, config, settings.seed)
 

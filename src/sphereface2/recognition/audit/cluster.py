@@ -30,9 +30,9 @@ from sphereface2.files import (
     atomic_write,
     digest,
     one_name,
-    printable,
     read_lines,
     read_text,
+    visible,
     writing,
 )
 from sphereface2.images import encode_image
@@ -290,7 +290,7 @@ def people_text(source: Source, people: Sequence[tuple[str, Sequence[int]]]) -> 
 
 
 def _on_a_line(name: str) -> str:
-    return " ".join(printable(name).split())
+    return visible(" ".join(name.split()))
 
 
 def read_people(path: Path, source: Source) -> Subset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from pathlib import Path
@@ -97,7 +96,7 @@ def search(
         people = stats["people" if fusion == "mean" else "images"]
         line = _line(embedder, far, fpir, threshold, people, model or stats["model"])
         if not as_json:
-            print(line.sentence, file=sys.stderr)
+            console.note(line.sentence)
         placed: list[tuple[int, dict[str, Any]]] = []
         errors: list[UserError] = []
         for start in range(0, len(files), _BATCH):
@@ -212,7 +211,7 @@ def set_metadata(gallery: str, person: str, /, *, metadata: str) -> Person:
     """
     about = metadata_of(metadata)
     changed, _ = _changed(gallery, person, lambda opened: opened.set_metadata(person, about))
-    console.show(f"{visible(changed.name)}: {json.dumps(changed.metadata, ensure_ascii=False)}")
+    console.show(f"{changed.name}: {json.dumps(changed.metadata, ensure_ascii=False)}")
     return changed
 
 
@@ -225,7 +224,7 @@ def rename(gallery: str, person: str, new_name: str, /) -> Person:
         new_name: What they are called from now on.
     """
     changed, _ = _changed(gallery, person, lambda opened: opened.rename(person, new_name))
-    console.show(f"{visible(person)} is now {visible(changed.name)}")
+    console.show(f"{person} is now {changed.name}")
     return changed
 
 
@@ -237,7 +236,7 @@ def remove(gallery: str, person: str, /) -> int:
         person: Whom to remove.
     """
     count, rest = _changed(gallery, person, lambda opened: opened.remove(person))
-    console.show(f"removed {visible(person)} and {count} images{rest}")
+    console.show(f"removed {person} and {count} images{rest}")
     return count
 
 
@@ -309,7 +308,7 @@ def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
     table = Table("person", "images", "metadata")
     for person in people:
         about = json.dumps(person.metadata, ensure_ascii=False) if person.metadata else ""
-        table.add_row(escape(visible(person.name)), str(person.images), escape(about))
+        table.add_row(escape(visible(person.name)), str(person.images), escape(visible(about)))
     console.tell(as_json, [{key: getattr(p, key) for key in keys} for p in people], table)
     return people
 
@@ -396,7 +395,7 @@ def _answer(report: dict[str, Any]) -> str:
     where = report["image"]
     if report["box"] is not None:
         where += " [" + ", ".join(f"{edge:.0f}" for edge in report["box"]) + "]"
-    matches = [f"{visible(match['person'])} {match['score']:.4f}" for match in report["matches"]]
+    matches = [f"{match['person']} {match['score']:.4f}" for match in report["matches"]]
     if not matches:
         return f"{where}: unknown (the gallery is empty)"
     if report["person"] is not None:

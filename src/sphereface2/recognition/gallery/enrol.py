@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain, groupby
@@ -155,7 +154,7 @@ def add(
                 refused(one, error)
 
     with ExitStack() as stack:
-        stack.callback(lambda: [print(f"left out: {line}", file=sys.stderr) for line in left_out])
+        stack.callback(_tell, left_out)
         opened = embedder = None
         with suppress(NoGalleryError):
             opened = stack.enter_context(Gallery.open(gallery, create=False))
@@ -276,12 +275,16 @@ def reembed(
         before = {person.name for person in opened.people()}
         opened.reembed(again, **facts, model=lasting(model))
         after = {person.name for person in opened.people()}
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
+    _tell(left_out)
     gone = sorted(before - after)
     went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
     console.show(f"{opened.uri} now holds {len(after):,} people embedded by {model}{went}")
     return {"people": len(after), "gone": gone, "left_out": left_out}
+
+
+def _tell(left_out: Sequence[str]) -> None:
+    for line in left_out:
+        console.note(f"left out: {line}")
 
 
 def _embed(
@@ -319,7 +322,7 @@ def _embed(
                 seen = look(embedder, file.path, file.aligned, faces)
                 for crop, face in seen:
                     for warning in check(measure(crop, face), quality, str(file.path)):
-                        print(f"warning: {warning}", file=sys.stderr)
+                        console.note(f"warning: {warning}")
             except UserError as error:
                 if left_out is None:
                     raise

@@ -185,8 +185,8 @@ def named(what: str, names: Sequence[str], rest: str = "") -> list[str]:
     """Lines that count and name things, the first twenty of them; none if there are none.
 
     Examples:
-        >>> named("images unreadable", ["a.jpg"])
-        ['1 images unreadable:', '  a.jpg']
+        >>> named("with no face found", ["a.jpg"])
+        ['1 with no face found:', '  a.jpg']
     """
     if not names:
         return []

@@ -34,6 +34,17 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things, in the singular where it is one.
+
+    Examples:
+        >>> counted(1, "image"), counted(2_000, "broken link"), counted(0, "person")
+        ('1 image', '2,000 broken links', '0 people')
+    """
+    many = "people" if thing == "person" else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else many}"
+
+
 def check_count(name: str, value: object, least: int) -> None:
     """Raise a UserError unless ``value`` is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -122,7 +122,7 @@ def test_tables_all_pairs_and_plots(place, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "10-fold accuracy" in done.stdout
     assert "TAR at FAR 1e-1" in done.stdout
-    assert "1 unreadable images left out" in done.stdout
+    assert "1 unreadable image left out" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "faces_all_pairs_roc.png",
         "set_roc.png",

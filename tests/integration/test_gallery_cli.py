@@ -97,11 +97,11 @@ def test_from_pictures_to_an_answer_and_to_another_model(world: Path, tmp_path: 
     with pytest.raises(UserError, match="gallery reembed"):
         run("search", gallery, probe, *new, "--aligned")
     (faces / "bob" / "0.png").unlink()
-    with pytest.raises(UserError, match="1 images have no file"):
+    with pytest.raises(UserError, match="1 image cannot be embedded again"):
         run("reembed", gallery, *new)
     assert answer(gallery, probe, *old)[0]["matches"]  # nothing has changed
     moved = run("reembed", gallery, *new, "--drop-missing")
-    assert "left out: an image of 'bob'" in moved.stderr and "1 people" in moved.stdout
+    assert "left out: an image of 'bob'" in moved.stderr and "1 person" in moved.stdout
     assert "1 went: bob" in moved.stdout
     (found,) = answer(gallery, probe, *new, "--threshold", 0.999)
     assert [(m["person"], m["metadata"]) for m in found["matches"]] == [("ann", {"a": 1})]
@@ -134,7 +134,7 @@ def test_a_table_of_embeddings(world: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table(columns).replace_schema_metadata(told), table)
     added = run("add", gallery, "--features", table)
     assert "6 images of 3 people" in added.stdout and "unknown.png" in added.stderr
-    assert "1 rows of eve" in added.stderr and "no name of an image" in added.stderr
+    assert "1 row of eve" in added.stderr and "no image name" in added.stderr
     (found,) = answer(gallery, files[3], "--model", world / "old", "--threshold", 0.9999)
     assert found["person"] == "bob"
     with pytest.raises(UserError, match=r"by a different model, not by .*: give that model"):
@@ -153,9 +153,9 @@ def test_features_as_embed_writes_them(world: Path, tmp_path: Path) -> None:
     added = run("add", tmp_path / "g", "--features", table)
     assert "6 images of 3 people" in added.stdout
     again = run("add", tmp_path / "g", "--features", table)
-    assert "0 images of 0 people" in again.stdout and "6 images were there" in again.stdout
+    assert "0 images of 0 people" in again.stdout and "6 images there already" in again.stdout
     run("remove", tmp_path / "g", "ann")
-    assert "2 images of 1 people" in run("add", tmp_path / "g", "--features", table).stdout
+    assert "2 images of 1 person" in run("add", tmp_path / "g", "--features", table).stdout
 
 
 def test_features_of_a_set_without_names(world: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_folder_is_enrolled_once_and_past_whom_a_gallery_does_not_take(
     assert "'bob' would have 4 images" in added.stderr and "1 to 200 characters" in added.stderr
     (faces / "ann" / "new.png").write_bytes(picture)
     added = run("add", gallery, "--folder", faces, *old)
-    assert "1 images of 1 people" in added.stdout and "3 images were there" in added.stdout
+    assert "1 image of 1 person" in added.stdout and "3 images there already" in added.stdout
     people = json.loads(run("list", gallery, "--json").stdout)
     assert [(p["name"], p["images"]) for p in people] == [("ann", 2), ("zo\u00e9", 2)]
 
@@ -219,7 +219,7 @@ def test_a_folder_that_another_enrols_meanwhile_is_enrolled_once(
     monkeypatch.setattr(enrol, "_embed", late)
     added = run(*words)
     assert "added 6 images of 3 people" in other[0].stdout and "already" not in other[0].stdout
-    assert "added 0 images of 0 people" in added.stdout and "6 images were there" in added.stdout
+    assert "added 0 images of 0 people" in added.stdout and "6 images there already" in added.stdout
     assert [p["images"] for p in json.loads(run("list", gallery, "--json").stdout)] == [2] * 3
 
 

@@ -268,10 +268,10 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
         run("add", gallery, "Eileen", faces / "two.png", *model)
     assert not gallery.exists()
     out, _ = run("add", gallery, "Eileen ", faces / "two.png", *model, "--faces", "all")
-    assert "2 images of 1 people" in out
+    assert "2 images of 1 person" in out
     # From here on the gallery knows its model.
     out, _ = run("add", gallery, "Eileen", faces / "two.png", "--faces", "largest", "--replace")
-    assert "1 images" in out
+    assert "1 image of" in out
     _, err = run("add", gallery, "Blurred", faces / "blurred.png", "--keep-crops")
     assert re.search(r"warning: .*blurred\.png: the face is blurred", err)
     with pytest.raises(UserError, match=r"face is blurred .* give a better image"):
@@ -300,7 +300,7 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     assert "is now Eileen Collins" in run("rename", gallery, "Eileen", "Eileen Collins")[0]
     with pytest.raises(UserError, match="is enrolled already"):
         run("rename", gallery, "Blurred", "Eileen Collins")
-    assert "approximate from 1 images on" in run("index", gallery, "--index-from", 1)[0]
+    assert "approximate from 1 image on" in run("index", gallery, "--index-from", 1)[0]
     assert "exact" in run("index", gallery, "--exact")[0]
     # A crop that was kept is embedded again; a file that is gone is not.
     (faces / "blurred.png").rename(faces / "gone.png")
@@ -309,7 +309,7 @@ def test_commands_about_faces(faces: Path, tmp_path: Path) -> None:
     finally:
         (faces / "gone.png").rename(faces / "blurred.png")
     assert json.loads(run("stats", gallery, "--json")[0])["people"] == 2
-    assert "removed Blurred and 1 images" in run("remove", gallery, "Blurred")[0]
+    assert "removed Blurred and 1 image" in run("remove", gallery, "Blurred")[0]
 
 
 @pytest.mark.parametrize(

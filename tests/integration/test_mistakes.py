@@ -155,7 +155,7 @@ def test_names_do_not_steer_a_terminal(place: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_one_persons_images_is_enrolled(place: Path, tmp_path: Path) -> None:
     done = ran("gallery", "add", tmp_path / "a.db", "Ann", place / "people" / "a", *use(place))
-    assert done.stdout.startswith("added 2 images of 1 people")
+    assert done.stdout.startswith("added 2 images of 1 person")
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(place: Path) -> None:

@@ -241,7 +241,7 @@ def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
     assert f"{checked['thresholds'][0]['transfer']:+.2f}" in table
     next(foggy.glob("*/*.png")).write_bytes(b"")
     table = " ".join(call(*words, "--check", foggy).stdout.split())
-    assert "99 images of 20 others; 1 unreadable images left out" in table
+    assert "99 images of 20 others; 1 unreadable image left out" in table
 
 
 def test_what_a_set_to_check_on_shares_with_the_calibration(place, net, call, tmp_path):

@@ -19,7 +19,7 @@ from sphereface2.align.crops import Cropper, Job, Settings, run_in_worker, start
 from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.folder import check_outside, images_below
-from sphereface2.errors import UserError, check_number
+from sphereface2.errors import UserError, check_number, counted
 from sphereface2.files import TEMPORARY, atomic_write, lock
 from sphereface2.images import MAX_PIXELS, SUFFIXES
 from sphereface2.machine import cores
@@ -304,8 +304,8 @@ def _print(report: dict[str, Any], target: Path) -> None:
     before = f" ({report['skipped']:,} done before)" if report["skipped"] else ""
     where, reasons = f" in {REPORT}", list(report["reasons"].values())
     console.show(
-        f"{report['images']:,} images{before}: {report['aligned']:,} aligned, "
-        f"{report['crops']:,} crops in {target}",
+        f"{counted(report['images'], 'image')}{before}: {report['aligned']:,} aligned, "
+        f"{counted(report['crops'], 'crop')} in {target}",
         *report["passed_over"],
         *console.named("with no face found", report["images_without_face"], where),
         *console.named("unreadable, with bad landmarks or not written", reasons, where),

@@ -23,7 +23,7 @@ from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
-from sphereface2.errors import UserError, check_choice, check_number
+from sphereface2.errors import UserError, check_choice, check_number, counted
 from sphereface2.files import MOST_BYTES, atomic_folder, one_name, printable
 from sphereface2.images import decode, encode_image
 
@@ -136,8 +136,8 @@ def convert(
     check_outside(target, opened)
     done = write_source(opened, target, to, encoding)
     console.show(
-        f"{done.images:,} images of {done.people:,} people in {target}",
-        *console.named("unreadable images left out", done.unreadable),
+        f"{counted(done.images, 'image')} of {counted(done.people, 'person')} in {target}",
+        *console.named("unreadable and left out", done.unreadable),
     )
     return done
 
@@ -242,7 +242,7 @@ def _convert_pairs(source: str | Path, target: Path, encoding: Encoding | None) 
     target.parent.mkdir(parents=True, exist_ok=True)
     pairbin.write(target, bins, pairs.same[order].tolist())
     people = 0 if pairs.people is None else len(np.unique(pairs.people))
-    console.show(f"{len(pairs):,} pairs of {len(images):,} images in {target}")
+    console.show(f"{counted(len(pairs), 'pair')} of {counted(len(images), 'image')} in {target}")
     return Conversion(target, len(images), people)
 
 

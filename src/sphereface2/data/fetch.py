@@ -13,7 +13,7 @@ import cv2
 from sphereface2.data import pairbin, synthetic
 from sphereface2.data.locate import ABOUT, DRAWN
 from sphereface2.data.recordio import RecordIOWriter
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.files import atomic_folder, read_text
 from sphereface2.images import encode_image, read_image
 
@@ -52,7 +52,7 @@ def fetch(what: Literal["lfw", "drawn"], target: Path, /) -> Path:
     if what == "lfw":
         home = _download_lfw(target.parent / "scikit_learn")
         people, images = pack_lfw(home / "lfw_funneled", home / "pairsDevTest.txt", target)
-        print(f"LFW: {images:,} images of {people:,} people in {target}")
+        print(f"LFW: {counted(images, 'image')} of {counted(people, 'person')} in {target}")
     elif what == "drawn":
         synthetic.write(target, people=_PEOPLE, images_per_person=_IMAGES, pairs_per_fold=_PAIRS)
         print(f"{_PEOPLE * _IMAGES:,} {DRAWN} images of {_PEOPLE:,} people in {target}")

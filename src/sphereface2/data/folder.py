@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from sphereface2.data.source import NoImagesError
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.files import digest, one_name
 from sphereface2.images import SUFFIXES
 
 _NAMED = 5
+_BROKEN = "broken link"
 
 
 @dataclass
@@ -41,13 +42,16 @@ class Found:
         """A sentence for each kind of thing that was passed over."""
         notes = []
         if self.unread:
-            kinds = [f"{count:,} {kind}" for kind, count in self.unread.most_common(_NAMED)]
+            kinds = [
+                counted(count, kind) if kind == _BROKEN else f"{count:,} {kind}"
+                for kind, count in self.unread.most_common(_NAMED)
+            ]
             more = "" if len(self.unread) <= _NAMED else ", …"
             heic = self.unread.keys() & {".heic", ".heif", ".hif"}
             remedy = "; pip install 'sphereface2[heif]' to read HEIC" if heic else ""
             total = sum(self.unread.values())
             notes.append(
-                f"{total:,} file{'s were' if total > 1 else ' was'} not read: "
+                f"{counted(total, 'file')} {'were' if total > 1 else 'was'} not read: "
                 f"{', '.join(kinds)}{more}{remedy}"
             )
         if self.loops:
@@ -164,7 +168,7 @@ def images_below(root: Path) -> Found:
             if is_image(place / name):
                 found.images.append((relative / name).as_posix())
             elif not name.startswith("."):
-                kind = "broken link" if not (place / name).exists() else Path(name).suffix.lower()
+                kind = _BROKEN if not (place / name).exists() else Path(name).suffix.lower()
                 found.unread[kind or "without a suffix"] += 1
         passed = above.pop(folder)
         inner = {name: _identity(place / name) for name in below if not name.startswith(".")}

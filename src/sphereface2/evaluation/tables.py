@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.table import Table
 
 from sphereface2.console import percent, table
+from sphereface2.errors import counted
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.bootstrap import LEVEL, Interval
 from sphereface2.evaluation.distractors import DistractorResult
@@ -30,7 +31,7 @@ def render(result: Result) -> Iterator[Table | str]:
     yield from result.notes
     if isinstance(result, AllPairsResult) and result.unreadable:
         first = result.unreadable_names[0]
-        yield f"{result.unreadable:,} unreadable images left out, the first is {first}"
+        yield f"{counted(result.unreadable, 'unreadable image')} left out, the first is {first}"
     if result.plots:
         yield "plots: " + ", ".join(result.plots)
 
@@ -52,7 +53,7 @@ def _counts(result: PairsVerified) -> str:
 def _pairs(result: PairsVerified) -> Table:
     title = result.name
     if isinstance(result, PairsResult | AllPairsResult):
-        title = f"{title}: {result.images:,} images"
+        title = f"{title}: {counted(result.images, 'image')}"
     over = result.intervals
     header = f"{LEVEL:.0%} interval over {over.over}" if over else ""
     place = table(title, ["", "value", header], dim=[2])
@@ -80,7 +81,7 @@ def _pairs(result: PairsVerified) -> Table:
 
 def _templates(result: TemplatesResult) -> Iterator[Table | str]:
     weighted = ", weighted by the detector's scores" if result.detector_weights else ""
-    counts = f"{result.templates:,} templates of {result.images:,} images"
+    counts = f"{counted(result.templates, 'template')} of {counted(result.images, 'image')}"
     yield f"{result.name}: {counts}{weighted}"
     if (pairs := result.verification) is not None:
         yield from render(pairs)
@@ -94,7 +95,7 @@ def _templates(result: TemplatesResult) -> Iterator[Table | str]:
         yield place
         for one in result.galleries:
             yield (
-                f"{one.name}: {one.people:,} people, {one.probes:,} probes, "
+                f"{one.name}: {counted(one.people, 'person')}, {counted(one.probes, 'probe')}, "
                 f"{one.enrolled:,} of them of people in it"
             )
             yield from one.notes
@@ -112,7 +113,7 @@ def _distractors(result: DistractorResult) -> Iterator[Table | str]:
         "the other image must score above every distractor"
     )
     if result.unreadable:
-        yield f"{result.unreadable:,} unreadable images left out"
+        yield f"{counted(result.unreadable, 'unreadable image')} left out"
 
 
 def at_thresholds(title: str, groups: Mapping[str, Sequence[AtThreshold]]) -> Table:

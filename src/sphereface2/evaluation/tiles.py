@@ -11,7 +11,7 @@ from threading import Event, Lock
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.selection import Search, value_of
 from sphereface2.machine import cores
 
@@ -57,7 +57,7 @@ def count_pairs(labels: np.ndarray) -> tuple[int, int]:
     impostors = len(labels) * (len(labels) - 1) // 2 - genuine
     if not genuine or not impostors:
         raise UserError(
-            f"the {len(labels)} images of {len(images)} people make no "
+            f"{counted(len(labels), 'image')} of {counted(len(images), 'person')} make no "
             f"{'impostor' if genuine else 'genuine'} pair: all-pairs evaluation needs two people "
             "and a person with two images"
         )

@@ -24,7 +24,7 @@ from sphereface2.data.source import Source, Subset
 from sphereface2.data.split import split_people
 from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
-from sphereface2.errors import UserError, check_count
+from sphereface2.errors import UserError, check_count, counted
 from sphereface2.evaluation import tables
 from sphereface2.evaluation.bootstrap import LEVEL, Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
@@ -239,7 +239,7 @@ def _apart(
                 "they hold: name a set of other people or images"
             )
         if copies := int(images.sum()):
-            name += f", without {copies:,} image{'s' * (copies > 1)} of the calibration"
+            name += f", without {counted(copies, 'image')} of the calibration"
         if known := len(both.intersection(left.tolist())):
             name += f", {known:,} of its {len(np.unique(left)):,} people in the calibration"
         try:
@@ -359,13 +359,13 @@ def _parts(report: CalibrationReport) -> list[Table | str]:
 
 
 def _checked_table(checked: CheckedSet) -> Table:
-    whom = f"{checked.images:,} images of {checked.people:,} others"
+    whom = f"{counted(checked.images, 'image')} of {counted(checked.people, 'other')}"
     title = f"{checked.name}: all pairs of {whom}{_left_out(checked.unreadable)}"
     return tables.at_thresholds(title, {"": checked.thresholds})
 
 
 def _left_out(unreadable: int | None) -> str:
-    return f"; {unreadable:,} unreadable images left out" if unreadable else ""
+    return f"; {counted(unreadable, 'unreadable image')} left out" if unreadable else ""
 
 
 def _percent(share: float) -> str:

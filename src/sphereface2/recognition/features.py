@@ -16,7 +16,7 @@ from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
-from sphereface2.errors import UserError, check_choice, check_count
+from sphereface2.errors import UserError, check_choice, check_count, counted
 from sphereface2.extras import require
 from sphereface2.files import writing
 from sphereface2.recognition.box import chosen
@@ -104,7 +104,8 @@ def embed_set(
     write_table(out, job, embedder, images, engine=engine, device=device, address=ray_address)
     found = metadata(out)
     embedded, skipped = found["embedded"], found["skipped"]
-    what = f"{embedded:,} {'faces ' if faces == 'all' else ''}of {job.images:,} images embedded"
+    what = counted(embedded, "face") if faces == "all" else f"{embedded:,}"
+    what += f" of {counted(job.images, 'image')} embedded"
     left_out = f"; {skipped:,} left out, see {out}.skipped.csv" if skipped else ""
     console.show(f"{what} in {out}{left_out}")
     return found

@@ -20,7 +20,7 @@ from sphereface2.align import Aligner
 from sphereface2.data.convert import Conversion, Encoding, check_target, is_unsafe, write_source
 from sphereface2.data.embedding_table import unit
 from sphereface2.data.source import Source, Subset
-from sphereface2.errors import UserError, check_number
+from sphereface2.errors import UserError, check_number, counted
 from sphereface2.evaluation.calibration import Calibration
 from sphereface2.evaluation.clustering import cluster as cluster_rows
 from sphereface2.evaluation.clustering import compare
@@ -222,7 +222,7 @@ def _sheets(out: Path, source: Source, people: Sequence[tuple[str, list[int]]]) 
             for (name, images), content in zip(part, sheets, strict=True):
                 (out / "people" / f"{name}.jpg").write_bytes(content)
                 more = f", the first {_SHOWN} shown" if len(images) > _SHOWN else ""
-                page.append(f"<h2>{escape(name)}: {len(images):,} images{more}</h2>")
+                page.append(f"<h2>{escape(name)}: {counted(len(images), 'image')}{more}</h2>")
                 page.append(f"<img loading=lazy alt='' src='people/{name}.jpg'>")
                 progress(1)
         atomic_write(out / PAGE, "\n".join(page).encode())
@@ -246,8 +246,9 @@ def _summary(
 
 def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     lines = [
-        f"{summary['people']:,} people with {summary['images_of_people']:,} of "
-        f"{summary['images']:,} images, from a mean similarity of {summary['threshold']:.3f}",
+        f"{counted(summary['people'], 'person')} with {summary['images_of_people']:,} of "
+        f"{counted(summary['images'], 'image')}, from a mean similarity of "
+        f"{summary['threshold']:.3f}",
         f"look at {out / PAGE}, edit {out / PEOPLE}, then --apply it",
     ]
     if (scores := summary.get("against_labels")) is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from sphereface2 import console
-from sphereface2.errors import UserError, check_number
+from sphereface2.errors import UserError, check_number, counted
 from sphereface2.files import atomic_write, writing
 from sphereface2.recognition.audit.faces import examined
 from sphereface2.recognition.audit.findings import (
@@ -119,7 +119,8 @@ def audit(
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = console.table(f"{summary['images']:,} images of {summary['people']:,} people", ["", ""])
+    images, people = counted(summary["images"], "image"), counted(summary["people"], "person")
+    table = console.table(f"{images} of {people}", ["", ""])
     table.show_header = False
     for kind, count in summary["findings"].items():
         table.add_row(KINDS[kind], f"{count:,}")

@@ -21,7 +21,7 @@ from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
 from sphereface2.data.recordio import RecordIOSource
 from sphereface2.data.source import Source, Subset, write_names
-from sphereface2.errors import UserError, did_you_mean
+from sphereface2.errors import UserError, counted, did_you_mean
 from sphereface2.files import (
     atomic_folder,
     atomic_write,
@@ -244,6 +244,7 @@ def show(
     if done is not None:
         people = done.people
         summary["written"] = {"path": str(done.target), "images": done.images, "people": people}
-        parts = [*parts, f"{done.images:,} images of {people:,} people in {done.target}"]
+        images = counted(done.images, "image")
+        parts = [*parts, f"{images} of {counted(people, 'person')} in {done.target}"]
     console.tell(as_json, summary, *parts)
     return summary

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
-from sphereface2.errors import UserError, check_count, check_number
+from sphereface2.errors import UserError, check_count, check_number, counted
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.evaluation.results import far_key
 from sphereface2.files import visible
@@ -236,7 +236,7 @@ def remove(gallery: str, person: str, /) -> int:
         person: Whom to remove.
     """
     count, rest = _changed(gallery, person, lambda opened: opened.remove(person))
-    console.show(f"removed {person} and {count} images{rest}")
+    console.show(f"removed {person} and {counted(count, 'image')}{rest}")
     return count
 
 
@@ -291,7 +291,7 @@ def index(gallery: str, /, *, index_from: int | None = None, exact: bool = False
         check_count("--index-from", index_from, 0)
     with Gallery.open(gallery, create=False) as opened:
         opened.set_index(index_from)
-    how = "exact" if exact else f"approximate from {index_from:,} images on"
+    how = "exact" if exact else f"approximate from {counted(index_from or 0, 'image')} on"
     console.show(f"{opened.uri}: {how}")
 
 

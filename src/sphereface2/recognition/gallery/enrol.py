@@ -16,7 +16,7 @@ import pyarrow.parquet as parquet
 from sphereface2 import console
 from sphereface2.data.embedding_table import METADATA
 from sphereface2.data.folder import FolderSource
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.images import encode_image, read_image
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery.faces import (
@@ -197,8 +197,9 @@ def add(
                 names |= {one.name for one in some}
         if opened is None or not count + there:
             raise UserError(f"no person was added: {folder or features} has no usable image")
-    already = f"; {there:,} images were there already" if there else ""
-    console.show(f"added {count:,} images of {len(names):,} people to {opened.uri}{already}")
+    already = f"; {counted(there, 'image')} there already" if there else ""
+    added = f"{counted(count, 'image')} of {counted(len(names), 'person')}"
+    console.show(f"added {added} to {opened.uri}{already}")
     return {"people": len(names), "images": count, "there": there, "left_out": left_out}
 
 
@@ -236,9 +237,9 @@ def reembed(
         if gone and not drop_missing:
             some = ", ".join(map(repr, list(dict.fromkeys(gone))[:_LISTED]))
             raise UserError(
-                f"{len(gone)} images have no file and no crop to embed again, among them of "
-                f"{some}: put the files back, enrol these people again, or leave out the images "
-                "with --drop-missing"
+                f"{counted(len(gone), 'image')} cannot be embedded again for want of a file and a "
+                f"crop, among them of {some}: put the files back, enrol these people again, or "
+                "leave out the images with --drop-missing"
             )
         reasons: dict[int, str] = {}
 
@@ -278,7 +279,8 @@ def reembed(
     _tell(left_out)
     gone = sorted(before - after)
     went = f"; {len(gone):,} went: {', '.join(gone)}" if gone else ""
-    console.show(f"{opened.uri} now holds {len(after):,} people embedded by {model}{went}")
+    people = counted(len(after), "person")
+    console.show(f"{opened.uri} now holds {people} embedded by {model}{went}")
     return {"people": len(after), "gone": gone, "left_out": left_out}
 
 
@@ -394,7 +396,7 @@ def _table(path: Path, left_out: list[str]) -> tuple[str | None, int, Iterator[E
             # By an image's name it is known whether it is enrolled already.
             named = [row for row in theirs if row["name"] is not None]
             if nameless := len(theirs) - len(named):
-                left_out.append(f"{nameless} rows of {person} in {path}: no name of an image")
+                left_out.append(f"{counted(nameless, 'row')} of {person} in {path}: no image name")
             if named:
                 vectors = np.array([row["embedding"] for row in named], np.float32)
                 yield Enrolment(str(person), vectors, sources=[str(row["name"]) for row in named])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.files import one_name
 
 NAME_LENGTH = 200
@@ -102,7 +102,9 @@ class Enrolment:
         crops = none if self.crops is None else list(self.crops)
         for what, given in (("sources", sources), ("crops", crops)):
             if len(given) != len(vectors):
-                raise UserError(f"{name!r} has {len(vectors)} images and {len(given)} {what}")
+                raise UserError(
+                    f"{name!r} has {counted(len(vectors), 'image')} and {len(given)} {what}"
+                )
         for source in filter(None, sources):
             if (size := _bytes(source, f"a source of {name!r}")) > SOURCE_BYTES:
                 raise UserError(

@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from sphereface2.align import Aligner
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery import Gallery
 from sphereface2.recognition.gallery.faces import lasting
@@ -81,7 +81,8 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     with Gallery.open(gallery, embedder=embedder, model=lasting(checkpoint)) as people:
         sizes = people.stats()
         print(
-            f"gallery {people.uri}: {sizes['people']:,} people, {sizes['images']:,} images",
+            f"gallery {people.uri}: {counted(sizes['people'], 'person')}, "
+            f"{counted(sizes['images'], 'image')}",
             file=sys.stderr,
             flush=True,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ from sphereface2.recognition.gallery.faces import (
     warn_of_photographs,
 )
 from sphereface2.recognition.gallery.gallery import Gallery
-from sphereface2.recognition.gallery.rows import Stored
+from sphereface2.recognition.gallery.rows import Refused, Stored
 from sphereface2.recognition.gallery.types import (
     Enrolment,
     Image,
@@ -63,6 +64,48 @@ class _File(NamedTuple):
         except (ValueError, KeyError, TypeError):
             return None
         return file if file.path.is_file() else None
+
+
+@dataclass
+class _Tally:
+    """What became of those to enrol: images added, and there already; who; what was unusable."""
+
+    images: int = 0
+    there: int = 0
+    names: set[str] = field(default_factory=set)
+    left_out: list[str] = field(default_factory=list)
+
+    def taken(
+        self, people: Iterable[Enrolment], dim: int, refused: Refused | None
+    ) -> Iterator[Enrolment]:
+        """Count people, and give on whom a gallery of embeddings of ``dim`` numbers may take."""
+        for one in people:
+            self.images += len(one.embeddings)
+            try:
+                one.check(dim)
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused(one, error)
+            else:
+                yield one
+
+    def refused(self, one: Enrolment, error: UserError) -> None:
+        """Count no longer whom the gallery does not take."""
+        self.images -= len(one.embeddings)
+        self.left_out.append(str(error))
+
+    def passed(self, _: Enrolment, images: int) -> None:
+        """Count images as there already that were to be added."""
+        self.images, self.there = self.images - images, self.there + images
+
+    def report(self) -> dict[str, Any]:
+        """What `add` returns."""
+        counts = {"people": len(self.names), "images": self.images, "there": self.there}
+        return {**counts, "left_out": self.left_out}
+
+    def __str__(self) -> str:
+        return f"{counted(self.images, 'image')} of {counted(len(self.names), 'person')}"
 
 
 def add(
@@ -128,33 +171,10 @@ def add(
         files = _folder(folder, aligned)
     if aligned and files:
         warn_of_photographs([file.path for file in files])
-    left_out: list[str] = []
-    count = there = 0
-    names: set[str] = set()
-
-    def refused(one: Enrolment, error: UserError) -> None:
-        nonlocal count
-        if person:
-            raise error
-        count -= len(one.embeddings)
-        left_out.append(str(error))
-
-    def passed(_: Enrolment, images: int) -> None:
-        nonlocal count, there
-        count, there = count - images, there + images
-
-    def taken(people: Iterable[Enrolment], dim: int) -> Iterator[Enrolment]:
-        nonlocal count
-        for one in people:
-            count += len(one.embeddings)
-            try:
-                one.check(dim)
-                yield one
-            except UserError as error:
-                refused(one, error)
-
+    tally = _Tally()
+    refused, passed = (None, None) if person else (tally.refused, tally.passed)
     with ExitStack() as stack:
-        stack.callback(_tell, left_out)
+        stack.callback(_tell, tally.left_out)
         opened = embedder = None
         with suppress(NoGalleryError):
             opened = stack.enter_context(Gallery.open(gallery, create=False))
@@ -167,16 +187,16 @@ def add(
                 for image in theirs
             }
             new = [file for file in files if (file.person, file.source) not in known]
-            there, files = len(files) - len(new), new
+            tally.there, files = len(files) - len(new), new
         if features is not None:
-            fingerprint, dim, people = _table(features, left_out)
+            fingerprint, dim, people = _table(features, tally.left_out)
             if embedder is not None and fingerprint not in (None, embedder.fingerprint):
                 raise UserError(
                     f"{features} was embedded by a different model, not by {model}: give that "
                     "model, or embed the images again with this one"
                 )
         elif embedder is not None:
-            tolerant = None if person else left_out
+            tolerant = None if person else tally.left_out
             people = _embed(embedder, files, faces, quality, keep_crops, about, left_out=tolerant)
         if embedder is not None:
             fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
@@ -185,22 +205,19 @@ def add(
         facts: dict[str, Any] = {"fingerprint": fingerprint, "dim": dim, "storage": storage}
         if opened is not None:
             opened.check(**facts)
-        fit = taken(people, dim)
+        fit = tally.taken(people, dim, refused)
         if (first := next(fit, None)) is not None:  # nobody wants a gallery of nobody
             if opened is None:
                 remembered = None if model is None else lasting(model)
                 opened = stack.enter_context(Gallery.open(gallery, model=remembered, **facts))
-            options: dict[str, Any] = {"replace": replace, "refused": refused}
-            for some in opened.add_many(
-                chain([first], fit), passed=None if person else passed, **options
-            ):
-                names |= {one.name for one in some}
-        if opened is None or not count + there:
+            everybody = chain([first], fit)
+            for some in opened.add_many(everybody, replace=replace, refused=refused, passed=passed):
+                tally.names |= {one.name for one in some}
+        if opened is None or not tally.images + tally.there:
             raise UserError(f"no person was added: {folder or features} has no usable image")
-    already = f"; {counted(there, 'image')} there already" if there else ""
-    added = f"{counted(count, 'image')} of {counted(len(names), 'person')}"
-    console.show(f"added {added} to {opened.uri}{already}")
-    return {"people": len(names), "images": count, "there": there, "left_out": left_out}
+    already = f"; {counted(tally.there, 'image')} there already" if tally.there else ""
+    console.show(f"added {tally} to {opened.uri}{already}")
+    return tally.report()
 
 
 def reembed(

@@ -306,7 +306,7 @@ class _Runner:
             end = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
             text = "\n".join([f"exit status {status}", *end])
             atomic_write(folder / FAILURE, f"{text}\n".encode())
-            return f"[red]failed[/red]: {end[-1] if end else f'exit status {status}'}"
+            return f"failed: {end[-1] if end else f'exit status {status}'}"
         took = f"{time.monotonic() - start:.0f} s"
         return ", ".join([*_summary(read(self.cells, cell)), took])
 

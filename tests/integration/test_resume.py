@@ -416,18 +416,13 @@ def test_a_limit_on_files_leaves_the_last_checkpoint_whole(folder: Path, whole: 
 def test_a_run_with_a_teacher_and_a_loss_between_samples_is_resumed_bit_for_bit(
     faces: Path, whole: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """The teacher is a model, of another dimension, whose table stays in the run's folder.
-
-    The cut lies in the first part of the run, of smaller faces, and its end behind it.
-    """
+    """The teacher is a model, of another dimension, whose table stays in the run's folder."""
     distilled = {
         **SETTINGS,
         "data.train": faces,
         "teacher.path": whole,
         "backbone.embedding_dim": 6,
         "training.ema": 0.5,
-        "training.early_size": 52,
-        "training.early_share": 0.75,
         "sample_to_sample.weight": 0.5,
         "sample_to_sample.begin": 0.5,
     }

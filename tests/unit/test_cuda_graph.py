@@ -254,7 +254,6 @@ def test_recorded_batches_are_the_batches(recorded: list[Recorder]) -> None:
         {"training__autocast": "fp16"},
         {"training__optimizer": "adamw"},
         {"training__accumulate": 2},
-        {"training__early_size": 20},
         {"head__negatives": "hard"},
         {"head": {"name": "q_margin", "streaming": True}},
     ],

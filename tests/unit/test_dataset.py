@@ -1,7 +1,5 @@
 """From keys to batches, with and without workers, past damage and interruptions."""
 
-from dataclasses import replace
-
 import cv2
 import numpy as np
 import pytest
@@ -89,13 +87,6 @@ def test_augmentation_depends_on_seed_epoch_step_and_place_alone():
         make(augmentation=HEAVY, seed=6)[key(range(20), step=3, epoch=2)],
     ):
         assert not torch.equal(other.images, whole)
-
-
-def test_a_key_may_ask_for_images_of_another_size():
-    dataset, small = make(augmentation=HEAVY), make(augmentation=replace(HEAVY, size=20))
-    first = key(range(6), step=1)
-    assert torch.equal(dataset[first._replace(size=20)].images, small[first].images)
-    assert dataset[first].images.shape[2:] == (HEAVY.size, HEAVY.size)
 
 
 def test_each_image_is_mirrored_in_every_other_pass():

@@ -72,12 +72,3 @@ def test_one_epoch_follows_another_from_any_place() -> None:
     assert keys[3][2:] == tuple(expected)
     whole.consumed = 3
     assert [(key.epoch, key.step, *key.indices) for key in islice(whole, 4)] == keys[3:]
-
-
-def test_the_first_keys_of_a_run_ask_for_smaller_images() -> None:
-    whole = EveryEpoch(BatchSampler(np.arange(12), 4), 3)
-    whole.early = 4, 52
-    sizes = [52, 52, 52, 52, None, None, None]
-    assert [key.size for key in islice(whole, 7)] == sizes
-    whole.consumed = 2
-    assert [key.size for key in islice(whole, 5)] == sizes[2:]

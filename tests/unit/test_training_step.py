@@ -12,7 +12,6 @@ import torch
 
 from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch
-from sphereface2.errors import UserError
 from sphereface2.training import config, sections
 from sphereface2.training.checkpoint import restore_training_state, training_state
 from sphereface2.training.distributed import World
@@ -190,22 +189,3 @@ def test_units_are_compiled_in_place_and_copies_are_not() -> None:
     units = {f"layer{stage}.{unit}" for stage in range(1, 5) for unit in range(2)}
     assert compiled == {"prelu", *units}
     assert not any(part._compiled_call_impl for part in copy.deepcopy(network).modules())
-
-
-def test_smaller_faces_pass_the_network_as_small_as_they_are() -> None:
-    step, (batch,) = training_step(training__early_size=20), batches()
-    small = batch.images[..., :20, :20]
-    assert step.pixels(small).shape == (BATCH, 3, 20, 20)
-    assert step.pixels(batch.images[..., :24, :24]).shape == (BATCH, 3, 32, 32)
-    before = copy.deepcopy(step.network.state_dict())
-    step([batch._replace(images=small)])
-    after = step.network.state_dict()
-    assert not torch.equal(after["fc.weight"], before["fc.weight"])
-
-
-@pytest.mark.parametrize("side", [16, 32, 40])
-def test_sizes_that_the_network_cannot_take_are_refused(side: int) -> None:
-    with pytest.raises(
-        UserError, match=rf"early_size = {side} must be below .*input_size, 32, and"
-    ):
-        training_step(training__early_size=side)

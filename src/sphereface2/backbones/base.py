@@ -24,7 +24,6 @@ class Backbone(nn.Module):
         config: ``{"name": ..., "kwargs": {...}}``, JSON-able; rebuilds the network untrained.
         metadata: free-form facts stored with the weights (see `backbones.bundle`).
         frozen: names of modules that stay in evaluation mode in training, with all within them.
-        early_size: (h, w) that `forward` accepts besides, of the first part of a training.
     """
 
     preprocessing: Preprocessing
@@ -41,7 +40,6 @@ class Backbone(nn.Module):
             )
         self.metadata: dict[str, Any] = {}
         self.frozen: frozenset[str] = frozenset()
-        self.early_size: tuple[int, int] | None = None
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -54,8 +52,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        sizes = self.input_size, self.early_size
-        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.input_size:
             raise UserError(
                 f"the network takes images of shape (B, 3, {self.input_size[0]}, "
                 f"{self.input_size[1]}), got {tuple(images.shape)}"

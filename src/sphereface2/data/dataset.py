@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -128,27 +126,23 @@ class FaceDataset(Dataset[Batch]):
         The images of a batch are then overwritten by the next one.
         """
         assert self.pixels is not None
-        made = functools.partial(self._made, self.augmentation)
-        self._graph = Graphed(made, self.pixels.device, "the augmentation")
+        self._graph = Graphed(self._made, self.pixels.device, "the augmentation")
 
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of ``key``."""
         positions = np.asarray(key.indices, np.int64)
         wanted = self.indices[positions]
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
-        augmentation = self.augmentation
-        if key.size is not None:
-            augmentation = dataclasses.replace(augmentation, size=key.size)
-        draws = augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
-        if augmentation.alternate_flip:
+        draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
+        if self.augmentation.alternate_flip:
             draws[:, FLIP] = _alternate(positions, key.epoch + self.seed)
         if self.pixels is not None:
             bad = np.flatnonzero(~self.readable[positions]).tolist()
         else:
-            size = augmentation.size
+            size = self.augmentation.size
             images = self._buffers.take((len(wanted), size, size, 3))
             bad = []
-            augmentation.apply_into(images, self._decoded(key.indices, bad), draws)
+            self.augmentation.apply_into(images, self._decoded(key.indices, bad), draws)
         unreadable = wanted[bad].tolist()
         if unreadable:
             self.note_unreadable(unreadable)
@@ -163,35 +157,28 @@ class FaceDataset(Dataset[Batch]):
                 images[torch.as_tensor(bad)] = images[torch.from_numpy(stand_in)]
         on_device = self.pixels is not None
         return Batch(
-            self._on_device(positions, draws, augmentation)
-            if on_device
-            else images.permute(0, 3, 1, 2),
+            self._on_device(positions, draws) if on_device else images.permute(0, 3, 1, 2),
             torch.from_numpy(self.labels[positions]),
             unreadable,
             torch.from_numpy(positions),
         )
 
-    def _on_device(
-        self, positions: np.ndarray, draws: np.ndarray, augmentation: Augmentation
-    ) -> torch.Tensor:
+    def _on_device(self, positions: np.ndarray, draws: np.ndarray) -> torch.Tensor:
         """The images at ``positions``, augmented where they are kept."""
         assert self.pixels is not None
-        numbers = table(augmentation, draws, *self.pixels.shape[1:3])
+        numbers = table(self.augmentation, draws, *self.pixels.shape[1:3])
         # One copy to the device: the bits of pairs of float32 as int64.
         packed = np.concatenate([positions, numbers.view(np.int64).ravel()])
-        packed_there = pinned(packed, self.pixels.device)
-        if self._graph is not None and augmentation is self.augmentation:
-            return self._graph(packed_there)
-        return self._made(augmentation, packed_there)
+        return (self._graph or self._made)(pinned(packed, self.pixels.device))
 
-    def _made(self, augmentation: Augmentation, packed: torch.Tensor) -> torch.Tensor:
+    def _made(self, packed: torch.Tensor) -> torch.Tensor:
         """The images of what `_on_device` has packed."""
         assert self.pixels is not None
         packed = packed.to(self.pixels.device, non_blocking=True)
         count = len(packed) // (1 + COLUMNS // 2)
         kept = self.pixels.index_select(0, packed[:count]).permute(0, 3, 1, 2)
         numbers = packed[count:].view(torch.float32).view(count, COLUMNS)
-        return transformed(augmentation, kept, numbers)
+        return transformed(self.augmentation, kept, numbers)
 
     def _decoded(self, positions: np.ndarray, bad: list[int]) -> Iterator[np.ndarray]:
         """Images by position; the places of unreadable ones, given as black, go to ``bad``."""

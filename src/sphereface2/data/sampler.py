@@ -17,15 +17,13 @@ class BatchKey(NamedTuple):
 
     ``indices`` are int64 positions in the data set; the share begins at ``offset`` in the global
     batch. Augmentation is drawn from (seed, epoch, step, place in the global batch), so it
-    depends neither on the number of workers nor on the number of ranks. ``size``: the side of the
-    images; None: the augmentation's.
+    depends neither on the number of workers nor on the number of ranks.
     """
 
     epoch: int
     step: int
     indices: np.ndarray
     offset: int = 0
-    size: int | None = None
 
 
 class BatchSampler(Sampler[BatchKey]):

@@ -94,7 +94,6 @@ _DEMANDS: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
         ("autocast", ("off", "bf16", "auto"), "the host asks whether a step in fp16 overflowed"),
         ("optimizer", ("sgd", "muon"), "the host counts AdamW's steps"),
         ("accumulate", (1,), "a step of one pass is recorded"),
-        ("early_size", (None,), "a step of one size is recorded"),
     ),
     # The prototypes take their step before the backward pass.
     "fused_head": (
@@ -133,12 +132,6 @@ class TrainingConfig:
     a small set, so that an epoch has ten steps."""
     accumulate: Count = 1
     """Forward-backward passes an optimiser step."""
-    early_size: Count | None = None
-    """Side in pixels of the faces in the first part of the run, where a step then takes less time
-    (progressive resizing); ``null``: that of ``backbone.input_size``, as in the rest of it. The
-    network's last map must stay as large: for 64 pixels, 49 and more."""
-    early_share: Share = 0.6
-    """``early_size``: share of the run with it."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """``muon``: the convolutions' filters by `training.muon.Muon`, all else by SGD."""
     lr: Positive = 0.1

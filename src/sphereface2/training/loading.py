@@ -33,19 +33,14 @@ class EveryEpoch(Sampler[BatchKey]):
 
     def __init__(self, sampler: BatchSampler, per_epoch: int) -> None:
         self.sampler, self.per_epoch = sampler, per_epoch
-        #: Keys of the run, from the first, whose images have the other size, and that.
-        self.early: tuple[int, int | None] = 0, None
         #: Keys of the run to leave out; the next iteration begins there.
         self.consumed = 0
 
     def __iter__(self) -> Iterator[BatchKey]:
         epoch, position = divmod(self.consumed, self.per_epoch)
-        early, size = self.early
         while True:
             self.sampler.start(epoch, position)
-            for key in islice(self.sampler, self.per_epoch - position):
-                is_early = epoch * self.per_epoch + key.step < early
-                yield key._replace(size=size) if is_early else key
+            yield from islice(self.sampler, self.per_epoch - position)
             epoch, position = epoch + 1, 0
 
 

@@ -218,8 +218,6 @@ def _idle(key: str, training: TrainingConfig) -> str | None:
         "training.gamma": ("schedule", ["step"]),
         "training.power": ("schedule", ["polynomial"]),
     }.get(key, (None, []))
-    if key == "training.early_share" and training.early_size is None:
-        return "no training.early_size"
     if choice is None or (value := getattr(training, choice)) in values:
         return None
     return f"training.{choice} {value}"

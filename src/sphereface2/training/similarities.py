@@ -25,7 +25,7 @@ def similarities(step: TrainingStep, batch: Batch) -> dict[str, float]:
     images, labels = batch.images.to(step.world.device), batch.labels.to(step.world.device)
     network.eval()
     with torch.no_grad(), torch.autocast(images.device.type, step.dtype, enabled=bool(step.dtype)):
-        embeddings = network(step.pixels(images)).float()
+        embeddings = network(network.preprocessing(images)).float()
     network.train()
     unit = torch.nn.functional.normalize(embeddings)
     cos = unit @ torch.nn.functional.normalize(head.weight.detach().float()).T

@@ -129,31 +129,6 @@ def freeze(network: Backbone, settings: TrainingConfig) -> None:
         raise UserError("training.freeze leaves nothing of the backbone to train")
 
 
-def accept_early_size(network: Backbone, side: int | None) -> None:
-    """Let the network take images of ``training.early_size`` too.
-
-    Raises:
-        UserError: it cannot, or they are not smaller than its own.
-    """
-    if side is None:
-        return
-    size, least = (side, side), min(network.input_size)
-    training = network.training
-    try:
-        if side >= least:
-            raise ValueError("it is no smaller")
-        with torch.no_grad():
-            network.eval().embed(torch.zeros(1, 3, *size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"training.early_size = {side} must be below backbone.input_size, {least}, and large "
-            "enough that the network's last map has the shape that it has there, which for most "
-            f"is within 15 pixels of it: {str(error).splitlines()[0]}; change it or leave it out"
-        ) from error
-    network.train(training)
-    network.early_size = size
-
-
 def begin(
     settings: TrainingConfig,
     network: Backbone,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from sphereface2.errors import UserError
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
 from sphereface2.training.optim import build_optimizers, clip_gradients, drop_gradients
-from sphereface2.training.starting import accept_early_size, freeze
+from sphereface2.training.starting import freeze
 from sphereface2.training.teacher import Teacher
 from sphereface2.training.watch import LossWatch
 
@@ -91,7 +90,6 @@ class TrainingStep:
         torch.manual_seed(config.seed)
         network = backbones.build(**config.backbone)
         freeze(network, settings)
-        accept_early_size(network, settings.early_size)
         options, sharded = head_options(config)
         if sharded and world.size > 1:
             options["process_group"] = world.group
@@ -209,7 +207,7 @@ class TrainingStep:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             shape = (count, 3, *self.network.preprocessing.size)
             images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-            pixels = self.pixels(images)
+            pixels = self.network.preprocessing(images).contiguous(memory_format=self.memory_format)
             with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                 embeddings = self.forward(pixels)
                 loss = embeddings.sum()
@@ -225,13 +223,6 @@ class TrainingStep:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
                 tensor.grad = None
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """The network's input, of uint8 (B, 3, H, W); faces of ``early_size`` stay as small."""
-        preprocessing, early = self.network.preprocessing, self.network.early_size
-        if early == tuple(images.shape[2:]):
-            preprocessing = dataclasses.replace(preprocessing, size=early)
-        return preprocessing(images).contiguous(memory_format=self.memory_format)
 
     def __call__(self, batches: Sequence[Batch], step: int = 1) -> tuple[Tensor, Tensor]:
         """Take a step.
@@ -287,7 +278,9 @@ class TrainingStep:
                         stack.enter_context(module.no_sync())
                 images = batch.images.to(device, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
-                pixels = self.pixels(images)
+                pixels = self.network.preprocessing(images).contiguous(
+                    memory_format=self.memory_format
+                )
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                     embeddings = self.forward(pixels)
                     if settings.clip_embedding_norm is not None:

@@ -123,8 +123,6 @@ class Trainer:
         self.keys = EveryEpoch(sampler, self.epoch_steps * settings.accumulate)
         self.loader = build_loader(dataset, self.keys, world, workers)
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
-        early_steps = round(settings.early_share * self.total_steps)
-        self.keys.early = early_steps * settings.accumulate, settings.early_size
         # At the second step at the earliest: the memory is empty before.
         self.samples_begin = max(1, round(config.sample_to_sample.begin * self.epoch_steps)) + 1
         self.progress = Progress(world_size=world.size, epoch_steps=self.epoch_steps)

@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -48,7 +49,7 @@ def bars(*, counted: bool = False) -> Progress:
         return _Lines(counted)
     middle: ProgressColumn = MofNCompleteColumn() if counted else TaskProgressColumn()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         middle,
         TimeRemainingColumn(),
@@ -106,7 +107,7 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
         columns: headers; the first column is set on the left, the others on the right.
         dim: indices of columns in a fainter colour.
     """
-    result = Table(title=visible(title), title_justify="left")
+    result = Table(title=escape(visible(title)), title_justify="left")
     for index, header in enumerate(columns):
         result.add_column(
             header,
@@ -122,7 +123,7 @@ def say(console: Console, line: str) -> None:
 
     Not by the terminal either, whatever names of files and people it holds; see `visible`.
     """
-    console.print(visible(line), soft_wrap=True, highlight=False, markup=False)
+    console.print(visible(line), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def note(line: object) -> None:
@@ -132,7 +133,7 @@ def note(line: object) -> None:
 
 def show(*parts: Table | str) -> None:
     """Print tables and lines on standard output."""
-    console = Console()
+    console = Console(emoji=False)  # ``:cat:`` may be a part of a name
     for part in parts:
         if isinstance(part, str):
             say(console, part)

@@ -224,7 +224,8 @@ def test_images_that_several_enrol_at_once_are_enrolled_once(address: str) -> No
     with opened(address) as gallery:
         assert [p.images for p in gallery.people()] == [3] * 40 and sum(told) == 120
         # An image that is there, one that is new and one without a source.
-        more = [Enrolment("p0", vectors(99, 3), {"v": 1}, sources=["p0/0", "new", None])]
+        rows = np.concatenate([vectors(0, 3)[:1], vectors(99, 3)[1:]])
+        more = [Enrolment("p0", rows, {"v": 1}, sources=["p0/0", "new", None])]
         passed: list[int] = []
         for _ in range(2):
             list(gallery.add_many(more, passed=lambda _, count: passed.append(count)))
@@ -234,6 +235,13 @@ def test_images_that_several_enrol_at_once_are_enrolled_once(address: str) -> No
         rows = np.concatenate([vectors(0, 3), vectors(99, 3)[1:], vectors(99, 3)[2:]])
         (found,) = gallery.search(unit(unit(rows).sum(0)), k=1, fusion="mean")
         assert found[0].person == "p0" and found[0].score == pytest.approx(1, abs=1e-6)
+        # Another set's file of that name, and one that is given twice.
+        rows = np.concatenate([vectors(7, 2), vectors(7, 1)])
+        named = [Enrolment("p0", rows, sources=["p0/0", "p0/1", "p0/0"])]
+        list(gallery.add_many(named, passed=lambda _, count: passed.append(count)))
+        assert passed == [1, 2, 1] and gallery.get("p0").images == 8
+        with pytest.raises(ValueError, match="replace takes no passed"):
+            list(gallery.add_many(named, replace=True, passed=lambda _, count: None))
 
 
 def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:

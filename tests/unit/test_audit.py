@@ -159,6 +159,11 @@ def test_a_cleaned_set_merges_moves_and_removes(faces: Path, tmp_path: Path) -> 
         ([{"action": "move", "other": ""}], "move needs a label in the column other"),
         ([{"action": "move", "other": "12"}], "from 0 to below 12, got 12"),
         ([{"other": "person3"}], r"or a person's name, got 'person3' \(did you mean 'person03'"),
+        ([{"action": "move", "other": "007"}], "or a person's name, got '007'"),
+        (
+            [{"kind": "same person", "image": "", "action": "keep", "label": "x"}],
+            "the finding about 'x' is of another set",
+        ),
         ([{"index": "x"}], "line 2: index must be a number, got 'x'"),
         ([{"action": "merge", "other": 1}], "must be one of keep, remove, move, got 'merge'"),
         ([{"kind": "duplicate", "action": "move", "other": 1}], "must be one of keep, remove, got"),

@@ -62,3 +62,11 @@ def test_a_narrow_terminal_loses_no_cell(monkeypatch, capsys):
         word in shown for word in ["TAR at", "1e-3", "99.12", "0.32 %", "97.00 %", "99.00 %"]
     )
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 40
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither as markup nor as emoji."""
+    console.show("team:key:7 [/] [red]", console.table("[old] [/]", ["", ":cat:"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "team:key:7 [/] [red]" and lines[1].rstrip() == "[old] [/]"
+    assert ":cat:" in lines[3]

@@ -82,6 +82,11 @@ class DataConfig:
             raise UserError(
                 "data.people_per_batch and data.images_per_person go together; give both"
             )
+        if self.people_per_batch and self.augmentation.alternate_flip:
+            raise UserError(
+                "data.augmentation.alternate_flip must be false with data.people_per_batch, by "
+                "which an image may stand in a batch several times; leave it out"
+            )
         if self.cache == "device" and self.workers:
             raise UserError(
                 f"data.workers must be 0 with data.cache device, got {self.workers}: batches are "

@@ -19,7 +19,7 @@ from sphereface2.data.folder import check_outside
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import check_folder, owned
+from sphereface2.files import check_folder, owned, visible
 from sphereface2.machine import cores
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
@@ -292,7 +292,7 @@ def _announce(
         chosen = f"chosen     {', '.join(inputs.chosen)}, for this set and device\n"
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
-        f"data       {inputs.located.note}\n"
+        f"data       {visible(inputs.located.note)}\n"
         f"           {len(inputs.train_indices):,} images of {inputs.num_classes:,} people; "
         f"{settings.data.validation_people:,} people held out{_aside(settings)}\n"
         + (f"cache      {cached}\n" if cached else "")

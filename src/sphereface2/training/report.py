@@ -265,7 +265,7 @@ def _next_commands(run: Path, source: Source, held_out: np.ndarray, train: Path)
 def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, plots: str) -> Table:
     training = found.training
     table = Table(title=escape(settings.name), show_header=False)
-    table.add_row("data", escape(found.data.note))
+    table.add_row("data", escape(visible(found.data.note)))
     between = settings.sample_to_sample
     beside = f"; between samples s {between.s:g}, m {between.m:g}, weight {between.weight:g}"
     table.add_row("loss", escape(_component(settings.head)) + (beside if between.weight else ""))

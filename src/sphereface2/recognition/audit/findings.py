@@ -130,17 +130,16 @@ def _other(text: str, people: Sequence[str], where: str) -> int:
     """The number in the column ``other``, or of the label that is called so; -1 of nothing."""
     if not (called := one_name(text)):
         return -1
-    if not re.fullmatch(r"-1|0|[1-9][0-9]*", called) and called in people:
-        if people.count(called) > 1:
-            raise UserError(f"{where}: several labels are called {called!r}; give one's number")
-        return people.index(called)
-    try:
+    if re.fullmatch(r"-1|0|[1-9][0-9]*", called):
         return int(called)
-    except ValueError:
+    if called not in people:
         kinds = "a label's number or a person's name" if people else "a label's number"
         raise UserError(
             f"{where}: other must be {kinds}, got {called[:60]!r}{did_you_mean(called, people)}"
-        ) from None
+        )
+    if people.count(called) > 1:
+        raise UserError(f"{where}: several labels are called {called!r}; give one's number")
+    return people.index(called)
 
 
 def _check(one: Finding, source: Source, where: str) -> None:
@@ -152,8 +151,13 @@ def _check(one: Finding, source: Source, where: str) -> None:
             f"{where}: the action for {one.kind!r} must be one of {', '.join(actions)}, got "
             f"{one.action!r}"
         )
-    here = source.num_classes if one.kind == "same person" else len(source)
-    if not 0 <= one.index < here or (one.image and printable(source.name(one.index)) != one.image):
+    people = one.kind == "same person"
+    fits = 0 <= one.index < (source.num_classes if people else len(source))
+    if fits and one.image:
+        fits = printable(source.name(one.index)) == one.image
+    if fits and people and one.label and (names := source.class_names):
+        fits = printable(names[one.index]) == one.label
+    if not fits:
         raise UserError(
             f"{where}: the finding about {one.image or one.label!r} is of another set than this "
             "one: give the set that was audited"

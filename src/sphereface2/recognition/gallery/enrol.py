@@ -136,7 +136,7 @@ def add(
         folder: Enrol everybody in this folder, person/image. Files that are enrolled already are
             passed over; unusable images are named and left out.
         features: Enrol everybody in this table, written by `sphereface2 embed`. Images of a
-            person's that are enrolled already, by their name there, are passed over.
+            person's that are enrolled already, by their name and embedding, are passed over.
         aligned: The images are aligned crops already.
         faces: What to do with an image of several faces: refuse it (one), take the largest and
             most central, or take all.

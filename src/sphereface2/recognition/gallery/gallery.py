@@ -106,12 +106,15 @@ class Gallery(GalleryReader):
             people: whom to add; one person may come several times.
             replace: see `add`.
             refused: is told whom `add` refuses, and why; the others are added.
-            passed: has images whose source their person has already passed over, whoever enrolled
-                them and however recently, and is told of whom and how many.
+            passed: has images that their person has already, of one source and alike, passed over,
+                whoever enrolled them and however recently, and is told of whom and how many.
 
         Raises:
             UserError: as `add`, without ``refused``; what was yielded before stays.
+            ValueError: ``replace`` and ``passed``, by which what is passed over would be lost.
         """
+        if replace and passed is not None:
+            raise ValueError("replace takes no passed, as it removes the images that are there")
         options: dict[str, Any] = {"replace": replace, "refused": refused, "passed": passed}
         waiting: dict[int, Enrolment] = {}
         size = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,7 @@ def bytes_type(storage: str) -> np.dtype[Any]:
     return np.dtype("<f2" if storage == "float16" else "<f4")
 
 
+_ALIKE = 0.999  # cosine of one image, embedded twice or stored in float16
 _TEXT = sa.Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
 #: The number of the last change that a transaction of SQLite sees.
 SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'changes'"
@@ -228,8 +230,8 @@ class Rows:
     ) -> dict[int, list[int]]:
         """Write people and their images: the images' ids by the person's key.
 
-        With ``passed`` an image whose source the person has is passed over, and so is a person who
-        has all of theirs. The people's rows are locked by then: nobody else is enrolling them.
+        With ``passed`` an image that the person has is passed over, and so is a person who has all
+        of theirs. The people's rows are locked by then: nobody else is enrolling them.
         """
         people, images = self.people, self.images
         # In one order, so that two processes never wait for each other. The rows of people who are
@@ -285,13 +287,24 @@ class Rows:
     def _new(
         self, connection: Connection, items: Sequence[Enrolment], passed: Passed
     ) -> list[Enrolment]:
-        """What is to be added of people without the images whose source they have."""
+        """What is to be added of people, without images that they have or that are given twice.
+
+        One image has one source and one embedding; another set may have files of the same names.
+        """
         images, found = self.images, []
         mine = self._among(images.c.person, [item.key for item in items])
-        query = sa.select(images.c.person, images.c.source).where(mine)
-        there = {(key, source) for key, source in connection.execute(query) if source is not None}
+        query = sa.select(images.c.person, images.c.source, images.c.embedding).where(mine)
+        there = defaultdict[tuple[int, str | None], list[np.ndarray]](list)
+        for key, source, vector in connection.execute(query):
+            there[key, source].append(vector)
         for item in items:
-            new = [i for i, one in enumerate(item.sources or ()) if (item.key, one) not in there]
+            new = []
+            for i, vector in enumerate(item.embeddings):
+                source = item.sources[i] if item.sources else None
+                alike = there[item.key, source]
+                if source is None or not any(one @ vector > _ALIKE for one in alike):
+                    new.append(i)
+                    alike.append(vector)
             if len(new) < len(item.embeddings):
                 passed(item, len(item.embeddings) - len(new))
             if new:

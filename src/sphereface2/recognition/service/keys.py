@@ -111,6 +111,8 @@ def add(name: str, path: str | Path) -> str:
         raise UserError("a key needs a name of printable characters, for example who will use it")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a folder: create it or choose another --file")
+    if path.exists():
+        read(path)  # no lock is left beside what is no file of keys
     with changing(path):
         keys = read(path) if path.exists() else []
         if name in {key.name for key in keys}:

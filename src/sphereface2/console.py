@@ -107,7 +107,7 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
         columns: headers; the first column is set on the left, the others on the right.
         dim: indices of columns in a fainter colour.
     """
-    result = Table(title=escape(visible(title)), title_justify="left")
+    result = Table(title=cell(title), title_justify="left")
     for index, header in enumerate(columns):
         result.add_column(
             header,
@@ -116,6 +116,11 @@ def table(title: str, columns: Sequence[str], *, dim: Sequence[int] = ()) -> Tab
             overflow="fold",  # in a narrow terminal the widest column wraps first, and none ends
         )
     return result
+
+
+def cell(text: str) -> str:
+    """A text of unknown origin for a table, whose cells have markup; see `visible`."""
+    return escape(visible(text))
 
 
 def say(console: Console, line: str) -> None:

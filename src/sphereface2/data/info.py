@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.data.folder import FolderSource
 from sphereface2.data.opening import is_bin, load_pairs, open_source
 from sphereface2.errors import UserError
-from sphereface2.files import printable, visible
+from sphereface2.files import printable
 from sphereface2.images import decode
 
 _BINS = (1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500)
@@ -160,7 +159,7 @@ def _size(data: bytes) -> str | None:
 def _parts(found: Info) -> list[Table | str]:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
-    table.add_row("path", escape(visible(found.path)))
+    table.add_row("path", console.cell(found.path))
     table.add_row("format", found.format)
     table.add_row("images", f"{found.images:,}")
     if found.pairs is None:
@@ -176,7 +175,7 @@ def _parts(found: Info) -> list[Table | str]:
         more = f", … {count - _NAMED:,} more" if count > _NAMED else ""
         text = f": {', '.join(names[:_NAMED])}{more}" if names else ""
         colour = "yellow" if count else "green"
-        table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + escape(visible(text)))
+        table.add_row(title, f"[{colour}]{count:,}[/{colour}]" + console.cell(text))
     parts: list[Table | str] = [table, *found.notes]
     if found.person_sizes:
         parts += ["", "images a person"]

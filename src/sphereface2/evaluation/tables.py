@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
-from sphereface2.console import percent, table
+from sphereface2.console import cell, percent, table
 from sphereface2.errors import counted
 from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.evaluation.bootstrap import LEVEL, Interval
@@ -16,7 +15,6 @@ from sphereface2.evaluation.one_threshold import AtThreshold, OneThresholdResult
 from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.evaluation.results import PairsVerified, Result, far_key
 from sphereface2.evaluation.templates import TemplatesResult
-from sphereface2.files import visible
 
 
 def render(result: Result) -> Iterator[Table | str]:
@@ -134,7 +132,7 @@ def at_thresholds(title: str, groups: Mapping[str, Sequence[AtThreshold]]) -> Ta
                 decades = interval(transfer.ci, "{:+z.2f}".format)
             rates = [_short(one.far.value), interval(one.far.ci, _short), percent(one.tar.value)]
             cells = [f"{one.threshold:.3f}{asked}", *rates, log10]
-            place.add_row(*([escape(visible(name)), *cells] if grouped else [*cells, decades]))
+            place.add_row(*([cell(name), *cells] if grouped else [*cells, decades]))
     return place
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.backbones import bundle
 from sphereface2.data.dataset import FaceDataset
@@ -19,7 +20,7 @@ from sphereface2.data.folder import check_outside
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
-from sphereface2.files import check_folder, owned, visible
+from sphereface2.files import check_folder, owned
 from sphereface2.machine import cores
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
@@ -287,31 +288,30 @@ def build_trainer(
 def _announce(
     run: Path, place: World, inputs: Inputs, trainer: Trainer, cached: str | None
 ) -> None:
-    settings, chosen = inputs.settings, ""
-    if inputs.chosen:
-        chosen = f"chosen     {', '.join(inputs.chosen)}, for this set and device\n"
+    settings, chosen = inputs.settings, ", ".join(inputs.chosen)
     parameters = sum(p.numel() for p in trainer.network.parameters())
-    print(
-        f"data       {visible(inputs.located.note)}\n"
+    lines = [
+        f"data       {inputs.located.note}",
         f"           {len(inputs.train_indices):,} images of {inputs.num_classes:,} people; "
-        f"{settings.data.validation_people:,} people held out{_aside(settings)}\n"
-        + (f"cache      {cached}\n" if cached else "")
-        + f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
-        f"input {trainer.network.preprocessing.size}\n"
-        f"head       {settings.head['name']}\n"
-        f"{_teacher(settings)}"
+        f"{settings.data.validation_people:,} people held out{_aside(settings)}",
+        f"cache      {cached}" if cached else None,
+        f"backbone   {settings.backbone['name']}, {parameters / 1e6:.2f} M parameters, "
+        f"input {trainer.network.preprocessing.size}",
+        f"head       {settings.head['name']}",
+        _teacher(settings),
         f"schedule   {trainer.total_steps:,} steps of {settings.training.batch_size} images on "
-        f"{place.size} rank(s), {place.device.type}\n"
-        f"{chosen}run        {run}",
-        flush=True,
-    )
+        f"{place.size} rank(s), {place.device.type}",
+        f"chosen     {chosen}, for this set and device" if chosen else None,
+        f"run        {run}",
+    ]
+    console.show(*filter(None, lines))
 
 
-def _teacher(settings: RunConfig) -> str:
+def _teacher(settings: RunConfig) -> str | None:
     """Whom the embeddings follow, as a line of its own."""
     teacher = settings.teacher
     labels = f"with labels × {teacher.labels:g}" if teacher.labels else "without labels"
-    return f"teacher    {teacher.path} × {teacher.weight:g}, {labels}\n" if teacher.path else ""
+    return f"teacher    {teacher.path} × {teacher.weight:g}, {labels}" if teacher.path else None
 
 
 def _aside(settings: RunConfig) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
@@ -35,7 +34,7 @@ from sphereface2.evaluation.results import OperatingPoint, far_key, to_dict
 from sphereface2.evaluation.thresholds import pairs_needed
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import atomic_write, visible
+from sphereface2.files import atomic_write
 from sphereface2.images import read_image
 from sphereface2.training.config import RunConfig
 from sphereface2.training.inputs import Inputs
@@ -264,12 +263,14 @@ def _next_commands(run: Path, source: Source, held_out: np.ndarray, train: Path)
 
 def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, plots: str) -> Table:
     training = found.training
-    table = Table(title=escape(settings.name), show_header=False)
-    table.add_row("data", escape(visible(found.data.note)))
+    table = Table(title=console.cell(settings.name), show_header=False)
+    table.add_row("data", console.cell(found.data.note))
     between = settings.sample_to_sample
     beside = f"; between samples s {between.s:g}, m {between.m:g}, weight {between.weight:g}"
-    table.add_row("loss", escape(_component(settings.head)) + (beside if between.weight else ""))
-    table.add_row("backbone", escape(_component(settings.backbone)))
+    table.add_row(
+        "loss", console.cell(_component(settings.head)) + (beside if between.weight else "")
+    )
+    table.add_row("backbone", console.cell(_component(settings.backbone)))
     table.add_row(
         "training",
         f"{settings.training.epochs:g} epochs, {training.steps:,} steps of "
@@ -277,12 +278,12 @@ def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, pl
         f"{training.images_per_second:,.0f} images/s on {training.ranks} rank(s)",
     )
     if names := training.unreadable:
-        listed = escape(visible(", ".join(names[:3]) + (", …" if len(names) > 3 else "")))
+        listed = console.cell(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))
         table.add_row("unreadable", f"{len(names)} images replaced by others: {listed}")
     synthetic = " (synthetic)" if found.data.synthetic else ""
     for one in found.sets:
         table.add_row(
-            escape(f"{one.name}{synthetic}"),
+            console.cell(f"{one.name}{synthetic}"),
             f"{one.folds}-fold accuracy [bold]{100 * one.accuracy:.2f} ± "
             f"{100 * one.accuracy_std:.2f} %[/bold]; {_tars(one.tar)}",
         )
@@ -292,10 +293,10 @@ def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, pl
         )
     for harder in found.hardened:
         table.add_row(f"  {harder.condition}", _tars(harder.tar))
-    table.add_row("calibration", escape(calibrated))
-    table.add_row("checkpoint", escape(str(run / "checkpoints" / "best")))
-    table.add_row("metrics", escape(f"{run / 'metrics.jsonl'}, {run / FILE}"))
-    table.add_row("plots", escape(plots))
+    table.add_row("calibration", console.cell(calibrated))
+    table.add_row("checkpoint", console.cell(str(run / "checkpoints" / "best")))
+    table.add_row("metrics", console.cell(f"{run / 'metrics.jsonl'}, {run / FILE}"))
+    table.add_row("plots", console.cell(plots))
     return table
 
 

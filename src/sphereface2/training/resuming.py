@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sphereface2 import backbones, heads
+from sphereface2 import backbones, console, heads
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, pointed
@@ -142,7 +142,7 @@ def find(checkpointer: Checkpointer, wanted: Path | None, *, strict: bool) -> Ch
                 f"{damage}; {found.folder.name} is whole: go on from it with --resume "
                 f"{found.folder}"
             )
-        print(f"{damage}; going on from {found.folder.name}, which is whole", flush=True)
+        console.show(f"{damage}; going on from {found.folder.name}, which is whole")
     return found
 
 
@@ -333,9 +333,8 @@ def write_records(
     path = run / ENVIRONMENT
     before = read_environment(run)
     if path.exists() and not before:
-        print(
-            f"{path} is damaged and was started again; the checkpoint holds what is needed",
-            flush=True,
+        console.show(
+            f"{path} is damaged and was started again; the checkpoint holds what is needed"
         )
     record = {"starts": [*before.get("starts", []), start], "data": data}
     for name, text in (

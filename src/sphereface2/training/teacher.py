@@ -171,7 +171,7 @@ def _table_of_model(
             lambda: file.exists() and embedding_table.read(file).metadata == about
         ):
             if place.is_main:
-                print(f"the teacher {path} embeds {len(indices):,} images", flush=True)
+                console.show(f"the teacher {path} embeds {len(indices):,} images")
             embeddings, readable = embed_together(
                 model,
                 place,

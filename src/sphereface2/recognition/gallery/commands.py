@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from cyclopts import Parameter
-from rich.markup import escape
 from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.errors import UserError, check_count, check_number, counted
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.evaluation.results import far_key
-from sphereface2.files import visible
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.gallery.annotate import places, write
 from sphereface2.recognition.gallery.faces import (
@@ -308,7 +306,7 @@ def list_people(gallery: str, /, *, as_json: bool = False) -> list[Person]:
     table = Table("person", "images", "metadata")
     for person in people:
         about = json.dumps(person.metadata, ensure_ascii=False) if person.metadata else ""
-        table.add_row(escape(visible(person.name)), str(person.images), escape(visible(about)))
+        table.add_row(console.cell(person.name), str(person.images), console.cell(about))
     console.tell(as_json, [{key: getattr(p, key) for key in keys} for p in people], table)
     return people
 

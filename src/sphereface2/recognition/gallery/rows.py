@@ -293,7 +293,8 @@ class Rows:
         """
         images, found = self.images, []
         mine = self._among(images.c.person, [item.key for item in items])
-        query = sa.select(images.c.person, images.c.source, images.c.embedding).where(mine)
+        named = mine & images.c.source.is_not(None)
+        query = sa.select(images.c.person, images.c.source, images.c.embedding).where(named)
         there = defaultdict[tuple[int, str | None], list[np.ndarray]](list)
         for key, source, vector in connection.execute(query):
             there[key, source].append(vector)

@@ -33,7 +33,7 @@ from rich.table import Table
 from sphereface2.files import visible
 
 _NAMED = 20
-_A_LINE = 60.0
+A_LINE = 60.0
 """Seconds between lines of progress where there is no terminal."""
 _ASCII = str.maketrans("–—−…·×→←≤≥“”‘’─│±█", "---..x><<>\"\"''-|~#")
 
@@ -64,13 +64,13 @@ class _Lines(Progress):
     def __init__(self, counted: bool) -> None:
         # Of slow steps too, a time that is left.
         super().__init__(disable=True, get_time=time.monotonic, speed_estimate_period=600)
-        self._counted, self._due = counted, time.monotonic() + _A_LINE
+        self._counted, self._due = counted, time.monotonic() + A_LINE
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
         if time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + _A_LINE
+        self._due = time.monotonic() + A_LINE
         task = next(one for one in self.tasks if one.id == task_id)
         done = f"{task.percentage:.0f} %"
         if self._counted:

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sphereface2.console import duration, say
+from sphereface2.console import A_LINE, duration, say
 from sphereface2.files import atomic_write, writing
 from sphereface2.machine import cores
 
@@ -79,6 +80,7 @@ class RunLog:
         self.console = Console(quiet=not main)
         self._progress: Progress | None = None
         self._total, self._start = total_steps, start_step
+        self._due = time.monotonic()
         if not main:
             return
         self._path = path = folder / "metrics.jsonl"
@@ -133,7 +135,8 @@ class RunLog:
         loss, rate = values["loss"], values["images_per_second"]
         if self._progress is not None:
             self._progress.update(self._task, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
-        elif step % (10 * max(1, self._total // 200)) == 0 or step == self._total:
+        elif time.monotonic() >= self._due or step == self._total:
+            self._due = time.monotonic() + A_LINE
             left = (self._total - step) * values["seconds_per_step"]
             self.say(
                 f"step {step}/{self._total} · epoch {epoch:.2f} · loss {loss:.3f} · "

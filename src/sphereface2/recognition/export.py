@@ -106,24 +106,9 @@ def export(
         UserError: a wrong option, a missing package, a file that cannot be written, or a result
             that differs from PyTorch; no file is written then.
     """
-    if to not in SUFFIXES:
-        raise UserError(
-            f"cannot export to {to!r}{did_you_mean(to, SUFFIXES)}; there are {', '.join(SUFFIXES)}"
-        )
-    if int8 and SUFFIXES[to] != ".onnx":
-        raise UserError("int8 is for ONNX: give --to onnx or insightface with --int8")
-    if int8 and calibration is None:
-        raise UserError("int8 needs training faces to calibrate on: give --calibration SET")
-    if calibration is not None and not int8:
-        raise UserError("--calibration belongs to --int8")
-    if share_weights and (to != "onnx" or int8):
-        raise UserError("--share-weights is for ONNX and not for int8: leave one of them out")
+    _check_options(to, int8, calibration, share_weights)
     check_count("--images", images, 1)
-    checkpoint = bundle.run_of(checkpoint)
-    if checkpoint.suffix in (".onnx", ".pt2") or (
-        checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
-    ):
-        raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
+    checkpoint = _checkpoint(checkpoint)
     path = _target(checkpoint, out, to, int8)
     check_folder(path.parent)
     folder = bundle.resolve(checkpoint).resolve() if share_weights else None
@@ -133,14 +118,7 @@ def export(
     if SUFFIXES[to] == ".onnx":
         onnx_runtime.load()  # before onnxscript, which imports it where it is installed
         require("exports to ONNX", "onnx", "onnxscript")
-        import onnx
-    net = bundle.load(checkpoint)
-    size = sum(t.numel() * t.element_size() for t in net.state_dict().values())
-    if SUFFIXES[to] == ".onnx" and size > _LIMIT:
-        raise UserError(
-            f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less than "
-            "2: give --to torch_export"
-        )
+    net = _network(checkpoint, to)
     fingerprint = bundle.fingerprint(net)
     if to == "insightface":
         net = AsInsightface(net)
@@ -156,25 +134,13 @@ def export(
             metadata=net.metadata,
         )
         faces = _faces(net, source, images, seed)
-        if to == "torch_export":
-            extra = {EXTRA_FILE: json.dumps(facts)}
-            content = _saved(torch.export.save, trace(net), extra_files=extra)
-        elif to == "arcface_torch":
-            content = _saved(torch.save, foreign.as_arcface_torch(net))
-            facts["preprocessing"] = foreign.ARCFACE_TORCH.to_dict()
-        else:
-            model = _onnx(trace(net), optimize=folder is None)
-            if source is not None:
-                measured = [face.numpy() for face in faces[: -sum(_BATCHES)]]
-                model = quantised(model, measured)
-                facts["fingerprint"] = digest(model.SerializeToString(deterministic=True))
-                drawn = {"images": len(measured), "seed": seed}
-                facts["calibration"] = {"set_fingerprint": source.fingerprint(), **drawn}
-            onnx.checker.check_model(model)
-            if folder is not None:
-                share(model, folder)
-            content = described(model, facts)
-        cosines = _cosines(net, _runner(content, to, folder, net), faces[-sum(_BATCHES) :])
+        checked = faces[-sum(_BATCHES) :]
+        measured = faces[: -sum(_BATCHES)]
+        if source is not None:
+            drawn = {"images": len(measured), "seed": seed}
+            facts["calibration"] = {"set_fingerprint": source.fingerprint(), **drawn}
+        content = _content(net, to, facts, measured, folder)
+        cosines = _cosines(net, _runner(content, to, folder, net), checked)
     least, mean = float(cosines.min()), float(cosines.mean())
     bad = mean < PARITY_INT8 if int8 else least < PARITY
     if bad or not np.isfinite(mean):
@@ -200,6 +166,46 @@ def trace(net: Backbone) -> torch.export.ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
+
+
+# --- what to export, and where --------------------------------------------------------------------
+
+
+def _check_options(to: str, int8: bool, calibration: Path | None, share_weights: bool) -> None:
+    if to not in SUFFIXES:
+        raise UserError(
+            f"cannot export to {to!r}{did_you_mean(to, SUFFIXES)}; there are {', '.join(SUFFIXES)}"
+        )
+    if int8 and SUFFIXES[to] != ".onnx":
+        raise UserError("int8 is for ONNX: give --to onnx or insightface with --int8")
+    if int8 and calibration is None:
+        raise UserError("int8 needs training faces to calibrate on: give --calibration SET")
+    if calibration is not None and not int8:
+        raise UserError("--calibration belongs to --int8")
+    if share_weights and (to != "onnx" or int8):
+        raise UserError("--share-weights is for ONNX and not for int8: leave one of them out")
+
+
+def _checkpoint(given: Path) -> Path:
+    """A model to export, which is no export itself."""
+    checkpoint = bundle.run_of(given)
+    if checkpoint.suffix in (".onnx", ".pt2") or (
+        checkpoint.exists() and bundle.resolve(checkpoint).suffix == ".onnx"
+    ):
+        raise UserError(f"{checkpoint} is exported already: give the checkpoint it came from")
+    return checkpoint
+
+
+def _network(checkpoint: Path, to: str) -> Backbone:
+    """The model's network, small enough for the format."""
+    net = bundle.load(checkpoint)
+    size = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    if SUFFIXES[to] == ".onnx" and size > _LIMIT:
+        raise UserError(
+            f"the network has {size / 2**30:.1f} GiB of weights and one ONNX file holds less than "
+            "2: give --to torch_export"
+        )
+    return net
 
 
 def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Path:
@@ -294,6 +300,32 @@ def _resizing(before: int, after: int) -> Tensor:
     units = torch.eye(before)[None, None]
     size = (after, before)
     return F.interpolate(units, size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
+
+
+def _content(
+    net: Backbone, to: str, facts: dict[str, Any], measured: list[Tensor], folder: Path | None
+) -> bytes:
+    """What the file will hold; ``facts`` learns what the format changes of them.
+
+    Args:
+        measured: inputs to measure the ranges of activations on, for int8; none else.
+        folder: of the weights that the file shares.
+    """
+    if to == "torch_export":
+        return _saved(torch.export.save, trace(net), extra_files={EXTRA_FILE: json.dumps(facts)})
+    if to == "arcface_torch":
+        facts["preprocessing"] = foreign.ARCFACE_TORCH.to_dict()
+        return _saved(torch.save, foreign.as_arcface_torch(net))
+    import onnx
+
+    model = _onnx(trace(net), optimize=folder is None)
+    if measured:
+        model = quantised(model, [face.numpy() for face in measured])
+        facts["fingerprint"] = digest(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(model)
+    if folder is not None:
+        share(model, folder)
+    return described(model, facts)
 
 
 def _saved(save: Callable[..., None], thing: Any, **options: Any) -> bytes:

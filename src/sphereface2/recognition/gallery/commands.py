@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from sphereface2 import console
+from sphereface2.align.detector import Face
 from sphereface2.errors import UserError, check_count, check_number, counted
 from sphereface2.evaluation.calibration import named_by_mistake
 from sphereface2.evaluation.results import far_key
@@ -26,7 +27,7 @@ from sphereface2.recognition.gallery.faces import (
     warn_of_photographs,
 )
 from sphereface2.recognition.gallery.gallery import Gallery
-from sphereface2.recognition.gallery.types import Person, decide, metadata_of, person_name
+from sphereface2.recognition.gallery.types import Match, Person, decide, metadata_of, person_name
 
 Fusion = Literal["max", "mean"]
 Result = TypeVar("Result")
@@ -91,8 +92,8 @@ def search(
     with Gallery.open(gallery, create=False) as opened:
         embedder = load_embedder(model, opened, device)
         stats = opened.stats()
-        people = stats["people" if fusion == "mean" else "images"]
-        line = _line(embedder, far, fpir, threshold, people, model or stats["model"])
+        comparisons = stats["people" if fusion == "mean" else "images"]
+        line = _line(embedder, far, fpir, threshold, comparisons, model or stats["model"])
         if not as_json:
             console.note(line.sentence)
         placed: list[tuple[int, dict[str, Any]]] = []
@@ -111,19 +112,7 @@ def search(
             rows = embedder.embed(crops, aligned=True)
             answers = opened.search(rows, k=k, fusion=fusion, exact=exact)
             for (place, (_, face)), matches in zip(seen, answers, strict=True):
-                best = None if line.threshold is None else decide(matches, line.threshold)
-                report = {
-                    "image": str(files[place]),
-                    "box": None if face is None else face.box.tolist(),
-                    "person": best and best.person,
-                    "threshold": line.threshold,
-                    "far": line.far,
-                    "fpir": line.fpir,
-                    "matches": [
-                        {"person": m.person, "score": m.score, "metadata": m.metadata}
-                        for m in matches
-                    ],
-                }
+                report = _report(files[place], face, matches, line)
                 placed.append((place, report))
                 if not as_json:
                     console.show(_answer(report))
@@ -386,6 +375,22 @@ def _far_for(fpir: float, comparisons: int, known: Iterable[float]) -> float:
             f"calibrate with --far {wanted:.1g}, which takes more pairs, or give --threshold"
         )
     return max(low)
+
+
+def _report(file: Path, face: Face | None, matches: Sequence[Match], line: _Line) -> dict[str, Any]:
+    """What `search` returns of a face: who it is by the line, and who is nearest."""
+    best = None if line.threshold is None else decide(matches, line.threshold)
+    return {
+        "image": str(file),
+        "box": None if face is None else face.box.tolist(),
+        "person": best and best.person,
+        "threshold": line.threshold,
+        "far": line.far,
+        "fpir": line.fpir,
+        "matches": [
+            {"person": m.person, "score": m.score, "metadata": m.metadata} for m in matches
+        ],
+    }
 
 
 def _answer(report: dict[str, Any]) -> str:

@@ -163,14 +163,7 @@ def add(
     if not person and (metadata is not None or replace):
         raise UserError("--metadata and --replace go with one person and their images")
     about = None if metadata is None else metadata_of(metadata)
-    files = []
-    if person:
-        paths = [path for given in images for path in files_of(given)]
-        files = [_File(person_name(person), path, aligned) for path in paths]
-    if folder is not None:
-        files = _folder(folder, aligned)
-    if aligned and files:
-        warn_of_photographs([file.path for file in files])
+    files = _files(person, images, folder, aligned)
     tally = _Tally()
     refused, passed = (None, None) if person else (tally.refused, tally.passed)
     with ExitStack() as stack:
@@ -181,12 +174,7 @@ def add(
         if features is None or model is not None:
             embedder = load_embedder(model, opened, device)
         if folder is not None and opened is not None:
-            known = {
-                (one.name, image.source)
-                for one, theirs in opened.stored({file.person for file in files})
-                for image in theirs
-            }
-            new = [file for file in files if (file.person, file.source) not in known]
+            new = _unknown(opened, files)
             tally.there, files = len(files) - len(new), new
         if features is not None:
             fingerprint, dim, people = _table(features, tally.left_out)
@@ -352,6 +340,31 @@ def _embed(
             waiting += [(file, crop) for crop, _ in seen]
         if waiting:
             yield from embedded()
+
+
+def _files(
+    person: str | None, images: Sequence[Path], folder: Path | None, aligned: bool
+) -> list[_File]:
+    """The files to embed, person by person: one person's or a folder's."""
+    files = []
+    if person:
+        paths = [path for given in images for path in files_of(given)]
+        files = [_File(person_name(person), path, aligned) for path in paths]
+    if folder is not None:
+        files = _folder(folder, aligned)
+    if aligned and files:
+        warn_of_photographs([file.path for file in files])
+    return files
+
+
+def _unknown(gallery: Gallery, files: Sequence[_File]) -> list[_File]:
+    """The files that are not enrolled."""
+    known = {
+        (one.name, image.source)
+        for one, theirs in gallery.stored({file.person for file in files})
+        for image in theirs
+    }
+    return [file for file in files if (file.person, file.source) not in known]
 
 
 def _folder(folder: Path, aligned: bool) -> list[_File]:

@@ -59,6 +59,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("--training.epochs=yes", "epochs must be a number, got true in the command line"),
         ("--data.augmentation.erase_area=[0, true]", "erase_area.1 must be a number, got true"),
         ("--data.workers=off", "workers must be a number, got false"),
+        ("--training.lr_factors.name=on", "lr_factors.name must be a number, got true"),
         ("--training.lr=1:30", "lr must be a valid number, .* got '1:30'"),
         ("--head.m=1:30", "m must be a number ≥ 0, got '1:30'"),
         ("--training.epochs=-1", "epochs must be greater than 0, got -1 in the command line"),

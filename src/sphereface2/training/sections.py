@@ -309,7 +309,7 @@ def _fields(hint: Any) -> Mapping[str, Any]:
     """The settings of a section and their types; the name alone of a component's."""
     if dataclasses.is_dataclass(hint):
         return _hints(hint)  # type: ignore[arg-type]
-    return {"name": str} if get_origin(hint) is dict else {}
+    return {"name": str} if hint == dict[str, Any] else {}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Literal
 
 import cv2
 
+from sphereface2 import console
 from sphereface2.data import pairbin, synthetic
 from sphereface2.data.locate import ABOUT, DRAWN
 from sphereface2.data.recordio import RecordIOWriter
@@ -52,10 +53,10 @@ def fetch(what: Literal["lfw", "drawn"], target: Path, /) -> Path:
     if what == "lfw":
         home = _download_lfw(target.parent / "scikit_learn")
         people, images = pack_lfw(home / "lfw_funneled", home / "pairsDevTest.txt", target)
-        print(f"LFW: {counted(images, 'image')} of {counted(people, 'person')} in {target}")
+        console.show(f"LFW: {counted(images, 'image')} of {counted(people, 'person')} in {target}")
     elif what == "drawn":
         synthetic.write(target, people=_PEOPLE, images_per_person=_IMAGES, pairs_per_fold=_PAIRS)
-        print(f"{_PEOPLE * _IMAGES:,} {DRAWN} images of {_PEOPLE:,} people in {target}")
+        console.show(f"{_PEOPLE * _IMAGES:,} {DRAWN} images of {_PEOPLE:,} people in {target}")
     else:
         raise UserError(f"cannot fetch {what!r}; choose lfw or drawn")
     return target
@@ -69,7 +70,7 @@ def _download_lfw(home: Path, patience: float = 15.0) -> Path:
     """
     lfw = home / "lfw_home"
     home.mkdir(parents=True, exist_ok=True)
-    print("fetching LFW (about 230 MB)…", file=sys.stderr)
+    console.note("fetching LFW (about 230 MB)…")
     child = subprocess.Popen(
         [sys.executable, "-c", _FETCH, str(home)],
         stdout=subprocess.DEVNULL,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TypeVar
+
+from sphereface2 import console
 
 MODEL = Path(__file__).parents[1] / "box" / "model.onnx"
 """A graph for ONNX Runtime, beside its weights, calibration, card and licence; torch loads the
@@ -22,10 +23,8 @@ def chosen(model: T | None) -> T | str:
     """
     if model is not None:
         return model
-    print(
+    console.note(
         "model: the one that comes with sphereface2, for research only; its card: "
-        f"{MODEL.with_name('README.md')}",
-        file=sys.stderr,
-        flush=True,
+        f"{MODEL.with_name('README.md')}"
     )
     return str(MODEL)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sphereface2 import console
 from sphereface2.data.cache import KeptSource
 from sphereface2.data.hardening import hardenings
 from sphereface2.data.locate import locate
@@ -261,7 +262,7 @@ def main() -> None:
     try:
         run(Path(sys.argv[1]), sys.argv[2:]) if len(sys.argv) > 1 else serve()
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        console.note(stop)
         sys.exit(stop.status)
     except UserError as error:
         sys.exit(f"error: {error}")

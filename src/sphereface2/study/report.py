@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sphereface2 import markdown
+from sphereface2 import console, markdown
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
 from sphereface2.extras import require
@@ -37,7 +37,7 @@ def report(*studies: Path, out: Path, cells: Path = CELLS) -> None:
     """
     if not studies:
         raise UserError("study report needs at least one study's YAML file")
-    print(write_reports(studies, cells=cells, out=out))
+    console.show(str(write_reports(studies, cells=cells, out=out)))
 
 
 def write_reports(studies: Sequence[Path], *, cells: Path, out: Path) -> Path:

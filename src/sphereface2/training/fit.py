@@ -189,10 +189,9 @@ def _check_best(trainer: Trainer, place: World) -> None:
     if math.isinf(progress.best) or place.on_main(trainer.checkpointer.has_best):
         return
     if place.is_main:
-        print(
+        console.show(
             "the best checkpoint is lost or damaged; it is chosen again among the "
-            "checkpoints from here on",
-            flush=True,
+            "checkpoints from here on"
         )
         (trainer.checkpointer.folder / "best").unlink(missing_ok=True)
     progress.best, progress.best_step = -math.inf, None

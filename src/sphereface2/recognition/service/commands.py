@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sphereface2 import console
 from sphereface2.extras import require
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.service import keys as key_file
@@ -49,7 +50,7 @@ def list_keys(*, file: Path) -> None:
         file: Key file.
     """
     for key in key_file.read(file):
-        print(f"{key.id}  {key.created}  {key.name}")
+        console.show(f"{key.id}  {key.created}  {key.name}")
 
 
 def remove_key(name: str, /, *, file: Path) -> None:

@@ -11,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from sphereface2 import console
 from sphereface2.align import Aligner
 from sphereface2.errors import UserError, counted
 from sphereface2.recognition.face_embedder import FaceEmbedder
@@ -80,11 +81,9 @@ def run(checkpoint: str, gallery: str, settings: Settings) -> None:
     check_far(embedder, settings)
     with Gallery.open(gallery, embedder=embedder, model=lasting(checkpoint)) as people:
         sizes = people.stats()
-        print(
+        console.note(
             f"gallery {people.uri}: {counted(sizes['people'], 'person')}, "
-            f"{counted(sizes['images'], 'image')}",
-            file=sys.stderr,
-            flush=True,
+            f"{counted(sizes['images'], 'image')}"
         )
         app = create_app(embedder, people, settings)
         config = uvicorn.Config(

@@ -11,6 +11,7 @@ import pytest
 from sphereface2.errors import UserError
 from sphereface2.extras import EXTRAS, require
 
+README = Path(__file__).parents[2] / "README.md"
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
@@ -45,6 +46,11 @@ def test_a_missing_package_names_the_command_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"networks of timm need timm.*'sphereface2\[timm\]'"):
         require("networks of timm", "timm")
+
+
+def test_the_readme_lists_the_extras_there_are():
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|$", README.read_text(), re.MULTILINE)
+    assert set(rows) == set(PROJECT["optional-dependencies"]) - {"test", "docs", "dev"}
 
 
 def test_extras_are_spelled_the_same_everywhere():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from skimage.data import astronaut
 
 from sphereface2.align import Aligner, warp
 from sphereface2.align.unaligned import image_reader, looks_unaligned, warn_if_unaligned
+from sphereface2.data import open_source, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,14 @@ def test_crops_of_any_size_look_aligned_and_their_surroundings_do_not(
     shrunk[56:168, 56:168] = cv2.resize(wide, (112, 112))
     reason = looks_unaligned(lambda index: shrunk, [7, 9])
     assert reason is not None and re.search(r"have 0\.(4[5-9]|5\d) times", reason)
+
+
+def test_no_pair_of_drawn_crops_looks_unaligned(tmp_path: Path) -> None:
+    # Such as `verify --aligned` is given in the quickstart.
+    options = {"people": 12, "images_per_person": 2, "pairs_per_fold": 1}
+    source = open_source(synthetic.write(tmp_path / "faces", **options))
+    for first in range(0, 24, 2):
+        assert looks_unaligned(source.read, [first, first + 1]) is None, first
 
 
 def test_without_a_face_only_sizes_speak() -> None:

@@ -106,7 +106,10 @@ def build(words: Sequence[str] = ()) -> App:
         version=f"sphereface2 {__version__}",
         help_format="plaintext",
         default_parameter=Parameter(
-            negative_iterable=(), name_transform=_option, converter=_converted
+            negative_iterable=(),
+            name_transform=_option,
+            converter=_converted,
+            show_default=_default,
         ),
         result_action="return_none",
         print_error=False,
@@ -136,6 +139,12 @@ def _add(app: App, commands: Mapping[str, str], *, listed: bool) -> None:
 
 def _option(parameter: str) -> str:
     return _OPTIONS.get(parameter, parameter.strip("_").replace("_", "-"))
+
+
+def _default(value: Any) -> str | None:
+    """A default in a command's help: as it is typed, and nothing where there is none."""
+    values = value if isinstance(value, tuple) else (value,)
+    return None if value is None else ", ".join(map(str, values)) or None
 
 
 def _converted(kind: Any, tokens: Sequence[Token]) -> Any:

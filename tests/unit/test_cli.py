@@ -120,6 +120,23 @@ def test_fit_help_lists_the_settings_with_their_defaults(capsys):
     assert "Probability of the mirror image" in shown
 
 
+def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for words in (["calibrate"], ["serve"], ["data", "audit"]):
+        assert cli.main([*words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "[default: 0.01]" in shown and "[default: 16]" in shown
+    assert "[default: (" not in shown and "[default: None]" not in shown
+    # --move, whose text says that none is moved
+    assert re.search(r"default: none is moved, all\s+│?\s*│?\s*are removed\.\s+│", shown)
+
+
+def test_a_start_alone_takes_the_data_of_the_environment(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("SPHEREFACE2_DATA", raising=False)
+    assert cli.main(["fit", "--start-from", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_commands_and_options(shell):
     script = cli.build().generate_completion(shell=shell)

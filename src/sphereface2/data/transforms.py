@@ -59,7 +59,7 @@ class Augmentation:
     alternate_flip: bool = False
     """``flip``: an image of a `FaceDataset` in every other pass, instead of at random."""
     affine: float = 0.0
-    """Probability of turning, scaling and moving the image."""
+    """Probability of turning and scaling the image about its middle."""
     rotation: float = 10.0
     """``affine``: most degrees turned."""
     scale: float = 0.1

@@ -16,6 +16,9 @@ from sphereface2.evaluation.pairs import PairsResult
 from sphereface2.evaluation.results import PairsVerified, Result, far_key
 from sphereface2.evaluation.templates import TemplatesResult
 
+PERCENT = f"{100 * LEVEL:g} %"
+"""The level of intervals, in headers."""
+
 
 def render(result: Result) -> Iterator[Table | str]:
     """What to print of a result: tables and lines."""
@@ -55,7 +58,7 @@ def _pairs(result: PairsVerified) -> Table:
     if isinstance(result, PairsResult | AllPairsResult):
         title = f"{title}: {counted(result.images, 'image')}"
     over = result.intervals
-    header = f"{LEVEL:.0%} interval over {over.over}" if over else ""
+    header = f"{PERCENT} interval over {over.over}" if over else ""
     place = table(title, ["", "value", header], dim=[2])
     if isinstance(result, PairsResult):
         accuracy = f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f} %"
@@ -102,7 +105,7 @@ def _templates(result: TemplatesResult) -> Iterator[Table | str]:
 
 
 def _distractors(result: DistractorResult) -> Iterator[Table | str]:
-    header = f"{LEVEL:.0%} interval over people" if result.intervals else ""
+    header = f"{PERCENT} interval over people" if result.intervals else ""
     title = f"{result.name}: rank-1 by number of distractors"
     place = table(title, ["distractors", "rank-1", header], dim=[2])
     for rate in result.rank1:
@@ -118,7 +121,7 @@ def _distractors(result: DistractorResult) -> Iterator[Table | str]:
 
 def at_thresholds(title: str, groups: Mapping[str, Sequence[AtThreshold]]) -> Table:
     """What fixed thresholds do on a set or groups of it; log10 of the FAR over that asked for."""
-    header = f"{LEVEL:.0%} interval"
+    header = f"{PERCENT} interval"
     columns = ["threshold", "FAR", header, "TAR", "log10"]
     grouped = len(groups) > 1
     place = table(title, ["group", *columns] if grouped else [*columns, header], dim=[2 + grouped])

@@ -26,7 +26,7 @@ from sphereface2.data.suites import open_pair_sets
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_count, counted
 from sphereface2.evaluation import tables
-from sphereface2.evaluation.bootstrap import LEVEL, Bootstrap
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images, Method, file_of
 from sphereface2.evaluation.one_threshold import CheckedSet, all_pairs_at, boundary
 from sphereface2.evaluation.pairs import MOST_PAIRS, sample_pairs
@@ -324,7 +324,7 @@ def _check_on(
 def _parts(report: CalibrationReport) -> list[Table | str]:
     calibration, bias = report.calibration, report.shared_bias
     place = console.table(
-        f"Thresholds, {LEVEL:.0%} intervals over {calibration.intervals.over}",
+        f"Thresholds, {tables.PERCENT} intervals over {calibration.intervals.over}",
         ["", "similarity", "interval", "FAR", "interval", "TAR"],
         dim=[2, 4],
     )

@@ -48,7 +48,7 @@ def run_study(
 ) -> None:
     """Train the runs of a study that are not finished yet.
 
-    Trials come first, then the grid and the sweeps. A run has a folder ``cells/KEY``, whatever
+    Trials come first, then the grid and the sweeps. A run has a folder ``CELLS/KEY``, whatever
     study it is part of. One with ``cell.json`` is done, one that was interrupted goes on from its
     last checkpoint, and one that was not judged on a verification set that is asked for now is
     judged on it from there. A run that fails (whose loss diverges, say) is noted in ``failed.txt``

@@ -62,7 +62,7 @@ def fit(
     if teacher is not None:
         overrides += ["--teacher.path", str(teacher)]
     _check_names(overrides)
-    if config is None and resume is None and run_folder is None and not overrides:
+    if not (overrides or any([config, resume, start_from, run_folder])):
         raise UserError(
             "fit needs a configuration or data: give --config NAME (a recipe: "
             f"{', '.join(recipes())}; or a YAML file) and --data.train PATH (images to train on); "

@@ -319,6 +319,6 @@ def _aside(settings: RunConfig) -> str:
     described = f", {data.test_people:,} set aside for test" if data.test_people else ""
     if data.held_out_max_images is not None:
         described += f" (those with more than {data.held_out_max_images:,} images left out)"
-    if data.label_noise.share:
-        described += f"; {data.label_noise.share:.0%} of the labels wrong ({data.label_noise.kind})"
+    if noise := data.label_noise.share:
+        described += f"; {100 * noise:g} % of the labels wrong ({data.label_noise.kind})"
     return described

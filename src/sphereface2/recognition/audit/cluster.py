@@ -81,7 +81,7 @@ def cluster(
 
     OUT gets `people.txt`, which says who is who and can be edited, `people.html` with a contact
     sheet of each person, `people.json` and the embeddings, which the next call on the same set
-    with the same model reads back; one that was stopped goes on. SET is not changed: `--write`
+    with the same model reads back; one that was stopped goes on. SOURCE is not changed: `--write`
     makes a set of the people found, or of those that an edited `people.txt` names with `--apply`.
 
     Args:

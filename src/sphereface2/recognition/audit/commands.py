@@ -40,7 +40,7 @@ def audit(
     apply: Path | None = None,
     align: bool = False,
     wrong: float = 0.5,
-    move: float = 2.0,
+    move: float | None = None,
     false_pairs: float = 0.1,
     shown: int = 60,
     batch_size: int = 64,
@@ -51,7 +51,7 @@ def audit(
 
     OUT gets `report.html` and `report.md` with contact sheets, `findings.csv`, `summary.json` and
     the embeddings, which the next audit of the same set by the same model reads back; one that was
-    stopped goes on. SET is not changed: `--write` makes a cleaned one. To decide otherwise, edit
+    stopped goes on. SOURCE is not changed: `--write` makes a cleaned set. To decide otherwise, edit
     the column `action` of a copy of `findings.csv` (keep, remove, move, merge) and give it as
     `--apply`.
 
@@ -77,7 +77,8 @@ def audit(
     """
     check_number("--wrong", wrong, above=0, most=1)
     check_number("--false-pairs", false_pairs, least=0, below=1)
-    check_number("--move", move, least=0)
+    if move is not None:
+        check_number("--move", move, least=0)
     check_number("--shown", shown, least=1)
     if write is not None and write.exists():
         raise UserError(f"{write} exists already; give --write a new folder")

@@ -19,14 +19,14 @@ _DARK, _BRIGHT, _FLAT = 35.0, 225.0, 12.0  # mean and standard deviation of grey
 
 
 def judge(
-    faces: Faces, *, wrong: float, false_pairs: float, move: float, steps: Steps
+    faces: Faces, *, wrong: float, false_pairs: float, move: float | None, steps: Steps
 ) -> tuple[list[Finding], float | None]:
     """Find what is wrong with a set.
 
     Args:
         wrong: probability from which an image is taken for one of another person.
         false_pairs: share of false ones that is accepted among the pairs of labels of one person.
-        move: probability from which an image is moved to another label; above 1, none is.
+        move: probability from which an image is moved to another label; None: none is.
 
     Returns:
         What was found, and the estimated share of wrong labels, None of fewer than two labels.
@@ -73,14 +73,15 @@ def _left_out(faces: Faces) -> Iterator[Finding]:
 
 
 def _wrong(
-    faces: Faces, people: np.ndarray, scores: LabelScores, wrong: float, move: float
+    faces: Faces, people: np.ndarray, scores: LabelScores, wrong: float, move: float | None
 ) -> Iterator[Finding]:
     for row in sorted(np.flatnonzero(scores.wrong >= wrong), key=lambda i: -scores.wrong[i]):
         other, about = -1, "looks like nobody else here"
         if scores.moves[row] >= scores.wrong[row] / 2:
             other = int(people[scores.nearest[row]])
             about = faces.person(other)
-        action = "move" if other >= 0 and scores.moves[row] >= move else "remove"
+        moves = move is not None and other >= 0 and scores.moves[row] >= move
+        action = "move" if moves else "remove"
         score = float(scores.wrong[row])
         yield Finding("wrong label", *_image(faces, row), other, about, score, action)
 

@@ -134,6 +134,13 @@ def test_the_table_of_losses_is_that_of_the_code() -> None:
     assert told == known
 
 
+def test_the_losses_with_all_options_of_scaling_are_named() -> None:
+    text = (ROOT / "docs/scaling.md").read_text()
+    told = re.findall(r"`(\w+)`", re.findall(r"one-vs-all losses, ([^;]*);", text)[0])
+    options = heads.Scaling.__annotations__.keys()
+    assert set(told) == {n for n in heads.available() if heads.build(n, 4, 3).scaling >= options}
+
+
 def test_the_table_of_backbones_is_complete() -> None:
     text = (ROOT / "docs/backbones.md").read_text()
     assert [name for name in backbones.available() if f"`{name}`" not in text] == []

@@ -146,6 +146,13 @@ def test_the_table_of_backbones_is_complete() -> None:
     assert [name for name in backbones.available() if f"`{name}`" not in text] == []
 
 
+def test_the_tree_of_the_architecture_names_every_folder() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    package = ROOT / "src/sphereface2"
+    parts = {path.parent.name for path in package.rglob("*.py")} - {package.name}
+    assert [name for name in [*sorted(parts), "box"] if f" {name}/ " not in text] == []
+
+
 class _Requests(HTMLParser):
     """Addresses that a browser fetches by itself when it opens the page."""
 

@@ -92,7 +92,7 @@ def audit(
     embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
     with examined(source, out, write, **embedding) as (embedder, faces):
         with Stopper(STOPPED), console.bars() as bars:
-            limits = {"wrong": wrong, "move": move, "false_pairs": false_pairs}
+            limits: Any = {"wrong": wrong, "move": move, "false_pairs": false_pairs}
             found, share = judge(
                 faces, **limits, steps=lambda title: console.advance(bars, title, 1)
             )

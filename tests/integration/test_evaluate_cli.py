@@ -222,6 +222,15 @@ def test_figures_that_say_little_are_noted(place, tmp_path, capsys):
     assert "all pairs have the same score" in shown and "folds hold pairs of one kind" in shown
 
 
+def test_a_set_that_was_trained_on_is_noted(place, tmp_path):
+    for name, known in (("own", open_source(place / "faces").fingerprint()), ("others", "0")):
+        (tmp_path / name).mkdir()
+        about = {"data": {"fingerprint": known}}
+        bundle.save(bundle.load(place / "net"), tmp_path / name, extra=about)
+        (found,) = evaluate(tmp_path / name, all_pairs=place / "faces").of(AllPairsResult)
+        assert ("trained on people of this set" in " ".join(found.notes)) == (name == "own")
+
+
 def test_conditions_score_every_set_again_on_images_made_harder(place):
     """Against images hardened and embedded here; the clean figures stay those without."""
     options = {"pairs": [place / "set.bin"], "all_pairs": place / "faces", "seed": 3}

@@ -312,9 +312,21 @@ class _Judge:
             plots=self.plots,
             progress=console.advance(self.bars, f"{name}: pairs", 1),
         )
+        result = replace(result, notes=[*result.notes, *self._trained_on(source)])
         groups = self.groups and [group for at, group in enumerate(self.groups) if at not in lost]
         own = {p.at: p.threshold for p in result.tar if p.threshold is not None and p.at <= 0.01}
         return [result, self._one_threshold(name, embeddings, labels, groups, own)]
+
+    def _trained_on(self, source: Source) -> list[str]:
+        """A note where the network has seen the set in its training."""
+        data = self.embedder.metadata.get("data")
+        if not isinstance(data, dict) or data.get("fingerprint") != source.fingerprint():
+            return []
+        return [
+            "the network was trained on people of this set, so that these figures are too "
+            "optimistic: give a set of others, or see those of the people held out in the run's "
+            "results.json"
+        ]
 
     def _one_threshold(
         self,

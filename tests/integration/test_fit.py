@@ -103,6 +103,7 @@ def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) ->
     assert (head["name"], head["r"], head["t"]) == ("sphereface2", 40, 3)
     assert -100 < head["bias"] < 100
     assert data["fingerprint"] == record["data"]["fingerprint"]
+    assert record["data"]["synthetic"]  # for the model card
     assert data["validation_people"] == 4
     assert len(record["data"]["fingerprint"]) == 64
     (start,) = record["starts"]

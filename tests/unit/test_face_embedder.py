@@ -346,31 +346,34 @@ def test_damaged_and_foreign_weights(saved: Path, tmp_path: Path) -> None:
 # -- saving --------------------------------------------------------------------------------------
 
 
-def run_folder(tmp_path: Path, kind: str) -> Path:
+def run_folder(tmp_path: Path, *, drawn: bool, older: bool = False) -> Path:
     """What `fit` leaves behind, as far as a card tells of it."""
     run = tmp_path / "runs" / "small-1"
     step = run / "checkpoints" / "step-1"
     step.mkdir(parents=True)
     bundle.save(network(), step, extra={"step": 1})
     (run / "checkpoints" / "best").symlink_to("step-1")
-    data = {"kind": kind, "train": "/home/me/secret", "fingerprint": "f00d", "images": 1200}
-    (run / "environment.json").write_text(json.dumps({"data": data | {"people": 30}}))
+    data = {"kind": "given", "train": "/home/me/secret", "fingerprint": "f00d", "images": 1200}
+    data |= {"people": 30} if older else {"people": 30, "synthetic": drawn}
+    (run / "environment.json").write_text(json.dumps({"data": data}))
     (run / "config.yaml").write_text(
         "data: {train: /home/me/secret}\nbackbone: {name: sfnet4}\nhead: {name: sphereface2}\n"
         "sample_to_sample: {weight: 0.25}\nteacher: {path: /home/me/secret/large, weight: 2}\n"
         "training: {epochs: 2, start_from: /home/me/secret/small-0}\n"
     )
     (run / "results.json").write_text(
-        '{"data": {"note": "/home/me/secret"}, "training": {"steps": 7}, "sets": [{"name": "lfw", '
+        f'{{"data": {{"note": "/home/me/secret", "synthetic": {json.dumps(drawn)}}}, '
+        '"training": {"steps": 7}, "sets": [{"name": "lfw", '
         '"pairs": 6000, "folds": 10, "accuracy": 0.875, "accuracy_std": 0.01, "eer": 0.125, '
         '"auc": 0.9, "tar": {"1e-2": 0.5, "1e-3": null}, "plots": ["/home/me/secret"]}]}'
     )
     return run
 
 
-@pytest.mark.parametrize("kind", ["shared", "synthetic"])
-def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
-    embedder = FaceEmbedder.from_pretrained(run_folder(tmp_path, kind), device="cpu")
+@pytest.mark.parametrize(("drawn", "older"), [(False, False), (True, False), (True, True)])
+def test_the_card_of_a_run(tmp_path: Path, drawn: bool, older: bool) -> None:
+    run = run_folder(tmp_path, drawn=drawn, older=older)
+    embedder = FaceEmbedder.from_pretrained(run, device="cpu")
     embedder.save_pretrained(tmp_path / "a")
     # Once more from the saved folder: the run is gone by then, what it told is not.
     shutil.rmtree(tmp_path / "runs")
@@ -385,7 +388,7 @@ def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
         assert made_by in text
     for heading in ("Intended use", "Limits", "Licence", "Training", "Figures", "Threshold"):
         assert f"## {heading}" in text
-    assert ("synthetic, drawn faces" in text) == (kind == "synthetic")
+    assert ("synthetic, drawn faces" in text) == drawn
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == "sphereface2" and front["license"] == "other"
     results = ModelCard(text).data.eval_results  # the hub's own reading of it

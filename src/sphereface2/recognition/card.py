@@ -28,7 +28,7 @@ _FIGURES = ("accuracy", "accuracy_std", "folds", "pairs", "eer", "auc", "tar", "
 def facts_of_run(run: Path) -> dict[str, Any] | None:
     """What a run's own files tell about its network, JSON-able; None if it is no run.
 
-    Keys, each where it is known: ``data`` (kind, fingerprint, images, people, synthetic),
+    Keys, each where it is known: ``data`` (fingerprint, images, people, synthetic),
     ``settings``, ``steps``, ``sets`` and ``held_out`` (figures). No path is among them.
     """
     environment, results = _read(run / "environment.json"), _read(run / "results.json")
@@ -36,9 +36,11 @@ def facts_of_run(run: Path) -> dict[str, Any] | None:
     if not environment or not settings:
         return None
     # A path says nothing to those who get the model, and may say what they should not know.
-    data = {k: v for k, v in (environment.get("data") or {}).items() if k != "train"}
+    data = dict(environment.get("data") or {})
+    data = {key: data[key] for key in data.keys() - {"train", "kind"}}
     if data:
-        data["synthetic"] = data.get("kind") == "synthetic"
+        told = (results.get("data") or {}).get("synthetic")
+        data["synthetic"] = bool(data.get("synthetic", told))  # which older runs noted there alone
     facts: dict[str, Any] = {"data": data, "settings": _chosen(settings)}
     if results:
         facts["steps"] = results.get("training", {}).get("steps")
@@ -144,14 +146,12 @@ def _data(data: dict[str, Any], facts: dict[str, Any], imported: dict[str, Any])
     lines = ["## Training"]
     if data:
         size = (
-            f", {data['images']:,} images of {data['people']:,} people"
+            f"{data['images']:,} images of {data['people']:,} people"
             if "images" in data and "people" in data
-            else ""
+            else "a set of unknown size"
         )
-        lines.append(
-            f"Data: {data.get('kind', 'unknown')}{size}; fingerprint "
-            f"`{data.get('fingerprint', 'unknown')}`."
-        )
+        drawn = ", of drawn faces" if data.get("synthetic") else ""
+        lines.append(f"Data: {size}{drawn}; fingerprint `{data.get('fingerprint', 'unknown')}`.")
     else:
         lines.append("Nothing is recorded about the data that this network was trained on.")
     if imported:

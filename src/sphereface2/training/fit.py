@@ -178,6 +178,7 @@ def _train(
         "fingerprint": trainer.data_fingerprint,
         "images": len(inputs.train_indices),
         "people": inputs.num_classes,
+        "synthetic": inputs.located.is_synthetic,
     }
     place.on_main(lambda: resuming.write_records(folder, settings, inputs.people, data, start))
     return trainer.train(stopper)

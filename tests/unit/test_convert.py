@@ -13,6 +13,7 @@ import webdataset
 
 from sphereface2.data import open_source
 from sphereface2.data.convert import Encoding, convert, extension_of
+from sphereface2.data.locate import ABOUT, DRAWN, locate
 from sphereface2.data.opening import load_pairs
 from sphereface2.errors import UserError
 from sphereface2.images import decode
@@ -54,6 +55,14 @@ def test_every_direction_keeps_bytes_labels_and_names(folder, tmp_path, first, s
     convert(tmp_path / "two", tmp_path / "three", to="folder")
     assert open_source(tmp_path / "three").class_names == list(PEOPLE)
     assert sorted(p.suffix for p in (tmp_path / "three").rglob("*.*")).count(".png") == 2
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_drawn_set_stays_known_as_one(folder, tmp_path, to):
+    (folder / ABOUT).write_text(f"{DRAWN} faces\n")
+    convert(folder, tmp_path / "copy", to=to)
+    assert locate(str(tmp_path / "copy")).is_synthetic
+    assert len(open_source(tmp_path / "copy")) == 16
 
 
 def test_shards_are_what_the_webdataset_library_reads(folder, tmp_path):

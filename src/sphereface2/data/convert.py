@@ -19,6 +19,7 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.data import pairbin
 from sphereface2.data.folder import check_outside
+from sphereface2.data.locate import ABOUT
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
@@ -134,7 +135,9 @@ def convert(
         return _convert_pairs(source, target, encoding)
     opened = open_source(source)
     check_outside(target, opened)
-    done = write_source(opened, target, to, encoding)
+    about = source / ABOUT
+    note = about.read_bytes() if about.is_file() else None
+    done = write_source(opened, target, to, encoding, about=note)
     console.show(
         f"{counted(done.images, 'image')} of {counted(done.people, 'person')} in {target}",
         *console.named("unreadable and left out", done.unreadable),
@@ -151,7 +154,12 @@ def check_target(target: Path, to: str, *more: str) -> None:
 
 
 def write_source(
-    source: Source, target: Path, to: str, encoding: Encoding | None = None
+    source: Source,
+    target: Path,
+    to: str,
+    encoding: Encoding | None = None,
+    *,
+    about: bytes | None = None,
 ) -> Conversion:
     """Write a set to the new folder ``target``, which appears when it is complete.
 
@@ -160,6 +168,7 @@ def write_source(
         target: must not exist.
         to: as of `convert`, but not "bin".
         encoding: of images that are encoded anew.
+        about: what `locate.ABOUT` says of the set, such as that its faces are drawn.
 
     Raises:
         UserError: no image can be read.
@@ -172,6 +181,8 @@ def write_source(
             raise UserError(f"none of the {len(source)} images can be read")
         if to != "folder":
             write_names(temporary, source.class_names)
+        if about is not None:
+            (temporary / ABOUT).write_bytes(about)
     return done
 
 

@@ -172,14 +172,7 @@ def _train(
     if found is None:  # now that nothing of the settings and the data is refused any more
         place.on_main(lambda: _own(trainer.checkpointer, owning))
     start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
-    data = {
-        "kind": inputs.located.kind,
-        "train": str(train.absolute()),
-        "fingerprint": trainer.data_fingerprint,
-        "images": len(inputs.train_indices),
-        "people": inputs.num_classes,
-        "synthetic": inputs.located.is_synthetic,
-    }
+    data = inputs.record(trainer.data_fingerprint)
     place.on_main(lambda: resuming.write_records(folder, settings, inputs.people, data, start))
     return trainer.train(stopper)
 

@@ -45,6 +45,17 @@ class Inputs:
     pairs: list[PairSet]
     located: TrainingData
 
+    def record(self, fingerprint: str) -> dict[str, Any]:
+        """What ``environment.json`` says of the data, whose source has that fingerprint."""
+        return {
+            "kind": self.located.kind,
+            "train": str(self.located.train.absolute()),
+            "fingerprint": fingerprint,
+            "images": len(self.train_indices),
+            "people": self.num_classes,
+            "synthetic": self.located.is_synthetic,
+        }
+
 
 def open_inputs(settings: RunConfig, place: World, source: Source | None = None) -> Inputs:
     """Find the data, open it unless ``source`` is it, and set the validation people aside.

@@ -1,5 +1,6 @@
 """SphereFace2 against float64 transcriptions of the specification and the identities it states."""
 
+import importlib.util
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2 import heads
+from sphereface2.heads import terms
 from sphereface2.heads.one_vs_all import OneVersusAll
 from sphereface2.margins import BinaryMargin
 
@@ -295,3 +297,13 @@ def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong():
     head, x, labels = make()
     with pytest.raises(RuntimeError, match="differentiated once only"):
         torch.autograd.grad(head(x, labels), x, create_graph=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_no_kernel_where_triton_finds_no_compiler_for_its_launchers(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(UserWarning, match="install gcc or clang"):
+        assert not terms.has_kernel.__wrapped__()
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert terms.has_kernel.__wrapped__()

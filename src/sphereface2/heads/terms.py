@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import warnings
 
 import torch
 from torch import Tensor
@@ -127,5 +130,14 @@ def fits_kernels(*tensors: Tensor) -> bool:
 
 @functools.cache
 def has_kernel() -> bool:
-    """Whether Triton is installed, as it is with PyTorch for CUDA on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, as with PyTorch for CUDA on Linux, and a C compiler it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if any([os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")]):
+        return True
+    warnings.warn(
+        "the heads' kernels need a C compiler and take slower ways without: install gcc or clang, "
+        "or name one in CC",
+        stacklevel=2,
+    )
+    return False

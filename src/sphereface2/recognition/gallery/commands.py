@@ -309,7 +309,8 @@ def stats(gallery: str, /, *, as_json: bool = False) -> dict[str, Any]:
     """
     with Gallery.open(gallery, create=False) as opened:
         numbers = opened.stats()
-    console.tell(as_json, numbers, *(f"{key:16} {value}" for key, value in numbers.items()))
+    lines = (f"{key:16} {'–' if value is None else value}" for key, value in numbers.items())
+    console.tell(as_json, numbers, *lines)
     return numbers
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -323,6 +324,18 @@ class _Engine(Protocol):
         """uint8 RGB (H, W, 3) each to float32 (B, d), rows of length 1."""
 
 
+# Networks that are computing, each with the number of its users and its modules' modes before: it
+# stays in evaluation mode while any thread, of any Embedder, is inside.
+_modes: dict[Any, tuple[int, dict[Any, bool]]] = {}
+_modes_lock = Lock()
+
+
+def _set_modes(network: Any, modes: dict[Any, bool]) -> None:
+    network.train(modes[network])
+    for module, training in modes.items():  # some may have been frozen by themselves
+        module.training = training
+
+
 class _TorchEngine:
     def __init__(self, network: Backbone, device: str | torch.device | None) -> None:
         if device is not None:
@@ -337,14 +350,22 @@ class _TorchEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        if not self.network.training:
-            yield
-            return
-        self.network.eval()
+        network = self.network
+        with _modes_lock:
+            users, modes = _modes.get(network, (0, {}))
+            if not users:
+                modes = {module: module.training for module in network.modules()}
+                network.eval()
+            _modes[network] = users + 1, modes
         try:
             yield
         finally:
-            self.network.train()
+            with _modes_lock:
+                users, modes = _modes.pop(network)
+                if users > 1:
+                    _modes[network] = users - 1, modes
+                else:
+                    _set_modes(network, modes)
 
     def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         import torch

@@ -164,16 +164,35 @@ def test_the_images_of_pairs(net):
     np.testing.assert_array_equal(Embedder(net).embed_pairs(pairs), Embedder(net).embed(faces))
 
 
-def test_mode_and_statistics_are_left_alone(net):
-    embedder = Embedder(net)
+def test_modes_and_statistics_are_left_alone_by_several_threads(net):
+    """A thread that is done leaves the network in evaluation mode for those that are not."""
+    embedder = Embedder(net, batch_size=1)
     wanted = embedder.embed(images(5))
     net.train()
+    net.norm.eval()  # frozen by the caller
     before = {k: v.clone() for k, v in net.state_dict().items()}
+    entered, left, found = threading.Event(), threading.Event(), []
+
+    def waiting():
+        for number, image in enumerate(images(5)):
+            if number == 2:  # the first image has been embedded
+                entered.set()
+                left.wait(20)
+            yield image
+
+    other = threading.Thread(target=lambda: found.append(embedder.embed(waiting())))
     try:
-        np.testing.assert_array_equal(embedder.embed(images(5)), wanted)
+        other.start()
+        assert entered.wait(20)
+        np.testing.assert_array_equal(Embedder(net, batch_size=1).embed(images(5)), wanted)
+        left.set()
+        other.join()
         assert net.training
+        assert net.stages.training
+        assert not net.norm.training
     finally:
         net.eval()
+    np.testing.assert_array_equal(found[0], wanted)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 

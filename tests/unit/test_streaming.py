@@ -68,6 +68,11 @@ def test_every_head_in_blocks_equals_its_dense_form(name, chunk):
     for _ in range(3):  # heads with running statistics: several batches
         x, labels = 3 * torch.randn(8, 12, dtype=F64), torch.randint(101, (8,))
         assert_equal_to(1e-10, outcome(streamed, x, labels), outcome(dense, x, labels))
+    batches = [(torch.randn(8, 12, dtype=F64), torch.randint(101, (8,))) for _ in range(3)]
+    for head in (dense, streamed):  # all before a backward pass, so that the statistics move on
+        sum(head(*one) for one in batches).backward()
+    gradients = ([p.grad for p in head.parameters()] for head in (streamed, dense))
+    assert_equal_to(1e-10, *gradients)
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(streamed.state_dict()[key], value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Unpack
 
@@ -156,6 +157,13 @@ def streamed_softmax(
     return softplus(negatives - head.positive_logit(cos_y, lengths)).mean()
 
 
+def _with_copied_buffers(head: SoftmaxHead) -> SoftmaxHead:
+    """The head as it is now: another batch may move its statistics before the backward pass."""
+    found = copy.copy(head)
+    found._buffers = {name: b if b is None else b.clone() for name, b in head._buffers.items()}
+    return found
+
+
 class _StreamedLogSumExp(torch.autograd.Function):
     """cos θ_y, (B,), and the log-sum-exp of the negative logits, (B,)."""
 
@@ -173,6 +181,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
         own_rows = renormalise_(weight[labels].to(x.dtype))
         cos_y = (x * own_rows).sum(1)
         head.prepare(cos_y, lengths)
+        head = _with_copied_buffers(head)
         total = x.new_full((len(x),), -torch.inf)
         for block in all_rows(labels, len(weight), chunk):
             logits = head.negative_logits(x @ unit_block(weight, block, x.dtype).T, cos_y, lengths)

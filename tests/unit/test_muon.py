@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 from sphereface2 import backbones, heads
+from sphereface2.errors import UserError
 from sphereface2.training.config import TrainingConfig
 from sphereface2.training.muon import Muon, orthogonalize
 from sphereface2.training.optim import build_optimizers
@@ -41,6 +44,33 @@ def test_steps_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
         value = value * np.sqrt(shape[0]) / np.sqrt((value**2).sum())
         value = value - 0.05 * update.reshape(shape)
         np.testing.assert_allclose(parameter.detach().numpy(), value, atol=1e-9)
+
+
+def test_a_copy_steps_as_the_original() -> None:
+    layer, gradient = torch.nn.Linear(6, 4), torch.randn(4, 6)
+    optimizer = Muon([layer.weight], steps=3)
+    for copied in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        ours, theirs = copied((optimizer, layer.weight)), (optimizer, layer.weight)
+        for one, weight in (ours, theirs):
+            weight.grad = gradient.clone()
+            one.step()
+        torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0)
+
+
+def test_filters_that_start_at_zero_move_and_vectors_are_refused() -> None:
+    torch.manual_seed(0)
+    network = backbones.build("sfnet10", width=0.125, input_size=32, residual_scale=0.0)
+    filters = [p for p in network.parameters() if p.ndim > 1]
+    optimizer = Muon(filters[:1])
+    optimizer.add_param_group({"params": filters[1:]})
+    for _ in range(2):
+        optimizer.step(lambda: network(torch.randn(2, 3, 32, 32)).square().sum().backward())
+    assert all(p.isfinite().all() and p.any() for p in filters)
+    with pytest.raises(UserError, match=r"two or more dimensions, got one of shape \(8,\)"):
+        Muon(network.parameters())
+    for wrong in ({"lr": -0.1}, {"momentum": 1.0}, {"steps": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Muon(filters, **wrong)
 
 
 def test_the_scale_of_a_gradient_does_not_matter() -> None:

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphereface2.errors import UserError, check_count, check_number
+
 #: Coefficients of the odd quintic aX + b(XXᵀ)X + c(XXᵀ)²X, which drives singular values to about 1.
 QUINTIC = (3.4445, -4.775, 2.0315)
+#: A filter shorter than this, such as one that starts at 0, is not brought to its length.
+SHORTEST = 1e-12
 
 
 def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
@@ -62,9 +66,12 @@ class Muon(torch.optim.Optimizer):
         params: parameters of two or more dimensions.
         lr: length of a step relative to the filter's, above 0.
         momentum: μ, in [0, 1).
-        steps: Newton–Schulz iterations.
+        steps: Newton–Schulz iterations, 1 or more.
         half: whether they are made of bfloat16 numbers, in which singular values end near 1 as
             well. That takes a tenth of the time on a GPU, 0.6 on a CPU that has such products.
+
+    Raises:
+        UserError: a value out of its range, or a parameter of fewer than two dimensions.
 
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -78,18 +85,32 @@ class Muon(torch.optim.Optimizer):
         steps: int = 4,
         half: bool = False,
     ) -> None:
+        check_number("lr", lr, above=0)
+        check_number("momentum", momentum, least=0, below=1)
+        check_count("steps", steps, 1)
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self.steps, self.half = steps, half
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
         # From the start: torch.distributed.checkpoint would make a state by a step of rate 0, and
         # even that sets a filter's length.
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim < 2:
+                raise UserError(
+                    "Muon takes parameters of two or more dimensions, got one of shape "
+                    f"{tuple(parameter.shape)}: give biases and scales to another optimiser"
+                )
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"steps": self.steps, "half": self.half}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. Filters of one shape are orthogonalised together."""
-        assert closure is None
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -103,9 +124,10 @@ class Muon(torch.optim.Optimizer):
                 # The rate may be a tensor, for a step that is recorded.
                 steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype) * group["lr"]
                 lengths = torch.stack(list(torch._foreach_norm(tuple(parameters))))
-                scales = math.sqrt(shape[0]) / lengths
+                scales = math.sqrt(shape[0]) / lengths.clamp_min(SHORTEST)
                 for parameter, scale, step in zip(parameters, scales, steps, strict=True):
                     parameter.mul_(scale).sub_(step.view(shape))
+        return loss
 
     def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> Sequence[Tensor]:
         """Nesterov's look-ahead gradients, after the buffers took the gradients in."""

@@ -9,9 +9,11 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation import all_pairs, selection
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.bootstrap import Bootstrap
+from sphereface2.evaluation.clustering import cluster
+from sphereface2.evaluation.distractors import evaluate_distractors
 from sphereface2.evaluation.selection import Tally, keys_of, value_of
 from sphereface2.evaluation.tiles import Tiles
-from sphereface2.evaluation.verification import tar_at_far
+from sphereface2.evaluation.verification import pair_scores, tar_at_far
 
 FARS = [1.0, 0.5, 0.1, 0.01, 1e-3, 1e-6]
 
@@ -27,8 +29,11 @@ def sets(draw):
     """Embeddings on a grid, whose sums are exact in float32; ties, also at zero, abound."""
     n = draw(st.integers(4, 150))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    levels = draw(st.sampled_from([1, 3, 100]))
-    embeddings = rng.integers(-levels, levels + 1, (n, 6)).astype(np.float32) / 128
+    levels = draw(st.sampled_from([1, 3, 50]))
+    embeddings = np.zeros((n, 14), np.float32)
+    embeddings[:, :6] = rng.integers(-levels, levels + 1, (n, 6)) / 128
+    rest = np.rint(128 * np.sqrt(1 - (embeddings**2).sum(1))) / 128  # to a length of about 1
+    embeddings[np.arange(n), rng.integers(6, 14, n)] = rest * rng.choice([-1, 1], n)
     labels = rng.integers(7, 7 + max(2, n // draw(st.integers(1, 20))), n)
     labels[:3] = [7, 7, 8]
     return embeddings, labels
@@ -62,6 +67,23 @@ def faces(people=80, images=5, dim=64, noise=2.0, seed=0):
     labels = rng.permutation(np.repeat(np.arange(people), images))
     e = rng.standard_normal((people, dim))[labels] + noise * rng.standard_normal((len(labels), dim))
     return (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_embeddings_of_other_lengths_are_refused():
+    """Their inner products are no cosines, and the figures would look like any."""
+    long, labels = faces(people=5)
+    long[3] *= 20
+    for figure in (
+        lambda: evaluate_all_pairs(long, labels),
+        lambda: pair_scores(long, np.array([[0, 1]])),
+        lambda: cluster(long, 0.5),
+        lambda: evaluate_distractors(long, labels, [long]),
+        lambda: evaluate_distractors(long[:3], labels[:3], [long]),
+    ):
+        with pytest.raises(UserError, match="embedding 3 has the length 20; expected"):
+            figure()
+    with pytest.raises(ValueError, match="people for 2"):
+        evaluate_distractors(long[:3], labels[:2], [long[:3]])
 
 
 def count_passes(monkeypatch):

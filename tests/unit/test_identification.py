@@ -134,6 +134,8 @@ def test_what_cannot_be_searched():
         search(np.eye(2), [0, 1], np.eye(2), [0])
     with pytest.raises(ValueError, match=r"the probes have the shape \(2, 2\) and the gallery"):
         search(np.eye(2), [0, 1], np.eye(3), [0, 1, 2])
+    with pytest.raises(UserError, match="block must be an integer ≥ 1, got -1"):
+        search(np.eye(2), [0, 1], np.eye(2), [0, 1], block=-1)
     for people in ([0, 1], ["0", "1"]):
         with pytest.raises(ValueError, match="both as numbers or both as text"):
             search(np.eye(2), people, np.eye(2), ["0", "1"] if people == [0, 1] else [0, 1])

@@ -147,7 +147,7 @@ def test_pair_scores_are_cosines():
 
 
 def test_sets_that_cannot_be_scored():
-    with pytest.raises(UserError, match="at least 10"):
+    with pytest.raises(UserError, match="two folds or more, and 9 pairs in one"):
         kfold_accuracy(np.zeros(9), np.ones(9, bool), np.zeros(9, int))
     with pytest.raises(UserError, match="only genuine pairs"):
         eer(np.zeros(9), np.ones(9, bool))
@@ -155,6 +155,10 @@ def test_sets_that_cannot_be_scored():
         tar_at_far(np.array([np.nan, 1]), np.array([True, False]))
     with pytest.raises(ValueError, match="FAR"):
         tar_at_far(np.array([0, 1]), np.array([True, False]), [0])
+    with pytest.raises(ValueError, match="True for genuine"):
+        kfold_accuracy(np.zeros(20), np.where(np.arange(20) % 2, 1, -1), np.arange(20))
+    with pytest.raises(ValueError, match=r"shape \(4, 2\), got \(5, 2\)"):
+        curve_figures(np.arange(4), [0, 0, 1, 1], people=np.ones((5, 2)), bootstrap=Bootstrap(2))
 
 
 def test_pairs_that_tell_nothing_new_are_noted():

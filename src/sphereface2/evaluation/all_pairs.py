@@ -89,7 +89,7 @@ def evaluate_all_pairs(
         progress: called with the share of the work done since the last call.
 
     Raises:
-        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+        UserError: no genuine or no impostor pair, or embeddings that are not of length 1.
 
     Examples:
         >>> found = evaluate_all_pairs(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])

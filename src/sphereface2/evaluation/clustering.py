@@ -17,6 +17,7 @@ from threading import Lock
 import numpy as np
 
 from sphereface2.evaluation import neighbours
+from sphereface2.evaluation.verification import embedding_rows
 
 MOST = 32
 """Similar images that each image remembers where there are too many pairs to remember all."""
@@ -49,6 +50,9 @@ def cluster(
         >>> cluster(rows, 0.7).tolist()
         [0, 1, 0]
     """
+    rows = embedding_rows(rows).astype(np.float32, copy=False)
+    if not len(rows):
+        return np.zeros(0, np.int64)
     sums, sizes = rows.copy(), np.ones(len(rows), np.int64)
     parent = np.arange(len(rows))
     a, b, scores, all_known = _pairs(rows, threshold, workers, progress)

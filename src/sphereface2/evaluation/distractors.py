@@ -16,6 +16,7 @@ import numpy as np
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.results import Rate, Resampling, Result
+from sphereface2.evaluation.verification import embedding_rows
 
 SIZES = tuple(10**k for k in range(1, 10))
 _SCORES = 1 << 24  # that a block of distractors makes with the probes
@@ -64,7 +65,8 @@ def evaluate_distractors(
         bootstrap: over the probes' people, of the intervals; the distractors are held fixed.
 
     Raises:
-        UserError: nobody has two images, there are no distractors, or embeddings are not finite.
+        UserError: nobody has two images, there are no distractors, or embeddings are not of
+            length 1.
 
     Examples:
         >>> probes, people = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]], np.array([5, 5, 6, 6])
@@ -72,6 +74,12 @@ def evaluate_distractors(
         >>> [(rate.at, rate.value) for rate in found.rank1]
         [(1, 0.5), (3, 0.5)]
     """
+    if len(people) != len(probes):
+        raise ValueError(
+            f"{len(probes)} probes were given, but people for {len(people)}; expected one person "
+            "for each."
+        )
+    probes = embedding_rows(probes).astype(np.float32, copy=False)
     best = _best_scores(probes, distractors, sizes)
     hits, trials = _count(probes, np.unique(people, return_inverse=True)[1], [*best.values()])
     if not trials.sum():
@@ -120,14 +128,12 @@ def _best_scores(
     wanted, seen = sorted(set(sizes)), 0
     reached: dict[int, np.ndarray] = {}
     rows = max(1, _SCORES // max(1, len(probes)))
-    for whole in distractors:
+    for whole in map(embedding_rows, distractors):
         # Cut where a size is reached, so that each snapshot is of exactly N distractors.
         cuts = {n - seen for n in wanted if seen < n < seen + len(whole)}
         edges = sorted({*range(0, len(whole), rows), *cuts, len(whole)})
         for start, stop in pairwise(edges):
             top = (probes @ whole[start:stop].T).max(axis=1)
-            if not np.isfinite(top).all():
-                raise UserError("the embeddings hold NaN or infinite values")
             np.maximum(best, top, out=best)
             if seen + stop in wanted:
                 reached[seen + stop] = best.copy()

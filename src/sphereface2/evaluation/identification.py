@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, Interval, ratio_intervals
 from sphereface2.evaluation.results import (
     FLAT,
@@ -126,7 +126,8 @@ def search(
     own_column = np.minimum(np.searchsorted(people, wanted), len(people) - 1)
     enrolled = people[own_column] == wanted
     score, rank = np.empty(len(probes), np.float32), np.zeros(len(probes), np.int64)
-    size = block or max(1, _SCORES // len(gallery))
+    size = max(1, _SCORES // len(gallery)) if block is None else block
+    check_count("block", size, 1)
     for first in range(0, len(probes), size):
         part = slice(first, first + size)
         scores = np.matmul(probes[part], gallery.T)

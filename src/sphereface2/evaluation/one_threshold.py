@@ -144,7 +144,7 @@ def all_pairs_at(
     Memory grows with the pairs of people that share a false accept, not with the pairs.
 
     Raises:
-        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+        UserError: no genuine or no impostor pair, or embeddings that are not of length 1.
 
     Examples:
         >>> found, = all_pairs_at(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]), [0.5])
@@ -155,6 +155,8 @@ def all_pairs_at(
     asked = list(thresholds) if isinstance(thresholds, Mapping) else [None] * len(thresholds)
     values = thresholds.values() if isinstance(thresholds, Mapping) else thresholds
     limits = np.array([*values], np.float32)
+    if not np.isfinite(limits).all():
+        raise UserError(f"thresholds must be finite, got {[*values]}")
     accepted = _accepted_impostors(tiles, limits, progress)
     hits, trials = tiles.genuine_hits(np.nextafter(limits, np.float32(-np.inf)))
     tar_cis = ratio_intervals(hits, trials, bootstrap)
@@ -202,7 +204,7 @@ def _accepted_impostors(
                 if sum(map(len, kept[k])) > _KEPT:
                     tally(k)
 
-    tiles.impostors_from(float(limits.min()), work, progress)
+    tiles.impostors_from(float(limits.min(initial=np.inf)), work, progress)
     for k in range(len(limits)):
         tally(k)
     return [np.stack([keys // people, keys % people, count]) for keys, count in counted]
@@ -301,7 +303,7 @@ def uniform_accuracy(
         bootstrap: over people, of the share's interval; each resample finds its own threshold.
 
     Raises:
-        UserError: no genuine or no impostor pair, or embeddings that are not finite.
+        UserError: no genuine or no impostor pair, or embeddings that are not of length 1.
 
     Examples:
         >>> found = uniform_accuracy(np.eye(3)[[0, 0, 1, 1, 2]], np.array([7, 7, 8, 8, 9]))

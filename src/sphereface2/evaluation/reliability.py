@@ -111,6 +111,8 @@ def reliability(probabilities: np.ndarray, same: np.ndarray, bins: int = BINS) -
         ([0.0, 1.0], 0.25)
     """
     p, same = check_both(probabilities, same)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"probabilities must lie in [0, 1], got {p.min():g} to {p.max():g}.")
     where = np.minimum((p * bins).astype(np.int64), bins - 1)
     weight = balance(same)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.data.ijb import TemplateSet
+from sphereface2.errors import check_count
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.identification import GalleryResult, evaluate_gallery
 from sphereface2.evaluation.results import (
@@ -135,6 +136,7 @@ def template_pair_scores(
         >>> template_pair_scores(np.eye(2, dtype=np.float32), np.array([[0, 0], [0, 1]])).tolist()
         [1.0, 0.0]
     """
+    check_count("block", block, 1)
     scores = np.empty(len(pairs), np.float32)
     left, right = pairs[:, 0], pairs[:, 1]
     order = np.argsort(left, kind="stable")

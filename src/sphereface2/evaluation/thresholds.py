@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 from sphereface2.evaluation.bootstrap import (
     USUAL,
     Bootstrap,
@@ -18,7 +18,12 @@ from sphereface2.evaluation.bootstrap import (
     pair_weights,
 )
 from sphereface2.evaluation.results import far_key
-from sphereface2.evaluation.verification import allowed_accepts, tar_at_far
+from sphereface2.evaluation.verification import (
+    allowed_accepts,
+    check_both,
+    check_people,
+    tar_at_far,
+)
 
 #: How many false accepts a threshold must rest on: it then allows the FAR within about a third.
 FALSE_ACCEPTS = 10
@@ -106,6 +111,8 @@ def find_thresholds(
         >>> bool(0.3 < found.threshold < 0.35), found.impostors
         (True, 2000)
     """
+    check_count("bootstrap.replicates", bootstrap.replicates, 1)
+    scores, same = check_both(scores, same)
     points = tar_at_far(scores, same, fars)
     limits = []
     for point in points:
@@ -152,7 +159,8 @@ def _resample(
     order = np.argsort(-impostors, kind="stable")
     who = together = None
     if people is not None:
-        who = np.unique(people[~same], return_inverse=True)[1].reshape(-1, 2)
+        who = np.unique(check_people(people, len(same))[~same], return_inverse=True)[1]
+        who = who.reshape(-1, 2)
         units = int(who.max()) + 1
         together = coo_matrix((np.ones(count), (who[:, 0], who[:, 1])), (units, units)).tocsr()
     ordered = np.sort(scores)

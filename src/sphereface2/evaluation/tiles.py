@@ -13,6 +13,7 @@ from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.selection import Search, value_of
+from sphereface2.evaluation.verification import embedding_rows
 from sphereface2.machine import cores
 
 
@@ -37,17 +38,14 @@ def _reaching(scores: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]
 
 def sorted_rows(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings, float32, and people numbered from 0, sorted by person."""
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+    embeddings, labels = embedding_rows(embeddings), np.asarray(labels)
+    if labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"embeddings (N, d) and labels (N,) are needed, not {embeddings.shape}, {labels.shape}."
         )
     people = np.unique(labels, return_inverse=True)[1].astype(np.int32)
     order = np.argsort(people, kind="stable")
-    rows = embeddings[order].astype(np.float32, copy=False)
-    if not np.isfinite(rows).all():
-        raise UserError("the embeddings hold NaN or infinite values")
-    return rows, people[order]
+    return embeddings[order].astype(np.float32, copy=False), people[order]
 
 
 def count_pairs(labels: np.ndarray) -> tuple[int, int]:
@@ -91,7 +89,7 @@ class Tiles:
         """Of labelled images, with the numbers of genuine and impostor pairs.
 
         Raises:
-            UserError: no genuine or no impostor pair, or embeddings that are not finite.
+            UserError: no genuine or no impostor pair, or embeddings that are not of length 1.
         """
         rows, people = sorted_rows(embeddings, labels)
         pairs = count_pairs(people)  # before the work, and before a tile of no rows
@@ -146,7 +144,8 @@ class Tiles:
     @staticmethod
     def _keep_best(best: np.ndarray, i: int, j: int, scores: np.ndarray) -> None:
         for start, found in ((i, scores.max(axis=1)), (j, scores.max(axis=0))):
-            np.maximum(best[start : start + len(found)], found, best[start : start + len(found)])
+            part = best[start : start + len(found)]
+            np.maximum(part, found, out=part)
 
     def count(
         self, searches: list[Search], progress: Callable[[float], None] | None = None

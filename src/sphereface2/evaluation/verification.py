@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, pair_weights
 from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
 
@@ -40,6 +40,32 @@ class Folds:
     fold_threshold: tuple[float, ...]
 
 
+def embedding_rows(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings (N, d) as they are; UserError unless each is of length 1, or 0.
+
+    Inner products of others are no cosines, and their figures look like any.
+
+    Examples:
+        >>> embedding_rows(np.array([[3.0, 4.0]]))
+        Traceback (most recent call last):
+        sphereface2.errors.UserError: embedding 0 has the length 5; expected embeddings of length \
+1: divide each by its norm
+    """
+    rows = np.asarray(embeddings)
+    if rows.ndim != 2:
+        raise UserError(f"embeddings must have the shape (N, d), got {rows.shape}")
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    if not np.isfinite(lengths).all():
+        raise UserError("the embeddings hold NaN or infinite values")
+    wrong = np.flatnonzero((np.abs(lengths - 1) > 0.01) & (lengths > 0))
+    if len(wrong):
+        raise UserError(
+            f"embedding {wrong[0]} has the length {lengths[wrong[0]]:g}; expected embeddings of "
+            "length 1: divide each by its norm"
+        )
+    return rows
+
+
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine of each pair: embeddings (N, d) of length 1, pairs (P, 2) -> float64 (P,).
 
@@ -47,7 +73,7 @@ def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         >>> pair_scores(np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[0, 1], [1, 2]]))
         array([0. , 0.8])
     """
-    scores = np.empty(len(pairs))
+    embeddings, scores = embedding_rows(embeddings), np.empty(len(pairs))
     for start in range(0, len(pairs), 16384):
         a, b = pairs[start : start + 16384].T
         scores[start : start + 16384] = np.einsum(
@@ -57,7 +83,10 @@ def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def _check(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, same = np.asarray(scores, np.float64), np.asarray(same, bool)
+    scores, given = np.asarray(scores, np.float64), np.asarray(same)
+    same = given.astype(bool)
+    if not (given == same).all():  # -1 is true too
+        raise ValueError("same must be True for genuine pairs and False for impostor pairs.")
     if scores.shape != same.shape or scores.ndim != 1:
         raise ValueError(f"scores {scores.shape} and same {same.shape} must be equally long rows.")
     if not np.isfinite(scores).all():
@@ -102,7 +131,8 @@ def kfold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     numbers = np.unique(folds)
     if len(numbers) < 2:
         raise UserError(
-            f"{len(scores)} pairs are too few for 10-fold accuracy: at least 10 are needed"
+            f"k-fold accuracy needs two folds or more, and {counted(len(scores), 'pair')} in one "
+            "were given; a file of pairs has folds from 10 pairs on"
         )
 
     order = np.argsort(scores, kind="stable")
@@ -270,7 +300,8 @@ def _resample(
     order, last = _descending(scores)
     y, units, who = same[order], len(scores), None
     if people is not None:
-        who = np.unique(np.asarray(people)[order], return_inverse=True)[1].reshape(-1, 2)
+        who = np.unique(check_people(people, len(scores))[order], return_inverse=True)[1]
+        who = who.reshape(-1, 2)
         units = int(who.max()) + 1
     eers, aucs, tars = [], [], []
     for counts in draws(units, *bootstrap, numbers=len(scores)):
@@ -288,6 +319,13 @@ def _resample(
     if not sum(map(len, eers)):
         raise UserError("the set is too small for intervals: no resample has both kinds of pair")
     return np.concatenate(eers), np.concatenate(aucs), np.concatenate(tars, axis=1)
+
+
+def check_people(people: np.ndarray, pairs: int) -> np.ndarray:
+    """The identities of pairs; ValueError unless they are (P, 2), two for each pair."""
+    if np.shape(people) != (pairs, 2):
+        raise ValueError(f"people must have the shape ({pairs}, 2), got {np.shape(people)}.")
+    return np.asarray(people)
 
 
 def allowed_accepts(far: float, impostors: int) -> int:

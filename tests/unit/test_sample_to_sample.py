@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sphereface2.errors import UserError
 from sphereface2.heads import SampleToSample, SampleToSampleConfig, sample_to_sample
 
 DIM, PEOPLE = 6, 9
@@ -81,8 +82,11 @@ def test_who_meets_nobody_else_does_not_start_the_bias_at_infinity():
     between.start(x, torch.tensor([0, 1]))  # the second meets the first, at a cosine of 0
     assert between.bias.item() == pytest.approx(-CONFIG.s * CONFIG.m / 2, abs=1e-6)
     alone.start(x, labels)
+    assert not alone.started
     alone.remember(x[1:], torch.tensor([1]))
     assert torch.isfinite(alone(x, labels))
+    alone.start(x[:1], labels[:1])  # at a cosine of 0, too
+    torch.testing.assert_close(alone.bias, between.bias)
 
 
 def test_a_batch_that_is_not_finite_is_not_remembered():
@@ -92,3 +96,22 @@ def test_a_batch_that_is_not_finite_is_not_remembered():
     before = between.memory.clone()
     between.remember(second[0] * math.nan, second[1])
     assert torch.equal(between.memory, before)
+
+
+@pytest.mark.parametrize("call", ["forward", "start", "remember"])
+def test_what_does_not_fit_is_named(call):
+    between = SampleToSample(DIM, PEOPLE, CONFIG)
+    x = torch.randn(3, DIM)
+    for labels, message in [
+        (torch.tensor([0, 1, PEOPLE]), "label 9 is outside 0 … 8"),
+        (torch.tensor([0, -1, 1]), "label -1 is outside"),
+        (torch.tensor([0, 1]), "labels must have shape"),
+        (torch.ones(3), "labels must be integers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            getattr(between, call)(x, labels)
+    getattr(between, call)(x, torch.arange(3, dtype=torch.int32))
+    with pytest.raises(UserError, match="weight must be a number > 0, got 0"):
+        SampleToSample(DIM, PEOPLE, SampleToSampleConfig())
+    with pytest.raises(UserError, match="num_classes must be an integer ≥ 2"):
+        SampleToSample(DIM, 1, CONFIG)

@@ -147,7 +147,8 @@ class Head(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None) -> Tensor:
         if indices_tuple is not None:
             raise UserError("a head compares with all prototypes and takes no tuples of a miner")
-        labels = self.check_batch(embeddings, labels)
+        sizes = self.num_classes, self.embedding_dim
+        labels = check_batch(embeddings, labels, *sizes, trusted=self.trust_batches)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -176,39 +177,42 @@ class Head(nn.Module):
         renormalise_(self.weight.data, dtype)
         return self.weight.to(dtype)
 
-    def check_batch(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Raise a UserError for a batch that does not fit; return the labels as int64."""
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
-            raise UserError(
-                f"embeddings must have shape (B, {self.embedding_dim}), "
-                f"got {tuple(embeddings.shape)}"
-            )
-        if not embeddings.is_floating_point():
-            raise UserError(f"embeddings must be floating point, got {embeddings.dtype}")
-        if labels.shape != embeddings.shape[:1]:
-            raise UserError(
-                f"labels must have shape ({embeddings.shape[0]},), one for each embedding, "
-                f"got {tuple(labels.shape)}"
-            )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise UserError(f"labels must be integers (int64), got {labels.dtype}")
-        if len(labels) == 0:
-            raise UserError("the batch is empty: embeddings must hold at least one row")
-        labels = labels.long()
-        if self.trust_batches:
-            return labels
-        lowest, highest = (int(bound) for bound in torch.stack(torch.aminmax(labels)).tolist())
-        if lowest < 0 or highest >= self.num_classes:
-            wrong = lowest if lowest < 0 else highest
-            raise UserError(f"label {wrong} is outside 0 … {self.num_classes - 1}")
-        return labels
-
     def summary(self) -> dict[str, Any]:
         """JSON-able facts worth keeping beside the trained network."""
         return {"num_classes": self.num_classes}
 
     def extra_repr(self) -> str:
         return f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}"
+
+
+def check_batch(
+    embeddings: Tensor, labels: Tensor, classes: int, dim: int, *, trusted: bool
+) -> Tensor:
+    """Raise a UserError for a batch that does not fit; return the labels as int64.
+
+    ``trusted``: the labels are known to lie in 0 … ``classes`` - 1 and are not read.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1] != dim:
+        raise UserError(f"embeddings must have shape (B, {dim}), got {tuple(embeddings.shape)}")
+    if not embeddings.is_floating_point():
+        raise UserError(f"embeddings must be floating point, got {embeddings.dtype}")
+    if labels.shape != embeddings.shape[:1]:
+        raise UserError(
+            f"labels must have shape ({embeddings.shape[0]},), one for each embedding, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"labels must be integers (int64), got {labels.dtype}")
+    if len(labels) == 0:
+        raise UserError("the batch is empty: embeddings must hold at least one row")
+    labels = labels.long()
+    if trusted:
+        return labels
+    lowest, highest = (int(bound) for bound in torch.stack(torch.aminmax(labels)).tolist())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(f"label {wrong} is outside 0 … {classes - 1}")
+    return labels
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from sphereface2.heads.base import unit_rows
+from sphereface2.errors import check_count, check_number
+from sphereface2.heads.base import check_batch, unit_rows
 from sphereface2.heads.blocks import Block, default_chunk
 from sphereface2.heads.sharding import Shard, local
 from sphereface2.heads.streaming import Work, streamed_one_vs_all
@@ -47,10 +48,18 @@ class SampleToSample(nn.Module):
     Args:
         embedding_dim: d, ≥ 1.
         num_classes: C, ≥ 2.
-        config: scale, margin and weight.
+        config: scale, margin and weight, which must be above 0.
         process_group: of torch.distributed; the memory is sharded over its ranks, each of which
             calls the module with its own samples, as with a sharded `Head`.
-        even: all ranks have equally many samples.
+        even: all ranks have equally many samples, and labels are known to lie in 0 … C - 1, which
+            is then not checked: either makes a GPU's host wait.
+
+    Each step calls `start`, which acts once, the loss itself and `remember`, with embeddings (B, d)
+    of any floating type and integer labels (B,).
+
+    Raises:
+        UserError: in the constructor, a value out of its range; in a call, shapes that do not fit,
+            an empty batch, or a label outside 0 … C - 1.
 
     Attributes:
         memory: (C, d) buffer, v, 0 where nobody was seen; a DTensor split by rows with a group.
@@ -58,9 +67,13 @@ class SampleToSample(nn.Module):
         started: () bool buffer, whether ``bias`` has got its start.
 
     Example:
-        >>> loss = SampleToSample(2, 3, SampleToSampleConfig(s=1.0, m=0.0))
-        >>> loss.remember(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 2]))
-        >>> loss.memory
+        >>> between = SampleToSample(2, 3, SampleToSampleConfig(weight=1.0, s=16.0))
+        >>> for batch in torch.tensor([[9.0, 9.0], [9.0, 0.0]]), torch.tensor([[2.0, 0], [0, 1]]):
+        ...     labels = torch.tensor([0, 2])
+        ...     between.start(batch, labels)
+        ...     loss = between(batch, labels)
+        ...     between.remember(batch, labels)
+        >>> between.memory
         tensor([[1., 0.],
                 [0., 0.],
                 [0., 1.]])
@@ -79,7 +92,13 @@ class SampleToSample(nn.Module):
         even: bool = False,
     ) -> None:
         super().__init__()
+        check_count("embedding_dim", embedding_dim, 1)
+        check_count("num_classes", num_classes, 2)
+        check_number("weight", config.weight, above=0)
+        check_number("s", config.s, above=0)
+        check_number("m", config.m, least=0)
         self.config, self.even = config, even
+        self.sizes = num_classes, embedding_dim
         self.margin = BinaryMargin("C", lam=0.5, r=config.s, m=config.m / 2, t=1.0)
         self.shard = Shard.of(num_classes, process_group)
         rows = torch.zeros(self.shard.rows, embedding_dim)
@@ -90,7 +109,8 @@ class SampleToSample(nn.Module):
         self.register_load_state_dict_post_hook(_read_started)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss, () as a streaming head's, of embeddings (B, d) and labels int64 (B,)."""
+        """The loss, () as a streaming head's."""
+        labels = check_batch(embeddings, labels, *self.sizes, trusted=self.even)
         with torch.autocast(embeddings.device.type, enabled=False):
             x = unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, self.memory.dtype)))
             memory = local(self.memory)
@@ -122,6 +142,7 @@ class SampleToSample(nn.Module):
     @torch.no_grad()
     def remember(self, embeddings: Tensor, labels: Tensor) -> None:
         """Put the batch of all ranks into the memory."""
+        labels = check_batch(embeddings, labels, *self.sizes, trusted=self.even)
         memory = local(self.memory)
         x = unit_rows(embeddings.detach().to(memory.dtype))
         batch = self.shard.gather(x, labels, even=self.even)
@@ -140,7 +161,8 @@ class SampleToSample(nn.Module):
 
     @torch.no_grad()
     def start(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Give the bias its start, unless it has it."""
+        """Give the bias its start, unless it has it or the memory has nobody to meet."""
+        labels = check_batch(embeddings, labels, *self.sizes, trusted=self.even)
         if self.is_started:
             return
         memory = local(self.memory)
@@ -154,9 +176,10 @@ class SampleToSample(nn.Module):
             assert block.skip is not None
             total += z.masked_fill_(block.skip, 0.0).sum(1)
         total = self.shard.sum(total)
-        met = total > 0  # not where the memory has nobody else
-        levels = total.log_().add_(self.config.s).where(met, 0.0)
-        level = levels.sum() / met.sum().clamp_min(1)
+        total = total[total > 0]  # not where the memory has nobody else
+        if not len(total):
+            return
+        level = total.log_().mean() + self.config.s
         self.bias.copy_(-level - self.config.s * self.config.m / 2)
         self.started.fill_(True)
         self.is_started = True

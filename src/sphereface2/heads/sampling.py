@@ -52,12 +52,12 @@ class HardNegatives:
     """
 
     def __init__(self, share: float, rebuild_every: int = 100) -> None:
-        import faiss
-
-        self.faiss: Any = faiss
         self.share, self.rebuild_every = share, rebuild_every
         self.index: Any = None
         self.age = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"index": None}  # a copy builds its own
 
     def blocks(self, x: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> Iterator[Block]:
         """Blocks for unit embeddings ``x`` (B, d) over ``weight`` (c, d)."""
@@ -75,12 +75,12 @@ class HardNegatives:
         yield from chosen_rows(places.where(rows[places] == labels, -1), rows, chunk)
 
     def _build(self, weight: Tensor) -> None:
+        import faiss
+
         rows = renormalise_(weight.detach().float().clone()).cpu().numpy()
         lists = max(1, int(len(rows) ** 0.5))
-        quantizer = self.faiss.IndexFlatIP(rows.shape[1])
-        self.index = self.faiss.IndexIVFFlat(
-            quantizer, rows.shape[1], lists, self.faiss.METRIC_INNER_PRODUCT
-        )
+        quantizer = faiss.IndexFlatIP(rows.shape[1])
+        self.index = faiss.IndexIVFFlat(quantizer, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
         # k-means on a sample is what faiss advises; few points a list is fine for this purpose.
         self.index.cp.min_points_per_centroid = 1
         self.index.train(rows)

@@ -16,7 +16,7 @@ import numpy as np
 from sphereface2.backbones import bundle
 from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.errors import UserError
-from sphereface2.images import read_image
+from sphereface2.images import is_one, read_image
 from sphereface2.machine import cores, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Embedder:
         network: what was given, on its device.
 
     Raises:
-        UserError: a batch size below 1, or a device that an exported network cannot use.
+        UserError: a batch size below 1, weights that are not float32, or a device that an exported
+            network cannot use.
 
     Example:
         >>> import numpy as np
@@ -167,8 +168,11 @@ class Embedder:
             progress: called after each batch.
 
         Raises:
-            UserError: an image cannot be read, or the network gives NaN or infinity.
+            UserError: an image cannot be read, one image was given in place of several, or the
+                network gives NaN or infinity.
         """
+        if read is None and is_one(images):
+            raise UserError("one image was given, where a list of images is expected")
         rows: list[np.ndarray] = []
         if isinstance(self._engine, _TorchEngine) and self.device == "cpu":
             keep_freed_memory()
@@ -342,6 +346,12 @@ class _TorchEngine:
             from sphereface2.device import resolve
 
             network = network.to(resolve(str(device)))
+        for parameter in network.parameters():
+            if str(parameter.dtype) != "torch.float32":
+                raise UserError(
+                    f"the network has weights of {parameter.dtype}, and embeddings are computed in "
+                    "float32: give network.float()"
+                )
         self.network = network
 
     @property

@@ -48,7 +48,14 @@ def counted(number: int, thing: str) -> str:
 def check_count(name: str, value: object, least: int) -> None:
     """Raise a UserError unless ``value`` is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}")
+        remedy = _remedy(value, "__index__", int)
+        raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}{remedy}")
+
+
+def _remedy(value: object, method: str, kind: type) -> str:
+    """``: give int(…) of it`` for what is no int, but an array's or a tensor's; else nothing."""
+    like = hasattr(value, method) and not isinstance(value, int | float)
+    return f": give {kind.__name__}(…) of it" if like else ""
 
 
 def check_flag(name: str, value: object) -> None:
@@ -94,4 +101,5 @@ def check_number(
         and all(compare(value, bound) for _, bound, compare in bounds)
     ):
         wanted = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in bounds) or "finite"
-        raise UserError(f"{name} must be a number {wanted}, got {value!r}")
+        remedy = _remedy(value, "__float__", float)
+        raise UserError(f"{name} must be a number {wanted}, got {value!r}{remedy}")

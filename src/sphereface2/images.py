@@ -7,6 +7,7 @@ import io
 import re
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -124,6 +125,18 @@ def read_image(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         f"cannot read an image from a {type(image).__name__}; give a path, bytes, a PIL image, "
         "an array or a tensor"
     )
+
+
+def is_one(images: object) -> bool:
+    """Whether ``images`` is a single image; UserError if it is neither one nor many."""
+    dimensions = getattr(images, "ndim", None)
+    if dimensions is not None:  # an array or a tensor
+        # Of three dimensions, one that is no image: grey images look like one with alpha.
+        return dimensions in (2, 3)
+    one = isinstance(images, str | bytes | bytearray | memoryview | Path | Image.Image)
+    if not one and not isinstance(images, Iterable):
+        raise UserError(f"there is no image: {images!r} was given")
+    return one
 
 
 def encode_image(pixels: np.ndarray, suffix: str, quality: int | None = None) -> bytes:

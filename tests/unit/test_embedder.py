@@ -1,5 +1,6 @@
 """The Embedder: against the network called by hand, on torch and on ONNX Runtime."""
 
+import copy
 import gc
 import pickle
 import threading
@@ -284,5 +285,10 @@ def test_unusable_weights_no_images_and_wrong_options(net):
     with pytest.raises(UserError, match="NaN"):
         Embedder(broken).embed(images(2))
     assert Embedder(net).embed([]).shape == (0, 24)
+    for one in (images(1)[0], png(images(1)[0]), "a.jpg"):  # not its rows, bytes or letters
+        with pytest.raises(UserError, match="one image was given"):
+            Embedder(net).embed(one)
+    with pytest.raises(UserError, match=r"weights of torch.float64, .* network\.float\(\)"):
+        Embedder(copy.deepcopy(net).double())
     with pytest.raises(UserError, match="batch size must be 1 or more, not 0"):
         Embedder(net, batch_size=0)

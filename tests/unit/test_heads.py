@@ -66,7 +66,8 @@ def test_a_name_is_registered_once():
         (8, 1, "num_classes must be an integer ≥ 2, got 1"),
         (8, 0, "num_classes must be an integer ≥ 2, got 0"),
         (0, 5, "embedding_dim must be an integer ≥ 1, got 0"),
-        (8.0, 5, r"embedding_dim must be an integer ≥ 1, got 8\.0"),
+        (8.0, 5, r"embedding_dim must be an integer ≥ 1, got 8\.0$"),
+        (8, torch.tensor(5), r"got tensor\(5\): give int\(…\) of it"),
     ],
 )
 def test_bad_sizes(name, dim, classes, message):
@@ -90,6 +91,7 @@ def test_bad_sizes(name, dim, classes, message):
         ("q_margin", {"alpha": 1}, "alpha must be a number > 1 and ≤ 2, got 1"),
         ("q_margin", {"s": 64, "m": 1.0, "alpha": 2}, r"\(alpha - 1\)·s·m must be a number ≤ 30"),
         ("bce", {"r": -1}, "r must be a number > 0, got -1"),
+        ("bce", {"r": torch.tensor(2.0)}, r"got tensor\(2.\): give float\(…\) of it"),
     ],
 )
 def test_bad_settings_are_named(name, options, message):

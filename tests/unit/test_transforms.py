@@ -37,6 +37,12 @@ def test_decode_is_rgb_and_refuses_rubbish():
             decode(rubbish)
 
 
+def test_what_is_no_decoded_image_is_refused():
+    for wrong in (faces(1)[0] / 255, faces(1)[0][..., 0], np.zeros((8, 8, 4), np.uint8)):
+        with pytest.raises(UserError, match="images to augment must be uint8"):
+            run([wrong])
+
+
 def test_nothing_asked_nothing_done():
     images = faces(5)
     batch = Augmentation.none(32)(images, np.random.default_rng(0))

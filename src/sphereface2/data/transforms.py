@@ -145,6 +145,11 @@ class Augmentation:
         whole = array.shape[1:]
         size: tuple[int, int] | None = None  # of the first image, and most often of all
         for i, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UserError(
+                    "images to augment must be uint8 (H, W, 3) in RGB, not "
+                    f"{image.dtype} {image.shape}"
+                )
             if image.shape == whole and not (moves[i] or resizer.waiting):  # the shortest way
                 if flips[i]:
                     cv2.flip(image, 1, dst=array[i])

@@ -20,7 +20,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation import calibration as calibrations
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
-from sphereface2.images import ImageLike, read_image
+from sphereface2.images import ImageLike, is_one, read_image
 from sphereface2.recognition import box, card
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class FaceEmbedder:
             NoFaceError: a photograph shows no face; the message names it.
             UserError: an image cannot be read.
         """
-        if _is_one(images):
+        if is_one(images):
             return self.embedder.embed([images], read=lambda one: self._read(one, aligned))[0]
         several: Iterable[Any] = images  # type: ignore[assignment]
 
@@ -386,15 +386,3 @@ def _threshold(
     if far is not None:
         raise UserError("a FAR needs a calibration: run sphereface2 calibrate on the model first")
     return None, None
-
-
-def _is_one(images: Any) -> bool:
-    """Whether ``images`` is a single image; UserError if it is neither one nor many."""
-    if getattr(images, "ndim", None) is not None:  # an array or a tensor
-        # Of three dimensions, one that is no image: grey images look like one with alpha.
-        return images.ndim in (2, 3)
-    if images is None:
-        raise UserError("there is no image: None was given")
-    return isinstance(images, str | bytes | bytearray | memoryview | Path) or hasattr(
-        images, "getexif"
-    )

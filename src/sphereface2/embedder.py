@@ -252,8 +252,12 @@ class Embedder:
 
         Raises:
             UserError: an image cannot be read and ``unreadable`` is not given; it names the image.
+                Or ``indices`` that the source does not have.
         """
-        chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
+        from sphereface2.data.source import check_indices
+
+        count = len(source)
+        chosen = np.arange(count) if indices is None else check_indices(indices, count)
         return self.embed(
             chosen,
             read=lambda index: self._changed(source.read(int(index)), int(index), change),

@@ -54,6 +54,22 @@ def make(source=None, augmentation=None, **options):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"indices": np.array([True, False])}, r"got bool \(2,\): of a mask give np.flatnonzero"),
+        ({"indices": [0.5, 1.5]}, "whole numbers"),
+        ({"indices": [0, -1]}, "must lie in 0 … "),
+        ({"indices": [0, 10**6]}, "must lie in 0 … "),
+        ({"indices": [0], "labels": [-1]}, "labels: label -1 of image 0"),
+        ({"indices": [0], "labels": [0.5]}, "labels: label 0.5 of image 0"),
+    ],
+)
+def test_what_is_no_image_or_no_label_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
 def key(indices, step=0, epoch=0, offset=0):
     return BatchKey(epoch, step, np.asarray(indices), offset)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from sphereface2.cuda_graph import Graphed
 from sphereface2.data.batched import COLUMNS, pinned, table, transformed
 from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
-from sphereface2.data.source import Source
+from sphereface2.data.source import Source, check_indices, check_labels
 from sphereface2.data.transforms import FLIP, Augmentation
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
@@ -48,6 +48,10 @@ class FaceDataset(Dataset[Batch]):
         seed: with a key's epoch, step and place in the global batch it determines the augmentation.
         max_unreadable: the share of ``indices`` that may be unreadable before it is an error.
 
+    Raises:
+        UserError: indices that the source does not have, or labels that are not whole numbers ≥ 0.
+        ValueError: not one label for each index.
+
     An unreadable image's place is taken by the next readable one of its batch (labels follow), so
     that batches keep their size; ``Batch.unreadable`` names it. Each process counts the distinct
     ones that it saw; ``note_unreadable(batch.unreadable)`` in the main process counts them over
@@ -58,19 +62,18 @@ class FaceDataset(Dataset[Batch]):
         self,
         source: Source,
         indices: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
+        labels: Sequence[float] | np.ndarray | None = None,
         *,
         augmentation: Augmentation,
         seed: int = 0,
         max_unreadable: float = 0.01,
     ) -> None:
         self.source = source
-        self.indices = (
-            np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-        )
+        everything = np.arange(len(source))
+        self.indices = everything if indices is None else check_indices(indices, len(source))
         #: int64 (n,): the class of each image of the set.
-        self.labels = np.asarray(
-            np.asarray(source.labels)[self.indices] if labels is None else labels, np.int64
+        self.labels = check_labels(
+            np.asarray(source.labels)[self.indices] if labels is None else labels, "labels"
         )
         if self.labels.shape != self.indices.shape:
             raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from sphereface2.errors import UserError
 from sphereface2.files import read_text, visible
@@ -99,6 +100,22 @@ def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.
             f"[0, {MAX_PEOPLE:,}); number the people from 0"
         )
     return values.astype(np.int64)
+
+
+def check_indices(indices: npt.ArrayLike, count: int) -> np.ndarray:
+    """Indices of ``count`` images as int64 (n,); UserError unless they are whole numbers below it.
+
+    A mask is none: NumPy would make it the images 0 and 1, many times.
+    """
+    found = np.asarray(indices)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise UserError(
+            f"indices must be whole numbers (n,), got {found.dtype} {found.shape}: of a mask give "
+            "np.flatnonzero(mask)"
+        )
+    if found.size and not 0 <= found.min() <= found.max() < count:
+        raise UserError(f"indices must lie in 0 … {count - 1}, got {found.min()} … {found.max()}")
+    return found.astype(np.int64)
 
 
 def read_names(folder: Path, num_classes: int) -> list[str] | None:

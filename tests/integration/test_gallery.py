@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,6 +303,8 @@ def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
         ({"metadata": [1]}, "not a JSON object"),
         ({"metadata": {"x": "y" * 20_000}}, "16,384 is the maximum"),
         ({"sources": ["a", "b"]}, "1 image and 2 sources"),
+        ({"sources": [3]}, "sources of 'x' must be str or None, got 3"),
+        ({"crops": ["a"]}, "crops of 'x' must be bytes or None, got 'a'"),
         ({"crops": [b"a", b"b"]}, "1 image and 2 crops"),
         ({"sources": ["a" * 9000]}, "9000 bytes"),
         ({"sources": ["\ud800"]}, "not valid Unicode"),
@@ -315,6 +318,13 @@ def test_what_cannot_be_stored_is_refused(
     with pytest.raises(UserError, match=message):
         shared.add(**{**good, **change})  # type: ignore[arg-type]
     assert shared.get("x") is None
+
+
+@pytest.mark.parametrize("dim", [0, -3, 8.5, np.int64(8)])
+def test_a_dimension_that_no_database_stores_makes_no_gallery(tmp_path: Path, dim: object) -> None:
+    with pytest.raises(UserError, match="dim must be an integer ≥ 1, got"):
+        Gallery.open(tmp_path / "g.db", fingerprint="f", dim=dim)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_number_of_people_is_a_whole_one(shared: Gallery) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.errors import UserError, check_choice
+from sphereface2.errors import UserError, check_choice, check_count
 from sphereface2.recognition.gallery import stamps
 from sphereface2.recognition.gallery.engines import FileSearch, ServerSearch
 from sphereface2.recognition.gallery.rows import STORAGES, Rows, Stored, person_of
@@ -89,12 +89,15 @@ class GalleryReader:
 
         Raises:
             NoGalleryError: it does not exist and ``create`` is False.
-            UserError: the gallery is of another model, damaged, or made by a later version.
+            UserError: the gallery is of another model, damaged, or made by a later version; ``dim``
+                is no whole number above 0.
         """
         if embedder is not None:
             fingerprint, dim = embedder.fingerprint, embedder.embedding_dim
         if storage is not None:
             check_choice("storage", storage, STORAGES)
+        if dim is not None:
+            check_count("dim", dim, 1)
         create = create and fingerprint is not None and dim is not None
         database = Database.connect(uri, create=create)
         try:

@@ -100,7 +100,12 @@ class Enrolment:
         none: list[Any] = [None] * len(vectors)
         sources = none if self.sources is None else list(self.sources)
         crops = none if self.crops is None else list(self.crops)
-        for what, given in (("sources", sources), ("crops", crops)):
+        for what, given, kind in (("sources", sources, str), ("crops", crops, bytes)):
+            for one in given:
+                if not isinstance(one, kind | None):
+                    raise UserError(
+                        f"{what} of {name!r} must be {kind.__name__} or None, got {one!r:.80}"
+                    )
             if len(given) != len(vectors):
                 raise UserError(
                     f"{name!r} has {counted(len(vectors), 'image')} and {len(given)} {what}"

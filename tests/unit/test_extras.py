@@ -58,5 +58,3 @@ def test_extras_are_spelled_the_same_everywhere():
     for file in [*root.glob("src/**/*.py"), *root.glob("docs/*.md"), root / "README.md"]:
         for extras in re.findall(r"sphereface2\[([\w,]+)\]", file.read_text()):
             assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), file
-    listed = set(re.findall(r"^\| `([\w-]+)` \|", (root / "README.md").read_text(), re.MULTILINE))
-    assert listed == set(PROJECT["optional-dependencies"]) - {"test", "docs", "dev"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,6 +212,15 @@ def test_a_host_that_waits_is_refused_in_a_sentence() -> None:
         step([batch(4)], 4)
 
 
+class Thirty:
+    """Thirty images' names, without images."""
+
+    name = staticmethod(str)
+
+    def __len__(self) -> int:
+        return 30
+
+
 def test_recorded_batches_are_the_batches(recorded: list[Recorder]) -> None:
     rng = np.random.default_rng(0)
     augmentation = Augmentation(
@@ -226,7 +234,7 @@ def test_recorded_batches_are_the_batches(recorded: list[Recorder]) -> None:
         erase=0.5,
     )
     pixels = torch.from_numpy(rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
-    source = SimpleNamespace(name=str)
+    source = Thirty()
     found = []
     for graphed in (False, True):
         dataset = FaceDataset(source, np.arange(30), np.arange(30), augmentation=augmentation)

@@ -51,8 +51,9 @@ class SampleToSample(nn.Module):
         config: scale, margin and weight, which must be above 0.
         process_group: of torch.distributed; the memory is sharded over its ranks, each of which
             calls the module with its own samples, as with a sharded `Head`.
-        even: all ranks have equally many samples, and labels are known to lie in 0 … C - 1, which
-            is then not checked: either makes a GPU's host wait.
+        even: all ranks have equally many samples, labels are known to lie in 0 … C - 1, and the
+            memory holds somebody at the first `start`. None of it is checked then, for which a
+            GPU's host would wait.
 
     Each step calls `start`, which acts once, the loss itself and `remember`, with embeddings (B, d)
     of any floating type and integer labels (B,).
@@ -176,10 +177,11 @@ class SampleToSample(nn.Module):
             assert block.skip is not None
             total += z.masked_fill_(block.skip, 0.0).sum(1)
         total = self.shard.sum(total)
-        total = total[total > 0]  # not where the memory has nobody else
-        if not len(total):
+        met = total > 0  # not where the memory has nobody else
+        if not self.even and not met.any():
             return
-        level = total.log_().mean() + self.config.s
+        levels = total.log_().add_(self.config.s).where(met, 0.0)
+        level = levels.sum() / met.sum().clamp_min(1)
         self.bias.copy_(-level - self.config.s * self.config.m / 2)
         self.started.fill_(True)
         self.is_started = True

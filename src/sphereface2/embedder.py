@@ -332,16 +332,10 @@ class _Engine(Protocol):
         """uint8 RGB (H, W, 3) each to float32 (B, d), rows of length 1."""
 
 
-# Networks that are computing, each with the number of its users and its modules' modes before: it
-# stays in evaluation mode while any thread, of any Embedder, is inside.
-_modes: dict[Any, tuple[int, dict[Any, bool]]] = {}
-_modes_lock = Lock()
-
-
-def _set_modes(network: Any, modes: dict[Any, bool]) -> None:
-    network.train(modes[network])
-    for module, training in modes.items():  # some may have been frozen by themselves
-        module.training = training
+# Networks that are computing, each with the number of its users and its modules that were in
+# training mode: it stays in evaluation mode while any thread, of any Embedder, is inside.
+_computing: dict[Any, tuple[int, list[Any]]] = {}
+_computing_lock = Lock()
 
 
 class _TorchEngine:
@@ -365,21 +359,21 @@ class _TorchEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         network = self.network
-        with _modes_lock:
-            users, modes = _modes.get(network, (0, {}))
-            if not users:
-                modes = {module: module.training for module in network.modules()}
+        with _computing_lock:
+            users, trained = _computing.get(network, (0, []))
+            if not users and (trained := [one for one in network.modules() if one.training]):
                 network.eval()
-            _modes[network] = users + 1, modes
+            _computing[network] = users + 1, trained
         try:
             yield
         finally:
-            with _modes_lock:
-                users, modes = _modes.pop(network)
+            with _computing_lock:
+                users, trained = _computing.pop(network)
                 if users > 1:
-                    _modes[network] = users - 1, modes
+                    _computing[network] = users - 1, trained
                 else:
-                    _set_modes(network, modes)
+                    for module in trained:  # others may have been frozen by themselves
+                        module.training = True
 
     def forward(self, images: list[np.ndarray], flip: bool, threads: int | None) -> np.ndarray:
         import torch

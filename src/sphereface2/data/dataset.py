@@ -69,8 +69,8 @@ class FaceDataset(Dataset[Batch]):
         max_unreadable: float = 0.01,
     ) -> None:
         self.source = source
-        everything = np.arange(len(source))
-        self.indices = everything if indices is None else check_indices(indices, len(source))
+        count = len(source)
+        self.indices = np.arange(count) if indices is None else check_indices(indices, count)
         #: int64 (n,): the class of each image of the set.
         self.labels = check_labels(
             np.asarray(source.labels)[self.indices] if labels is None else labels, "labels"

@@ -35,6 +35,7 @@ from sphereface2.evaluation.thresholds import check_fars
 from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import check_folder
+from sphereface2.recognition import card
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ def shared_bias(
 def _choose(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Source]:
     """Open a labelled set; of the network's own training set only the people held out of it."""
     source, name = open_source(path), path.resolve().stem
-    trained_on = metadata.get("data")
-    if not isinstance(trained_on, dict) or trained_on.get("fingerprint") != source.fingerprint():
+    if (trained_on := card.training_set(metadata, source)) is None:
         return name, source
     people, seed = trained_on.get("validation_people", 0), trained_on.get("split_seed", 0)
     most = trained_on.get("held_out_max_images")

@@ -38,6 +38,7 @@ from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
 from sphereface2.files import check_folder, one_name, read_lines
+from sphereface2.recognition import card
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -319,8 +320,7 @@ class _Judge:
 
     def _trained_on(self, source: Source) -> list[str]:
         """A note where the network has seen the set in its training."""
-        data = self.embedder.metadata.get("data")
-        if not isinstance(data, dict) or data.get("fingerprint") != source.fingerprint():
+        if card.training_set(self.embedder.metadata, source) is None:
             return []
         return [
             "the network was trained on people of this set, so that these figures are too "

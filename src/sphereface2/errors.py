@@ -34,15 +34,18 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: float, thing: str) -> str:
     """A number of things, in the singular where it is one.
 
     Examples:
         >>> counted(1, "image"), counted(2_000, "broken link"), counted(0, "person")
         ('1 image', '2,000 broken links', '0 people')
+        >>> counted(1.0, "epoch"), counted(2.5, "epoch")
+        ('1 epoch', '2.5 epochs')
     """
     many = "people" if thing == "person" else f"{thing}s"
-    return f"{number:,} {thing if number == 1 else many}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {thing if number == 1 else many}"
 
 
 def check_count(name: str, value: object, least: int) -> None:

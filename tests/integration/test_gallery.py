@@ -304,6 +304,7 @@ def test_reembedding_takes_in_who_came_meanwhile(address: str) -> None:
         ({"metadata": {"x": "y" * 20_000}}, "16,384 is the maximum"),
         ({"sources": ["a", "b"]}, "1 image and 2 sources"),
         ({"sources": [3]}, "sources of 'x' must be str or None, got 3"),
+        ({"sources": "a"}, "sources of 'x' must be a list, got 'a'"),
         ({"crops": ["a"]}, "crops of 'x' must be bytes or None, got 'a'"),
         ({"crops": [b"a", b"b"]}, "1 image and 2 crops"),
         ({"sources": ["a" * 9000]}, "9000 bytes"),

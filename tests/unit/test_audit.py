@@ -20,6 +20,7 @@ import torch
 from sphereface2 import backbones
 from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
+from sphereface2.data.locate import ABOUT, DRAWN, locate
 from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError
@@ -70,6 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def crops(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images in one folder, which knows no people."""
     root = tmp_path_factory.mktemp("crops")
+    (root / ABOUT).write_text(f"{DRAWN} faces\n")
     for path in sorted(faces.rglob("*.*")):
         (root / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     return root
@@ -263,7 +265,9 @@ def test_an_audit_that_was_stopped_goes_on(
         return compute(job, embedder, source, number, **more)
 
     monkeypatch.setattr(Job, "compute", counted)
-    assert audit(faces, out=out, model=str(model), batch_size=1, device="cpu")["images"] == 320
+    given_again: Any = {"model": str(model), "batch_size": 1, "device": "cpu"}
+    assert audit(faces, out=out, write=tmp_path / "clean", **given_again)["images"] == 320
+    assert locate(str(tmp_path / "clean" / "train.rec")).is_synthetic  # as the set it was made of
     assert done == sorted(set(range(10)) - kept) and (out / "findings.csv").exists()
 
 
@@ -272,7 +276,7 @@ def test_a_set_without_labels_is_audited(crops: Path, model: Path, tmp_path: Pat
     summary = audit(crops, out=tmp_path / "out", model=str(model), write=clean, device="cpu")
     assert summary["findings"]["unreadable"] == 1 and summary["findings"]["duplicate"] >= 2
     assert summary["findings"]["wrong label"] == summary["findings"]["same person"] == 0
-    assert len(open_source(clean)) <= 51 - 3
+    assert len(open_source(clean)) <= 51 - 3 and locate(str(clean)).is_synthetic
 
 
 def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Path) -> None:
@@ -305,6 +309,7 @@ def test_clusters_are_edited_and_written(crops: Path, model: Path, tmp_path: Pat
     for to in ("folder", "recordio"):
         cluster(crops, apply=out / PEOPLE, write=tmp_path / to, to=to, device="cpu")
         left = open_source(tmp_path / to)
+        assert locate(str(tmp_path / to)).is_synthetic
         assert left.class_names == ["A b", "Zoë"]
         assert np.bincount(left.labels).tolist() == [2, 4]
         first = (crops / kept[3].split("\t")[1]).read_bytes()

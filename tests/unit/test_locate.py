@@ -104,14 +104,19 @@ def test_drawn_faces_say_what_they_are(place, monkeypatch, capfd):
     drawn = fetch("drawn", place / "drawn")
     assert "SYNTHETIC" in capfd.readouterr().out
     monkeypatch.setenv(ENVIRONMENT, str(drawn))
-    for found in (locate(), locate(str(drawn))):
-        assert found.is_synthetic and found.train == drawn
+    for named in ("auto", str(drawn), str(drawn / "train.rec")):
+        found = locate(named)
+        assert found.is_synthetic and found.train in (drawn, drawn / "train.rec")
         assert "SYNTHETIC" in found.note and "nothing about real faces" in found.note
     assert len(open_source(drawn)) == 2
     found = locate()
     assert len(load_pairs(found.pairs[0], names=found.names)) == 60
     with pytest.raises(UserError, match="exists already"):
         fetch("drawn", drawn)
+    other = open_source(fetch("drawn", place / "other", seed=1))
+    assert other.fingerprint() != open_source(drawn).fingerprint()
+    with pytest.raises(UserError, match="--seed is that of drawn faces"):
+        fetch("lfw", place / "lfw", seed=1)
 
 
 def test_what_cannot_be_fetched_is_said(place, monkeypatch):

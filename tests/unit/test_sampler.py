@@ -153,7 +153,10 @@ def test_people_meet_different_people():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
+        ({"batch_size": 8, "world_size": 0}, "world_size must be an integer ≥ 1, got 0"),
+        ({"batch_size": 8, "rank": -1}, "rank must be an integer ≥ 0, got -1"),
+        ({"batch_size": 8, "people_per_batch": -4, "images_per_person": -2}, "≥ 1, got -4"),
         ({"batch_size": 9, "world_size": 2}, "multiple of the 2"),
         ({"batch_size": 8, "world_size": 2, "rank": 2}, "rank 2"),
         ({"batch_size": 8, "people_per_batch": 4}, "together"),

@@ -19,7 +19,7 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.data import pairbin
 from sphereface2.data.folder import check_outside
-from sphereface2.data.locate import ABOUT
+from sphereface2.data.locate import about, write_about
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
@@ -135,9 +135,7 @@ def convert(
         return _convert_pairs(source, target, encoding)
     opened = open_source(source)
     check_outside(target, opened)
-    about = source / ABOUT
-    note = about.read_bytes() if about.is_file() else None
-    done = write_source(opened, target, to, encoding, about=note)
+    done = write_source(opened, target, to, encoding, told=about(source))
     console.show(
         f"{counted(done.images, 'image')} of {counted(done.people, 'person')} in {target}",
         *console.named("unreadable and left out", done.unreadable),
@@ -159,7 +157,7 @@ def write_source(
     to: str,
     encoding: Encoding | None = None,
     *,
-    about: bytes | None = None,
+    told: str = "",
 ) -> Conversion:
     """Write a set to the new folder ``target``, which appears when it is complete.
 
@@ -168,7 +166,7 @@ def write_source(
         target: must not exist.
         to: as of `convert`, but not "bin".
         encoding: of images that are encoded anew.
-        about: what `locate.ABOUT` says of the set, such as that its faces are drawn.
+        told: what is `locate.about` the set, such as that its faces are drawn.
 
     Raises:
         UserError: no image can be read.
@@ -181,8 +179,7 @@ def write_source(
             raise UserError(f"none of the {len(source)} images can be read")
         if to != "folder":
             write_names(temporary, source.class_names)
-        if about is not None:
-            (temporary / ABOUT).write_bytes(about)
+        write_about(temporary, told)
     return done
 
 

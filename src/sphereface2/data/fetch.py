@@ -12,7 +12,7 @@ import cv2
 
 from sphereface2 import console
 from sphereface2.data import pairbin, synthetic
-from sphereface2.data.locate import ABOUT, DRAWN
+from sphereface2.data.locate import DRAWN, write_about
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError, counted
 from sphereface2.files import atomic_folder, read_text
@@ -30,7 +30,7 @@ fetch_lfw_people(data_home=sys.argv[1], min_faces_per_person=500, n_retries=1, d
 """
 
 
-def fetch(what: Literal["lfw", "drawn"], target: Path, /) -> Path:
+def fetch(what: Literal["lfw", "drawn"], target: Path, /, *, seed: int | None = None) -> Path:
     """Fetch or draw a training set and the verification set that goes with it.
 
     LFW is fetched by scikit-learn, about 230 MB, which stay beside the set. Nobody tested is
@@ -41,21 +41,31 @@ def fetch(what: Literal["lfw", "drawn"], target: Path, /) -> Path:
         what: "lfw", photographs of real people, or "drawn", drawings that show that a pipeline
             works and nothing about real faces.
         target: The new folder of the set.
+        seed: Of the drawn faces; default: 0.
 
     Returns:
         ``target``.
 
     Raises:
-        UserError: ``target`` exists, LFW cannot be had, or there is no such set.
+        UserError: ``target`` exists, ``seed`` is given for LFW, LFW cannot be had, or there is no
+            such set.
     """
     if target.exists():
         raise UserError(f"{target} exists already; name a new folder")
+    if seed is not None and what != "drawn":
+        raise UserError(f"--seed is that of drawn faces: fetch {what} without it")
     if what == "lfw":
         home = _download_lfw(target.parent / "scikit_learn")
         people, images = pack_lfw(home / "lfw_funneled", home / "pairsDevTest.txt", target)
         console.show(f"LFW: {counted(images, 'image')} of {counted(people, 'person')} in {target}")
     elif what == "drawn":
-        synthetic.write(target, people=_PEOPLE, images_per_person=_IMAGES, pairs_per_fold=_PAIRS)
+        synthetic.write(
+            target,
+            people=_PEOPLE,
+            images_per_person=_IMAGES,
+            seed=seed or 0,
+            pairs_per_fold=_PAIRS,
+        )
         console.show(f"{_PEOPLE * _IMAGES:,} {DRAWN} images of {_PEOPLE:,} people in {target}")
     else:
         raise UserError(f"cannot fetch {what!r}; choose lfw or drawn")
@@ -142,9 +152,9 @@ def pack_lfw(images: Path, test_pairs: Path, target: Path) -> tuple[int, int]:
             names += ["\t".join(pair) for pair in genuine[part] + impostor[part]]
         pairbin.write(temporary / "lfw_view1.bin", faces, verdicts)
         (temporary / "lfw_view1_pairs.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-        (temporary / ABOUT).write_text(
+        write_about(
+            temporary,
             "LFW without the people of View 1's test pairs; lfw_view1 is those 1,000 pairs, not "
-            "the usual 6,000 of View 2\n",
-            encoding="utf-8",
+            "the usual 6,000 of View 2",
         )
     return label, total

@@ -10,6 +10,7 @@ from typing import Literal
 from sphereface2.data.listfile import LIST_SUFFIXES
 from sphereface2.data.opening import names_beside
 from sphereface2.errors import UserError
+from sphereface2.files import read_text
 from sphereface2.images import SUFFIXES
 
 ENVIRONMENT = "SPHEREFACE2_DATA"
@@ -47,9 +48,9 @@ def locate(train: str = "auto") -> TrainingData:
         UserError: the variable is not set, or there is no training set where it points.
     """
     if train != "auto":
-        about = _about(Path(train))
-        note = f"{train}: {about}" if about else train
-        return TrainingData("given", Path(train), [], None, note, about.startswith(DRAWN))
+        told = about(Path(train))
+        note = f"{train}: {told}" if told else train
+        return TrainingData("given", Path(train), [], None, note, told.startswith(DRAWN))
     named = os.environ.get(ENVIRONMENT)
     if not named:
         raise UserError(
@@ -71,10 +72,10 @@ def locate(train: str = "auto") -> TrainingData:
     bins = [path for place in places if place.is_dir() for path in sorted(place.glob("[!.]*.bin"))]
     pairs = sorted(bins, key=lambda path: (path.name != "lfw.bin", bins.index(path)))
     sets = ", ".join(path.name for path in pairs) or "no verification set"
-    about = _about(found)
-    note = f"{found} (${ENVIRONMENT}), with {sets}{f': {about}' if about else ''}"
+    told = about(found)
+    note = f"{found} (${ENVIRONMENT}), with {sets}{f': {told}' if told else ''}"
     names = names_beside(pairs[0]) if pairs else None
-    return TrainingData("environment", found, pairs, names, note, about.startswith(DRAWN))
+    return TrainingData("environment", found, pairs, names, note, told.startswith(DRAWN))
 
 
 def find() -> TrainingData | None:
@@ -82,9 +83,16 @@ def find() -> TrainingData | None:
     return locate() if os.environ.get(ENVIRONMENT) else None
 
 
-def _about(folder: Path) -> str:
-    path = folder / ABOUT
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+def about(path: Path) -> str:
+    """What the file beside the set at ``path`` says of it; empty where there is none."""
+    file = (path if path.is_dir() else path.parent) / ABOUT
+    return read_text(file).strip() if file.is_file() else ""
+
+
+def write_about(folder: Path, text: str) -> None:
+    """Write where `about` finds it what a set in ``folder`` is; nothing if ``text`` is empty."""
+    if text:
+        (folder / ABOUT).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _training_set(folder: Path) -> Path | None:

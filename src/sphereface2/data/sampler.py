@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 
 
 class BatchKey(NamedTuple):
@@ -64,11 +64,20 @@ class BatchSampler(Sampler[BatchKey]):
         images_per_person: int | None = None,
     ) -> None:
         self._labels = np.asarray(labels, dtype=np.int64)
-        if batch_size < 1 or batch_size % world_size:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+            ("people_per_batch", people_per_batch, 1),
+            ("images_per_person", images_per_person, 1),
+        ):
+            if value is not None:
+                check_count(name, value, least)
+        if batch_size % world_size:
             raise UserError(
-                f"batch size {batch_size} must be a positive multiple of the {world_size} processes"
+                f"batch size {batch_size} must be a multiple of the {world_size} processes"
             )
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise UserError(f"rank {rank} is outside 0…{world_size - 1}")
         if (people_per_batch is None) != (images_per_person is None):
             raise UserError("people per batch and images per person must be given together")

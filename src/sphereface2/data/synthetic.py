@@ -21,7 +21,7 @@ import numpy as np
 from rich.progress import track
 
 from sphereface2.data import pairbin
-from sphereface2.data.locate import ABOUT, DRAWN
+from sphereface2.data.locate import DRAWN, write_about
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_folder
@@ -408,10 +408,10 @@ def write(
                 for image in person(seed, number, images_per_person):
                     writer.add(number, image)
         _write_pairs(temporary, people, seed, pairs_per_fold)
-        (temporary / ABOUT).write_text(
+        write_about(
+            temporary,
             f"{DRAWN} faces, drawn: figures show that the pipeline works, and nothing about real "
-            "faces\n",
-            encoding="utf-8",
+            "faces",
         )
     return directory
 

@@ -164,7 +164,7 @@ def _measure(
     validation = dataclasses.replace(settings.validation, pairs=list(pairs))
     result = CellResult(
         config=configuration.to_dict(dataclasses.replace(settings, validation=validation)),
-        data=CellData(data["kind"], data["fingerprint"], data["images"], data["people"]),
+        data=CellData(data["fingerprint"], data["images"], data["people"]),
         environment=environment["starts"],
         training=TrainingFacts.of(progress),
         validation={p.at: p.value for p in points if p.at in settings.validation.fars},

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2 import console, markdown
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.results import far_key
 from sphereface2.extras import require
 from sphereface2.files import atomic_write
@@ -95,18 +95,13 @@ def _write(path: Path, **content: Any) -> None:
     )
     environment.filters |= {
         "md": markdown.escape,
-        "count": count,
+        "counted": counted,
         "number": tables.number,
         "far": far_key,
     }
     path.parent.mkdir(parents=True, exist_ok=True)  # plots are written while rendering
     text = environment.get_template(f"{path.name}.jinja").render(**content)
     atomic_write(path, text.encode())
-
-
-def count(number: int, noun: str) -> str:
-    """``1 seed``, ``3 seeds``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _file_name(name: str) -> str:
@@ -185,12 +180,14 @@ class Report:
         hours = sum(result.cpu_seconds for result in found.found.values()) / 3600
         facts = {
             "Network": f"{backbone.pop('name')}, {tables.settings(backbone)}",
-            "Schedule": f"{training['epochs']:g} epochs, batches of {training['batch_size']}",
-            "Data": f"{first.data.kind}, fingerprint {first.data.fingerprint[:12]}",
+            "Schedule": f"{counted(training['epochs'], 'epoch')}, "
+            f"batches of {training['batch_size']}",
+            "Data": f"{first.data.images:,} images of {counted(first.data.people, 'person')}, "
+            f"fingerprint {first.data.fingerprint[:12]}",
             "People to choose trials": f"{data['validation_people']:,}{left_out}",
             "People to test": f"{first.test.people:,}, with {first.test.images:,} images",
             "Seeds": tables.value(self.study.seeds),
-            "Cells": f"{len(found.found):,} of {self.asked:,} done; {count(trials, 'trial')}",
+            "Cells": f"{len(found.found):,} of {self.asked:,} done; {counted(trials, 'trial')}",
             "CPU time": f"{hours:,.2f} hours, of the processes that finished the cells",
             "Versions": _versions(first),
         }

@@ -34,7 +34,6 @@ class CellData:
     Without the path: results are passed on, and the fingerprint says what the data was.
     """
 
-    kind: str
     fingerprint: str
     images: int
     people: int

@@ -19,7 +19,7 @@ from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.folder import check_outside
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.files import check_folder, owned
 from sphereface2.machine import cores
 from sphereface2.signals import Stopper, parent
@@ -292,8 +292,8 @@ def _announce(
         f"input {trainer.network.preprocessing.size}",
         f"head       {settings.head['name']}",
         _teacher(settings),
-        f"schedule   {trainer.total_steps:,} steps of {settings.training.batch_size} images on "
-        f"{place.size} rank(s), {place.device.type}",
+        f"schedule   {counted(trainer.total_steps, 'step')} of {settings.training.batch_size} "
+        f"images on {counted(place.size, 'rank')}, {place.device.type}",
         f"chosen     {chosen}, for this set and device" if chosen else None,
         f"run        {run}",
     ]

@@ -20,7 +20,7 @@ from sphereface2.data.folder import FolderSource
 from sphereface2.data.hardening import Hardening, hardenings
 from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.all_pairs import AllPairsResult, evaluate_all_pairs
 from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.calibration import Calibration, CalibrationSet, Images
@@ -273,9 +273,9 @@ def _table(run: Path, settings: RunConfig, found: RunReport, calibrated: str, pl
     table.add_row("backbone", console.cell(_component(settings.backbone)))
     table.add_row(
         "training",
-        f"{settings.training.epochs:g} epochs, {training.steps:,} steps of "
+        f"{counted(settings.training.epochs, 'epoch')}, {counted(training.steps, 'step')} of "
         f"{settings.training.batch_size} images in {training.seconds / 60:.1f} min: "
-        f"{training.images_per_second:,.0f} images/s on {training.ranks} rank(s)",
+        f"{training.images_per_second:,.0f} images/s on {counted(training.ranks, 'rank')}",
     )
     if names := training.unreadable:
         listed = console.cell(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

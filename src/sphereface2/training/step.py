@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sphereface2 import backbones, heads
 from sphereface2.cuda_graph import Graphed
 from sphereface2.data.dataset import Batch
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
 from sphereface2.training.optim import build_optimizers, clip_gradients, drop_gradients
@@ -153,7 +153,7 @@ class TrainingStep:
         if self.world.device.type not in GRAPHED or self.world.size > 1:
             raise UserError(
                 "training.cuda_graph must be false except on one CUDA device, and this is "
-                f"{self.world.device.type} with {self.world.size} rank(s): leave it out"
+                f"{self.world.device.type} with {counted(self.world.size, 'rank')}: leave it out"
             )
         if self.teacher is not None:
             self.teacher.keep_on(self.world.device)

@@ -22,7 +22,7 @@ from torch import nn
 
 from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchSampler
-from sphereface2.errors import Stopped, UserError
+from sphereface2.errors import Stopped, UserError, counted
 from sphereface2.heads.sharding import local
 from sphereface2.signals import Stopper
 from sphereface2.training import checkpoint as ckpt
@@ -179,7 +179,7 @@ class Trainer:
         if self.position > self.total_steps:
             raise UserError(
                 f"training.epochs = {self.config.training.epochs:g}, but {self.run} has trained "
-                f"{done:g} epochs; give more, or start a new run"
+                f"{counted(done, 'epoch')}; give more, or start a new run"
             )
 
     @property

@@ -19,6 +19,7 @@ from sphereface2 import console
 from sphereface2.align import Aligner
 from sphereface2.data.convert import Conversion, Encoding, check_target, is_unsafe, write_source
 from sphereface2.data.embedding_table import unit
+from sphereface2.data.locate import about
 from sphereface2.data.source import Source, Subset
 from sphereface2.errors import UserError, check_number, counted
 from sphereface2.evaluation.calibration import Calibration
@@ -114,7 +115,7 @@ def cluster(
         if write is None:
             raise UserError("--apply goes with --write, the folder for the set of people")
         named = read_people(apply, open_images(source))
-        return show({}, [], as_json, _write(named, write, to, align))
+        return show({}, [], as_json, _write(named, write, to, align, about(source)))
     if out is None:
         raise UserError("give --out, the folder of the result")
     start = time.perf_counter()
@@ -141,7 +142,7 @@ def cluster(
             atomic_write(out / PEOPLE, text.encode())
     done = None
     if write is not None:
-        done = _write(read_people(out / PEOPLE, faces.source), write, to, align)
+        done = _write(read_people(out / PEOPLE, faces.source), write, to, align, about(source))
     return show(summary, _lines(summary, out), as_json, done)
 
 
@@ -272,10 +273,10 @@ class _Crops(Subset):
         return Encoding("jpg", 95)(self.aligner.align(super().read(index))[0])
 
 
-def _write(people: Subset, target: Path, to: str, align: bool) -> Conversion:
+def _write(people: Subset, target: Path, to: str, align: bool, told: str) -> Conversion:
     if align:
         people = _Crops(people.source, people.index, people.labels, people.class_names)
-    return write_source(people, target, to)
+    return write_source(people, target, to, told=told)
 
 
 # -- the file of who is who ---------------------------------------------------------------------

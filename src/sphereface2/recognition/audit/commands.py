@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from sphereface2 import console
+from sphereface2.data.locate import about
 from sphereface2.errors import UserError, check_number, counted
 from sphereface2.files import atomic_write, writing
 from sphereface2.recognition.audit.faces import examined
@@ -87,7 +88,7 @@ def audit(
             raise UserError("--apply goes with --write, the folder for the cleaned set")
         opened = open_images(source)
         edited = cleaned(opened, read_findings(apply, opened))
-        return show({}, [], as_json, write_set(edited, write))
+        return show({}, [], as_json, write_set(edited, write, about(source)))
     start = time.perf_counter()
     embedding: Any = {"model": model, "device": device, "batch_size": batch_size, "align": align}
     with examined(source, out, write, **embedding) as (embedder, faces):
@@ -115,7 +116,7 @@ def audit(
         with writing(out):
             atomic_write(out / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
     files = f"report: {out / 'report.html'}, to edit: {out / FINDINGS}"
-    done = None if write is None else write_set(cleaned(faces.source, found), write)
+    done = None if write is None else write_set(cleaned(faces.source, found), write, about(source))
     return show(summary, [_table(summary), files], as_json, done)
 
 

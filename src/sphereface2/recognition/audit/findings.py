@@ -19,6 +19,7 @@ from sphereface2 import console
 from sphereface2.data.convert import Conversion, write_source
 from sphereface2.data.folder import FolderSource, ImageSource
 from sphereface2.data.listfile import ListSource
+from sphereface2.data.locate import write_about
 from sphereface2.data.recordio import RecordIOSource
 from sphereface2.data.source import Source, Subset, write_names
 from sphereface2.errors import UserError, counted, did_you_mean
@@ -205,11 +206,11 @@ def firsts(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.unique(found, return_index=True)[1][found]
 
 
-def write_set(chosen: Subset, target: Path) -> Conversion:
+def write_set(chosen: Subset, target: Path, told: str = "") -> Conversion:
     """Write the set to a new folder that ``fit`` takes.
 
     Of a set of files it is a list, ``train.txt``, of the files where they lie; a packed set is
-    packed again, as RecordIO or WebDataset.
+    packed again, as RecordIO or WebDataset. ``told`` is what is `locate.about` the set.
 
     Raises:
         UserError: ``target`` exists, or a path cannot stand in a list.
@@ -224,7 +225,7 @@ def write_set(chosen: Subset, target: Path) -> Conversion:
         root = source.path.parent
     else:
         layout = "recordio" if isinstance(source, RecordIOSource) else "webdataset"
-        return write_source(chosen, target, layout)
+        return write_source(chosen, target, layout, told=told)
     order = np.argsort(chosen.labels, kind="stable").tolist()
     lines = []
     for i in order:
@@ -238,6 +239,7 @@ def write_set(chosen: Subset, target: Path) -> Conversion:
     with atomic_folder(target) as folder:
         (folder / "train.txt").write_text("".join(lines), encoding="utf-8")
         write_names(folder, chosen.class_names)
+        write_about(folder, told)
     return Conversion(target, len(lines), chosen.num_classes)
 
 

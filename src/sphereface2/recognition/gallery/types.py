@@ -98,18 +98,21 @@ class Enrolment:
             raise UserError(f"{name!r} has no image; give at least one")
         check_count(name, len(vectors))
         none: list[Any] = [None] * len(vectors)
-        sources = none if self.sources is None else list(self.sources)
-        crops = none if self.crops is None else list(self.crops)
-        for what, given, kind in (("sources", sources, str), ("crops", crops, bytes)):
-            for one in given:
+        listed: list[list[Any]] = []
+        for what, given, kind in (("sources", self.sources, str), ("crops", self.crops, bytes)):
+            if isinstance(given, str | bytes):  # which would be a list of its letters
+                raise UserError(f"{what} of {name!r} must be a list, got {given!r:.80}")
+            listed.append(none if given is None else list(given))
+            for one in listed[-1]:
                 if not isinstance(one, kind | None):
                     raise UserError(
                         f"{what} of {name!r} must be {kind.__name__} or None, got {one!r:.80}"
                     )
-            if len(given) != len(vectors):
+            if len(listed[-1]) != len(vectors):
                 raise UserError(
-                    f"{name!r} has {counted(len(vectors), 'image')} and {len(given)} {what}"
+                    f"{name!r} has {counted(len(vectors), 'image')} and {len(listed[-1])} {what}"
                 )
+        sources, crops = listed
         for source in filter(None, sources):
             if (size := _bytes(source, f"a source of {name!r}")) > SOURCE_BYTES:
                 raise UserError(

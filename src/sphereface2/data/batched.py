@@ -21,7 +21,7 @@ from sphereface2.data.hardening import FULL, GAMMA, normals
 from sphereface2.data.transforms import GREY, Augmentation
 
 _COLUMNS = {
-    "back": 6,  # where in the image each pixel comes from: x, y, 1 -> x, y
+    "back": 6,  # where each pixel comes from: x, y, 1 -> x, y, from -1 to 1 across the image
     "colours": 12,  # the colour map of `Plan.colours`, the offset for grey 1
     "box": 4,  # of erasing: top, height, left, width
     "colour": 3,
@@ -48,8 +48,9 @@ def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int
     forward = np.zeros((len(draws), 3, 3))
     forward[:, :2] = plan.matrix(slice(None), height, width).transpose(2, 0, 1)
     forward[:, 2, 2] = 1
+    unit = np.array([[2 / (width - 1), 0, -1], [0, 2 / (height - 1), -1], [0, 0, 1]])
     columns = [
-        np.linalg.inv(forward)[:, :2],
+        (unit @ np.linalg.inv(unit @ forward))[:, :2],
         plan.colours(np.arange(len(draws)), 1.0),
         np.stack([plan.top, plan.height, plan.left, plan.width], 1),
         plan.colour,
@@ -73,8 +74,11 @@ def transformed(augmentation: Augmentation, images: Tensor, numbers: Tensor) -> 
     side = augmentation.size
     part = dict(zip(_COLUMNS, numbers.split(list(_COLUMNS.values()), 1), strict=True))
     pixels = images.float().contiguous(memory_format=torch.channels_last)
-    if augmentation.flip or augmentation.affine or augmentation.crop:
-        pixels = _moved(pixels, part["back"].reshape(-1, 2, 3))
+    back = part["back"].reshape(-1, 2, 3)
+    if augmentation.affine or augmentation.crop:
+        pixels = _moved(pixels, back)
+    elif augmentation.flip:
+        pixels = torch.where(back[:, :1, :1, None] < 0, pixels.flip(3), pixels)
     if tuple(pixels.shape[2:]) != (side, side):
         pixels = _grey_levels(
             functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
@@ -109,16 +113,9 @@ def _grey_levels(pixels: Tensor) -> Tensor:
 
 def _moved(pixels: Tensor, back: Tensor) -> Tensor:
     """Mirrored, turned, scaled and shifted by (B, 2, 3), zeros around."""
-    height, width = pixels.shape[2:]
-    x = torch.arange(width, device=pixels.device, dtype=torch.float32)
-    y = torch.arange(height, device=pixels.device, dtype=torch.float32)
-    grid = (
-        back[:, None, None, :, 0] * x[:, None]
-        + back[:, None, None, :, 1] * y[:, None, None]
-        + back[:, None, None, :, 2]
-    )  # (B, H, W, 2)
-    grid[..., 0].mul_(2 / (width - 1)).sub_(1)
-    grid[..., 1].mul_(2 / (height - 1)).sub_(1)
+    y, x = (torch.linspace(-1, 1, side, device=pixels.device) for side in pixels.shape[2:])
+    of_x, of_y, shift = back[:, None, None].unbind(4)  # (B, 1, 1, 2) each
+    grid = of_x * x[:, None] + (of_y * y[:, None, None] + shift)  # (B, H, W, 2)
     return _grey_levels(functional.grid_sample(pixels, grid, align_corners=True))
 
 

@@ -186,9 +186,10 @@ class _Runner:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=3600,  # a cell takes minutes
         )
         with progress, ThreadPoolExecutor(self.jobs) as pool:
-            task = progress.add_task("cells")
+            task = progress.add_task("cells", completed=len(self.found))
             running: dict[Future[str], tuple[Cell, bool]] = {}
             try:
                 while True:

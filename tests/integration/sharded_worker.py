@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from sphereface2 import heads
+from sphereface2.errors import UserError
 from sphereface2.heads import sharding
 
 DIM = 8
@@ -133,6 +134,31 @@ def between_samples(classes: int, steps: int) -> None:
     assert sharded.is_started
 
 
+def disagreement(changed: dict[str, Any]) -> str:
+    """What a call says where the last rank's head is another one than the others'."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    head = build(**{"classes": 53, **(changed if last else {})}, process_group=dist.group.WORLD)
+    try:
+        head(*batch(0, 53)[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def disagreements() -> None:
+    """Ranks whose heads differ all say so, and can go on."""
+    last = dist.get_world_size() - 1
+    for changed, told in (
+        ({"classes": 54}, f"num_classes is 53 on rank 0 and 54 on rank {last}"),
+        ({"m": 0.2}, "m=0.2"),
+        ({"loss_weight": 2.0}, f"weight of the loss is 50.0 on rank 0 and 2.0 on rank {last}"),
+        ({"bias": "per_class"}, f"number of biases is 1 on rank 0 and C on rank {last}"),
+        ({"name": "siglip"}, "the loss is BinaryMargin"),
+    ):
+        assert told in disagreement(changed), changed
+    assert disagreement({}) == "nothing"
+
+
 def bytes_moved(classes: int) -> dict[str, int]:
     """Bytes that a step hands to each collective, counted where torch is called."""
     counted: Counter[str] = Counter()
@@ -202,6 +228,8 @@ def work(rank: int, ranks: int, port: int, log: Path, task: str, argument: str) 
         between_samples(4, 8)
         # A sample of everybody: the weights and own classes of a rank's share are right.
         equality(53, 20, scaling={"negatives": "uniform", "negative_share": 1.0})
+    elif task == "disagreement":
+        disagreements()
     elif task == "bytes":
         counts = {classes: bytes_moved(classes) for classes in (100, 1000)}
         if dist.get_rank() == 0:

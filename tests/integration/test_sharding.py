@@ -35,6 +35,10 @@ def test_equals_the_dense_head_over_20_steps_with_uneven_batches(
     run(ranks, "equality", tmp_path)
 
 
+def test_ranks_whose_heads_differ_say_how(tmp_path: Path) -> None:
+    run(3, "disagreement", tmp_path)
+
+
 def test_bytes_moved_do_not_depend_on_the_number_of_classes(tmp_path: Path) -> None:
     run(3, "bytes", tmp_path, "bytes.json")
     counts = json.loads((tmp_path / "bytes.json").read_text())

@@ -107,6 +107,8 @@ def test_bad_settings_are_named(name, options, message):
         (torch.zeros(2, 8), torch.tensor([0]), r"labels must have shape \(2,\).* got \(1,\)"),
         (torch.zeros(2, 8), torch.tensor([[0], [1]]), r"labels must have shape \(2,\)"),
         (torch.zeros(2, 8), torch.tensor([0.0, 1.0]), "labels must be integers"),
+        (torch.zeros(2, 8), [0, 1], "must be tensors, got Tensor and list"),
+        (torch.zeros(2, 8), torch.zeros(2).long().to("meta"), "device of the embeddings, cpu"),
         (torch.zeros(2, 8), torch.tensor([True, False]), "labels must be integers"),
         (torch.zeros(2, 7), torch.tensor([0, 1]), r"shape \(B, 8\), got \(2, 7\)"),
         (torch.zeros(8), torch.tensor([0]), r"shape \(B, 8\), got \(8,\)"),

@@ -73,7 +73,8 @@ class Head(nn.Module):
 
     Raises:
         UserError: in the constructor, a value out of its range; in a call, shapes that do not fit,
-            an empty batch, a label outside 0 … C - 1, or a miner's tuples.
+            an empty batch, a label outside 0 … C - 1, a miner's tuples, or ranks of a process
+            group whose heads differ.
     """
 
     scaling: ClassVar[frozenset[str]] = frozenset()
@@ -82,8 +83,9 @@ class Head(nn.Module):
     """The optimiser that takes its step within the forward pass, if there is one."""
     trust_batches: bool = False
     """Set it to True where the caller vouches for its batches, as the training loop does: labels
-    are then not read to check their range, nor are other ranks asked for the sizes of their
-    batches, which must be equal. Either makes a GPU's host wait at every call."""
+    are then not read to check their range, nor are other ranks asked whether their head is the
+    same and how large their batches are, which must be equal. Either makes a GPU's host wait at
+    every call; a first step without it finds most mistakes."""
 
     def __init__(self, embedding_dim: int, num_classes: int, **scaling: Unpack[Scaling]) -> None:
         super().__init__()
@@ -192,6 +194,14 @@ def check_batch(
 
     ``trusted``: the labels are known to lie in 0 … ``classes`` - 1 and are not read.
     """
+    if not (isinstance(embeddings, Tensor) and isinstance(labels, Tensor)):
+        given = " and ".join(type(one).__name__ for one in (embeddings, labels))
+        raise UserError(f"embeddings and labels must be tensors, got {given}: give torch.tensor(…)")
+    if labels.device != embeddings.device:
+        raise UserError(
+            f"labels must be on the device of the embeddings, {embeddings.device}, and are on "
+            f"{labels.device}: give labels.to({str(embeddings.device)!r})"
+        )
     if embeddings.ndim != 2 or embeddings.shape[1] != dim:
         raise UserError(f"embeddings must have shape (B, {dim}), got {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():

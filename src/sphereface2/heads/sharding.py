@@ -6,8 +6,11 @@ ranks and returns sums over shards to the ranks that own the samples: O(B·d) by
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +18,13 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor import Shard as SplitRows
 
+from sphereface2.errors import UserError
+
 # Under their names since torch 2.14, or those before it.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_COUNT_BITS = 31  # of an int64, for the samples of a rank; a checksum has 32
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,12 @@ class Shard:
     """The rows ``start`` … ``stop`` - 1 of W that this rank owns; all of them without a group.
 
     Ranges are those of a DTensor split by rows: ⌈C/ranks⌉ rows a rank, the last ranks fewer or
-    none.
+    none. ``classes`` is C.
     """
 
     start: int
     stop: int
+    classes: int
     group: dist.ProcessGroup | None = None
     size: int = 1
 
@@ -37,11 +45,11 @@ class Shard:
     def of(cls, num_classes: int, group: dist.ProcessGroup | None) -> Shard:
         """This rank's share of ``num_classes`` within ``group``."""
         if group is None:
-            return cls(0, num_classes)
+            return cls(0, num_classes, num_classes)
         size = dist.get_world_size(group)
         rows = math.ceil(num_classes / size)
         start = min(dist.get_rank(group) * rows, num_classes)
-        return cls(start, min(start + rows, num_classes), group, size)
+        return cls(start, min(start + rows, num_classes), num_classes, group, size)
 
     @property
     def rows(self) -> int:
@@ -62,14 +70,31 @@ class Shard:
             rows, mesh, [SplitRows(0)], run_check=False, shape=shape, stride=rows.stride()
         )
 
-    def gather(self, x: Tensor, labels: Tensor, *, even: bool = False) -> Batch:
+    def gather(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        even: bool = False,
+        terms: dict[str, Any] | None = None,
+    ) -> Batch:
         """Every rank's unit embeddings (B, d) and labels (B,), in rank order.
 
-        ``even``: all ranks have equally many, so that nothing needs to be asked and waited for.
+        Args:
+            even: all ranks have equally many and agree, so that nothing needs to be asked and
+                waited for.
+            terms: JSON-able, what must be the same on all ranks besides the shapes, by its name.
+
+        Raises:
+            UserError: alike on all ranks: it is not.
         """
         if self.group is None:
             return Batch(x, labels, [len(x)], 0)
-        counts = [len(x)] * self.size if even else self._gather_counts(len(x), x.device)
+        counts = [len(x)] * self.size
+        if not even:
+            sizes = {"num_classes": self.classes, "embedding_dim": x.shape[1]}
+            terms = {**sizes, "dtype": str(x.dtype), **(terms or {})}
+            counts = self._gather_counts(len(x), json.dumps(terms), x.device)
         # Labels travel as the bit patterns of as many floating-point columns as they need: one
         # message instead of two.
         packed = x.new_zeros(max(counts), x.shape[1] + 8 // x.element_size())
@@ -108,11 +133,32 @@ class Shard:
             dist.all_reduce(value, group=self.group)
         return value
 
-    def _gather_counts(self, count: int, device: torch.device) -> list[int]:
-        counts = torch.empty(self.size, dtype=torch.int64, device=device)
-        own = torch.tensor([count], device=device)
-        all_gather(counts, own, group=self.group)
-        return counts.tolist()
+    def _gather_counts(self, count: int, terms: str, device: torch.device) -> list[int]:
+        # A checksum of the terms travels above the count, in the same 8 bytes.
+        checked = self._gather_numbers(zlib.crc32(terms.encode()) << _COUNT_BITS | count, device)
+        if len({one >> _COUNT_BITS for one in checked}) > 1:
+            self._tell_apart(terms.encode(), device)
+        return [one & ((1 << _COUNT_BITS) - 1) for one in checked]
+
+    def _gather_numbers(self, number: int, device: torch.device) -> list[int]:
+        numbers = torch.empty(self.size, dtype=torch.int64, device=device)
+        all_gather(numbers, torch.tensor([number], device=device), group=self.group)
+        return numbers.tolist()
+
+    def _tell_apart(self, terms: bytes, device: torch.device) -> None:
+        """UserError that names the first of the terms that differs between ranks."""
+        length = max(self._gather_numbers(len(terms), device))
+        own = torch.tensor(list(terms.ljust(length)), dtype=torch.uint8, device=device)
+        everybody = own.new_empty(self.size * length)
+        all_gather(everybody, own, group=self.group)
+        first, *others = [json.loads(bytes(part.tolist())) for part in everybody.split(length)]
+        for rank, other in enumerate(others, 1):
+            for name in [name for name in first if first[name] != other.get(name)]:
+                raise UserError(
+                    f"a module that is sharded over ranks must be the same on each, and {name} is "
+                    f"{first[name]} on rank 0 and {other.get(name)} on rank {rank}: give all ranks "
+                    "the same options, and the number of people of the whole set"
+                )
 
 
 @dataclass(frozen=True)

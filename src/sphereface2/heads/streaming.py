@@ -34,7 +34,7 @@ class Work:
         scale: factor of the mean loss.
         chunk: most rows a block.
         half: whether the products of float32 embeddings are made of bfloat16 numbers.
-        even: all ranks are known to have equally many samples.
+        even: all ranks are known to have equally many samples and the same loss.
         update: consumes the gradient of W in the forward pass, which then yields none.
     """
 
@@ -71,6 +71,7 @@ def streamed_one_vs_all(
 
     Raises:
         RuntimeError: on a second backward pass, or one with create_graph.
+        UserError: the ranks' losses differ, unless `Work.even` vouches that they do not.
     """
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and tensor.requires_grad for tensor in (x, weight, bias))
@@ -91,7 +92,8 @@ class _StreamedOneVersusAll(torch.autograd.Function):
     ) -> Tensor:
         need_x, need_weight, need_bias = needs
         shard, update = work.shard, work.update
-        batch = shard.gather(x, labels, even=work.even)
+        terms = _terms(work, bias, need_bias)
+        batch = shard.gather(x, labels, even=work.even, terms=terms)
         x, own_class = batch.x, batch.labels - shard.start
         mean = work.scale / len(x)
         half = work.half and x.dtype == torch.float32
@@ -137,6 +139,17 @@ class _StreamedOneVersusAll(torch.autograd.Function):
                 if part is not None:
                     part.mul_(grad)
         return *grads, None, None, None
+
+
+def _terms(work: Work, bias: Tensor, learned: bool) -> dict[str, Any]:
+    """What must be the same on all ranks, for the loss to be one and messages to fit."""
+    return {
+        "the loss": str(work.margin),
+        "the weight of the loss": work.scale,
+        "the number of biases": "C" if bias.ndim else 1,
+        "whether the bias gets a gradient": learned,
+        "whether all negatives are visited": work.visits_all,
+    }
 
 
 class _Buffers:

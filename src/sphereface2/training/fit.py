@@ -98,6 +98,7 @@ def fit(
     with ExitStack() as owning, Stopper(before, parent=parent()) as stopper:
         owning.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
         with world(settings.training.device, settings.training.threads) as place:
+            resuming.check_ranks(place, settings, resumes)
             folder = place.on_main(lambda: _run_folder(settings, given))
             found: Checkpoint | None = None
             if resumes:

@@ -17,7 +17,7 @@ from sphereface2.data.pairs import PairSet
 from sphereface2.data.source import Source
 from sphereface2.data.split import default_validation_people, split_people
 from sphereface2.device import faster_in_bf16
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.training import resuming
 from sphereface2.training.config import DataConfig, RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
@@ -100,7 +100,7 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
         autocast: Literal["bf16", "off"] = "bf16" if everywhere else "off"
         training = dataclasses.replace(training, autocast=autocast)
         chosen.append(f"training.autocast {autocast}")
-    return Inputs(
+    inputs = Inputs(
         settings=dataclasses.replace(settings, data=data, training=training),
         chosen=chosen,
         source=source,
@@ -117,6 +117,27 @@ def open_inputs(settings: RunConfig, place: World, source: Source | None = None)
         pairs=[load_pairs(path, names=names if is_bin(path) else None) for path in paths],
         located=located,
     )
+    _check_same(inputs, place)
+    return inputs
+
+
+def _check_same(inputs: Inputs, place: World) -> None:
+    """Raise a UserError, alike on all ranks, where they have opened different data."""
+    own = (
+        resuming.digest(
+            inputs.people, inputs.train_indices, inputs.train_labels, inputs.held_out_indices
+        ),
+        [len(one) for one in inputs.pairs],
+        f"{len(inputs.source):,} images of {inputs.source.num_classes:,} people in "
+        f"{inputs.located.train.absolute()} and {counted(len(inputs.pairs), 'verification set')}",
+    )
+    first, *others = place.gather(own)
+    for rank, other in enumerate(others, 1):
+        if other[:2] != first[:2]:
+            raise UserError(
+                f"the ranks of a run must read the same data, and rank 0 has {first[2]}, rank "
+                f"{rank} {other[2]}: copy the set to all nodes again"
+            )
 
 
 def _too_few(data: DataConfig, train: Path, people: int, all_of_them: int) -> str:

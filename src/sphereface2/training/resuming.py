@@ -20,6 +20,7 @@ from sphereface2.training import config as configuration
 from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
 from sphereface2.training.config import RunConfig, TrainingConfig
+from sphereface2.training.distributed import World
 from sphereface2.version import __version__
 
 CONFIG, ENVIRONMENT, PEOPLE = "config.yaml", "environment.json", "people.json"
@@ -63,6 +64,19 @@ _AFTERWARDS = (
     "data.cache",
     "training.device",
     "training.threads",
+)
+# What may differ from rank to rank: where things lie, and what a machine has.
+_OF_A_RANK = (
+    "name",
+    "output",
+    "data.train",
+    "data.workers",
+    "teacher.path",
+    "training.device",
+    "training.start_from",
+    "training.threads",
+    "validation.names",
+    "validation.pairs",
 )
 
 
@@ -205,6 +219,25 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
             f"{before!r}: leave it as it was, or start a new run"
         )
     return changed
+
+
+def check_ranks(place: World, settings: RunConfig, resumes: bool) -> None:
+    """Raise a UserError, alike on all ranks, where they were given different runs.
+
+    Nodes have their own copies of a configuration. Ranks of different settings would wait for each
+    other for ever, or train something that is neither.
+    """
+    flat = _flat(configuration.to_dict(settings))
+    own = {key: value for key, value in flat.items() if not key.startswith(_OF_A_RANK)}
+    own["a checkpoint to go on from"] = resumes
+    first, *others = place.gather(own)
+    for rank, other in enumerate(others, 1):
+        for key in sorted(key for key in first | other if first.get(key) != other.get(key)):
+            raise UserError(
+                f"the ranks of a run must have the same settings, and {key} is {first.get(key)!r} "
+                f"on rank 0 and {other.get(key)!r} on rank {rank}: give all nodes the same "
+                "configuration, options and run folder"
+            )
 
 
 def _idle(key: str, training: TrainingConfig) -> str | None:

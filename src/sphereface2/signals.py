@@ -139,6 +139,27 @@ class Stopper:
                     os._exit(128 + signum)
 
 
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Where worker processes are started: signals wait in them until `in_worker`.
+
+    A worker that is not forked imports for seconds before that, and a Ctrl-C would end it in the
+    middle: its parent would tell of a worker that was killed.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    # It starts with the first worker, and lets signals through again where it does.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def in_worker() -> None:
     """For the start of a worker process: its parent alone takes signals, and decides its end.
 
@@ -152,6 +173,8 @@ def in_worker() -> None:
     if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 from collections import namedtuple
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +19,9 @@ from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.transforms import Augmentation
 from sphereface2.errors import UserError
+from sphereface2.signals import in_worker, starting_workers
 from sphereface2.training.distributed import World
-from sphereface2.training.loading import EveryEpoch, build_loader, loaded
+from sphereface2.training.loading import EveryEpoch, build_loader, loaded, lost_workers
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -51,6 +57,32 @@ def test_an_error_of_the_data_arrives_as_its_sentence(workers: int) -> None:
         list(loaded(build_loader(*parts(), ALONE, workers)))
     assert str(caught.value).startswith("no image of a batch can be read (image ")
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_loader_process_that_is_ended_is_told_wherever_the_main_thread_is() -> None:
+    loader = build_loader(*parts(), ALONE, 1)
+    batches: Any = iter(loader)
+    message = r"ended from outside.*lower data\.workers \(1\)"
+    with pytest.raises(UserError, match=message), lost_workers(loader):
+        kill_and_wait(batches._workers[0].pid)
+
+
+def kill_and_wait(pid: int) -> None:
+    """As in the middle of a step: torch's handler of SIGCHLD ends the wait."""
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(30)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks")
+def test_a_signal_to_a_worker_that_is_still_starting_does_not_end_it() -> None:
+    with starting_workers():
+        process = multiprocessing.get_context("spawn").Process(target=in_worker)
+        process.start()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)  # as a Ctrl-C while it imports
+    process.join(60)
+    assert process.exitcode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_too_little_shared_memory_is_said_before_anything_starts(

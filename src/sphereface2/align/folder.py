@@ -23,7 +23,7 @@ from sphereface2.errors import UserError, check_number, counted
 from sphereface2.files import TEMPORARY, atomic_write, lock
 from sphereface2.images import MAX_PIXELS, SUFFIXES
 from sphereface2.machine import cores
-from sphereface2.signals import STOPPED, Stopper
+from sphereface2.signals import STOPPED, Stopper, starting_workers
 
 JOURNAL, REPORT = "faces.jsonl", "report.json"
 _STATUSES = ("aligned", "no face", "unreadable", "bad landmarks", "not written")
@@ -180,8 +180,9 @@ def _run(jobs: list[Job], settings: Settings, workers: int) -> Iterator[dict[str
     try:
         pending: set[Future[list[dict[str, Any]]]] = set()
         while True:
-            for chunk in islice(chunks, 2 * workers - len(pending)):
-                pending.add(pool.submit(run_in_worker, chunk))
+            with starting_workers():
+                for chunk in islice(chunks, 2 * workers - len(pending)):
+                    pending.add(pool.submit(run_in_worker, chunk))
             if not pending:
                 return
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)

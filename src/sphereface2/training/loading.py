@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sphereface2.data.dataset import Batch, FaceDataset
 from sphereface2.data.sampler import BatchKey, BatchSampler
 from sphereface2.errors import UserError
 from sphereface2.machine import share_of_cores
-from sphereface2.signals import in_worker
+from sphereface2.signals import in_worker, starting_workers
 from sphereface2.training.distributed import World
 
 _SHARED = Path("/dev/shm")
@@ -133,18 +134,28 @@ def build_loader(
 
 
 def loaded(loader: DataLoader[Batch | UserError]) -> Iterator[Batch]:
-    """The run's batches, without end.
+    """The run's batches, without end; UserErrors of the data set are raised."""
+    with starting_workers():
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
-    Raises:
-        UserError: of the data set, or a loader process was ended.
+
+@contextmanager
+def lost_workers(loader: DataLoader[Batch | UserError]) -> Iterator[None]:
+    """Where a loader process may be ended; UserError if one is.
+
+    torch raises that wherever the main thread is, in the next batch or in the middle of a step; a
+    batch that was on its way breaks off.
     """
     try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not loader.num_workers or (
+            isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
+        ):
             raise
         raise UserError(
             "a loader process was ended from outside, perhaps for want of memory or of shared "

@@ -28,7 +28,7 @@ from sphereface2.signals import Stopper
 from sphereface2.training import checkpoint as ckpt
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World
-from sphereface2.training.loading import EveryEpoch, build_loader, loaded
+from sphereface2.training.loading import EveryEpoch, build_loader, loaded, lost_workers
 from sphereface2.training.logging import RunLog
 from sphereface2.training.manifest import PROGRESS
 from sphereface2.training.optim import MovingAverage, learning_rate_factor, set_learning_rate
@@ -218,7 +218,7 @@ class Trainer:
         self.step.samples_from = self.samples_begin - progress.shift
         self.step.begin(self.sampler.batch_size // self.world.size)
         try:
-            with log, self.stopper.deferred(), closing(batches):
+            with lost_workers(self.loader), log, self.stopper.deferred(), closing(batches):
                 if progress.pending:
                     self._conclude(log, stopping=False)
                 while self.position < self.total_steps:

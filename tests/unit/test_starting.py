@@ -258,7 +258,7 @@ def test_unreadable_images_and_strangers_leave_prototypes_alone(run, faces, tmp_
     before = F.normalize(head.weight.detach()[:6].clone(), dim=1)
     settings = starting.settings(None, words(**{"training.start_from": run})).training
     place = World(0, 1, 0, 1, torch.device("cpu"))
-    head.shard, head.num_classes = type(head.shard)(0, 6), 6
+    head.shard, head.num_classes = type(head.shard).of(6, None), 6
     head.weight = torch.nn.Parameter(head.weight.detach()[:6].clone())
     starting.begin(settings, step.network, head, place, source, np.arange(len(source)), labels,
                    source.class_names)  # fmt: skip

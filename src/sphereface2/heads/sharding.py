@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,14 +152,27 @@ class Shard:
         own = torch.tensor(list(terms.ljust(length)), dtype=torch.uint8, device=device)
         everybody = own.new_empty(self.size * length)
         all_gather(everybody, own, group=self.group)
-        first, *others = [json.loads(bytes(part.tolist())) for part in everybody.split(length)]
-        for rank, other in enumerate(others, 1):
-            for name in [name for name in first if first[name] != other.get(name)]:
-                raise UserError(
-                    f"a module that is sharded over ranks must be the same on each, and {name} is "
-                    f"{first[name]} on rank 0 and {other.get(name)} on rank {rank}: give all ranks "
-                    "the same options, and the number of people of the whole set"
-                )
+        told = [json.loads(bytes(part.tolist())) for part in everybody.split(length)]
+        for rank, name, here, there in differences(told):
+            raise UserError(
+                f"a module that is sharded over ranks must be the same on each, and {name} is "
+                f"{here} on rank 0 and {there} on rank {rank}: give all ranks the same options, "
+                "and the number of people of the whole set"
+            )
+
+
+def differences(told: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Any, Any]]:
+    """Where what ranks tell, in rank order, is not what rank 0 tells: rank, name, both values.
+
+    Example:
+        >>> list(differences([{"m": 0.3}, {"m": 0.3}, {"m": 0.2, "s": 64}]))
+        [(2, 'm', 0.3, 0.2), (2, 's', None, 64)]
+    """
+    first, *others = told
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                yield rank, name, first.get(name), other.get(name)
 
 
 @dataclass(frozen=True)

@@ -134,33 +134,43 @@ def build_loader(
 
 
 def loaded(loader: DataLoader[Batch | UserError]) -> Iterator[Batch]:
-    """The run's batches, without end; UserErrors of the data set are raised."""
+    """The run's batches, without end.
+
+    Raises:
+        UserError: of the data set, or a batch broke off on its way from a loader process.
+    """
     with starting_workers():
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError) as error:
+        if not loader.num_workers:
+            raise
+        raise _lost(loader) from error
 
 
 @contextmanager
 def lost_workers(loader: DataLoader[Batch | UserError]) -> Iterator[None]:
     """Where a loader process may be ended; UserError if one is.
 
-    torch raises that wherever the main thread is, in the next batch or in the middle of a step; a
-    batch that was on its way breaks off.
+    torch raises that wherever the main thread is, in the next batch or in the middle of a step.
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not loader.num_workers or (
-            isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
-        ):
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
-        raise UserError(
-            "a loader process was ended from outside, perhaps for want of memory or of shared "
-            f"memory ({_SHARED}): lower data.workers ({loader.num_workers})"
-        ) from error
+        raise _lost(loader) from error
+
+
+def _lost(loader: DataLoader[Batch | UserError]) -> UserError:
+    return UserError(
+        "a loader process was ended from outside, perhaps for want of memory or of shared memory "
+        f"({_SHARED}): lower data.workers ({loader.num_workers})"
+    )
 
 
 class _Told(Dataset[Batch | UserError]):

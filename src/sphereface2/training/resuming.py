@@ -16,6 +16,7 @@ from sphereface2 import backbones, console, heads
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, pointed
+from sphereface2.heads.sharding import differences
 from sphereface2.training import config as configuration
 from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
@@ -230,14 +231,12 @@ def check_ranks(place: World, settings: RunConfig, resumes: bool) -> None:
     flat = _flat(configuration.to_dict(settings))
     own = {key: value for key, value in flat.items() if not key.startswith(_OF_A_RANK)}
     own["a checkpoint to go on from"] = resumes
-    first, *others = place.gather(own)
-    for rank, other in enumerate(others, 1):
-        for key in sorted(key for key in first | other if first.get(key) != other.get(key)):
-            raise UserError(
-                f"the ranks of a run must have the same settings, and {key} is {first.get(key)!r} "
-                f"on rank 0 and {other.get(key)!r} on rank {rank}: give all nodes the same "
-                "configuration, options and run folder"
-            )
+    for rank, key, here, there in differences(place.gather(own)):
+        raise UserError(
+            f"the ranks of a run must have the same settings, and {key} is {here!r} on rank 0 and "
+            f"{there!r} on rank {rank}: give all nodes the same configuration, options and run "
+            "folder"
+        )
 
 
 def _idle(key: str, training: TrainingConfig) -> str | None:

@@ -1,8 +1,6 @@
 import tarfile
 from functools import partial
-from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -265,21 +263,4 @@ def test_only_the_best_of_each_group_run_on(tmp_path):
     assert design.finalists(study, {"a": -1.0}) == ["a"]
     arms["b"].pop("trials")
     with pytest.raises(UserError, match="finals are decided by trials, and b has none"):
-        design.load(write(tmp_path, tree))
-
-
-def test_a_chosen_trial_whose_result_is_lost_is_used_until_it_is_there(tmp_path):
-    arms = {"cosface": TREE["arms"]["cosface"] | {"chosen": {"head.m": 0.2}}}
-    tree = {**TREE, "arms": {**TREE["arms"], **arms}}
-    study = design.load(write(tmp_path, tree))
-    first, second = design.trials(study)
-    result = SimpleNamespace(validation={study.selection.far: 0.5})
-
-    def choice(*done):
-        return runner.best_trials(study, lambda cell: result if cell in done else None)
-
-    assert choice(first)[0]["cosface"] == {"head.m": 0.2} and choice(first)[1]["cosface"] == inf
-    assert choice(first, second)[0]["cosface"] == {"head.m": 0.1}  # the first of equals
-    tree["arms"]["cosface"]["chosen"] = {"head.m": 0.3}
-    with pytest.raises(UserError, match="what was chosen for cosface is none of its trials"):
         design.load(write(tmp_path, tree))

@@ -63,9 +63,6 @@ class Arm:
     """Nested settings on top of the study's base."""
     trials: list[dict[str, Any]] = field(default_factory=list)
     """Alternatives ``{section.key: value}`` to choose from on the validation people."""
-    chosen: dict[str, Any] | None = None
-    """The trial that was chosen and whose result is lost; as soon as that is there, it is not read.
-    The arm counts as the first of its group until then."""
     only: list[str] | None = None
     """The conditions it takes part in; default: all."""
 
@@ -363,9 +360,6 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(
             f"{path}: arms must be tuned alike, but their numbers of trials differ ({numbers})"
         )
-    for name, arm in study.arms.items():
-        if arm.chosen is not None and arm.chosen not in arm.trials:
-            raise UserError(f"{path}: what was chosen for {name} is none of its trials")
     for group in study.finals:
         for name in group.arms:
             if len(group.arms) > group.best and not study.arms[name].trials:

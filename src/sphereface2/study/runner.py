@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -85,8 +84,7 @@ def best_trials(
     """Each tuned arm's best trial by TAR on the validation people, and that TAR.
 
     Untuned arms have the trial ``{}`` and no figure. Arms none of whose trials is done are left
-    out, and so are trials that failed. A trial that is known to have been chosen has the figure inf
-    while its result is not there.
+    out, and so are trials that failed.
     """
     chosen: dict[str, dict[str, Any]] = {
         name: {} for name, arm in study.arms.items() if not arm.trials
@@ -94,10 +92,9 @@ def best_trials(
     best: dict[str, float] = {}
     for cell in design.trials(study) if trials is None else trials:
         result = find(cell)
-        lost = result is None and cell.changed == study.arms[cell.arm].chosen
-        if result is None and not lost:
+        if result is None:
             continue
-        figure = math.inf if result is None else validation_tar(study, result)
+        figure = validation_tar(study, result)
         if figure > best.get(cell.arm, -1.0):
             best[cell.arm], chosen[cell.arm] = figure, cell.changed
     return chosen, best

@@ -19,7 +19,9 @@ from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.data import synthetic
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
+from sphereface2.evaluation.all_pairs import AllPairsResult
 from sphereface2.recognition.box import MODEL
+from sphereface2.recognition.evaluate import evaluate
 from sphereface2.recognition.export import export
 from sphereface2.recognition.face_embedder import FaceEmbedder
 
@@ -67,6 +69,15 @@ def test_no_torch_is_imported() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.stdout == "(144,)\n", done.stderr
+
+
+def test_evaluate_judges_it_where_no_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faces = synthetic.write(tmp_path / "set", people=3, images_per_person=3, pairs_per_fold=2)
+    found = evaluate(all_pairs=faces)
+    assert found.checkpoint == str(MODEL) and len(found.of(AllPairsResult)) == 1
+    assert "for research only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -39,6 +39,7 @@ from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
 from sphereface2.files import check_folder, one_name, read_lines
 from sphereface2.recognition import card
+from sphereface2.recognition.box import chosen
 
 Set = PairSet | Source | TemplateSet | MegaFace
 R = TypeVar("R", bound=Result)
@@ -84,7 +85,7 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     /,
     *,
     pairs: Sequence[Path] = (),
@@ -107,7 +108,8 @@ def evaluate(
     """Measure a model's accuracy on verification pairs, all pairs of a set, or standard suites.
 
     Args:
-        checkpoint: A run, a checkpoint folder, its weights, or an `.onnx` file.
+        checkpoint: A run, a checkpoint folder, its weights, or an `.onnx` file; default: the model
+            that comes with the package.
         pairs: Verification set: a `.bin` file, a `pairs.txt` or a pair list; repeatable.
         images: Image folder of a `pairs.txt`.
         names: A `pairs.txt` that names the people of a `.bin` file; default: `X_pairs.txt` beside
@@ -131,6 +133,7 @@ def evaluate(
     """
     check_count("--seed", seed, 0)
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
+    checkpoint = Path(chosen(checkpoint))
     bundle.resolve(checkpoint)  # before sets of many files are opened
     if groups is not None and all_pairs is None:
         raise UserError("--groups belongs to --all-pairs, the set whose groups it names")

@@ -205,6 +205,13 @@ def main(words: Sequence[str] | None = None) -> int:
         message = _misuse(error)
     except OSError as error:
         message = _refusal(error)
+    except ImportError as error:
+        if (module := _missing(error)) is None:
+            raise
+        message = (
+            f"{' '.join(['sphereface2', *words[:1]])} needs {module}, which is not installed; "
+            "pip install sphereface2 installs it (images for serving leave it out)"
+        )
     except (MemoryError, RuntimeError) as error:
         if (why := _memory_wanted(error)) is None:
             raise
@@ -240,6 +247,14 @@ def _refusal(error: OSError) -> str:
     except OSError as refused:
         return f"standard output cannot be written: {refused.strerror}"
     return str(error)
+
+
+def _missing(error: BaseException) -> str | None:
+    """The package whose absence an import failed for; None: it failed for something else."""
+    while error.__cause__ is not None:  # the parser's error comes from that of the import
+        error = error.__cause__
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return None if name is None or "." in name else name  # a part is missing of a broken package
 
 
 def _memory_wanted(error: BaseException) -> str | None:

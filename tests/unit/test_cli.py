@@ -93,6 +93,22 @@ def test_mistakes_end_in_one_line_that_says_what_is_right(words, message, capsys
     assert re.search(message, printed.err), printed.err
 
 
+def test_a_package_that_is_not_installed_is_named():
+    code = (
+        "import sys; sys.modules['torch'] = None; from sphereface2 import cli;"
+        "sys.exit(cli.main(['fit']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "sphereface2 fit needs torch, which is not installed" in done.stderr
+
+
+def test_a_broken_package_is_no_mistake_of_the_users(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "fit", "sphereface2.nothing:fit")
+    with pytest.raises(ImportError):
+        cli.main(["fit"])
+
+
 def test_an_interrupted_command_says_so_in_one_word(capsys, monkeypatch, tmp_path):
     def interrupted(path: Path):
         raise KeyboardInterrupt

@@ -29,6 +29,7 @@ from cyclopts import (
 
 from sphereface2.console import accept_any_encoding, note
 from sphereface2.errors import Stopped, UserError
+from sphereface2.signals import PARENT, in_rank
 from sphereface2.version import __version__
 
 COMMANDS = {
@@ -188,6 +189,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: the command and its options; None: those that the process was started with.
     """
     accept_any_encoding()
+    if PARENT in os.environ:
+        in_rank()
     words = sys.argv[1:] if words is None else list(words)
     try:
         with warnings.catch_warnings():

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -79,6 +79,8 @@ class Stopper:
                 self._before[signum] = signal.signal(signum, self._handle)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)  # see `starting_process`
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,21 +141,42 @@ class Stopper:
                     os._exit(128 + signum)
 
 
-@contextlib.contextmanager
-def starting_workers() -> Iterator[None]:
+def starting_workers() -> contextlib.AbstractContextManager[None]:
     """Where worker processes are started: signals wait in them until `in_worker`.
 
     A worker that is not forked imports for seconds before that, and a Ctrl-C would end it in the
     middle: its parent would tell of a worker that was killed.
     """
+    if hasattr(signal, "pthread_sigmask"):
+        from multiprocessing import resource_tracker
+
+        # It starts with the first worker, and lets signals through again where it does.
+        resource_tracker.ensure_running()
+    return _blocking(SIGNALS)
+
+
+def starting_process() -> contextlib.AbstractContextManager[None]:
+    """Where Python is started anew: Ctrl-C waits in it until its `Stopper`, or until `in_rank`.
+
+    It would tell in a traceback which import was interrupted.
+    """
+    return _blocking([signal.SIGINT])
+
+
+def in_rank() -> None:
+    """For the start of a command that `starting_process` started: until its `Stopper` it dies."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+@contextlib.contextmanager
+def _blocking(signums: Iterable[int]) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    from multiprocessing import resource_tracker
-
-    # It starts with the first worker, and lets signals through again where it does.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from killing import words as as_words
 from sphereface2.backbones import bundle
 from sphereface2.data.opening import open_source
 from sphereface2.data.split import split_people
+from sphereface2.signals import STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,37 @@ def test_a_second_signal_ends_a_run_that_cannot_end_in_order(
     assert "Traceback" not in run.told()
     short = Run(folder, {"training.epochs": metrics(folder)[-1]["epoch"] + 1})
     assert short.wait() == [0], short.told()
+
+
+@pytest.mark.parametrize("command", ["fit", "study"])
+def test_ctrl_c_while_processes_are_starting(
+    command: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    study = {
+        "base": {"data": {"train": str(settings["data.train"])}},
+        "arms": {"normface": {"settings": {"head": {"name": "normface"}}}},
+        "seeds": [0, 1],
+    }
+    (tmp_path / "one.yaml").write_text(json.dumps(study))
+    words = {
+        "fit": ["fit", "--ranks", "2", *as_words(settings)],
+        "study": ["study", "run", "one.yaml", "--jobs", "2", "--cells", "cells"],
+    }[command]
+    with subprocess.Popen(
+        [sys.executable, "-m", "sphereface2", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task")
+        while sum(len((one / "children").read_text().split()) for one in children.iterdir()) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate()
+    assert (process.returncode, told) == (130, f"{STOPPED if command == 'study' else 'stopped'}\n")
 
 
 # -- surroundings --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock
 from sphereface2.machine import share_of_cores
-from sphereface2.signals import PARENT, STOPPED, Stopper
+from sphereface2.signals import PARENT, STOPPED, Stopper, starting_process
 from sphereface2.study import design
 from sphereface2.study.design import Cell, Study
 from sphereface2.study.stored import CellResult, read_result
@@ -116,12 +116,13 @@ class _Worker:
 
     def __init__(self, jobs: int) -> None:
         threads = share_of_cores(jobs)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sphereface2.study.cell"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())},
-        )
+        with starting_process():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sphereface2.study.cell"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())},
+            )
 
     def run(self, folder: Path, pairs: Sequence[str]) -> int:
         """Run a cell; other than 0 is the exit status of the process, which has ended."""

@@ -19,10 +19,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from sphereface2.console import note
 from sphereface2.device import resolve
 from sphereface2.errors import Stopped, UserError
 from sphereface2.machine import keep_freed_memory, share_of_cores
-from sphereface2.signals import PARENT, SIGNALS, Stopper
+from sphereface2.signals import PARENT, SIGNALS, Stopper, starting_process
 
 T = TypeVar("T")
 
@@ -260,8 +261,9 @@ def launch(count: int, words: Sequence[str]) -> None:
     with Stopper("", forward=forward) as stopper, stopper.deferred():
         try:
             for number in range(count):
-                own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-                ranks.append(subprocess.Popen([sys.executable, *words], env=environment | own))
+                own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
+                with starting_process():
+                    ranks.append(subprocess.Popen([sys.executable, *words], env=own))
             failed = _wait(ranks)
         finally:
             for rank in ranks:
@@ -269,7 +271,8 @@ def launch(count: int, words: Sequence[str]) -> None:
                     rank.kill()
                     rank.wait()
     if stopper.signum is not None and failed is not None:
-        # A rank that had not begun dies of the signal itself.
+        if failed[1] == -stopper.signum:  # it had not begun
+            note("stopped")
         raise SystemExit(128 + stopper.signum)
     if failed is not None:
         rank_number, status = failed

@@ -14,6 +14,7 @@ STEPS = {
     "affine": {"affine": 1.0, "rotation": 8.0},
     "crop": {"crop": 1.0},
     "affine, crop, flip": {"affine": 0.7, "crop": 0.7, "flip": 0.5},
+    "yaw": {"yaw": 1.0, "yaw_degrees": 60.0},
     "low_resolution": {"low_resolution": 1.0},
     "light": {"light": 1.0},
     "photometric": {"photometric": 1.0},

@@ -180,7 +180,7 @@ def test_resize_is_antialiased_and_mixes_shapes():
 def test_every_draw_belongs_to_its_row():
     """An image's augmentation does not depend on its neighbours, only on its row of draws."""
     images = [*faces(3, 48), *faces(3, 40)]
-    steps = ("affine", "crop", "low_resolution", "light", "photometric", "jpeg", "erase")
+    steps = ("affine", "crop", "yaw", "low_resolution", "light", "photometric", "jpeg", "erase")
     everything = Augmentation(32, 0.5, **dict.fromkeys(steps, 0.5))
     draws = everything.draw(6, np.random.default_rng(3))
     whole = everything.apply(images, draws)
@@ -202,6 +202,15 @@ def test_a_lamp_lights_as_the_hardened_condition_and_moves_no_other_draw():
     assert np.array_equal(dark, np.random.default_rng(0).random((2, 23), dtype=np.float32))
 
 
+def test_a_head_turns_as_under_the_hardened_condition_to_either_side():
+    image = faces(1, 32)[0]
+    heads = Augmentation(32, 0.0, yaw=1.0, yaw_degrees=60.0)
+    draws = heads.draw(2, np.random.default_rng(0))
+    draws[:, -1] = 0.25, 1.0  # of what goes from -60° to 60°
+    turned = heads.apply([image] * 2, draws).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(turned, [hardening.turn(image, -30.0), hardening.turn(image, 60.0)])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -209,6 +218,7 @@ def test_a_lamp_lights_as_the_hardened_condition_and_moves_no_other_draw():
         {"flip": 1.5},
         {"jpeg": -0.1},
         {"light_ambient": 1.5},
+        {"yaw_degrees": 90.0},
         {"crop_pad": 1.0},
         {"low_resolution_min": 0.0},
         {"jpeg_quality": 0},

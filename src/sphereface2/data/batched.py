@@ -11,13 +11,14 @@ a batch is started in few steps of the host, or as a CUDA graph.
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sphereface2.data.hardening import FULL, GAMMA, normals
+from sphereface2.data.hardening import FULL, GAMMA, HEAD, normals
 from sphereface2.data.transforms import GREY, Augmentation
 
 _COLUMNS = {
@@ -28,7 +29,9 @@ _COLUMNS = {
     "small": 1,
     "quality": 1,
     "lamp": 4,
-    "low_resolution": 1,  # these five: whether it happens
+    "degrees": 1,
+    "yaw": 1,  # these six: whether it happens
+    "low_resolution": 1,
     "light": 1,
     "photometric": 1,
     "jpeg": 1,
@@ -54,8 +57,8 @@ def table(augmentation: Augmentation, draws: np.ndarray, height: int, width: int
         plan.colours(np.arange(len(draws)), 1.0),
         np.stack([plan.top, plan.height, plan.left, plan.width], 1),
         plan.colour,
-        *(plan.small, plan.quality, plan.lamp),
-        *(plan.low_resolution, plan.light, plan.photometric, plan.jpeg, plan.erase),
+        *(plan.small, plan.quality, plan.lamp, plan.degrees),
+        *(plan.yaw, plan.low_resolution, plan.light, plan.photometric, plan.jpeg, plan.erase),
     ]
     return np.concatenate([one.reshape(len(draws), -1) for one in columns], 1, dtype=np.float32)
 
@@ -84,6 +87,7 @@ def transformed(augmentation: Augmentation, images: Tensor, numbers: Tensor) -> 
             functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         )
     for name, step in (
+        ("yaw", _turned),
         ("low_resolution", _low_resolution),
         ("light", _relit),
         ("photometric", _photometric),
@@ -117,6 +121,23 @@ def _moved(pixels: Tensor, back: Tensor) -> Tensor:
     of_x, of_y, shift = back[:, None, None].unbind(4)  # (B, 1, 1, 2) each
     grid = of_x * x[:, None] + (of_y * y[:, None, None] + shift)  # (B, H, W, 2)
     return _grey_levels(functional.grid_sample(pixels, grid, align_corners=True))
+
+
+def _turned(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
+    """As `hardening.turn`, whose columns these are."""
+    side, angle = pixels.shape[3], torch.deg2rad(part["degrees"])
+    x = (torch.arange(side, device=pixels.device) + 0.5) * 2 / side - 1
+    seen, sine = x + HEAD * angle.sin(), HEAD * angle.sin()
+    behind = (seen / HEAD).clamp(-1, 1).arcsin() - angle
+    source = HEAD * behind.clamp(-math.pi / 2, math.pi / 2).sin()
+    after = 1 - (1 - x) * (1 - HEAD) / (1 - HEAD + sine)
+    before = (1 + x) * (1 - HEAD) / (1 - HEAD - sine) - 1
+    source = torch.where(seen >= HEAD, after, torch.where(seen <= -HEAD, before, source))
+    at = ((source + 1) * side / 2 - 0.5).clamp_(0, side - 1)
+    # Each new column is a mixture of two old ones.
+    columns = torch.arange(side, device=pixels.device)[:, None]
+    mixture = (1 - (columns - at[:, None]).abs()).clamp_min_(0)  # (B, S, S)
+    return _grey_levels(pixels.contiguous() @ mixture[:, None])
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from sphereface2.data.hardening import normals, relight
+from sphereface2.data.hardening import normals, relight, turn
 from sphereface2.errors import UserError, check_number
 
 # One image is far too small to be worth OpenCV's own threads, which fight with the workers'.
@@ -30,6 +30,8 @@ _QUALITY, _AREA, _ASPECT, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE = range(15, 23
 _DRAWS = 23
 # Drawn only where there is a lamp, so that the draws of everything else stay as they are.
 _LIGHT, _AROUND, _ABOVE, _AMBIENT, _DRAWS_WITH_LIGHT = range(23, 28)
+# Likewise, where heads are turned.
+_YAW, _TURN, _DRAWS_WITH_YAW = range(27, 30)
 #: Weights of red, green and blue in grey.
 GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
@@ -40,13 +42,14 @@ _CHUNK = 16
 class Augmentation:
     """What happens to a training image, each step with its own probability.
 
-    In the order applied: mirror image; affine (rotation up to ``rotation`` degrees, scale within
-    1 ± ``scale``); random crop with zero padding (a shift by up to ``crop_pad`` of the side);
-    low resolution (down to no less than ``low_resolution_min`` of the side, and back); one lamp
-    from a random direction (as in `hardening.light`), with a share of ambient light from
-    ``light_ambient`` to 1; photometric jitter (brightness, contrast, saturation within 1 ± the
-    strength); JPEG at a quality from ``jpeg_quality`` to 95; erasing a rectangle of ``erase_area``
-    (smallest, largest share of the area) by one random colour.
+    In the order applied: mirror image; affine (rotation up to ``rotation`` degrees, scale within 1
+    ± ``scale``); random crop with zero padding (a shift by up to ``crop_pad`` of the side); a turn
+    of the head by up to ``yaw_degrees`` to either side (as in `hardening.turn`); low resolution
+    (down to no less than ``low_resolution_min`` of the side, and back); one lamp from a random
+    direction (as in `hardening.light`), with a share of ambient light from ``light_ambient`` to 1;
+    photometric jitter (brightness, contrast, saturation within 1 ± the strength); JPEG at a quality
+    from ``jpeg_quality`` to 95; erasing a rectangle of ``erase_area`` (smallest, largest share of
+    the area) by one random colour.
 
     ``size`` is the side S of the result. Geometry is applied at the source's size, everything
     else after resizing, so strengths are relative to the side.
@@ -68,6 +71,10 @@ class Augmentation:
     """Probability of a shift, with black where nothing is left."""
     crop_pad: float = 0.06
     """``crop``: most of the shift, as a share of the side."""
+    yaw: float = 0.0
+    """Probability of a head turned about the vertical axis, as if it were a cylinder."""
+    yaw_degrees: float = 45.0
+    """``yaw``: most degrees turned, to either side."""
     low_resolution: float = 0.0
     """Probability of a smaller image, enlarged again."""
     low_resolution_min: float = 0.3
@@ -99,8 +106,9 @@ class Augmentation:
                 check_number(f"augmentation.{name}", getattr(self, name), **bounds)
 
         check("size", least=8)
-        check("flip affine crop low_resolution light photometric jpeg erase", least=0, most=1)
+        check("flip affine crop yaw low_resolution light photometric jpeg erase", least=0, most=1)
         check("light_ambient", least=0, most=1)
+        check("yaw_degrees", least=0, below=90)
         check("scale crop_pad brightness contrast saturation", least=0, below=1)
         check("low_resolution_min", above=0, most=1)
         check("jpeg_quality", least=1, most=95)
@@ -122,7 +130,8 @@ class Augmentation:
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """float32 (count, D) uniform draws, one row an image: all the randomness there is."""
-        return rng.random((count, _DRAWS_WITH_LIGHT if self.light else _DRAWS), dtype=np.float32)
+        columns = _DRAWS_WITH_LIGHT if self.light else _DRAWS
+        return rng.random((count, _DRAWS_WITH_YAW if self.yaw else columns), dtype=np.float32)
 
     def apply(self, images: Sequence[np.ndarray], draws: np.ndarray) -> torch.Tensor:
         """Augment by given draws (B, D), one row an image."""
@@ -184,7 +193,7 @@ class Augmentation:
 
     @cached_property
     def _any_pixel_step(self) -> bool:
-        return bool(self.light or (self._probabilities[_LOW:] > 0).any())
+        return bool(self.yaw or self.light or (self._probabilities[_LOW:] > 0).any())
 
     def plan(self, draws: np.ndarray) -> Plan:
         """What draws (B, D) do to the images of a batch."""
@@ -206,8 +215,14 @@ class Augmentation:
             lamp[:, :2] = (np.cos(above) * (np.cos(around), np.sin(around))).T
             lamp[:, 2] = np.sin(above)
             lamp[:, 3] = self.light_ambient + (1 - self.light_ambient) * u[_AMBIENT]
+        turned, degrees = np.zeros(len(draws), bool), np.zeros(len(draws))
+        if self.yaw:
+            turned = draws[:, _YAW] < np.float32(self.yaw)
+            degrees = (2 * u[_TURN] - 1) * self.yaw_degrees
         return Plan(
             **dict(zip(_STEPS, hits, strict=True)),
+            yaw=turned,
+            degrees=degrees,
             light=lit,
             lamp=lamp,
             cos=np.where(hits[_AFFINE], scale * np.cos(angle), 1.0),
@@ -227,11 +242,14 @@ class Augmentation:
         )
 
     def _pixel_steps(self, out: np.ndarray, plan: Plan) -> None:
-        """Low resolution, lamp, photometric jitter, JPEG, erasing, in place on (B, S, S, 3)."""
+        """A turned head, low resolution, lamp, photometric jitter, JPEG, erasing, in place on
+        (B, S, S, 3)."""
         side = self.size
-        hit = plan.low_resolution | plan.light | plan.photometric | plan.jpeg | plan.erase
-        for i in np.flatnonzero(hit).tolist():
+        hit = plan.yaw | plan.low_resolution | plan.light
+        for i in np.flatnonzero(hit | plan.photometric | plan.jpeg | plan.erase).tolist():
             image = out[i]
+            if plan.yaw[i]:
+                image[...] = turn(image, plan.degrees[i])
             if plan.low_resolution[i]:
                 small = int(plan.small[i])
                 reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
@@ -270,6 +288,9 @@ class Plan:
     shift: np.ndarray
     """(2, B) in [0, 1): right and down, from all to the left or up to all to the right or down;
     NaN: none."""
+    yaw: np.ndarray
+    degrees: np.ndarray
+    """Of the turned head, to the image's right."""
     small: np.ndarray
     """Side of the low resolution."""
     light: np.ndarray

@@ -132,19 +132,21 @@ def test_what_is_not_finite_never_reaches_the_weights(wrong: str) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 def test_optimizers_go_on_from_their_state(optimizer: str, momentum: float) -> None:
-    """Also from before the loss between samples begins, whose bias has had no gradient then."""
+    """Also from before the loss between samples begins, whose bias has had no gradient then, and
+    with a part that is frozen; who has gone on from a state holds one that others go on from."""
     settings = {"training__optimizer": optimizer, "training__momentum": momentum}
-    settings["sample_to_sample__weight"] = 1.0
+    settings |= {"sample_to_sample__weight": 1.0, "training__freeze": ["stages.0"]}
     whole, cut = training_step(**settings), training_step(**settings, seed=1)
     whole.samples_from = cut.samples_from = 3
     whole(batches(seed=1), 1)
     state = copy.deepcopy(training_state(whole.modules, whole.optimizers))
-    held, expected = (
-        {name: one.keys() for name, one in tree["optimizer"]["state"].items()}
-        for tree in (state, training_state(cut.modules, cut.optimizers))
-    )
-    assert held == expected
+    new = training_state(cut.modules, cut.optimizers)
     restore_training_state(state, cut.modules, cut.optimizers)
+    held, expected, again = (
+        {name: one.keys() for name, one in tree["optimizer"]["state"].items()}
+        for tree in (state, new, training_state(cut.modules, cut.optimizers))
+    )
+    assert held == expected == again
     for step in (whole, cut):
         torch.manual_seed(0)
         for number in (2, 3, 4):

@@ -69,10 +69,12 @@ def build_optimizers(
     Weight decay spares vectors and scalars (normalisation, activation slopes, biases): they are
     no filter whose scale the decay could hold. The prototypes have a rate and decay of their own.
     A teacher's map is trained like the backbone, the bias of a loss between samples like a head's.
+    What is frozen has no part in it: a resumption gives it no state back, and the checkpoint after
+    would lack what the next resumption looks for.
     """
-    body = dict(backbone.named_parameters())
+    body = _trained(backbone)
     if teacher is not None:
-        body |= {f"teacher.{name}": p for name, p in teacher.named_parameters()}
+        body |= {f"teacher.{name}": p for name, p in _trained(teacher).items()}
     groups: list[tuple[list[nn.Parameter], float, float]] = []
     filters: list[dict[str, Any]] = []
     for factor, parameters in _by_factor(body, config.lr_factors):
@@ -85,8 +87,8 @@ def build_optimizers(
                 filters.append({"params": chosen, "base_lr": config.muon_lr * factor})
         groups.append((decayed, factor, config.weight_decay))
         groups.append(([p for p in parameters if p.ndim <= 1], factor, 0.0))
-    prototypes = [p for p in head.parameters() if p.ndim > 1]
-    head_rest = [p for p in head.parameters() if p.ndim <= 1]
+    prototypes = [p for p in _trained(head).values() if p.ndim > 1]
+    head_rest = [p for p in _trained(head).values() if p.ndim <= 1]
     head_rest += [] if samples is None else samples.parameters()
     muon = partial(Muon, momentum=config.momentum, half=config.autocast == "bf16")
     orthogonal = [muon(filters, config.muon_lr)] if filters else []
@@ -113,6 +115,10 @@ def build_optimizers(
         fused=config.cuda_graph or None,  # that alone takes a rate from the device
     )
     return [_begun(sgd), *orthogonal, *fused]
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _begun(optimizer: torch.optim.AdamW | torch.optim.SGD) -> torch.optim.Optimizer:

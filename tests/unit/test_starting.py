@@ -148,7 +148,10 @@ def test_a_fine_tuned_run_resumes_without_the_weights_it_started_from(run, faces
     assert {key for key in before if key.startswith("stages")} <= same
     assert not {"fc.weight", "norm.weight", "norm.running_mean"} & same
     shutil.rmtree(moved)
-    assert cli.main(["fit", "--resume", str(folder), "--training.epochs", "2"]) == 0
+    more = words(**{"training.epochs": 2, "validation.every": 0.1})  # with every step of three
+    assert cli.main(["fit", "--resume", str(folder), *more]) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 4, 5, 6]
     for key, value in {"freeze": "[]", "lr_factors": "{fc: 0.1}"}.items():
         again = ["fit", "--resume", str(folder), f"--training.{key}", value]
         assert cli.main([*again, "--training.epochs", "3"]) == 2

@@ -274,7 +274,8 @@ class Trainer:
     def _conclude(self, log: RunLog, stopping: bool) -> None:
         """What is due after a step: validation, a checkpoint, the end."""
         progress = self.progress
-        every = round(self.config.validation.every * self.epoch_steps)
+        wanted = self.config.validation.every * self.epoch_steps
+        every = max(1, round(wanted)) if wanted else 0  # less than half a step is not never
         done = self.position == self.total_steps
         is_best = False
         if done or (every and self.position % every == 0):

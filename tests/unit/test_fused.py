@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from sphereface2 import heads
 from sphereface2.heads.fused import stochastic_round
@@ -133,6 +134,13 @@ def test_state_survives_storage_with_its_type():
     assert momentum.dtype == torch.bfloat16
     assert torch.equal(momentum, first.state[one.weight]["momentum_buffer"])
     assert second.param_groups[0]["lr"] == RATES[-1]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_checkpoint_before_the_first_step_leaves_no_gradient(momentum):
+    fused = head()
+    get_optimizer_state_dict(fused, heads.FusedSGD(fused, lr=1.0, momentum=momentum))
+    assert fused.weight.grad is None
 
 
 def test_what_cannot_be_is_said():

@@ -78,11 +78,14 @@ class FusedSGD(torch.optim.Optimizer):
             "nesterov": nesterov,
         }
         super().__init__([head.weight], settings)
+        # Even without momentum: torch.distributed.checkpoint would make a state by a step of zero
+        # gradients, which would stay.
+        state = self.state[head.weight]
         if momentum:
             dtype = torch.bfloat16
             if momentum_dtype == "full":
                 dtype = torch.promote_types(head.weight.dtype, torch.float32)
-            self.state[head.weight]["momentum_buffer"] = torch.zeros_like(head.weight, dtype=dtype)
+            state["momentum_buffer"] = torch.zeros_like(head.weight, dtype=dtype)
         self.begin_step()
 
     def begin_step(self) -> None:

@@ -81,6 +81,7 @@ CALLS = {
     "data convert people file/x --to folder": "file/x: Not a directory",
     "gallery list foreign.db": "database of another program, with a table 'accounts'",
     # Options that would have no effect, and values that no option has.
+    "fit --data.train people --training.gamma 0.5": "no effect with training.schedule cosine",
     "data convert people x --to recordio --quality 10": "--quality is that of images encoded",
     "data audit people --out x --model model --move nan": "--move must be a number",
     "gallery search g.db people/a/1.png --aligned --threshold nan": "--threshold must be a number",

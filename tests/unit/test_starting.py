@@ -1,6 +1,7 @@
 """Fine-tuning: what is taken over, what is trained, and what contradicts the weights."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -17,9 +18,10 @@ from sphereface2.data import synthetic
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
-from sphereface2.training import starting
+from sphereface2.training import config, starting
 from sphereface2.training.distributed import World
 from sphereface2.training.fit import fit
+from sphereface2.training.idle import flattened, idle, idle_and_changed
 from sphereface2.training.sections import recipes
 from sphereface2.training.trainer import Trainer
 
@@ -199,6 +201,29 @@ def test_a_recipe_for_a_trained_network_is_not_run_without_one(run):
             starting.settings(recipes()[recipe], [])
     with pytest.raises(UserError, match=r"box_tune.yaml needs --teacher PATH"):
         starting.settings(recipes()["box_tune"], start)
+
+
+def test_what_has_no_effect_is_refused_where_it_is_asked_for_and_else_told(tmp_path):
+    known = flattened(config.to_dict(config.RunConfig())) | {"head.negative_share": None}
+    assert set(idle(config.RunConfig())) <= set(known)
+    refused = {
+        "training.nesterov true --training.optimizer adamw": "training.optimizer adamw",
+        "training.prototypes kept": "training.start_from null",
+        "head '{negative_share: 0.5}'": "head.negatives all",
+        "sample_to_sample.weight 1 --training.epochs 1": "training.epochs 1 and sample_to",
+        "teacher.path t.npz --teacher.weight 0": "teacher.weight 0",
+        "validation.conditions all --data.validation_people 0": "data.validation_people 0",
+    }
+    for options, why in refused.items():
+        with pytest.raises(UserError, match=rf"^{options[:4]}\S+ would have no effect with {why}"):
+            starting.settings(None, shlex.split(f"--{options}"))
+    starting.settings(None, ["--training.gamma", "0.1", "--head", "{negatives: uniform}"])
+    (tmp_path / "own.yaml").write_text("training: {optimizer: adamw, nesterov: true}\n")
+    found = starting.settings(tmp_path / "own.yaml", ["--training.gamma", "0.1"])
+    assert idle_and_changed(found) == {"training.nesterov": "training.optimizer adamw"}
+    assert not any(
+        idle_and_changed(starting.settings(recipes()[name], [])) for name in ("small", "speedrun")
+    )
 
 
 def test_frozen_parts_and_batch_norm_stay(run):

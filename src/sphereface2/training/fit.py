@@ -28,6 +28,7 @@ from sphereface2.training import resuming, starting
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer, has_checkpoints
 from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World, launch, world
+from sphereface2.training.idle import idle_and_changed
 from sphereface2.training.inputs import USUAL_BATCH, Inputs, open_inputs
 from sphereface2.training.loading import cache_images
 from sphereface2.training.logging import environment
@@ -296,6 +297,7 @@ def _announce(
         f"schedule   {counted(trainer.total_steps, 'step')} of {settings.training.batch_size} "
         f"images on {counted(place.size, 'rank')}, {place.device.type}",
         f"chosen     {chosen}, for this set and device" if chosen else None,
+        *(f"no effect  {key}, with {why}" for key, why in idle_and_changed(settings).items()),
         f"run        {run}",
     ]
     console.show(*filter(None, lines))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sphereface2 import backbones, console, heads
+from sphereface2 import backbones, console
 from sphereface2.backbones import bundle
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, pointed
@@ -20,8 +20,9 @@ from sphereface2.heads.sharding import differences
 from sphereface2.training import config as configuration
 from sphereface2.training import sections
 from sphereface2.training.checkpoint import Checkpoint, Checkpointer
-from sphereface2.training.config import RunConfig, TrainingConfig
+from sphereface2.training.config import RunConfig
 from sphereface2.training.distributed import World
+from sphereface2.training.idle import flattened, idle
 from sphereface2.version import __version__
 
 CONFIG, ENVIRONMENT, PEOPLE = "config.yaml", "environment.json", "people.json"
@@ -185,7 +186,7 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
         UserError: one that cannot change.
     """
     recorded = _settings_of(run, found)
-    old, new = _flat(recorded), _flat(configuration.to_dict(settings))
+    old, new = flattened(recorded), flattened(configuration.to_dict(settings))
     if same_network(recorded["backbone"], settings.backbone):
         old, new = (
             {key: value for key, value in one.items() if not key.startswith("backbone.")}
@@ -197,8 +198,9 @@ def check_settings(run: Path, found: Checkpoint, settings: RunConfig) -> dict[st
         # A setting that the older version did not have is not a change.
         if old.get(key) != new.get(key) and (key in old or key.startswith(_OPEN))
     }
+    without_effect = idle(settings)
     for key in changed:
-        if needed := _idle(key, settings.training):
+        if needed := without_effect.get(key):
             raise UserError(
                 f"{key} = {changed[key][1]!r} would have no effect on {run}, which has {needed}: "
                 f"leave it as it was, {changed[key][0]!r}"
@@ -228,7 +230,7 @@ def check_ranks(place: World, settings: RunConfig, resumes: bool) -> None:
     Nodes have their own copies of a configuration. Ranks of different settings would wait for each
     other for ever, or train something that is neither.
     """
-    flat = _flat(configuration.to_dict(settings))
+    flat = flattened(configuration.to_dict(settings))
     own = {key: value for key, value in flat.items() if not key.startswith(_OF_A_RANK)}
     own["a checkpoint to go on from"] = resumes
     for rank, key, here, there in differences(place.gather(own)):
@@ -239,22 +241,6 @@ def check_ranks(place: World, settings: RunConfig, resumes: bool) -> None:
         )
 
 
-def _idle(key: str, training: TrainingConfig) -> str | None:
-    """Why a setting that was changed has no effect, if so."""
-    choice, values = {
-        "training.muon_linear": ("optimizer", ["muon"]),
-        "training.muon_lr": ("optimizer", ["muon"]),
-        "training.momentum": ("optimizer", ["sgd", "muon"]),
-        "training.nesterov": ("optimizer", ["sgd", "muon"]),
-        "training.milestones": ("schedule", ["step"]),
-        "training.gamma": ("schedule", ["step"]),
-        "training.power": ("schedule", ["polynomial"]),
-    }.get(key, (None, []))
-    if choice is None or (value := getattr(training, choice)) in values:
-        return None
-    return f"training.{choice} {value}"
-
-
 def check_done(run: Path, changed: dict[str, list[Any]]) -> None:
     """UserError if settings of a run that is trained to its end were changed to no effect."""
     idle = [key for key in changed if not key.startswith(_AFTERWARDS)]
@@ -263,18 +249,6 @@ def check_done(run: Path, changed: dict[str, list[Any]]) -> None:
             f"{idle[0]} = {changed[idle[0]][1]!r} would have no effect: {run} is trained to its "
             "end; raise training.epochs to train on, or start a new run"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    if prefix == "head.":
-        tree = heads.defaults(tree["name"]) | {"sharded": False} | tree
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))
-    return flat
 
 
 def same_network(first: dict[str, Any], second: dict[str, Any]) -> bool:

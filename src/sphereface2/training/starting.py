@@ -27,6 +27,7 @@ from sphereface2.heads.sharding import local
 from sphereface2.training import config as configuration
 from sphereface2.training.config import RunConfig, TrainingConfig
 from sphereface2.training.distributed import World
+from sphereface2.training.idle import check_asked
 from sphereface2.training.optim import belongs
 from sphereface2.training.resuming import PEOPLE, same_network
 from sphereface2.training.sections import recipes
@@ -43,8 +44,8 @@ def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     Without a file, a start has the recipe ``finetune``: the defaults are those of a new network.
 
     Raises:
-        UserError: there is no such network, a setting of the backbone contradicts it, or the file
-            leaves a setting open that nobody gives.
+        UserError: there is no such network, a setting of the backbone contradicts it, the file
+            leaves a setting open that nobody gives, or an override has no effect.
     """
     tree, given = configuration.read(path, overrides)
     for section, key, option in (
@@ -65,7 +66,10 @@ def settings(path: Path | None, overrides: Sequence[str]) -> RunConfig:
         free = {key: wanted[key] for key in _FREE if isinstance(wanted, dict) and key in wanted}
         _check_agrees(wanted, theirs | free, str(start))
         tree = {**tree, "backbone": theirs | free}
-    return configuration.from_dict(tree, "the command line" if path is None else str(path), given)
+    where = "the command line" if path is None else str(path)
+    found = configuration.from_dict(tree, where, given)
+    check_asked(found, given)
+    return found
 
 
 def _check_agrees(wanted: Any, theirs: dict[str, Any], start: str) -> None:

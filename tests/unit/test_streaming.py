@@ -37,6 +37,12 @@ def assert_equal_to(tolerance, found, expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("option", [{"chunk_size": 3}, {"weight_dtype": "bfloat16"}])
+def test_an_option_of_streaming_implies_it(option):
+    assert heads.build("sphereface2", 4, 9, **option).streaming
+    assert not heads.build("sphereface2", 4, 9).streaming
+
+
 @given(
     kind=st.sampled_from("CAM"),
     detach=st.sampled_from(["all", "margin"]),

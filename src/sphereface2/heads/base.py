@@ -105,12 +105,13 @@ class Head(nn.Module):
             check_count("chunk_size", self.chunk_size, 1)
         self.compute: Compute = scaling.get("compute", "float32")
         check_choice("compute", self.compute, get_args(Compute))
-        check_flag("streaming", streaming := scaling.get("streaming", False))
-        implied = group is not None or self.negatives != "all" or self.compute != "float32"
-        self.streaming = streaming or implied
-        self.shard = Shard.of(num_classes, group)
         kept = scaling.get("weight_dtype", "float32")
         check_choice("weight_dtype", kept, get_args(WeightType))
+        check_flag("streaming", streaming := scaling.get("streaming", False))
+        implied = group is not None or self.chunk_size is not None or self.negatives != "all"
+        implied = implied or self.compute != "float32" or kept != "float32"
+        self.streaming = streaming or implied
+        self.shard = Shard.of(num_classes, group)
         dtype = torch.bfloat16 if kept == "bfloat16" else torch.get_default_dtype()
         self.weight = nn.Parameter(self._initial_weight(dtype))
 

@@ -104,6 +104,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ),
         ("--validation.fars=far", r"fars.0 must be a valid number, .*got far"),
         ("--training.nesterov=true --training.momentum=0", "momentum above 0"),
+        ("--teacher.weight=0 --teacher.labels=0", "are all 0, so that nothing would be learned"),
         ("training.epochs=3", "--key value"),
         ("--training.epochs", "needs a value"),
     ],

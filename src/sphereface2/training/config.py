@@ -281,6 +281,13 @@ class RunConfig:
     sample_to_sample: SampleToSampleConfig = field(default_factory=SampleToSampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
+    def __post_init__(self) -> None:
+        if not (self.teacher.weight or self.teacher.labels or self.sample_to_sample.weight):
+            raise UserError(
+                "teacher.weight, teacher.labels and sample_to_sample.weight are all 0, so that "
+                "nothing would be learned: raise one of them"
+            )
+
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply command-line overrides.

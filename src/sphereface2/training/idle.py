@@ -22,6 +22,7 @@ _NEEDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("data.label_noise", "kind seed", ("share",)),
     ("data.augmentation", "rotation scale", ("affine",)),
     ("data.augmentation", "crop_pad", ("crop",)),
+    ("data.augmentation", "yaw_degrees", ("yaw",)),
     ("data.augmentation", "low_resolution_min", ("low_resolution",)),
     ("data.augmentation", "light_ambient", ("light",)),
     ("data.augmentation", "brightness contrast saturation", ("photometric",)),

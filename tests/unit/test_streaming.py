@@ -156,6 +156,18 @@ def test_behind_a_compiled_backbone():
     torch.testing.assert_close(found, network.weight.grad)
 
 
+def test_a_compiled_head_that_counts_batches_gives_its_loss():
+    dense, compiled = (heads.build("sphereface", 8, 5) for _ in range(2))
+    compiled.load_state_dict(dense.state_dict())
+    compiled.trust_batches = True
+    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    x, labels = torch.randn(6, 8), torch.randint(5, (6,))
+    loss = call(x, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, dense(x, labels))
+    assert compiled.batches == dense.batches == 1
+
+
 def test_a_second_backward_is_a_clear_error():
     _, streamed = pair("sphereface2", 6, 30, 7, F64)
     x, labels = torch.randn(5, 6, dtype=F64, requires_grad=True), torch.randint(30, (5,))

@@ -78,7 +78,7 @@ class SphereFace(SoftmaxHead):
 
     def prepare(self, cos_y: Tensor, lengths: Tensor) -> None:
         if self.training:
-            self.batches += 1
+            self.batches.add_(1)  # += would assign, which misleads torch.compile about the result
 
     def positive_logit(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
         batches = self.batches.to(cos_y.dtype)

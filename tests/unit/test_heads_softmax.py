@@ -288,6 +288,13 @@ def test_q_margin_is_its_published_equation(form, alpha, s, m, monkeypatch):
     compare(head, x, labels, losses.mean(), w)
 
 
+@pytest.mark.parametrize("form", [{}, {"streaming": True}])
+def test_q_margin_refuses_a_gradient_of_the_gradient_rather_than_miss_its_posteriors(form):
+    head, x, labels = make("q_margin", **form)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(head(x, labels), x, create_graph=True)
+
+
 def test_q_margin_becomes_cosface_and_the_sparsemax():
     head, x, labels = make("q_margin", batch=12, alpha=1 + 1e-7, s=8.0, m=0.3)
     rival = heads.CosFace(5, 7, s=8.0, m=0.3).to(F64)

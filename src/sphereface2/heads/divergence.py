@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from sphereface2.heads.base import Scaling
 from sphereface2.heads.blocks import all_rows
 from sphereface2.heads.registry import register
 from sphereface2.heads.softmax import SoftmaxHead
+from sphereface2.heads.streaming import ONCE
 
 CANDIDATES = 1024
 """Other people that a sample of a streaming head keeps at first; more where more are active."""
@@ -141,7 +142,7 @@ class QMargin(SoftmaxHead):
         # D_α(p ‖ q) = (⟨p, z⟩ - κ) / α, by the form of p.
         prior = math.exp((self.alpha - 1) * float(self.scale) * self.m) / (self.alpha - 1)
         gained = (prior - mean.detach() + threshold) / self.alpha
-        return mean - z_y + gained
+        return _Once.apply(mean - z_y + gained)
 
     def streamed(self, x: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         weight = self.unit_weight(x.dtype)
@@ -183,3 +184,17 @@ class QMargin(SoftmaxHead):
                 values, places = values.topk(kept, sorted=False)
                 people = people.gather(1, places)
         return values, people
+
+
+class _Once(torch.autograd.Function):
+    """The identity before posteriors without gradient, of which a second derivative would miss."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor) -> Tensor:
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(ONCE)
+        return grad

@@ -68,6 +68,11 @@ def test_filters_that_start_at_zero_move_and_vectors_are_refused() -> None:
     assert all(p.isfinite().all() and p.any() for p in filters)
     with pytest.raises(UserError, match=r"two or more dimensions, got one of shape \(8,\)"):
         Muon(network.parameters())
+    with pytest.raises(UserError, match="two or more dimensions"):
+        optimizer.add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(3, 3)), network.fc.bias]}
+        )
+    assert len(optimizer.param_groups) == 2 and len(optimizer.state) == len(filters)
     for wrong in ({"lr": -0.1}, {"momentum": 1.0}, {"steps": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Muon(filters, **wrong)

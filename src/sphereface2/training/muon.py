@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sphereface2.errors import UserError, check_count, check_number
 
@@ -58,9 +59,10 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: W ← √m·W/‖W‖ − lr · orthogonalize(g + μ·v), v ← μ·v + g.
 
-    Each parameter (m, ...) is a matrix m × rest. Since its length is set to √m before each step,
-    the length of an orthogonal one, ``lr`` is the relative length of a step, and weight decay has
-    no part to play. That fits filters whose scale a normalisation layer undoes.
+    Each parameter (m, ...) is a matrix m × rest; of one that is sharded over ranks
+    (``fully_shard``) every rank orthogonalises the whole. Since its length is set to √m before each
+    step, the length of an orthogonal one, ``lr`` is the relative length of a step, and weight decay
+    has no part to play. That fits filters whose scale a normalisation layer undoes.
 
     Args:
         params: parameters of two or more dimensions.
@@ -69,6 +71,7 @@ class Muon(torch.optim.Optimizer):
         steps: Newton–Schulz iterations, 1 or more.
         half: whether they are made of bfloat16 numbers, in which singular values end near 1 as
             well. That takes a tenth of the time on a GPU, 0.6 on a CPU that has such products.
+            Neither this nor ``steps`` is part of a state dict.
 
     Raises:
         UserError: a value out of its range, or a parameter of fewer than two dimensions.
@@ -97,10 +100,12 @@ class Muon(torch.optim.Optimizer):
         # even that sets a filter's length.
         for parameter in self.param_groups[-1]["params"]:
             if parameter.ndim < 2:
+                self.param_groups.pop()  # who catches the error goes on without the group
                 raise UserError(
                     "Muon takes parameters of two or more dimensions, got one of shape "
                     f"{tuple(parameter.shape)}: give biases and scales to another optimiser"
                 )
+        for parameter in self.param_groups[-1]["params"]:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,15 +123,16 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = self._momentum(parameters, group["momentum"])
-                stacked = torch.stack([update.reshape(shape[0], -1) for update in updates])
+                stacked = torch.stack([_whole(update).reshape(shape[0], -1) for update in updates])
                 if self.half:
                     stacked = stacked.bfloat16()
                 # The rate may be a tensor, for a step that is recorded.
                 steps = orthogonalize(stacked, self.steps).to(parameters[0].dtype) * group["lr"]
-                lengths = torch.stack(list(torch._foreach_norm(tuple(parameters))))
+                norms = torch._foreach_norm(tuple(parameters))
+                lengths = torch.stack([_whole(norm) for norm in norms])
                 scales = math.sqrt(shape[0]) / lengths.clamp_min(SHORTEST)
                 for parameter, scale, step in zip(parameters, scales, steps, strict=True):
-                    parameter.mul_(scale).sub_(step.view(shape))
+                    parameter.mul_(scale).sub_(_split_as(parameter, step.view(shape)))
         return loss
 
     def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> Sequence[Tensor]:
@@ -136,3 +142,15 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         return torch._foreach_add(gradients, buffers, alpha=momentum)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded over ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _split_as(parameter: Tensor, whole: Tensor) -> Tensor:
+    """``whole``, which every rank has, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -52,6 +52,9 @@ class Shard:
         start = min(dist.get_rank(group) * rows, num_classes)
         return cls(start, min(start + rows, num_classes), num_classes, group, size)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        return self  # a module's copy talks in the same group, which cannot be copied
+
     @property
     def rows(self) -> int:
         """Number of classes owned."""

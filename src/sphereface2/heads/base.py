@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypedDict, Unpack, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sphereface2.errors import UserError, check_choice, check_count, check_flag, check_number
 from sphereface2.heads.blocks import RowUpdate, default_chunk
@@ -79,6 +80,10 @@ class Head(nn.Module):
 
     scaling: ClassVar[frozenset[str]] = frozenset()
     """The keywords of `Scaling` that this head supports."""
+    unit_rows: ClassVar[bool] = True
+    """Whether the rows of `weight` are kept at length 1."""
+    stored: DTensor | None = None
+    """This rank's share of `weight` where `fully_shard` splits it, and gathers it in every pass."""
     fused: RowUpdate | None = None
     """The optimiser that takes its step within the forward pass, if there is one."""
     trust_batches: bool = False
@@ -114,6 +119,11 @@ class Head(nn.Module):
         self.shard = Shard.of(num_classes, group)
         dtype = torch.bfloat16 if kept == "bfloat16" else torch.get_default_dtype()
         self.weight = nn.Parameter(self._initial_weight(dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, DTensor) and self.shard.group is None:
+            vars(self)["stored"] = value
+        super().__setattr__(name, value)
 
     def _initial_weight(self, dtype: torch.dtype) -> Tensor:
         """Xavier-normal rows of this rank, the same whatever the number of ranks and the device."""
@@ -154,6 +164,9 @@ class Head(nn.Module):
         labels = check_batch(embeddings, labels, *sizes, trusted=self.trust_batches)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
+        if self.stored is not None and self.unit_rows:
+            # What is gathered for the backward pass and what the optimiser moves is this.
+            renormalise_(self.stored.detach(), dtype)
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.loss(embeddings.to(dtype), labels)
 

@@ -32,6 +32,8 @@ class Softmax(Head):
         2.3026
     """
 
+    unit_rows = False
+
     def __init__(self, embedding_dim: int, num_classes: int) -> None:
         super().__init__(embedding_dim, num_classes)
         self.bias = nn.Parameter(torch.zeros(num_classes))

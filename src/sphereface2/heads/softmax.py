@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Unpack
 
@@ -159,8 +158,9 @@ def streamed_softmax(
 
 def _with_copied_buffers(head: SoftmaxHead) -> SoftmaxHead:
     """The head as it is now: another batch may move its statistics before the backward pass."""
-    found = copy.copy(head)
-    found._buffers = {name: b if b is None else b.clone() for name, b in head._buffers.items()}
+    found: SoftmaxHead = object.__new__(type(head))  # copy.copy would build a sharded one anew
+    buffers = {name: b if b is None else b.clone() for name, b in head._buffers.items()}
+    vars(found).update(vars(head), _buffers=buffers)
     return found
 
 

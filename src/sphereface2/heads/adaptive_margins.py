@@ -6,6 +6,7 @@ import math
 from typing import Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sphereface2.errors import check_count, check_number
@@ -141,11 +142,17 @@ class AdaFace(SoftmaxHead):
         self.register_buffer("std", torch.tensor(100.0))
 
     def prepare(self, cos_y: Tensor, lengths: Tensor) -> None:
-        # One sample has no deviation.
-        if self.training and len(lengths) > 1:
-            lengths = lengths.clamp(1e-3, 100)
-            _follow(self.mean, lengths.mean(), self.momentum)
-            _follow(self.std, lengths.std(), self.momentum)
+        if not self.training:
+            return
+        lengths = lengths.clamp(1e-3, 100)
+        if self.sync_statistics and dist.is_initialized():
+            mean, std = _moments_of_ranks(lengths)
+        elif len(lengths) > 1:
+            mean, std = lengths.mean(), lengths.std()
+        else:
+            return  # one sample has no deviation
+        _follow(self.mean, mean, self.momentum)
+        _follow(self.std, std, self.momentum)
 
     def positive_logit(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
         norms = lengths.detach().clamp(1e-3, 100)
@@ -201,7 +208,9 @@ class CurricularFace(SoftmaxHead):
 
     def prepare(self, cos_y: Tensor, lengths: Tensor) -> None:
         if self.training:
-            _follow(self.t, cos_y.mean(), self.momentum)
+            synced = self.sync_statistics and dist.is_initialized()
+            mean = _moments_of_ranks(cos_y)[0] if synced else cos_y.mean()
+            _follow(self.t, mean, self.momentum)
 
     def positive_logit(self, cos_y: Tensor, lengths: Tensor) -> Tensor:
         return self.scale * additive_angle(cos_y, self.m)
@@ -210,6 +219,15 @@ class CurricularFace(SoftmaxHead):
         cos_y = cos_y.detach()
         bar = cos_y * math.cos(self.m) - sine(cos_y) * math.sin(self.m)
         return self.scale * torch.where(cos > bar[:, None], cos * (self.t + cos), cos)
+
+
+def _moments_of_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the values (B,) of all ranks, whose B may differ."""
+    sums = torch.stack([torch.ones_like(values), values, values.square()]).double().sum(1)
+    dist.all_reduce(sums)
+    count, total, squares = sums
+    mean = total / count
+    return mean, ((squares - total * mean) / (count - 1)).clamp_min(0).sqrt()
 
 
 def _follow(running: Tensor, value: Tensor, momentum: float) -> None:

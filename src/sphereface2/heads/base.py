@@ -91,6 +91,10 @@ class Head(nn.Module):
     are then not read to check their range, nor are other ranks asked whether their head is the
     same and how large their batches are, which must be equal. Either makes a GPU's host wait at
     every call; a first step without it finds most mistakes."""
+    sync_statistics: bool = False
+    """Set it to True where ranks train replicas of the head, each with its share of a batch, and
+    call it together: running statistics (AdaFace, CurricularFace) are then those of the whole batch
+    of the default process group, as with SyncBatchNorm."""
 
     def __init__(self, embedding_dim: int, num_classes: int, **scaling: Unpack[Scaling]) -> None:
         super().__init__()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,15 +18,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from killing import join, tell
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sphereface2 import heads
 from sphereface2.errors import UserError
 from sphereface2.heads import sharding
+from sphereface2.training.muon import Muon
+from sphereface2.training.optim import clip_gradients
 
 DIM = 8
 COLLECTIVES = ((sharding, "all_gather"), (sharding, "reduce_scatter"), (dist, "all_reduce"))
@@ -134,6 +142,82 @@ def between_samples(classes: int, steps: int) -> None:
     assert sharded.is_started
 
 
+class Classifier(nn.Module):
+    """A network and a dense head, as a trainer sees them."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(DIM, 9), nn.Tanh(), nn.Linear(9, DIM)).double()
+        self.head = build(21, name, **options)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.network(x), labels)
+
+
+def wrapped(kind: str, name: str, muon: bool = False, **options: Any) -> None:
+    """A dense head replicated or split by torch, beside one that sees everybody's samples."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole_one, model = Classifier(name, **options), Classifier(name, **options)
+    model.head.sync_statistics = True
+    call: nn.Module = model
+    if kind == "replicated":
+        call = DistributedDataParallel(model)
+    else:
+        fully_shard(model.head if kind == "split" else model, reshard_after_forward=True)
+        if kind == "split":
+            fully_shard(model.network)
+    optimizers: list[torch.optim.Optimizer] = []
+    for one in (whole_one, model):
+        matrices = [p for p in one.network.parameters() if p.ndim > 1] if muon else []
+        rest = [p for p in one.parameters() if all(p is not q for q in matrices)]
+        optimizers.append(torch.optim.SGD(rest, lr=0.02, momentum=0.9, weight_decay=1e-3))
+        optimizers += [Muon(matrices)] if matrices else []
+    for step in range(3):
+        parts = batch(step, 21, even=True)
+        loss = whole_one(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        loss.backward()
+        mine = call(*parts[rank])
+        mine.backward()
+        mean = mine.detach() / size
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean, loss.detach(), rtol=1e-9, atol=0)
+        expected = nn.utils.clip_grad_norm_(whole_one.parameters(), 1.0)
+        torch.testing.assert_close(clip_gradients(model.parameters(), 1.0), expected)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for found, right in zip(model.parameters(), whole_one.parameters(), strict=True):
+        torch.testing.assert_close(whole(found.detach()), right.detach(), rtol=1e-7, atol=1e-10)
+    for found, right in zip(model.buffers(), whole_one.buffers(), strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def copies() -> None:
+    """A copy of a sharded head, as moving averages make, has prototypes of its own."""
+    head = build(21, process_group=dist.group.WORLD)
+    other = copy.deepcopy(head)
+    x, labels = batch(0, 21)[dist.get_rank()]
+    assert torch.equal(head(x, labels), other(x, labels))
+    with torch.no_grad():
+        head.weight.zero_()
+    assert whole(other.weight.detach()).any()
+
+
+def documented(folder: Path) -> None:
+    """The program of docs/scaling.md; what it leaves fits a dense head."""
+    text = (Path(__file__).parents[2] / "docs/scaling.md").read_text()
+    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/scaling.md", "exec"), names)
+    dense = heads.SphereFace2(128, num_classes=1000)
+    found = {f"head.{key}": value for key, value in dense.state_dict().items()}
+    dcp.load({"model": found}, checkpoint_id="checkpoint", no_dist=True)
+    assert not torch.equal(found["head.bias"], torch.tensor(dense.margin.initial_bias(1000)))
+
+
 def disagreement(changed: dict[str, Any]) -> str:
     """What a call says where the last rank's head is another one than the others'."""
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -215,6 +299,9 @@ def work(rank: int, ranks: int, port: int, log: Path, task: str, argument: str) 
     tell(log)
     join(rank, ranks, port)
     torch.set_num_threads(1)
+    if task == "documented":
+        documented(Path(argument))
+        return
     dist.init_process_group("gloo")
     if task == "equality":
         for kind in "CAM":
@@ -228,8 +315,16 @@ def work(rank: int, ranks: int, port: int, log: Path, task: str, argument: str) 
         between_samples(4, 8)
         # A sample of everybody: the weights and own classes of a rank's share are right.
         equality(53, 20, scaling={"negatives": "uniform", "negative_share": 1.0})
+    elif task == "wrapped":
+        for name in ("adaface", "curricularface"):
+            wrapped("replicated", name)
+        wrapped("split", "cosface", muon=True)
+        wrapped("split", "adaface", streaming=True, chunk_size=4)
+        wrapped("root", "cosface")
+        wrapped("root", "softmax")
     elif task == "disagreement":
         disagreements()
+        copies()
     elif task == "bytes":
         counts = {classes: bytes_moved(classes) for classes in (100, 1000)}
         if dist.get_rank() == 0:
@@ -240,7 +335,8 @@ def work(rank: int, ranks: int, port: int, log: Path, task: str, argument: str) 
     dist.destroy_process_group()
     gc.collect()
     # One that is still there when Python shuts down may abort the process.
-    assert not gloo_threads(), gloo_threads()
+    # (`fully_shard` keeps its group.)
+    assert task == "wrapped" or not gloo_threads(), gloo_threads()
 
 
 def gloo_threads() -> list[str]:

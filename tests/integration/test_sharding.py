@@ -60,3 +60,11 @@ def test_checkpoints_are_resumed_on_any_number_of_ranks(tmp_path: Path) -> None:
         run(ranks, "resume", tmp_path, "state")
         found = torch.load(tmp_path / f"state.{ranks}.pt")
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_dense_heads_within_torchs_wrappers_equal_one_that_sees_everybody(tmp_path: Path) -> None:
+    run(2, "wrapped", tmp_path)
+
+
+def test_the_documented_loop_runs(tmp_path: Path) -> None:
+    run(2, "documented", tmp_path, "documented")

@@ -125,6 +125,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(self._initial_weight(dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # `fully_shard` puts the share in the place of what was gathered after every pass.
         if name == "weight" and isinstance(value, DTensor) and self.shard.group is None:
             vars(self)["stored"] = value
         super().__setattr__(name, value)

@@ -94,8 +94,9 @@ def test_a_second_signal_ends_a_run_that_cannot_end_in_order(
 def test_ctrl_c_while_processes_are_starting(
     command: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
+    data = {"train": str(settings["data.train"]), "validation_people": 2, "test_people": 2}
     study = {
-        "base": {"data": {"train": str(settings["data.train"])}},
+        "base": {"data": data, "validation": {"pairs": []}},
         "arms": {"normface": {"settings": {"head": {"name": "normface"}}}},
         "seeds": [0, 1],
     }
@@ -114,6 +115,7 @@ def test_ctrl_c_while_processes_are_starting(
     ) as process:
         children = Path(f"/proc/{process.pid}/task")
         while sum(len((one / "children").read_text().split()) for one in children.iterdir()) < 2:
+            assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)

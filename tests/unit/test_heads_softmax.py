@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import losses as pml
 
 from sphereface2 import heads
+from sphereface2.heads import adaptive_margins
 from sphereface2.heads.divergence import posteriors
 
 F64 = torch.float64
@@ -200,6 +201,13 @@ def test_adaface():
         x = (x.detach() * 3).requires_grad_()
     assert head.mean.item() == pytest.approx(mean)
     assert head.std.item() == pytest.approx(std)
+
+
+def test_sums_over_ranks_keep_a_deviation_that_is_small_beside_the_mean(monkeypatch):
+    monkeypatch.setattr(adaptive_margins.dist, "all_reduce", lambda _: None)
+    lengths = 20 + 1e-3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    _, found = adaptive_margins._moments_of_ranks(lengths)
+    torch.testing.assert_close(found, lengths.double().std())
 
 
 def test_adaface_without_concentration_is_cosface():

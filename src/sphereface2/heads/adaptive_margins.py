@@ -223,7 +223,8 @@ class CurricularFace(SoftmaxHead):
 
 def _moments_of_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the values (B,) of all ranks, whose B may differ."""
-    sums = torch.stack([torch.ones_like(values), values, values.square()]).double().sum(1)
+    values = values.double()  # else the squares' rounding hides a small deviation
+    sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
     dist.all_reduce(sums)
     count, total, squares = sums
     mean = total / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ def with_teacher(width: int, **settings: Any) -> TrainingStep:
     step = TrainingStep(plain.config, plain.world, PEOPLE, teacher)
     step.forward.train()
     return step
+
+
+@pytest.mark.parametrize("prototypes", ["start", "fixed"])
+def test_statistics_are_of_all_ranks_beside_prototypes_that_stay(
+    monkeypatch: pytest.MonkeyPatch, prototypes: str
+) -> None:
+    monkeypatch.setattr(TrainingStep, "_replicate", lambda _, module: module)
+    settings = {"head__name": "adaface", "teacher__prototypes": prototypes}
+    alone = with_teacher(512, **settings)
+    assert not alone.head.sync_statistics
+    world = dataclasses.replace(alone.world, size=2)
+    assert TrainingStep(alone.config, world, PEOPLE, alone.teacher).head.sync_statistics
 
 
 @pytest.mark.parametrize("labels", [0.0, 0.5])

@@ -123,7 +123,7 @@ class TrainingStep:
         self.forward = self._replicate(self.network)
         # A sharded head does its own communication.
         self.loss = self.head if self.head.shard.group else self._replicate(self.head)
-        self.head.sync_statistics = self.loss is not self.head
+        self.head.sync_statistics = world.size > 1 and self.head.shard.group is None
         self.distil = None if self.teacher is None else self._replicate(self.teacher)
         if settings.fused_head and isinstance(self.loss, DistributedDataParallel):
             raise UserError(

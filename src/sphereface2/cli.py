@@ -257,7 +257,9 @@ def _missing(error: BaseException) -> str | None:
     while error.__cause__ is not None:  # the parser's error comes from that of the import
         error = error.__cause__
     name = error.name if isinstance(error, ModuleNotFoundError) else None
-    return None if name is None or "." in name else name  # a part is missing of a broken package
+    # A part is missing of a broken package, or of a Python that was built without it.
+    broken = name is None or "." in name or name in sys.stdlib_module_names
+    return None if broken else name
 
 
 def _memory_wanted(error: BaseException) -> str | None:

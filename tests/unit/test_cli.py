@@ -103,8 +103,11 @@ def test_a_package_that_is_not_installed_is_named():
     assert "sphereface2 fit needs torch, which is not installed" in done.stderr
 
 
-def test_a_broken_package_is_no_mistake_of_the_users(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "fit", "sphereface2.nothing:fit")
+@pytest.mark.parametrize("place", ["sphereface2.nothing:fit", "lzma:open"])
+def test_a_broken_package_or_python_is_no_mistake_of_the_users(monkeypatch, place):
+    monkeypatch.setitem(cli.COMMANDS, "fit", place)
+    monkeypatch.delitem(sys.modules, "lzma", raising=False)
+    monkeypatch.setitem(sys.modules, "_lzma", None)  # as where Python was built without it
     with pytest.raises(ImportError):
         cli.main(["fit"])
 

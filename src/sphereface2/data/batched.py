@@ -11,14 +11,13 @@ a batch is started in few steps of the host, or as a CUDA graph.
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sphereface2.data.hardening import FULL, GAMMA, HEAD, normals
+from sphereface2.data.hardening import FULL, GAMMA, before_turning, normals
 from sphereface2.data.transforms import GREY, Augmentation
 
 _COLUMNS = {
@@ -124,15 +123,10 @@ def _moved(pixels: Tensor, back: Tensor) -> Tensor:
 
 
 def _turned(pixels: Tensor, part: dict[str, Tensor]) -> Tensor:
-    """As `hardening.turn`, whose columns these are."""
+    """As `hardening.turn`."""
     side, angle = pixels.shape[3], torch.deg2rad(part["degrees"])
     x = (torch.arange(side, device=pixels.device) + 0.5) * 2 / side - 1
-    seen, sine = x + HEAD * angle.sin(), HEAD * angle.sin()
-    behind = (seen / HEAD).clamp(-1, 1).arcsin() - angle
-    source = HEAD * behind.clamp(-math.pi / 2, math.pi / 2).sin()
-    after = 1 - (1 - x) * (1 - HEAD) / (1 - HEAD + sine)
-    before = (1 + x) * (1 - HEAD) / (1 - HEAD - sine) - 1
-    source = torch.where(seen >= HEAD, after, torch.where(seen <= -HEAD, before, source))
+    source = before_turning(x, angle, angle.sin(), torch)
     at = ((source + 1) * side / 2 - 0.5).clamp_(0, side - 1)
     # Each new column is a mixture of two old ones.
     columns = torch.arange(side, device=pixels.device)[:, None]

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -43,12 +44,7 @@ def turn(image: np.ndarray, degrees: float) -> np.ndarray:
     height, width = image.shape[:2]
     angle = math.radians(degrees)
     x = (np.arange(width) + 0.5) * 2 / width - 1
-    seen = x + HEAD * math.sin(angle)  # on the turned head, before it is put back in the middle
-    behind = np.arcsin(np.clip(seen / HEAD, -1, 1)) - angle
-    source = HEAD * np.sin(np.clip(behind, -math.pi / 2, math.pi / 2))
-    left, right = -HEAD * (1 + math.sin(angle)), HEAD * (1 - math.sin(angle))
-    source = np.where(seen >= HEAD, 1 - (1 - x) * (1 - HEAD) / (1 - right), source)
-    source = np.where(seen <= -HEAD, (1 + x) * (1 - HEAD) / (1 + left) - 1, source)
+    source = before_turning(x, angle, math.sin(angle), np)
     columns = ((source + 1) * width / 2 - 0.5).astype(np.float32)
     rows = np.arange(height, dtype=np.float32)
     return cv2.remap(
@@ -58,6 +54,23 @@ def turn(image: np.ndarray, degrees: float) -> np.ndarray:
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REPLICATE,
     )
+
+
+def before_turning(x: Any, angle: Any, sine: Any, library: Any) -> Any:
+    """Where each place of a turned head was across the image, both from -1 to 1.
+
+    Args:
+        x: places, an array of ``library``.
+        angle: in radians.
+        sine: of the angle.
+        library: numpy or torch.
+    """
+    seen = x + HEAD * sine  # on the turned head, before it is put back in the middle
+    behind = library.arcsin(library.clip(seen / HEAD, -1, 1)) - angle
+    source = HEAD * library.sin(library.clip(behind, -math.pi / 2, math.pi / 2))
+    left, right = -HEAD * (1 + sine), HEAD * (1 - sine)
+    source = library.where(seen >= HEAD, 1 - (1 - x) * (1 - HEAD) / (1 - right), source)
+    return library.where(seen <= -HEAD, (1 + x) * (1 - HEAD) / (1 + left) - 1, source)
 
 
 def reduce(image: np.ndarray, side: int = 20) -> np.ndarray:

@@ -130,8 +130,8 @@ class Augmentation:
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """float32 (count, D) uniform draws, one row an image: all the randomness there is."""
-        columns = _DRAWS_WITH_LIGHT if self.light else _DRAWS
-        return rng.random((count, _DRAWS_WITH_YAW if self.yaw else columns), dtype=np.float32)
+        columns = _DRAWS_WITH_YAW if self.yaw else _DRAWS_WITH_LIGHT if self.light else _DRAWS
+        return rng.random((count, columns), dtype=np.float32)
 
     def apply(self, images: Sequence[np.ndarray], draws: np.ndarray) -> torch.Tensor:
         """Augment by given draws (B, D), one row an image."""

@@ -87,8 +87,9 @@ def build_optimizers(
                 filters.append({"params": chosen, "base_lr": config.muon_lr * factor})
         groups.append((decayed, factor, config.weight_decay))
         groups.append(([p for p in parameters if p.ndim <= 1], factor, 0.0))
-    prototypes = [p for p in _trained(head).values() if p.ndim > 1]
-    head_rest = [p for p in _trained(head).values() if p.ndim <= 1]
+    of_head = _trained(head).values()
+    prototypes = [p for p in of_head if p.ndim > 1]
+    head_rest = [p for p in of_head if p.ndim <= 1]
     head_rest += [] if samples is None else samples.parameters()
     muon = partial(Muon, momentum=config.momentum, half=config.autocast == "bf16")
     orthogonal = [muon(filters, config.muon_lr)] if filters else []

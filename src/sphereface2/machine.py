@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Of glibc's malloc.h: the number of blocks outside the heap, and what stays free at its end.
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1
@@ -51,18 +53,23 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def faiss_threads(count: int) -> Iterator[None]:
-    """So many threads for FAISS, called by this thread in here.
+def using_faiss(threads: int | None = None) -> Iterator[Any]:
+    """FAISS, called by this thread in here on so many threads; None: on as many as OpenMP says.
 
     The number is OpenMP's, which PyTorch shares where it was loaded first: left as it is, a network
-    would run on as many from then on.
+    would run on as many from then on. On macOS FAISS and PyTorch have an OpenMP each, the second of
+    which would end the process unless it is allowed, and they crash where both have several threads
+    (faiss-wheels issue 73): there FAISS has one.
     """
+    if sys.platform == "darwin":
+        os.environ["KMP_DUPLICATE_LIB_OK"], threads = "TRUE", 1
     import faiss
 
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    if threads is not None:
+        faiss.omp_set_num_threads(threads)
     try:
-        yield
+        yield faiss
     finally:
         faiss.omp_set_num_threads(before)
 

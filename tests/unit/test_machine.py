@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sphereface2.machine import cores, free_memory
+from sphereface2.machine import cores, free_memory, using_faiss
 from sphereface2.onnx_runtime import default_threads
 from sphereface2.training import config
 
@@ -75,6 +76,20 @@ def test_as_many_ranks_as_batch_normalisation_bears(
     monkeypatch.setattr(module, "cores", lambda: usable)
     settings = config.load(None, ["--training.device", "cpu", *words])
     assert module._count_ranks("auto", settings) == expected
+
+
+def test_on_macos_faiss_has_one_thread_beside_another_openmp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "FALSE")
+    with using_faiss(2) as faiss:
+        assert faiss.omp_get_max_threads() == 2
+        monkeypatch.setattr("sys.platform", "darwin")
+        for threads in (None, 4):
+            with using_faiss(threads) as same:
+                assert same is faiss and faiss.omp_get_max_threads() == 1
+        assert faiss.omp_get_max_threads() == 2
+    assert os.environ["KMP_DUPLICATE_LIB_OK"] == "TRUE"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")

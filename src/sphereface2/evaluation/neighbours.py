@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.evaluation.tiles import Tiles
-from sphereface2.machine import cores, faiss_threads
+from sphereface2.machine import cores, using_faiss
 
 ALL = 1 << 20
 """Rows whose scores are all computed."""
@@ -114,26 +114,25 @@ def _found(
     progress: Callable[[float], None] | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Of so many queries at a time the first's place, and the nearest rows, int64, -1 for none."""
-    import faiss
-
     threads = workers or cores()
     graph = f"HNSW{_LINKS},SQ8"  # a byte a number
-    index: Any = faiss.index_factory(rows.shape[1], graph, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT
-    index.train(rows[:: -(-len(rows) // _SAMPLE)])  # the range of each number
+    with using_faiss(threads) as faiss:
+        index: Any = faiss.index_factory(rows.shape[1], graph, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = index.hnsw.efSearch = _EFFORT
+        index.train(rows[:: -(-len(rows) // _SAMPLE)])  # the range of each number
     all_of_it = len(rows) + len(queries)
     # A person's images come one after the other: in that order the graph leads to few others.
     order = np.random.default_rng(0).permutation(len(rows))
     places = np.append(order, -1)  # of what is not found too
     for start in range(0, len(rows), _CHUNK):
         part = order[start : start + _CHUNK]
-        with faiss_threads(threads):
+        with using_faiss(threads):
             index.add(rows[part])
         if progress is not None:
             progress(len(part) / all_of_it)
     for start in range(0, len(queries), _CHUNK):
         part = queries[start : start + _CHUNK]
-        with faiss_threads(threads):
+        with using_faiss(threads):
             near = index.search(part, count)[1]
         yield start, places[near]
         if progress is not None:

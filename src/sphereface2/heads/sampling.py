@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sphereface2.heads.base import renormalise_
 from sphereface2.heads.blocks import Block, chosen_rows
+from sphereface2.machine import using_faiss
 
 
 def uniform(labels: Tensor, rows: int, share: float, chunk: int) -> Iterator[Block]:
@@ -67,7 +68,9 @@ class HardNegatives:
             self._build(weight)
         self.age += 1
         each = max(1, round(self.share * len(weight) / len(x)))
-        _, found = self.index.search(x.detach().float().cpu().numpy(), min(each, len(weight)))
+        probes = x.detach().float().cpu().numpy()
+        with using_faiss():
+            _, found = self.index.search(probes, min(each, len(weight)))
         near = torch.from_numpy(found).flatten()
         present = labels[(labels >= 0) & (labels < len(weight))]
         rows = torch.cat([near[near >= 0].to(labels.device), present]).unique()
@@ -75,15 +78,15 @@ class HardNegatives:
         yield from chosen_rows(places.where(rows[places] == labels, -1), rows, chunk)
 
     def _build(self, weight: Tensor) -> None:
-        import faiss
-
         rows = renormalise_(weight.detach().float().clone()).cpu().numpy()
         lists = max(1, int(len(rows) ** 0.5))
-        quantizer = faiss.IndexFlatIP(rows.shape[1])
-        self.index = faiss.IndexIVFFlat(quantizer, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
-        # k-means on a sample is what faiss advises; few points a list is fine for this purpose.
-        self.index.cp.min_points_per_centroid = 1
-        self.index.train(rows)
-        self.index.add(rows)
+        dim = rows.shape[1]
+        with using_faiss() as faiss:
+            quantizer = faiss.IndexFlatIP(dim)
+            self.index = faiss.IndexIVFFlat(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
+            # k-means on a sample is what faiss advises; few points a list is fine for this purpose.
+            self.index.cp.min_points_per_centroid = 1
+            self.index.train(rows)
+            self.index.add(rows)
         self.index.nprobe = max(1, lists // 16)
         self.age = 0

@@ -14,7 +14,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sphereface2.machine import faiss_threads
+from sphereface2.machine import using_faiss
 from sphereface2.recognition.gallery.ivf import LEAST, Ivf, Ranked, View, best_people, mostly_gone
 from sphereface2.recognition.gallery.rows import SEQ, Rows, bytes_type, person_of
 from sphereface2.recognition.gallery.sql import Database
@@ -147,14 +147,14 @@ def exact(view: View, probes: np.ndarray, k: int, size: int | None = None) -> li
 
     ``size`` rows are looked for first, of which several may show one person.
     """
-    import faiss  # which reads the rows in less than half of numpy's time
-
     size = min(size or max(_CANDIDATES, 4 * k), len(view.rows))
     if len(probes) > 1 and len(probes) * size > _SCORES:
         return [one for probe in probes for one in exact(view, probe[None], k, size)]
-    # Of the process; what it is compared with, and its default, differ among FAISS's versions.
-    faiss.cvar.distance_compute_blas_threshold = 1 if len(probes) >= _TOGETHER else 1 << 30
-    with faiss_threads(1):  # one search is not divided among several
+    # One search is not divided among several threads. FAISS reads the rows in less than half of
+    # numpy's time.
+    with using_faiss(1) as faiss:
+        # Of the process; what it is compared with, and its default, differ among FAISS's versions.
+        faiss.cvar.distance_compute_blas_threshold = 1 if len(probes) >= _TOGETHER else 1 << 30
         found = faiss.knn(probes, view.rows, size, metric=faiss.METRIC_INNER_PRODUCT)
     answers = []
     for scores, rows in zip(*found, strict=True):

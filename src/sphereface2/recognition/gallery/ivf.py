@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.machine import faiss_threads
+from sphereface2.machine import using_faiss
 
 #: A probe's candidates: a person's key and the cosine, best first.
 Ranked = list[tuple[int, float]]
@@ -136,7 +136,7 @@ class Ivf:
         with self._lock:
             if self._index is None or self._view.seq != view.seq:
                 return None
-            with faiss_threads(1):  # more wait for each other longer
+            with using_faiss(1):  # more wait for each other longer
                 found = self._index.search(probe[None], max(_CANDIDATES, 4 * k))[1][0]
             rows = self._order[np.searchsorted(self._ids, found).clip(max=len(self._ids) - 1)]
         there = view.ids[rows] == found
@@ -170,10 +170,9 @@ class Ivf:
 
     def _load(self, view: View) -> Any:
         """The index of the file with what changed since; None if it is better built anew."""
-        import faiss
-
         try:
-            index = faiss.read_index(str(self._file))
+            with using_faiss() as faiss:
+                index = faiss.read_index(str(self._file))
         except RuntimeError:  # it is not there, or damaged
             return None
         if not isinstance(index, faiss.IndexIVFPQFastScan) or index.d != view.rows.shape[1]:
@@ -207,15 +206,14 @@ class Ivf:
             _log.warning("the index %s could not be kept: %s", self._file, error)
 
     def _write(self, seq: int) -> None:
-        import faiss
-
         with self._lock:
             if self._index is None or self._removed or self._view.seq != seq:
                 return
             temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
             try:
                 temporary.touch(0o600)  # as the gallery itself: these are people's faces
-                faiss.write_index(self._index, str(temporary))
+                with using_faiss() as faiss:
+                    faiss.write_index(self._index, str(temporary))
                 temporary.replace(self._file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -223,17 +221,18 @@ class Ivf:
 
 def _add(index: Any, view: View, rows: np.ndarray) -> None:
     if len(rows):
-        index.add_with_ids(view.rows[rows], view.ids[rows])
+        with using_faiss():
+            index.add_with_ids(view.rows[rows], view.ids[rows])
 
 
 def _trained(view: View, alive: np.ndarray) -> Any:
     """An empty index whose lists and codes are learned from a part of the rows that count."""
-    import faiss
-
     dim, lists = view.rows.shape[1], round(2 * len(alive) ** 0.5)
     parts = dim // 2 if dim % 2 == 0 else dim
-    index: Any = faiss.index_factory(dim, f"IVF{lists},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
-    for learned in (index, index.pq):  # few images are no reason for a warning
-        learned.cp.min_points_per_centroid = 1
-    index.train(view.rows[alive[:: max(1, len(alive) // (_SAMPLE * lists))]])
+    kind = f"IVF{lists},PQ{parts}x4fs"
+    with using_faiss() as faiss:
+        index: Any = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+        for learned in (index, index.pq):  # few images are no reason for a warning
+            learned.cp.min_points_per_centroid = 1
+        index.train(view.rows[alive[:: max(1, len(alive) // (_SAMPLE * lists))]])
     return index

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from sphereface2.device import sent
 from sphereface2.errors import UserError
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class Graphed(Generic[T]):
             self._inputs = tuple(torch.empty_like(one, device=self.device) for one in inputs)
         shapes = [(one.shape, one.dtype) for one in self._inputs]
         if shapes != [(one.shape, one.dtype) for one in inputs]:
-            return self.function(*(one.to(self.device, non_blocking=True) for one in inputs))
+            return self.function(*(sent(one, self.device) for one in inputs))
         for kept, one in zip(self._inputs, inputs, strict=True):
             kept.copy_(one, non_blocking=True)
         self.calls += 1

@@ -79,6 +79,15 @@ def resolve(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, whose host waits for the copy except with CUDA.
+
+    MPS would still be reading memory that is freed or written again meanwhile (pytorch issue
+    189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 _inside = 0
 _restore: Callable[[], None]
 _lock = threading.Lock()

@@ -98,6 +98,15 @@ def test_a_batch_that_is_not_finite_is_not_remembered():
     assert torch.equal(between.memory, before)
 
 
+def test_a_start_from_opposite_faces_is_exact_in_float32():
+    """exp(s·cos - s) would be 0 there."""
+    between = SampleToSample(DIM, PEOPLE, SampleToSampleConfig(weight=1.0, s=64.0, m=0.0))
+    x = torch.eye(DIM)[:1]
+    between.remember(-x, torch.tensor([1]))
+    between.start(x, torch.tensor([0]))
+    assert between.bias.item() == 64.0
+
+
 @pytest.mark.parametrize("call", ["forward", "start", "remember"])
 def test_what_does_not_fit_is_named(call):
     between = SampleToSample(DIM, PEOPLE, CONFIG)

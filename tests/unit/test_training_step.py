@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch
@@ -83,13 +85,25 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())
 
 
+class NoDoubles(TorchDispatchMode):
+    """The meta device makes no float64, which an Apple GPU has not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and one.device.type == "meta":
+                assert one.dtype not in (torch.float64, torch.complex128), func
+        return result
+
+
 @pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("case", NEVER_WAITS)
-def test_the_host_reads_nothing_of_a_step(case: str) -> None:
+def test_the_host_reads_nothing_of_a_step_and_the_device_needs_no_float64(case: str) -> None:
     """Tensors of the meta device have no values: whoever asks for one is refused."""
     step = training_step("meta", **NEVER_WAITS[case])
-    for number in (1, 2):
-        loss, norm = step(batches(step.config.training.accumulate), number)
+    with NoDoubles():
+        for number in (1, 2):
+            loss, norm = step(batches(step.config.training.accumulate), number)
     assert loss.device.type == norm.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         step.watch.read()

@@ -19,6 +19,7 @@ from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source, check_indices, check_labels
 from sphereface2.data.transforms import COOLED, FLIP, Augmentation
+from sphereface2.device import sent
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
 
@@ -183,7 +184,7 @@ class FaceDataset(Dataset[Batch]):
     def _made(self, packed: torch.Tensor) -> torch.Tensor:
         """The images of what `_on_device` has packed."""
         assert self.pixels is not None
-        packed = packed.to(self.pixels.device, non_blocking=True)
+        packed = sent(packed, self.pixels.device)
         count = len(packed) // (1 + COLUMNS // 2)
         kept = self.pixels.index_select(0, packed[:count]).permute(0, 3, 1, 2)
         numbers = packed[count:].view(torch.float32).view(count, COLUMNS)

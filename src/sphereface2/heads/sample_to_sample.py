@@ -168,20 +168,19 @@ class SampleToSample(nn.Module):
             return
         memory = local(self.memory)
         batch = self.shard.gather(unit_rows(embeddings.to(memory.dtype)), labels, even=self.even)
-        # exp(s·cos - s) summed over shards; in float64, cosines down to -1 at s = 64 are no 0.
-        total = batch.x.new_zeros(len(batch.x), dtype=torch.float64)
+        levels = batch.x.new_full((len(batch.x),), -torch.inf)
         chunk = default_chunk(memory.device.type, *batch.x.shape)
         for block in self._plan(batch.labels - self.shard.start, chunk):
-            z = (batch.x @ memory[block.rows].T).double().sub_(1).mul_(self.config.s).exp_()
-            block.own.put_(z, 0.0)
+            z = (batch.x @ memory[block.rows].T).mul_(self.config.s)
+            block.own.put_(z, -torch.inf)
             assert block.skip is not None
-            total += z.masked_fill_(block.skip, 0.0).sum(1)
-        total = self.shard.sum(total)
-        met = total > 0  # not where the memory has nobody else
+            z.masked_fill_(block.skip, -torch.inf)
+            levels = torch.logaddexp(levels, z.logsumexp(1))
+        levels = self.shard.logsumexp(levels)
+        met = levels > -torch.inf  # not where the memory has nobody else
         if not self.even and not met.any():
             return
-        levels = total.log_().add_(self.config.s).where(met, 0.0)
-        level = levels.sum() / met.sum().clamp_min(1)
+        level = levels.where(met, 0.0).sum() / met.sum().clamp_min(1)
         self.bias.copy_(-level - self.config.s * self.config.m / 2)
         self.started.fill_(True)
         self.is_started = True

@@ -137,6 +137,14 @@ class Shard:
             dist.all_reduce(value, group=self.group)
         return value
 
+    def logsumexp(self, value: Tensor) -> Tensor:
+        """log Σ exp of the ranks' values (n,)."""
+        if self.group is None:
+            return value
+        everybody = value.new_empty(self.size * len(value))
+        all_gather(everybody, value, group=self.group)
+        return everybody.view(self.size, -1).logsumexp(0)
+
     def _gather_counts(self, count: int, terms: str, device: torch.device) -> list[int]:
         # A checksum of the terms travels above the count, in the same 8 bytes.
         checked = self._gather_numbers(zlib.crc32(terms.encode()) << _COUNT_BITS | count, device)

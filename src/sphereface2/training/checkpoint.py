@@ -438,13 +438,13 @@ def restore_training_state(
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Torch's generators, as tensors (augmentation derives its own from the step)."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Inverse of ``rng_state``."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)

@@ -147,6 +147,11 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     store: dist.Store | None = None
     try:
         store = _fresh_store(rank, size)
+        if place.type == "mps":
+            raise UserError(
+                f"an Apple GPU trains on one rank, and these are {size}: leave out --ranks, or set "
+                "training.device to cpu"
+            )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             store=store,

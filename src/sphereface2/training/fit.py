@@ -19,6 +19,7 @@ from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.folder import check_outside
 from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
+from sphereface2.device import resolve
 from sphereface2.errors import UserError, counted
 from sphereface2.files import check_folder, owned
 from sphereface2.machine import cores
@@ -197,6 +198,8 @@ def _count_ranks(ranks: str, settings: RunConfig) -> int:
     if ranks == "auto":
         if settings.training.device in ("auto", "cuda") and torch.cuda.is_available():
             return torch.cuda.device_count()
+        if resolve(settings.training.device).type == "mps":
+            return 1
         # Each normalises by its own share of a batch, whose statistics are poor of fewer images.
         batch = settings.training.batch_size or USUAL_BATCH
         share, rest = divmod(batch, settings.training.accumulate)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sphereface2 import backbones, heads
 from sphereface2.cuda_graph import Graphed
 from sphereface2.data.dataset import Batch
+from sphereface2.device import sent
 from sphereface2.errors import UserError, counted
 from sphereface2.training.config import RunConfig, head_options
 from sphereface2.training.distributed import World
@@ -99,9 +100,9 @@ class TrainingStep:
             )
         # From here on ranks draw differently (dropout); the parameters above are equal.
         torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
-        self.memory_format = (
-            torch.channels_last if settings.channels_last else torch.contiguous_format
-        )
+        # Batch normalisation on MPS gives wrong gradients of the other (pytorch issue 175189).
+        last = settings.channels_last and device.type != "mps"
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.network = network.to(device).to(memory_format=self.memory_format)
         self.head = head.to(device)
         self.head.trust_batches = True
@@ -277,8 +278,8 @@ class TrainingStep:
                 if index + 1 < len(batches):
                     for module in self._replicas():
                         stack.enter_context(module.no_sync())
-                images = batch.images.to(device, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
+                images = sent(batch.images, device)
+                labels = sent(batch.labels, device)
                 pixels = self.network.preprocessing(images).contiguous(
                     memory_format=self.memory_format
                 )
@@ -309,7 +310,7 @@ class TrainingStep:
         if self.distil is None or self.teacher is None:
             return self.loss(embeddings, labels)
         weights = self.config.teacher
-        targets = self.teacher.of(batch.positions).to(self.world.device, non_blocking=True)
+        targets = sent(self.teacher.of(batch.positions), self.world.device)
         loss: Tensor = weights.weight * self.distil(embeddings, targets)
         return loss + weights.labels * self.loss(embeddings, labels) if weights.labels else loss
 

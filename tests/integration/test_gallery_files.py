@@ -19,6 +19,13 @@ from sphereface2.recognition.gallery import (
 )
 
 
+def test_what_is_committed_is_on_the_disk_itself(tmp_path: Path) -> None:
+    with opened(tmp_path / "g.db") as gallery, gallery._db.engine.connect() as connection:
+        pragmas = ("synchronous", "fullfsync", "checkpoint_fullfsync")
+        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
+    assert found == [2, 1, 1]  # FULL, and as macOS wants it
+
+
 def test_removing_leaves_no_byte_in_any_file(tmp_path: Path) -> None:
     gone, also, stays = vectors(1, 1), vectors(5, 1), vectors(2, 3)
 

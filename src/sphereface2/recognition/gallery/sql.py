@@ -109,6 +109,8 @@ class Database:
             for pragma in (
                 f"page_size = {_PAGE_BYTES}",
                 "synchronous = FULL",
+                "fullfsync = ON",  # macOS: what it calls fsync leaves data in the disk's cache
+                "checkpoint_fullfsync = ON",
                 "foreign_keys = ON",
                 "secure_delete = ON",
             ):

@@ -15,6 +15,7 @@ from command_line import ran
 from skimage.data import astronaut
 
 from sphereface2.align import TEMPLATE, warp
+from sphereface2.align.folder import _jobs
 from sphereface2.align.folder import align as align_folder
 from sphereface2.data import open_source
 from sphereface2.errors import UserError
@@ -48,6 +49,12 @@ def photos(tmp_path_factory):
     cv2.imwrite(str(root / "person2" / "wall.png"), np.full((90, 90, 3), 77, np.uint8))
     (root / "notes.txt").write_text("no picture")
     return root
+
+
+def test_crops_do_not_have_names_that_differ_in_capitals_only(tmp_path):
+    """Where they make no difference, one crop would replace the other."""
+    jobs = _jobs(tmp_path, tmp_path, ["A.jpg", "a.png", "b.jpg"], None)
+    assert [job.target.name for job in jobs] == ["A.jpg", "a.png", "b"]
 
 
 def crops(folder):

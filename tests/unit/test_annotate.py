@@ -53,10 +53,18 @@ def test_where_the_copies_go(tmp_path):
     assert annotate.places(out, [first, second], [first, second]) == {
         str(first): out / "a.jpg", str(second): out / "a_2.jpg"
     }  # fmt: skip
+    other = tmp_path / "z" / "A.png"
+    assert annotate.places(out, [first, other], [first, other])[str(other)] == out / "A_2.jpg"
     assert annotate.places(tmp_path / "a.JPG", [first], [first]) == {str(first): tmp_path / "a.JPG"}
     with pytest.raises(UserError, match="is one file for 2 images: give a folder"):
         annotate.places(tmp_path / "a.jpg", [first], [first, second])
+    first.parent.mkdir()
+    first.touch()
     with pytest.raises(UserError, match="would replace the photograph"):
         annotate.places(first, [first], [first])
+    capital = tmp_path / "x" / "A.png"
+    capital.hardlink_to(first)  # one file, as where capitals make no difference
+    with pytest.raises(UserError, match="would replace the photograph"):
+        annotate.places(capital, [first], [first])
     with pytest.raises(UserError, match=r"x is .*x, where its images would count"):
         annotate.places(tmp_path / "y" / ".." / "x", [first, second], [first, second])

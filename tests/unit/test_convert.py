@@ -218,6 +218,14 @@ def test_names_from_a_file_cannot_lead_out_of_the_target(folder, tmp_path):
     assert not (tmp_path / "escaped").exists()
 
 
+def test_names_that_differ_in_capitals_only_become_numbers(folder, tmp_path):
+    """Many file systems would have one folder for both people."""
+    convert(folder, tmp_path / "rec", to="recordio")
+    (tmp_path / "rec" / "names.txt").write_text("Ann\nann\nb\n")
+    convert(tmp_path / "rec", tmp_path / "out", to="folder")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [*"012"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there alone")
 @pytest.mark.parametrize("to", FORMATS)
 def test_names_that_text_cannot_hold_are_escaped(tmp_path, to):

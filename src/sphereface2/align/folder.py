@@ -152,11 +152,12 @@ def _names(source: Path, target: Path, known: Landmarks | None) -> tuple[list[st
 
 def _jobs(source: Path, target: Path, names: list[str], known: Landmarks | None) -> Iterator[Job]:
     # Two images share a stem, or one's stem is another's name, as those of a.png.png and a.png.
-    taken = Counter(PurePosixPath(name).with_suffix("") for name in names)
-    taken.update(map(PurePosixPath, names))
+    # Many file systems take names for one that differ in capitals only.
+    taken = Counter(str(PurePosixPath(name).with_suffix("")).casefold() for name in names)
+    taken.update(str(PurePosixPath(name)).casefold() for name in names)
     for name in names:
         stem = PurePosixPath(name).with_suffix("")
-        place = stem if taken[stem] == 1 else PurePosixPath(name)
+        place = stem if taken[str(stem).casefold()] == 1 else PurePosixPath(name)
         points = known.points[name] if known is not None else None
         yield Job(name, source / name, target / place, points)
 

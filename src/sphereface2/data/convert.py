@@ -262,9 +262,14 @@ def _folder_names(source: Source, to: str) -> list[str]:
     digits = len(str(source.num_classes - 1))
     numbers = [f"{label:0{digits}d}" for label in range(source.num_classes)]
     names = source.class_names
-    # Names may come from a file: none may lead out of the target or hide.
-    usable = names is not None and len({*map(one_name, names)}) == len(names) == source.num_classes
-    if names is None or not usable or any(is_unsafe(name) for name in names):
+    if names is None:
+        return numbers
+    # Names may come from a file: none may lead out of the target or hide. Many file systems take
+    # names for one that differ in capitals only.
+    different = {one_name(name).casefold() for name in names}
+    if not len(different) == len(names) == source.num_classes or any(
+        is_unsafe(name) for name in names
+    ):
         return numbers
     if to == "list" and any(printable(name) != name for name in names):  # which is UTF-8
         return numbers

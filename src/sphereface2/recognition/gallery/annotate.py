@@ -36,7 +36,7 @@ def places(out: Path, probes: Sequence[Path], images: Sequence[Path]) -> dict[st
     if out.suffix.lower() in _FILES and not out.is_dir():
         if len(images) > 1:
             raise UserError(f"--annotate {out} is one file for {len(images)} images: give a folder")
-        if out.resolve() == images[0].resolve():
+        if out.exists() and images[0].exists() and out.samefile(images[0]):
             raise UserError(f"--annotate would replace the photograph {out}: give another place")
         check_folder(out.parent)
         found = {str(images[0]): out}
@@ -45,8 +45,8 @@ def places(out: Path, probes: Sequence[Path], images: Sequence[Path]) -> dict[st
         seen: Counter[str] = Counter()
         found = {}
         for image in images:
-            seen[image.stem] += 1
-            end = "" if seen[image.stem] == 1 else f"_{seen[image.stem]}"
+            seen[key := image.stem.casefold()] += 1  # one name to many file systems
+            end = "" if seen[key] == 1 else f"_{seen[key]}"
             found[str(image)] = out / f"{image.stem}{end}.jpg"
     for folder in {probe if probe.is_dir() else probe.parent for probe in probes}:
         if folder in probes or folder.resolve() == out.resolve():

@@ -83,7 +83,7 @@ def point(link: Path, name: str) -> None:
     try:
         temporary.symlink_to(name)
     except (OSError, NotImplementedError):
-        temporary.write_text(f"{name}\n")
+        temporary.write_text(f"{name}\n", encoding="utf-8")
     temporary.replace(link)
 
 
@@ -93,7 +93,7 @@ def pointed(link: Path) -> Path | None:
         if link.is_symlink() or not link.is_file():
             target = link
         else:
-            name = link.read_text().strip()
+            name = link.read_text("utf-8").strip()
             target = link.with_name(name) if name and Path(name).name == name else link
         return target if target.is_dir() else None
     except (OSError, ValueError):
@@ -171,7 +171,7 @@ def owned(folder: Path, *, patience: float = 5.0) -> Iterator[None]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8", errors="replace")
     with file:
         if not _locked_within(file, patience):
             file.seek(0)

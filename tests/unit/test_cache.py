@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -69,6 +71,25 @@ def test_images_in_memory_make_the_same_batches() -> None:
         expected, found = plain[KEY], one[KEY]
         assert torch.equal(found.images, expected.images)
         assert torch.equal(found.labels, expected.labels)
+
+
+def test_without_files_in_memory_a_temporary_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.memfd_create", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plain, cached = dataset([40] * 10), dataset([40] * 10)
+    cache_images(cached, "ram", ALONE)
+    expected = plain[KEY].images
+    for one in (cached, pickle.loads(pickle.dumps(cached))):
+        assert torch.equal(one[KEY].images, expected)
+    assert len([*tmp_path.iterdir()]) == 1
+    del cached, one
+    gc.collect()
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(UserError, match="MB of memory"):
+        DecodedPart(Images([320] * 4), np.arange(4), of=8, free=1_000_000)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_unreadable_image_is_replaced_as_without_a_cache() -> None:

@@ -214,6 +214,18 @@ def test_of_thousands_of_shards_few_are_open_at_a_time(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(source)).read(7) == b"7"
 
 
+def test_where_files_cannot_be_read_at_a_place_threads_take_turns(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.pread", raising=False)
+    tar(
+        tmp_path / "a.tar",
+        [m for k in range(9) for m in ((f"{k}.jpg", b"%d" % k), (f"{k}.cls", b"0"))],
+    )
+    source = WebDatasetSource(tmp_path / "a.tar")
+    order = list(np.random.default_rng(0).integers(9, size=400))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [b"%d" % k for k in order]
+
+
 def test_a_hard_link_in_a_shard_is_the_file_it_links_to(tmp_path):
     files(tmp_path / "set", {"1.jpg": b"one", "1.cls": b"0", "2.cls": b"1.0"})
     os.link(tmp_path / "set" / "1.jpg", tmp_path / "set" / "2.jpg")

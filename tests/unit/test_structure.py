@@ -1,5 +1,6 @@
 """The house stays one that can be lived in: `benchmarks/structure.py` prints these figures."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ def test_files_and_functions_are_short():
     assert files == set()
     functions = {name for name, _ in structure.long_functions()}
     assert functions <= LONG_FUNCTIONS
+
+
+def test_what_windows_lacks_is_imported_where_it_is_used():
+    unix = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    for name, text in structure.files().items():
+        for node in ast.parse(text).body:
+            names = [one.name for one in getattr(node, "names", ())]
+            assert not unix.intersection([*names, getattr(node, "module", None)]), name
 
 
 def test_a_circle_would_be_found(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +105,8 @@ class DecodedPart:
         free: int | None = None,
     ) -> None:
         self._file = _memory_file()
+        if not hasattr(os, "memfd_create"):
+            weakref.finalize(self, _remove, self._file)
         ends = np.zeros(len(indices), np.int64)
         shapes = np.zeros((len(indices), 2), np.int32)
 
@@ -148,8 +152,9 @@ class ImageCache:
     """
 
     def __init__(self, tables: Sequence[Table], keep: Any = None) -> None:
-        self.tables, self._keep = list(tables), keep
+        self.tables = list(tables)
         self._maps = [_mapped(table) for table in tables]
+        self._keep = keep  # and let go after the maps: Windows removes no file that is mapped
 
     def __len__(self) -> int:
         return sum(len(table.ends) for table in self.tables)
@@ -179,10 +184,17 @@ def _mapped(table: Table) -> np.ndarray:
 
 
 def _memory_file() -> Any:
-    """A file in memory, gone with the last process that has it open, however that ends."""
+    """A file in memory, gone with the last process that has it open, however that ends; where there
+    is no such thing, a temporary one."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("images"), "wb", buffering=1 << 20)
-    return tempfile.NamedTemporaryFile(prefix="images")
+    return tempfile.NamedTemporaryFile(prefix="images", delete=False)
+
+
+def _remove(file: Any) -> None:
+    file.close()
+    with suppress(OSError):
+        os.unlink(file.name)
 
 
 def _path(file: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -146,7 +147,15 @@ class _Descriptor:
     """A file open for reading, until nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self.number, size, offset)
+        with self._lock:  # Windows, where no other process shares the place in the file
+            os.lseek(self.number, offset, os.SEEK_SET)
+            return os.read(self.number, size)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -181,7 +190,7 @@ class OpenFile:
             while len(_opened) > _MOST_OPEN:
                 if (first := _opened.popleft()()) is not None:
                     first._open = None
-        data = os.pread(file.number, size, offset)
+        data = file.read(offset, size)
         if len(data) != size:
             raise UserError(
                 f"{self.path} ends before byte {offset + size:,}: it was cut since it was opened; "

@@ -398,13 +398,11 @@ def _runner(
         network = OnnxNetwork(content, folder=folder)
         return lambda images: torch.from_numpy(network(images.numpy()))
     if to == "arcface_torch":
-        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-            file.write(content)
-            file.flush()
+        with tempfile.TemporaryDirectory() as place:
+            file = Path(place) / "network.pt"
+            file.write_bytes(content)
             seen = foreign.ARCFACE_TORCH
-            found = foreign.load(
-                Path(file.name), to, mean=seen.mean, std=seen.std, colour=seen.colour_order
-            )
+            found = foreign.load(file, to, mean=seen.mean, std=seen.std, colour=seen.colour_order)
         return lambda images: found.network(foreign.for_arcface_torch(net, images))
     return torch.export.load(io.BytesIO(content)).module()
 

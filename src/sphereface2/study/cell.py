@@ -14,8 +14,8 @@ import functools
 import gc
 import json
 import os
-import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def run(folder: Path, pairs: Sequence[str] = ("auto",)) -> None:
     source = _opened(locate(settings.data.train).train, settings.data.cache != "none")
     wanted = sorted(judged.union(pairs))
     used = 0.0 if before is None else before.cpu_seconds
-    conclude = functools.partial(_measure, pairs=wanted, since=_cpu_seconds() - used)
+    conclude = functools.partial(_measure, pairs=wanted, since=time.process_time() - used)
     train = functools.partial(fit, config, run=folder, source=source, conclude=conclude)
     # Without a graph it ends at the same but for rounding.
     eager = ["--training.cuda_graph", "false"] if settings.training.cuda_graph else []
@@ -170,7 +170,7 @@ def _measure(
         validation={p.at: p.value for p in points if p.at in settings.validation.fars},
         test=measure_people(embeddings, labels),
         pairs=judged,
-        cpu_seconds=_cpu_seconds() - since,
+        cpu_seconds=time.process_time() - since,
         transfer=transfer,
         curve=_curve(folder / "metrics.jsonl"),
     )
@@ -237,11 +237,6 @@ def _curve(log: Path) -> list[dict[str, float]]:
         }
         for k in kept
     ]
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def serve() -> None:

@@ -171,7 +171,7 @@ def load(path: Path, cells: Path) -> Results:
             found[cell.key] = result
         elif failure.exists():
             # A report is published: where the cells lie on this machine is not.
-            text = failure.read_text(errors="replace").replace(f"{cells.resolve()}/", "")
+            text = failure.read_text("utf-8", "replace").replace(f"{cells.resolve()}/", "")
             lines = text.split("\n")
             failures[cell.key] = next((line for line in reversed(lines) if line.strip()), "")
     if not found:

@@ -121,7 +121,12 @@ class _Worker:
                 [sys.executable, "-m", "sphereface2.study.cell"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())},
+                env=os.environ
+                | {
+                    "OMP_NUM_THREADS": str(threads),
+                    "PYTHONIOENCODING": "utf-8",  # of its log
+                    PARENT: str(os.getpid()),
+                },
             )
 
     def run(self, folder: Path, pairs: Sequence[str]) -> int:
@@ -218,7 +223,7 @@ class _Runner:
 
         A device's driver may end all processes that share it for a fault of one.
         """
-        reason = (self.cells / cell.key / FAILURE).read_text(errors="replace").splitlines()[-1:]
+        reason = (self.cells / cell.key / FAILURE).read_text("utf-8", "replace").splitlines()[-1:]
         told = any(line.startswith("error: ") for line in reason)
         if told or self.stopping or (cell.key, judged) in self.crashed:
             self.failed.append(cell.key)
@@ -302,7 +307,7 @@ class _Runner:
             return "stopped"
         if status:
             log = folder / "log.txt"
-            end = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+            end = log.read_text("utf-8", "replace").splitlines()[-15:] if log.exists() else []
             text = "\n".join([f"exit status {status}", *end])
             atomic_write(folder / FAILURE, f"{text}\n".encode())
             return f"failed: {end[-1] if end else f'exit status {status}'}"

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -247,7 +247,13 @@ def launch(count: int, words: Sequence[str]) -> None:
         UserError: a rank failed, and has said why.
         SystemExit: they were stopped by a signal, in order, and have said so.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(
+        "127.0.0.1",
+        0,
+        is_master=True,
+        wait_for_workers=False,
+        use_libuv=sys.platform != "win32",  # for which torch is built without
+    )
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -260,8 +266,9 @@ def launch(count: int, words: Sequence[str]) -> None:
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int) -> None:
-        for rank in ranks:
-            rank.send_signal(signum)
+        with suppress(ValueError):  # on Windows, whose terminal sends Ctrl-C to the ranks as well
+            for rank in ranks:
+                rank.send_signal(signum)
 
     with Stopper("", forward=forward) as stopper, stopper.deferred():
         try:

@@ -193,19 +193,22 @@ def in_worker() -> None:
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
     if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody can tell who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_obey, daemon=True).start()
+        # Of a worker that a server has forked, the default from Python 3.14 on, the system's parent
+        # is that server.
+        pid = os.getppid() if parent is None else parent.pid
+        threading.Thread(target=_obey, args=(pid,), daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
 
 
-def _obey() -> None:
+def _obey(parent: int | None) -> None:
     while True:
-        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == os.getppid():
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent:
             os._exit(0)
 
 

@@ -34,10 +34,11 @@ def test_training_set_and_pairs_are_whole(drawn):
     assert not trained & set(pairs.images)
 
 
-def test_same_arguments_same_bytes_and_other_seed_other_people(drawn, tmp_path):
+def test_same_arguments_same_bytes_and_other_seed_other_people(drawn, tmp_path, capsys):
     again = synthetic.write(
         tmp_path / "again", people=4, images_per_person=3, seed=7, pairs_per_fold=3
     )
+    assert capsys.readouterr().out == ""
     for name in ("train.rec", "train.idx", "property", "synthetic.bin", "synthetic_pairs.txt"):
         assert (again / name).read_bytes() == (drawn / name).read_bytes()
     assert synthetic.person(7, 2, 3) == [open_source(drawn).read(i) for i in range(6, 9)]

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
-from rich.progress import track
 
+from sphereface2 import console
 from sphereface2.data import pairbin
 from sphereface2.data.locate import DRAWN, write_about
 from sphereface2.data.recordio import RecordIOWriter
@@ -403,10 +403,12 @@ def write(
     if pairs_per_fold < 1:
         raise UserError(f"pairs per fold must be 1 or more, not {pairs_per_fold}")
     with atomic_folder(directory) as temporary:
-        with RecordIOWriter(temporary, (SIZE, SIZE)) as writer:
-            for number in track(range(people), "Drawing synthetic faces", transient=True):
+        with RecordIOWriter(temporary, (SIZE, SIZE)) as writer, console.bars() as progress:
+            advance = console.advance(progress, "drawing faces", people)
+            for number in range(people):
                 for image in person(seed, number, images_per_person):
                     writer.add(number, image)
+                advance(1)
         _write_pairs(temporary, people, seed, pairs_per_fold)
         write_about(
             temporary,

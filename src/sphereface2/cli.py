@@ -23,12 +23,13 @@ from cyclopts import (
     MissingArgumentError,
     Parameter,
     Token,
+    UnknownCommandError,
     UnusedCliTokensError,
     convert,
 )
 
 from sphereface2.console import accept_any_encoding, note
-from sphereface2.errors import Stopped, UserError
+from sphereface2.errors import Stopped, UserError, did_you_mean
 from sphereface2.signals import PARENT, in_rank
 from sphereface2.version import __version__
 
@@ -229,6 +230,11 @@ def _misuse(error: CycloptsError) -> str:
     """What is wrong with the words given."""
     name = " ".join(["sphereface2", *(error.command_chain or ())])
     more = f"; `{name} --help` tells what it takes"
+    if isinstance(error, UnknownCommandError):  # its own text imports every command, torch too
+        group = (error.command_chain or ("",))[0]
+        known = [*GROUPS[group][1]] if group in GROUPS else [*COMMANDS, *GROUPS]
+        word = (error.unused_tokens or [""])[0]
+        return f"unknown command {word!r}{did_you_mean(word, known)}; `{name} --help` lists all"
     if isinstance(error, UnusedCliTokensError):
         unused = [*map(repr, error.unused_tokens or ())]
         rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""

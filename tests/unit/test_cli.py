@@ -72,7 +72,9 @@ def test_the_package_offers_its_main_things_lazily():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ft"], 'Did you mean "fit"'),
+        (["ft"], "unknown command 'ft' .did you mean 'fit'.*; `sphereface2 --help` lists all"),
+        (["galery", "add"], "did you mean 'gallery'"),
+        (["gallery", "serch"], "did you mean 'search'.*; `sphereface2 gallery --help` lists all"),
         (["verify", "a.png", "b.png", "--model", "m", "--alined"], "Did you mean --aligned"),
         (["verify", "a.png"], "sphereface2 verify needs SECOND; `sphereface2 verify --help` tells"),
         (["evaluate", "m", "--seed", "one"], 'unable to convert "one" into int'),
@@ -93,14 +95,21 @@ def test_mistakes_end_in_one_line_that_says_what_is_right(words, message, capsys
     assert re.search(message, printed.err), printed.err
 
 
-def test_a_package_that_is_not_installed_is_named():
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("fit", "sphereface2 fit needs torch, which is not installed"),
+        ("ft", "unknown command 'ft'"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_where_it_is_needed(word, message):
     code = (
         "import sys; sys.modules['torch'] = None; from sphereface2 import cli;"
-        "sys.exit(cli.main(['fit']))"
+        f"sys.exit(cli.main(['{word}']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "sphereface2 fit needs torch, which is not installed" in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("place", ["sphereface2.nothing:fit", "lzma:open"])

@@ -184,7 +184,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
     A mistake of the user's (`UserError`, a wrong option, a file that the system refuses) ends in
     one sentence on standard error and status 2; a signal that a command ends in order for, in
-    status 128 and the signal's number.
+    status 128 and the signal's number. Output that nobody reads any more, as after ``| head``, ends
+    it without a word, in status 1 (as of what rich prints).
 
     Args:
         words: the command and its options; None: those that the process was started with.
@@ -197,6 +198,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
             build(words)(words)
+            print(end="", flush=True)  # here it can be told that it fails
     except Stopped as stop:
         note(stop)
         return stop.status
@@ -208,7 +210,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         message = _misuse(error)
     except OSError as error:
-        message = _refusal(error)
+        if (refusal := _refusal(error)) is None:
+            return 1
+        message = refusal
     except ImportError as error:
         if (module := _missing(error)) is None:
             raise
@@ -246,13 +250,16 @@ def _misuse(error: CycloptsError) -> str:
     return str(error)
 
 
-def _refusal(error: OSError) -> str:
-    """What the system refuses, and of what file."""
+def _refusal(error: OSError) -> str | None:
+    """What the system refuses, and of what file; None: nobody reads the output any more."""
     file = error.filename2 or error.filename  # of a renaming, the name that was wanted
     if file is not None:
         return f"{file}: {error.strerror}"
     try:
         print(flush=True)
+    except BrokenPipeError:  # as after `| head`, which has all it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed at exit
+        return None
     except OSError as refused:
         return f"standard output cannot be written: {refused.strerror}"
     return str(error)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import docstring_parser
+import numpy as np
 import pytest
 import yaml
 
@@ -110,6 +112,18 @@ def test_a_package_that_is_not_installed_is_named_where_it_is_needed(word, messa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["data", "info", "SET", "--json"]])
+def test_output_that_nobody_reads_any_more_is_no_error(words, tmp_path):
+    (tmp_path / "ann").mkdir()
+    assert cv2.imwrite(str(tmp_path / "ann" / "1.png"), np.zeros((16, 16, 3), np.uint8))
+    words = [str(tmp_path) if word == "SET" else word for word in words]
+    command = [sys.executable, "-m", "sphereface2", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (1, b"")
 
 
 @pytest.mark.parametrize("place", ["sphereface2.nothing:fit", "lzma:open"])

@@ -201,6 +201,32 @@ def test_round_trip_of_payloads_full_of_magic(tmp_path_factory, images):
     assert [i for i in range(0, len(data), 4) if data[i : i + 4] == MAGIC_BYTES] == starts
 
 
+def test_offsets_past_four_gib_and_keys_in_any_order(tmp_path):
+    longest = 2**29 - 4
+    offsets = []
+    with (tmp_path / "train.rec").open("wb") as file:  # sparse: it takes a few pages
+        for label in range(9):
+            offsets.append(file.tell())
+            file.write(struct.pack("<II", MAGIC, longest) + header(label))
+            file.seek(offsets[-1] + 8 + longest)
+        offsets.append(file.tell())
+        file.write(part(header(9) + b"last"))
+    assert offsets[-1] > 2**32
+    keys = [4, 3, 7, 1, 9, 8, 2, 6, 5, 0]
+    lines = [f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=True)]
+    (tmp_path / "train.idx").write_text("".join(lines[::-1]))
+    source = RecordIOSource(tmp_path)
+    assert source.labels.tolist() == np.argsort(keys).tolist()
+    assert source.read(0) == b"last"
+    assert source.name(0).endswith("key 0")
+
+
+def test_labels_that_float32_does_not_tell_apart_are_refused(tmp_path):
+    write(tmp_path, [part(header(0) + b"x"), part(header(2**24 + 1) + b"x")])
+    with pytest.raises(UserError, match=r"label 16777216 is past 2\*\*24"):
+        RecordIOSource(tmp_path)
+
+
 def test_pickles_without_its_map(tmp_path):
     source = RecordIOSource(write(tmp_path, with_header_record({0: [b"one"], 1: [b"two"]})))
     source.read(0)

@@ -15,6 +15,7 @@ import mmap
 import re
 import struct
 import warnings
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ _HEADER = struct.Struct("<IfQQ")
 _FRAME = struct.Struct("<II")
 #: float32 counts whole numbers up to here: labels and the header record's keys end here too.
 _MAX_EXACT_FLOAT = 1 << 24
+_AT_ONCE = 1 << 16  # records whose headers are gathered together
 
 
 class RecordIOSource:
@@ -54,19 +56,26 @@ class RecordIOSource:
             raise UserError(f"{self.path} is empty")
         with self.path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        keys, offsets, problem = _load_index(self.path, data)
+        keys, records, problem = _load_index(self.path, data)
         if problem:
             warnings.warn(
-                f"{problem}; index rebuilt by scanning {self.path.name}: {len(offsets)} records",
+                f"{problem}; index rebuilt by scanning {self.path.name}: {len(keys)} records",
                 stacklevel=3,
             )
-        records = _Records(self.path, data, keys, offsets)
-        images = records.images(rebuilt=bool(problem))
-        if not images.any():
+        records.measure(keys)
+        images = np.argsort(keys, kind="stable")
+        images = images[records.images(keys, rebuilt=bool(problem))[images]]
+        if not len(images):
             raise UserError(f"{self.path} holds no images")
-        self._keys, self._offsets = keys[images], offsets[images]
+        self._keys, self._offsets = keys[images], records.offsets[images]
         self._starts, self._sizes = records.starts[images], records.sizes[images]
         self.labels = check_labels(records.labels[images], self.path)
+        if self.labels.max() >= _MAX_EXACT_FLOAT:
+            raise UserError(
+                f"{self.path}: label {int(self.labels.max())} is past 2**24, from where float32, "
+                "which RecordIO keeps labels in, gives two people one label: pack the set as a "
+                "WebDataset or a list"
+            )
         self.num_classes = max(int(self.labels.max()) + 1, self._property_classes())
         self.class_names = read_names(self.path.parent, self.num_classes)
         self._length = len(data)
@@ -114,57 +123,61 @@ class RecordIOSource:
         return classes
 
 
-def _load_index(path: Path, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, str]:
-    """Keys and offsets by ascending key, and why they were rebuilt, or nothing."""
+def _load_index(path: Path, data: mmap.mmap) -> tuple[np.ndarray, _Records, str]:
+    """Keys of the records in the order of the file, these, and why the index was rebuilt, if so."""
     index_path = path.with_suffix(".idx")
     problem = f"{index_path} is missing"
     if index_path.exists():
         keys, offsets = _parse_index(index_path)
-        contradiction = _contradiction(path, data, keys, offsets)
+        contradiction = _impossible(keys, offsets, len(data))
         if not contradiction:
-            order = np.argsort(keys, kind="stable")
-            return keys[order], offsets[order], ""
+            by_place = np.argsort(offsets, kind="stable")
+            keys = keys[by_place]
+            records = _Records(path, data, offsets[by_place])
+            contradiction = records.contradiction(keys)
+            if not contradiction:
+                return keys, records, ""
         problem = f"{index_path} is damaged or another file's ({contradiction})"
-    offsets = scan(data, path)
-    return np.arange(len(offsets), dtype=np.int64), offsets, problem
+    records = _Records(path, data, scan(data, path))
+    return np.arange(len(records.offsets)), records, problem
 
 
 def _parse_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys and offsets; (empty, empty) if any line is not two whole numbers."""
     none = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
-        values = np.array(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(), dtype=np.int64)
-    except (ValueError, OverflowError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # older NumPy, of no number
+            values = np.fromstring(text, dtype=np.int64, sep=" ")
+    except (ValueError, DeprecationWarning):
         return none
     if len(values) == 0 or len(values) % 2:
         return none
     return values[0::2].copy(), values[1::2].copy()
 
 
-def _contradiction(path: Path, data: mmap.mmap, keys: np.ndarray, offsets: np.ndarray) -> str:
-    """What in the index contradicts the file, or an empty string."""
+def _impossible(keys: np.ndarray, offsets: np.ndarray, length: int) -> str:
+    """Why there can be no such index of a file of that length, or an empty string."""
     if len(keys) == 0:
         return "no whole line"
-    if offsets.min() < 0 or (offsets % 4).any() or int(offsets.max()) + _FRAME.size > len(data):
+    if offsets.min() < 0 or (offsets % 4).any() or int(offsets.max()) + _FRAME.size > length:
         return "an offset lies outside the file or between records"
-    words = np.frombuffer(data, dtype="<u4", count=len(data) // 4)
-    bad = np.flatnonzero(words[offsets // 4] != MAGIC)
-    if len(bad):
-        return f"no record starts at the offset of key {keys[bad[0]]}"
-    if len(np.unique(keys)) != len(keys) or len(np.unique(offsets)) != len(offsets):
+    if any((np.diff(np.sort(values)) == 0).any() for values in (keys, offsets)):
         return "a key or an offset occurs twice"
-    starts = np.sort(offsets)
-    frames = words[starts // 4 + 1]
-    ends = starts + _FRAME.size + _padded((frames & _LENGTH_MASK).astype(np.int64))
-    for i in np.flatnonzero((frames >> 29 != 0) | (ends > len(data))).tolist():
-        ends[i] = record_end(data, int(starts[i]), path)
-    if starts[0] != 0 or (ends[:-1] != starts[1:]).any() or ends[-1] < len(data):
-        return "it leaves out records of the file"
     return ""
 
 
 class _Records:
     """What the headers of all records say, gathered in one sweep of the map.
+
+    A second sweep would read the file a second time, where it is larger than the memory that the
+    system has to keep it in.
+
+    Args:
+        path: the file.
+        data: its map.
+        offsets: int64 (N,), ascending, where records start.
 
     Attributes:
         starts: int64 (N,), where the bytes behind a record's labels start.
@@ -174,53 +187,84 @@ class _Records:
         bare: bool (N,), whether the record has labels and nothing behind them.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap, keys: np.ndarray, offsets: np.ndarray) -> None:
-        self.path, self._keys = path, keys
+    def __init__(self, path: Path, data: mmap.mmap, offsets: np.ndarray) -> None:
+        self.path, self._data, self.offsets = path, data, offsets
         words = np.frombuffer(data, dtype="<u4", count=len(data) // 4)
-        at = offsets // 4
-        frames = words[at + 1]
-        whole = frames >> 29 == 0
-        length = (frames & _LENGTH_MASK).astype(np.int64)
+        count = len(offsets)
+        self._starting = np.empty(count, bool)
+        self._frames, self._flags = np.empty(count, "<u4"), np.empty(count, "<u4")
+        labels = np.empty(count, "<u4")
+        for first in range(0, count, _AT_ONCE):
+            chunk = slice(first, first + _AT_ONCE)
+            at = offsets[chunk] // 4
+            magic, frame, flag, label, more = (
+                words[np.minimum(at + place, len(words) - 1)]
+                for place in (0, 1, 2, 3, 2 + _HEADER.size // 4)
+            )
+            self._starting[chunk] = magic == MAGIC
+            self._frames[chunk], self._flags[chunk] = frame, flag
+            labels[chunk] = np.where(flag > 0, more, label)
+        self.labels = labels.view("<f4")
+
+    def contradiction(self, keys: np.ndarray) -> str:
+        """What in an index of these keys contradicts the file, or an empty string."""
+        bad = np.flatnonzero(~self._starting)
+        if len(bad):
+            return f"no record starts at the offset of key {keys[bad[0]]}"
+        starts, length = self.offsets, len(self._data)
+        ends = starts + _FRAME.size + _padded((self._frames & _LENGTH_MASK).astype(np.int64))
+        for i in np.flatnonzero((self._frames >> 29 != 0) | (ends > length)).tolist():
+            ends[i] = record_end(self._data, int(starts[i]), self.path)
+        if starts[0] != 0 or (ends[:-1] != starts[1:]).any() or ends[-1] < length:
+            return "it leaves out records of the file"
+        return ""
+
+    def measure(self, keys: np.ndarray) -> None:
+        """Find ``starts``, ``sizes`` and ``bare``.
+
+        Raises:
+            UserError: a record that is too short for what its header declares.
+        """
+        whole = self._frames >> 29 == 0
+        length = (self._frames & _LENGTH_MASK).astype(np.int64)
         short = np.flatnonzero(whole & (length < _HEADER.size))
         if len(short):
             raise UserError(
-                f"{path}: the record at byte {offsets[short[0]]} is too short for a header"
+                f"{self.path}: the record at byte {self.offsets[short[0]]} is too short for a "
+                "header"
             )
         # A split record may be split inside its header; those few are joined one by one below.
-        flags = np.where(whole, words[np.minimum(at + 2, len(words) - 1)], 0).astype(np.int64)
-        self.starts = offsets + _FRAME.size + _HEADER.size + 4 * flags
-        self.sizes = length - _HEADER.size - 4 * flags
+        labels = 4 * np.where(whole, self._flags, 0).astype(np.int64)
+        self.starts = self.offsets + _FRAME.size + _HEADER.size + labels
+        self.sizes = length - _HEADER.size - labels
         liars = np.flatnonzero(whole & (self.sizes < 0))
         if len(liars):
             raise UserError(
-                f"{path}: key {keys[liars[0]]} declares {flags[liars[0]]} labels but holds fewer; "
-                "copy the set again"
+                f"{self.path}: key {keys[liars[0]]} declares {self._flags[liars[0]]} labels but "
+                "holds fewer; copy the set again"
             )
-        first = at + np.where(flags > 0, 2 + _HEADER.size // 4, 3)
-        floats = words.view("<f4")
-        self.labels = floats[np.minimum(first, len(words) - 1)]
-        self.bare = (flags > 0) & (self.sizes == 0)
-        #: The header's labels, if the first record is one.
-        self._header = floats[first[0]] if self.bare[0] else None
+        self.bare = (labels > 0) & (self.sizes == 0)
         for i in np.flatnonzero(~whole).tolist():
-            payload = read_payload(data, int(offsets[i]), path)
-            start = _image_start(payload, path)
+            offset = int(self.offsets[i])
+            payload = read_payload(self._data, offset, self.path)
+            start = _image_start(payload, self.path)
             where = 4 if start == _HEADER.size else _HEADER.size
             self.labels[i] = struct.unpack_from("<f", payload, where)[0]
-            self.sizes[i] = int(offsets[i]) - record_end(data, int(offsets[i]), path)
+            self.sizes[i] = offset - record_end(self._data, offset, self.path)
 
-    def images(self, *, rebuilt: bool) -> np.ndarray:
-        """bool (N,): which records are images.
+    def images(self, keys: np.ndarray, *, rebuilt: bool) -> np.ndarray:
+        """bool (N,): which records are images, by their keys and what the first says.
 
         Raises:
             UserError: there are not as many as the header promises.
         """
         images = ~self.bare
         # From 2^24 on the header's float32 cannot say N; NaN says nothing.
-        if self._header is None or not self._header < _MAX_EXACT_FLOAT:
+        first = int(np.argmin(keys))
+        if not (self.bare[first] and self.labels[first] < _MAX_EXACT_FLOAT):
             return images
-        promised = int(self._header) - 1
-        by_key = (self._keys >= 1) & (self._keys <= promised)
+        promised = int(self.labels[first]) - 1
+        by_key = (keys >= 1) & (keys <= promised)
         if not rebuilt and int(by_key.sum()) == promised:
             return by_key
         if int(images.sum()) != promised:
@@ -287,7 +331,7 @@ def record_end(data: mmap.mmap | bytes, offset: int, path: Path) -> int:
 
 def scan(data: mmap.mmap | bytes, path: Path) -> np.ndarray:
     """int64 offsets of all records, in file order; UserError at the first byte that is wrong."""
-    offsets = []
+    offsets = array("q")  # a list would take five times the memory
     offset = 0
     while offset < len(data):
         offsets.append(offset)
@@ -337,8 +381,8 @@ class RecordIOWriter:
         self.size = size
         self._file = (self.directory / "train.rec").open("wb")
         self._offset = write_record(self._file, pack((0.0, 0.0)))
-        self._index = [0]
-        self._first_keys: list[int] = []
+        self._index = array("q", [0])
+        self._first_keys = array("q")
         self._label = -1
 
     def add(self, label: int, image: bytes) -> None:
@@ -347,7 +391,7 @@ class RecordIOWriter:
             raise ValueError(f"label {label} after {self._label}: labels must ascend from 0")
         if label >= _MAX_EXACT_FLOAT:
             raise UserError(f"RecordIO keeps labels as float32: {label} is past 2**24")
-        self._first_keys += [len(self._index)] * (label - self._label)
+        self._first_keys.extend([len(self._index)] * (label - self._label))
         self._label = label
         self._append(pack(float(label), image, len(self._index)))
 
@@ -366,8 +410,8 @@ class RecordIOWriter:
         self._file.seek(0)
         write_record(self._file, pack((float(end), float(end + people))))
         self._file.close()
-        lines = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(self._index))
-        (self.directory / "train.idx").write_text(lines)
+        with (self.directory / "train.idx").open("w") as lines:
+            lines.writelines(f"{key}\t{offset}\n" for key, offset in enumerate(self._index))
         (self.directory / "property").write_text(f"{people},{self.size[0]},{self.size[1]}\n")
 
     def __enter__(self) -> RecordIOWriter:

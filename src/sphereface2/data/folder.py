@@ -83,7 +83,9 @@ class _Files:
 
     def _identity(self, kind: str, *more: np.ndarray) -> str:
         names = self.found.images
-        sizes = np.array([(self.root / name).stat().st_size for name in names], np.int64)
+        sizes = np.array(
+            [os.stat(os.path.join(self.root, name)).st_size for name in names], np.int64
+        )
         return digest(kind, "\0".join(names), sizes, *more)
 
 
@@ -164,9 +166,10 @@ def images_below(root: Path) -> Found:
     for folder, below, files in os.walk(root, followlinks=True, onerror=_refuse):
         place = Path(folder)
         relative = place.relative_to(root)
+        prefix = f"{relative.as_posix()}/" if relative.parts else ""
         for name in files:
-            if is_image(place / name):
-                found.images.append((relative / name).as_posix())
+            if is_image(os.path.join(folder, name)):  # no Path, which takes longer than the look
+                found.images.append(prefix + name)
             elif not name.startswith("."):
                 kind = _BROKEN if not (place / name).exists() else Path(name).suffix.lower()
                 found.unread[kind or "without a suffix"] += 1
@@ -223,6 +226,8 @@ def _identity(folder: Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def is_image(entry: Path) -> bool:
+def is_image(entry: str | Path) -> bool:
     """Whether ``entry`` is a file with an image's suffix, and not a hidden one."""
-    return entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+    name = os.path.basename(entry)
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in SUFFIXES and not name.startswith(".") and os.path.isfile(entry)

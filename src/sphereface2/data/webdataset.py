@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import warnings
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,16 @@ class WebDatasetSource:
             raise UserError(f"{self.path} holds no .tar shards")
         self._shards = [OpenFile(shard) for shard in shards]
         self._keys: list[str] = []
-        where: list[tuple[int, int, int]] = []
-        labels: list[float] = []
+        where, labels = array("q"), array("d")
         for number, shard in enumerate(shards):
             for key, place, label in _samples(shard):
                 self._keys.append(key)
-                where.append((number, *place))
+                where.extend((number, *place))
                 labels.append(label)
         if not where:
             raise UserError(f"{self.path} holds no image with a .cls or .json label")
-        self._where = np.array(where, dtype=np.int64)
-        self.labels = check_labels(labels, self.path)
+        self._where = np.array(where).reshape(-1, 3)
+        self.labels = check_labels(np.array(labels), self.path)
         self.num_classes = int(self.labels.max()) + 1
         self.class_names = read_names(
             self.path if self.path.is_dir() else self.path.parent, self.num_classes
@@ -73,6 +73,7 @@ def _samples(shard: Path) -> list[tuple[str, tuple[int, int], float]]:
         file = OpenFile(shard)
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                archive.members.clear()  # it would keep them all, a kilobyte and more each
                 if member.islnk():  # tar stores a file of two names once
                     place = places.get(member.linkname, (0, 0))
                 elif member.isfile():

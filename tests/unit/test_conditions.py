@@ -32,6 +32,12 @@ def test_a_subset_keeps_what_it_says(people, most, tail, seed):
     assert np.array_equal(counts, np.sort(np.minimum(have, cap))[::-1])
 
 
+def test_nothing_asked_for_keeps_everything():
+    labels = np.array([5, 2, 2, 9, 5])
+    assert choose(labels, Subset()).tolist() == choose(labels, Subset(people=3)).tolist()
+    assert choose(labels, Subset()).tolist() == [0, 1, 2, 3, 4]
+
+
 def test_smaller_subsets_lie_within_larger_ones():
     small, large = (choose(LABELS, Subset(n, m)) for n, m in ((10, 5), (20, 8)))
     assert set(small) < set(large)

@@ -93,14 +93,16 @@ class Subset:
 
 def check_labels(labels: Sequence[float] | np.ndarray, where: str | Path) -> np.ndarray:
     """Labels as int64 (N,); UserError naming the first that is no whole number in range."""
-    values = np.asarray(labels, dtype=np.float64)
+    values = np.asarray(labels)
+    if values.dtype.kind not in "iu":
+        values = values.astype(np.float64)
     bad = np.flatnonzero(~((values >= 0) & (values < MAX_PEOPLE) & (values == np.floor(values))))
     if len(bad):
         raise UserError(
             f"{where}: label {values[bad[0]]:.15g} of image {int(bad[0])} is not a whole number in "
             f"[0, {MAX_PEOPLE:,}); number the people from 0"
         )
-    return values.astype(np.int64)
+    return values.astype(np.int64, copy=False)
 
 
 def check_indices(indices: npt.ArrayLike, count: int) -> np.ndarray:
@@ -116,7 +118,7 @@ def check_indices(indices: npt.ArrayLike, count: int) -> np.ndarray:
         )
     if found.size and not 0 <= found.min() <= found.max() < count:
         raise UserError(f"indices must lie in 0 … {count - 1}, got {found.min()} … {found.max()}")
-    return found.astype(np.int64)
+    return found.astype(np.int64, copy=False)
 
 
 def read_names(folder: Path, num_classes: int) -> list[str] | None:

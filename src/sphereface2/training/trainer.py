@@ -10,10 +10,12 @@ import copy
 import math
 import signal
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -300,14 +302,15 @@ class Trainer:
         unreadable = [self.dataset.source.name(i) for batch in micro for i in batch.unreadable]
         asked, met = self.world.count(self.stopper.signum is not None, len(unreadable))
         if met:
-            self._note_unreadable(
-                [name for names in self.world.gather(unreadable) for name in names]
-            )
+            self._note_unreadable(chain.from_iterable(self.world.gather(unreadable)))
         return asked > 0
 
     def _note_unreadable(self, names: Iterable[str]) -> None:
         """Count unreadable images; UserError, alike on all ranks, once their share is too large."""
-        met = self.progress.unreadable = sorted({*self.progress.unreadable, *names})
+        met = self.progress.unreadable  # sorted; may be so many that to sort them a step is slow
+        for name in names:
+            if met[(place := bisect_left(met, name)) : place + 1] != [name]:
+                met.insert(place, name)
         allowed = self.config.data.max_unreadable
         if len(met) > allowed * self.images:
             raise UserError(

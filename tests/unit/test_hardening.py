@@ -11,6 +11,7 @@ from sphereface2.data.hardening import (
     cover,
     hardenings,
     light,
+    misalign,
     reduce,
     smooth,
     turn,
@@ -94,6 +95,21 @@ def test_smoothing_takes_wrinkles_and_keeps_edges():
     assert smoothed[:, :40].std() < 0.3 * wrinkled[:, :40].std()
     assert smoothed[:, 60:].mean() - smoothed[:, :52].mean() > 150
     assert np.array_equal(smooth(wrinkled, 0), wrinkled)
+
+
+def test_a_misaligned_face_is_turned_scaled_and_shifted_about_the_middle():
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[54:58, 76:80] = 255  # 22 pixels to the right of the middle
+    shift = (0.05, -0.1)
+    moved = misalign(image, 30, 1.1, shift)[..., 0].astype(float)
+    y, x = np.indices((SIDE, SIDE))
+    place = np.array([(x * moved).sum(), (y * moved).sum()]) / moved.sum() - 55.5
+    angle = np.radians(-30)  # rows count downwards
+    expected = 22 * 1.1 * np.array([np.cos(angle), np.sin(angle)]) + np.array(shift) * SIDE
+    assert place == pytest.approx(expected, abs=0.1)
+    assert moved.sum() / image[..., 0].sum() == pytest.approx(1.1**2, rel=0.05)
+    assert np.array_equal(misalign(NOISE, 0, 1, (0, 0)), NOISE)
+    assert (misalign(NOISE, 0, 1, (0.25, 0))[:, :28] == NOISE[:, :1]).all()
 
 
 def test_draws_differ_by_image_condition_and_seed_and_repeat():

@@ -155,6 +155,24 @@ def smooth(image: np.ndarray, strength: float) -> np.ndarray:
     return cv2.bilateralFilter(image, 0, 120 * strength, image.shape[1] / 32)
 
 
+def misalign(image: np.ndarray, degrees: float, scale: float, shift: Iterable[float]) -> np.ndarray:
+    """Move the face as landmarks that were found a little elsewhere would: about the middle.
+
+    Args:
+        image: uint8 (H, W, 3).
+        degrees: turned in the image's plane; above 0 anticlockwise.
+        scale: factor of the face's size.
+        shift: to the right and down, as shares of the sides.
+
+    Returns:
+        uint8 (H, W, 3); the rim is repeated where nothing is left.
+    """
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, scale)
+    matrix[:, 2] += np.array([*shift]) * (width, height)
+    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
+
+
 #: Each condition and what it does.
 CONDITIONS = {
     "yaw": "turned by up to 45° to either side",
@@ -162,6 +180,7 @@ CONDITIONS = {
     "light": "one lamp from any side, the rest in shade",
     "occlusion": "the left, right or lower half covered",
     "age": "skin smoothed by any strength",
+    "misaligned": "turned by up to 6°, scaled by up to 6 % and shifted by up to 4 %",
 }
 
 
@@ -194,7 +213,10 @@ class Hardening:
             return light(image, rng.uniform(0, 360))
         if self.name == "occlusion":
             return cover(image, int(rng.integers(3)), rng.integers(0, 256, 3).tolist())
-        return smooth(image, rng.uniform())
+        if self.name == "age":
+            return smooth(image, rng.uniform())
+        degrees, scale = rng.uniform(-6, 6), rng.uniform(0.94, 1.06)
+        return misalign(image, degrees, scale, rng.uniform(-0.04, 0.04, 2))
 
 
 def hardenings(names: Iterable[str], seed: int = 0) -> list[Hardening]:

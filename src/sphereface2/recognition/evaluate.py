@@ -51,7 +51,7 @@ class Evaluation:
     """What ``sphereface2 evaluate`` found.
 
     Attributes:
-        checkpoint: as it was given.
+        checkpoint: as it was given, or the run that ``latest`` stands for.
         flip: whether the mirror image's embedding was added.
         results: one for each set, in the order of the options.
     """
@@ -122,7 +122,7 @@ def evaluate(
         root: Folder that holds the suites.
         detector_weights: IJB: weight images by the detector's score.
         conditions: Score `--pairs` and `--all-pairs` again with all images made harder: `all`, or
-            names separated by commas of yaw, low_resolution, light, occlusion and age.
+            names separated by commas of yaw, low_resolution, light, occlusion, age and misaligned.
         align: The images are photographs: find and crop their faces.
         flip: Add the embedding of the mirror image; without it a calibration is not judged.
         batch_size: Number of images in one forward pass.
@@ -133,7 +133,7 @@ def evaluate(
     """
     check_count("--seed", seed, 0)
     _check_options(pairs, all_pairs, suites, root, detector_weights, conditions)
-    checkpoint = Path(chosen(checkpoint))
+    checkpoint = bundle.run_of(chosen(checkpoint))
     bundle.resolve(checkpoint)  # before sets of many files are opened
     if groups is not None and all_pairs is None:
         raise UserError("--groups belongs to --all-pairs, the set whose groups it names")

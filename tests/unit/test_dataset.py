@@ -1,7 +1,5 @@
 """From keys to batches, with and without workers, past damage and interruptions."""
 
-import dataclasses
-
 import cv2
 import numpy as np
 import pytest
@@ -121,22 +119,6 @@ def test_each_image_is_mirrored_in_every_other_pass():
     assert (mirrored[0] != mirrored[1]).all() and (mirrored[:2] == mirrored[2:]).all()
     # Of a person, whose images stand together, about half.
     assert abs(mirrored[0].reshape(-1, 8).sum(1) - 4).max() <= 1
-
-
-def test_the_last_passes_are_neither_moved_nor_recoloured():
-    source = MemorySource(dark=5)
-    usual = make(source, augmentation=HEAVY)
-    left = dataclasses.replace(HEAVY, affine=0, crop=0, photometric=0)
-    plain = make(source, augmentation=left)
-    cooled = dataclasses.replace(HEAVY, cooldown=0.3)
-    dataset = make(source, augmentation=cooled, epochs=6)  # from 4.2 passes on
-    for epoch in range(6):
-        where = key(range(20), epoch=epoch)
-        expected = (plain if epoch == 5 else usual)[where].images
-        assert torch.equal(dataset[where].images, expected)
-        assert not torch.equal(usual[where].images, plain[where].images)
-    # Of a training without an end there is no last pass.
-    assert torch.equal(make(source, augmentation=cooled)[where].images, usual[where].images)
 
 
 def test_unreadable_images_are_replaced_named_and_counted():

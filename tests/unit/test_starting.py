@@ -212,7 +212,6 @@ def test_what_has_no_effect_is_refused_where_it_is_asked_for_and_else_told(tmp_p
         "head '{negative_share: 0.5}'": "head.negatives all",
         "sample_to_sample.weight 1 --training.epochs 1": "training.epochs 1 and sample_to",
         "teacher.path t.npz --teacher.weight 0": "teacher.weight 0",
-        "data.augmentation.cooldown 0.2": "data.augmentation.affine, crop and photometric 0",
         "validation.conditions all --data.validation_people 0": "data.validation_people 0",
     }
     for options, why in refused.items():

@@ -18,7 +18,7 @@ from sphereface2.data.batched import COLUMNS, pinned, table, transformed
 from sphereface2.data.cache import ImageCache, check_room
 from sphereface2.data.sampler import BatchKey
 from sphereface2.data.source import Source, check_indices, check_labels
-from sphereface2.data.transforms import COOLED, FLIP, Augmentation
+from sphereface2.data.transforms import FLIP, Augmentation
 from sphereface2.device import sent
 from sphereface2.errors import UserError
 from sphereface2.images import read_image
@@ -48,7 +48,6 @@ class FaceDataset(Dataset[Batch]):
         augmentation: the random transformation and the size S of its result.
         seed: with a key's epoch, step and place in the global batch it determines the augmentation.
         max_unreadable: the share of ``indices`` that may be unreadable before it is an error.
-        epochs: passes of the whole training, of which ``augmentation.cooldown`` is a share.
 
     Raises:
         UserError: indices that the source does not have, or labels that are not whole numbers ≥ 0.
@@ -69,7 +68,6 @@ class FaceDataset(Dataset[Batch]):
         augmentation: Augmentation,
         seed: int = 0,
         max_unreadable: float = 0.01,
-        epochs: float = math.inf,
     ) -> None:
         self.source = source
         count = len(source)
@@ -84,8 +82,6 @@ class FaceDataset(Dataset[Batch]):
             )
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
         self.augmentation = augmentation
-        cooldown = augmentation.cooldown
-        self._cooled_from = round(epochs * (1 - cooldown), 6) if cooldown else math.inf
         self.seed = seed
         self.max_unreadable = max_unreadable
         #: The decoded images, where they are kept.
@@ -142,8 +138,6 @@ class FaceDataset(Dataset[Batch]):
         wanted = self.indices[positions]
         rng = np.random.default_rng((self.seed, 1, key.epoch, key.step))
         draws = self.augmentation.draw(key.offset + len(wanted), rng)[key.offset :]
-        if key.epoch >= self._cooled_from:
-            draws[:, COOLED] = 1
         if self.augmentation.alternate_flip:
             draws[:, FLIP] = _alternate(positions, key.epoch + self.seed)
         if self.pixels is not None:

@@ -32,8 +32,6 @@ _DRAWS = 23
 _LIGHT, _AROUND, _ABOVE, _AMBIENT, _DRAWS_WITH_LIGHT = range(23, 28)
 # Likewise, where heads are turned.
 _YAW, _TURN, _DRAWS_WITH_YAW = range(27, 30)
-#: Decisions that `Augmentation.cooldown` takes back.
-COOLED = [_AFFINE, _CROP, _STEPS.index("photometric")]
 #: Weights of red, green and blue in grey.
 GREY = np.array([0.299, 0.587, 0.114])
 #: Images resized in one go: enough to amortise the call, few enough to stay in the cache.
@@ -101,9 +99,6 @@ class Augmentation:
     """Probability of a rectangle of one random colour."""
     erase_area: tuple[float, float] = (0.02, 0.15)
     """``erase``: smallest and largest area, as shares of the image's."""
-    cooldown: float = 0.0
-    """Share of a training's passes, the last ones of a `FaceDataset`, without ``affine``, ``crop``
-    and ``photometric``: the network ends on images as it will see them."""
 
     def __post_init__(self) -> None:
         def check(names: str, **bounds: float) -> None:
@@ -114,7 +109,7 @@ class Augmentation:
         check("flip affine crop yaw low_resolution light photometric jpeg erase", least=0, most=1)
         check("light_ambient", least=0, most=1)
         check("yaw_degrees", least=0, below=90)
-        check("scale crop_pad brightness contrast saturation cooldown", least=0, below=1)
+        check("scale crop_pad brightness contrast saturation", least=0, below=1)
         check("low_resolution_min", above=0, most=1)
         check("jpeg_quality", least=1, most=95)
         check("rotation")

@@ -251,7 +251,6 @@ def build_trainer(
         augmentation=data.augmentation,
         seed=settings.seed,
         max_unreadable=data.max_unreadable,
-        epochs=training.epochs,
     )
     cached = cache_images(dataset, data.cache, place) if data.cache != "none" else None
     if data.cache == "device" and training.cuda_graph:

@@ -54,9 +54,6 @@ def _idle_otherwise(settings: RunConfig) -> Iterator[tuple[str, str]]:
             "sample_to_sample.weight",
             f"training.epochs {epochs:g} and sample_to_sample.begin {between.begin:g}",
         )
-    moved = data.augmentation
-    if not (moved.affine or moved.crop or moved.photometric):
-        yield "data.augmentation.cooldown", "data.augmentation.affine, crop and photometric 0"
     if not teacher.weight and teacher.prototypes == "random":
         yield "teacher.path", "teacher.weight 0"
     if data.validation_people == 0:

@@ -1,7 +1,7 @@
 """The service's requests a second and latency, what batching brings, and its memory over time.
 
-Servers are processes of their own on 127.0.0.1, the clients threads of this one, each with one
-connection that it keeps; all share the machine's cores. A request embeds one aligned JPEG crop; the
+Servers are processes of their own on 127.0.0.1, the clients connections that this one keeps; all
+share the machine's cores. A request embeds one aligned JPEG crop; the
 network is in PyTorch or exported to ONNX; the server with batches of one is the alternative. The
 bound is the embedder alone, called in this process with batches of 64 of the same images, in turns
 with the server.
@@ -13,6 +13,8 @@ import argparse
 import http.client
 import json
 import re
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from sphereface2.recognition.face_embedder import FaceEmbedder
 CLIENTS = (1, 8, 64)
 ROUNDS = 2
 RAMP = 1.0
+ANSWER = re.compile(rb"HTTP/1.1 200 .*?\r\ncontent-length: (\d+)\r\n.*?\r\n\r\n", re.DOTALL)
 
 
 @contextmanager
@@ -82,33 +85,48 @@ class Client:
 def load(url: str, images: list[bytes], clients: int, seconds: float) -> list[float]:
     """Latencies of requests, in seconds; any refusal ends the benchmark.
 
-    Those of the first second do not count: in it all the clients connect at once.
+    One thread has all connections, on each the next request as soon as the last is answered: a
+    thread a client would take a seventh of the machine from the server that it measures. The first
+    second does not count: in it all the clients connect at once.
     """
+    place = urlsplit(url)
+    head = f"POST /v1/embed HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: {FORM}\r\n"
     forms = [form("images", image) for image in images]
-    latencies: list[list[float]] = [[] for _ in range(clients)]
-    failures: list[int] = []
+    requests = [f"{head}Content-Length: {len(one)}\r\n\r\n".encode() + one for one in forms]
+    latencies: list[float] = []
+    started, received, turns = [0.0] * clients, [b""] * clients, list(range(clients))
     begin = time.perf_counter() + RAMP
-    end = begin + seconds
+    with ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
 
-    def work(number: int) -> None:
-        client = Client(url)
-        turn = number
-        while (started := time.perf_counter()) < end and not failures:
-            status = client.ask("POST", "/v1/embed", forms[turn % len(forms)], FORM)
-            if status != 200:
-                failures.append(status)
-            if started >= begin:
-                latencies[number].append(time.perf_counter() - started)
-            turn += 1
+        def ask(connection: socket.socket, number: int) -> None:
+            started[number], received[number] = time.perf_counter(), b""
+            connection.sendall(requests[turns[number] % len(requests)])
+            turns[number] += 1
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        sys.exit(f"the service answered {failures[0]}")
-    return [latency for one in latencies for latency in one]
+        for number in range(clients):
+            address = (place.hostname, place.port)
+            connection = stack.enter_context(socket.create_connection(address, timeout=60))
+            selector.register(connection, selectors.EVENT_READ, number)
+            ask(connection, number)
+        waiting = clients
+        while waiting:
+            for key, _ in selector.select():
+                connection, number = key.fileobj, key.data
+                received[number] += (part := connection.recv(1 << 16))
+                found = ANSWER.match(received[number])
+                if not part or (found is None and b"\r\n\r\n" in received[number]):
+                    sys.exit(f"the service answered {received[number][:200]!r}")
+                if found is None or len(received[number]) < found.end() + int(found[1]):
+                    continue
+                now = time.perf_counter()
+                if started[number] >= begin:
+                    latencies.append(now - started[number])
+                if now < begin + seconds:
+                    ask(connection, number)
+                else:
+                    waiting -= 1
+    return latencies
 
 
 def percentile(values: list[float], share: float) -> float:

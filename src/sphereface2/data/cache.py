@@ -104,9 +104,7 @@ class DecodedPart:
         threads: int = 1,
         free: int | None = None,
     ) -> None:
-        self._file = _memory_file()
-        if not hasattr(os, "memfd_create"):
-            weakref.finalize(self, _remove, self._file)
+        self._file = _memory_file(self)
         ends = np.zeros(len(indices), np.int64)
         shapes = np.zeros((len(indices), 2), np.int32)
 
@@ -183,12 +181,14 @@ def _mapped(table: Table) -> np.ndarray:
     return np.memmap(table.path, np.uint8, "r", shape=(size,)) if size else np.empty(0, np.uint8)
 
 
-def _memory_file() -> Any:
+def _memory_file(owner: object) -> Any:
     """A file in memory, gone with the last process that has it open, however that ends; where there
-    is no such thing, a temporary one."""
+    is no such thing, a temporary one, gone with its owner."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("images"), "wb", buffering=1 << 20)
-    return tempfile.NamedTemporaryFile(prefix="images", delete=False)
+    file = tempfile.NamedTemporaryFile(prefix="images", delete=False)  # noqa: SIM115
+    weakref.finalize(owner, _remove, file)
+    return file
 
 
 def _remove(file: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +19,7 @@ from sphereface2.data.dataset import Batch
 from sphereface2.training import config, sections
 from sphereface2.training.checkpoint import restore_training_state, training_state
 from sphereface2.training.distributed import World
-from sphereface2.training.step import TrainingStep, compile_units
+from sphereface2.training.step import TrainingStep, channels_last_is_sound, compile_units
 from sphereface2.training.watch import SMOOTHING, LossWatch
 
 PEOPLE, BATCH = 40, 6
@@ -196,6 +198,29 @@ def test_a_scaler_may_meet_an_overflow() -> None:
     watch = LossWatch(torch.device("cpu"), max_ratio=2.0, check_norm=False)
     assert not watch.observe(torch.tensor(1.0), torch.tensor(math.inf), 1)
     assert watch.observe(torch.tensor(math.nan), torch.tensor(1.0), 2)
+
+
+NARROW = """
+import torch
+from sphereface2 import backbones
+from sphereface2.training.step import channels_last_is_sound
+
+network = backbones.build("iresnet18", input_size=112, width=0.125)
+sound = channels_last_is_sound(network, torch.device("cpu"))
+memory_format = torch.channels_last if sound else torch.contiguous_format
+network.to(memory_format=memory_format)
+images = torch.zeros(16, 3, 112, 112).to(memory_format=memory_format)
+for _ in range(4):
+    network(images).sum().backward()
+print(sound)
+"""
+
+
+def test_a_narrow_network_is_not_trained_in_a_layout_that_ends_the_process() -> None:
+    run = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
+    wider = backbones.build("iresnet18", input_size=112, width=0.25)
+    assert channels_last_is_sound(wider, torch.device("cpu"))
 
 
 def test_units_are_compiled_in_place_and_copies_are_not() -> None:

@@ -182,7 +182,7 @@ class TrainingConfig:
     """Record a step as a CUDA graph after the first three, and let the host start its kernels
     together: for networks whose kernels take less time than starting them. One GPU, SGD or Muon."""
     channels_last: bool = True
-    """Keep images in channels-last memory, the faster layout of convolutions; never on MPS."""
+    """Keep images in channels-last memory, the faster layout, where torch's gradients are sound."""
     ema: ShareBelowOne = 0.0
     """Decay a step of the weights' moving average, which is then evaluated and saved; 0: off."""
     device: Text = "auto"

@@ -27,6 +27,24 @@ GRAPHED = ["cuda"]
 """Devices whose steps can be recorded."""
 
 
+def channels_last_is_sound(network: nn.Module, device: torch.device) -> bool:
+    """Whether torch computes the gradients of images in that layout soundly.
+
+    On MPS those of batch normalisation are wrong (pytorch issue 175189). On a CPU those of a
+    convolution of 1×1 pixels with a stride, from fewer than 16 channels, are written past their
+    memory and end the process (torch 2.14, AVX-512).
+    """
+    if device.type != "cpu":
+        return device.type != "mps"
+    return not any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.in_channels < 16
+        for layer in network.modules()
+    )
+
+
 def compile_units(network: nn.Module) -> None:
     """Compile the units that a network is made of, in place, each kind and shape of unit once.
 
@@ -100,8 +118,7 @@ class TrainingStep:
             )
         # From here on ranks draw differently (dropout); the parameters above are equal.
         torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)
-        # Batch normalisation on MPS gives wrong gradients of the other (pytorch issue 175189).
-        last = settings.channels_last and device.type != "mps"
+        last = settings.channels_last and channels_last_is_sound(network, device)
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.network = network.to(device).to(memory_format=self.memory_format)
         self.head = head.to(device)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sphereface2 import backbones, heads
 from sphereface2.data.dataset import Batch
+from sphereface2.errors import UserError
 from sphereface2.training import config, sections
 from sphereface2.training.checkpoint import restore_training_state, training_state
 from sphereface2.training.distributed import World
@@ -221,6 +223,19 @@ def test_a_narrow_network_is_not_trained_in_a_layout_that_ends_the_process() -> 
     assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
     wider = backbones.build("iresnet18", input_size=112, width=0.25)
     assert channels_last_is_sound(wider, torch.device("cpu"))
+
+
+def test_a_compiler_that_is_missing_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(UserError, match=r"training\.compile: .*no-such-compiler.*install .* false"),
+    ):
+        training_step(training__compile=True)
 
 
 def test_units_are_compiled_in_place_and_copies_are_not() -> None:

@@ -67,6 +67,20 @@ def compile_units(network: nn.Module) -> None:
         unit.compile(dynamic=False)
 
 
+def check_compiler(device: torch.device) -> None:
+    """UserError if torch.compile lacks something here, told before anything is trained."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except BackendCompilerFailed as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"training.compile: torch cannot compile here ({why}); install what it lacks, g++ for "
+            "a CPU or Triton for a GPU, or set training.compile to false"
+        ) from error
+
+
 class TrainingStep:
     """Network, head and optimisers of a run; called with batches it takes one optimiser step.
 
@@ -134,6 +148,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
 
         if settings.compile:
+            check_compiler(device)
             compile_units(self.network)
         # Trying cuDNN's algorithms pays for one shape of batch; which one wins may differ by run.
         if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():

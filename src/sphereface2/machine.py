@@ -36,6 +36,18 @@ def share_of_cores(processes: int) -> int:
     return max(1, cores() // processes)
 
 
+def compute_threads(processes: int = 1) -> int:
+    """Threads to compute on, for each of so many processes of this machine.
+
+    ``OMP_NUM_THREADS`` where it is a positive number, else the share of the cores. torchrun sets it
+    to 1 where the user has not, which says nothing.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return int(wanted)
+    return share_of_cores(processes)
+
+
 def keep_freed_memory() -> None:
     """Have this process use large blocks that it has freed again, by glibc; elsewhere nothing.
 

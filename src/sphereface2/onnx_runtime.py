@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from sphereface2.errors import UserError
-from sphereface2.machine import cores
+from sphereface2.machine import compute_threads
 
 
 def load() -> ModuleType:
@@ -44,7 +44,7 @@ def session(model: bytes | Path, *, threads: int | None = None, folder: Path | N
     """
     runtime = load()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or default_threads()
+    options.intra_op_num_threads = threads or compute_threads()
     # Threads that spin while they wait take the cores from whatever else runs, here and elsewhere.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors arrive as exceptions
@@ -54,11 +54,3 @@ def session(model: bytes | Path, *, threads: int | None = None, folder: Path | N
         )
     source = model if isinstance(model, bytes) else str(model)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def default_threads() -> int:
-    """``OMP_NUM_THREADS`` where it is a positive number, else the cores this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
-        return int(wanted)
-    return cores()

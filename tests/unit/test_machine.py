@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from sphereface2.machine import cores, free_memory, using_faiss
-from sphereface2.onnx_runtime import default_threads
+from sphereface2.machine import compute_threads, cores, free_memory, using_faiss
 from sphereface2.training import config
+from sphereface2.training.distributed import world
 
 
 def test_files_that_a_container_has_read_are_memory_that_can_be_had(tmp_path: Path) -> None:
@@ -55,7 +56,21 @@ def test_a_number_of_threads_that_is_none_is_passed_over(
     wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    assert default_threads() == cores()
+    assert compute_threads() == cores()
+
+
+def test_a_number_of_threads_that_the_user_gave_is_that_of_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        with world("cpu"):
+            assert torch.get_num_threads() == compute_threads(2) == 3
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun sets it unasked
+    assert (compute_threads(), compute_threads(cores())) == (cores(), 1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 from sphereface2 import onnx_runtime
 from sphereface2.backbones.preprocessing import Preprocessing
 from sphereface2.errors import UserError
+from sphereface2.machine import compute_threads
 
 FORMAT = "sphereface2-export"
 FORMAT_VERSION = 1
@@ -79,7 +80,7 @@ class OnnxNetwork:
         return {**self.__dict__, "_sessions": {}}  # which do not pickle
 
     def _session(self, threads: int | None, label: str = "the exported network") -> Any:
-        threads = threads or self._threads or onnx_runtime.default_threads()
+        threads = threads or self._threads or compute_threads()
         if threads in self._sessions:
             return self._sessions[threads]
         try:

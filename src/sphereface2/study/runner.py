@@ -30,7 +30,7 @@ from sphereface2.data.locate import locate
 from sphereface2.data.opening import open_source
 from sphereface2.errors import UserError
 from sphereface2.files import atomic_write, lock
-from sphereface2.machine import share_of_cores
+from sphereface2.machine import compute_threads
 from sphereface2.signals import PARENT, STOPPED, Stopper, starting_process
 from sphereface2.study import design
 from sphereface2.study.design import Cell, Study
@@ -115,7 +115,7 @@ class _Worker:
     """A process that runs one cell after another, until one fails."""
 
     def __init__(self, jobs: int) -> None:
-        threads = share_of_cores(jobs)
+        threads = compute_threads(jobs)
         with starting_process():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sphereface2.study.cell"],

@@ -188,7 +188,7 @@ class TrainingConfig:
     device: Text = "auto"
     """``auto``: CUDA or MPS where there is one, else ``cpu``; or a device such as ``cuda:1``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads a rank; default: the cores divided by the ranks on this machine."""
+    """CPU threads a rank; default: ``OMP_NUM_THREADS``, else its share of this machine's cores."""
     checkpoint_every: Count = 200
     """Optimiser steps between checkpoints."""
     log_similarities: bool = False

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sphereface2.console import note
 from sphereface2.device import resolve
 from sphereface2.errors import Stopped, UserError
-from sphereface2.machine import keep_freed_memory, share_of_cores
+from sphereface2.machine import compute_threads, keep_freed_memory
 from sphereface2.signals import PARENT, SIGNALS, Stopper, starting_process
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def world(device: str = "auto", threads: int | None = None) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place = resolve(device, local_rank)
-    torch.set_num_threads(threads or share_of_cores(local_size))
+    torch.set_num_threads(threads or compute_threads(local_size))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
@@ -262,7 +262,7 @@ def launch(count: int, words: Sequence[str]) -> None:
         "LOCAL_WORLD_SIZE": str(count),
         PARENT: str(os.getpid()),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(share_of_cores(count)))
+    environment.setdefault("OMP_NUM_THREADS", str(compute_threads(count)))
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int) -> None:

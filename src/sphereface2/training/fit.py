@@ -119,7 +119,7 @@ def fit(
             main = place.is_main
         if main:
             stopper.message = f"stopped while the trained network was evaluated; {again}"
-            torch.set_num_threads(settings.training.threads or cores())
+            torch.set_num_threads(min(cores(), place.local_size * torch.get_num_threads()))
             conclude(folder, inputs, progress)
 
 

@@ -19,10 +19,10 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from sphereface2 import onnx_runtime
 from sphereface2.align import Face, warp
 from sphereface2.errors import UserError
 from sphereface2.images import encode_image, read_image
+from sphereface2.machine import compute_threads
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.service.batching import Batcher
 from sphereface2.recognition.service.errors import Refusal
@@ -60,7 +60,7 @@ class Recogniser:
         """Start the threads."""
         self.embedder, self._settings = embedder, settings
         self._accepted = self._arriving = 0
-        self._cores = self._alone = onnx_runtime.default_threads()
+        self._cores = self._alone = compute_threads()
         workers = min(self._cores, _BATCHES_AT_ONCE) if embedder.device == "cpu" else 1
         self._share = self._cores // workers
         self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="images")

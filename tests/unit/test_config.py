@@ -89,6 +89,8 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("--output=a\0b", r"output must not contain '\\x00', got"),
         ("--backbone.name=null", "backbone.name must be the name of a backbone, got None"),
         ("--head.name=[a, b]", r"no head '\[a, b\]'"),
+        # A process group is for programs; a configuration says `sharded`.
+        ("--head.process_group=null", "no parameter 'process_group'; .*chunk_size, sharded, neg"),
         ("--head.sharded=perhaps", "head.sharded must be true or false, got perhaps"),
         ("--head.streaming=perhaps", "head.streaming must be true or false, got 'perhaps'"),
         ("--backbone.batch_norm=perhaps", r"batch_norm must be true or false, got 'perhaps'"),

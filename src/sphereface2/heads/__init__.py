@@ -15,7 +15,14 @@ from sphereface2.heads.fixed_margins import (
 )
 from sphereface2.heads.fused import FusedSGD
 from sphereface2.heads.one_vs_all import OneVersusAllHead
-from sphereface2.heads.registry import available, build, defaults, parameters, register
+from sphereface2.heads.registry import (
+    available,
+    build,
+    check_settings,
+    defaults,
+    parameters,
+    register,
+)
 from sphereface2.heads.sample_to_sample import SampleToSample, SampleToSampleConfig
 from sphereface2.heads.sigmoid import UCE, SFace, SigmoidLoss
 from sphereface2.heads.softmax import SoftmaxHead
@@ -48,6 +55,7 @@ __all__ = [
     "SphereFaceR",
     "available",
     "build",
+    "check_settings",
     "defaults",
     "parameters",
     "register",

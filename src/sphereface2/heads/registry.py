@@ -40,6 +40,16 @@ def defaults(name: str) -> dict[str, Any]:
     return keyword_defaults(_HEADS.find(name))
 
 
+def check_settings(name: str, **given: Any) -> None:
+    """Refuse what a configuration cannot give a head, which says ``sharded`` for a process group.
+
+    Raises:
+        UserError: unknown name or option (the message suggests the nearest).
+    """
+    known = ["sharded" if key == "process_group" else key for key in parameters(name)]
+    _HEADS.check_options(name, given, known)
+
+
 def build(name: str, embedding_dim: int, num_classes: int, **kwargs: Any) -> Head:
     """Build a head by its name.
 

@@ -405,6 +405,7 @@ def _check_backbone(text: str) -> None:
 
 def _check_head(config: RunConfig) -> None:
     options, sharded = head_options(config)
+    heads.check_settings(**options)
     head = heads.build(embedding_dim=2, num_classes=2, **options)
     if sharded and "process_group" not in head.scaling:
         raise UserError(f"sharded must be false: {options['name']} cannot be sharded")

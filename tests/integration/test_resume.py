@@ -373,7 +373,10 @@ def test_a_finished_run_is_not_reported_as_trained_otherwise(whole: Path, tmp_pa
     assert status == 2 and "training.lr = 1.0 would have no effect" in told
     status, told = resume(folder, training__epochs=2)
     assert status == 2 and "has trained 8 epochs" in told
-    assert resume(folder)[0] == 0
+    # Nothing is left to train on, so nothing is decoded.
+    run = Run(folder, {"data.cache": "ram"}, command=["--resume", folder])
+    assert run.wait() == [0]
+    assert "trained    to its end" in run.told() and "cache  " not in run.told()
     assert resume(folder, training__epochs=10)[0] == 0
     assert metrics(folder)[-1]["epoch"] == 10
 

@@ -137,25 +137,15 @@ def _train(
     teacher = open_teacher(
         settings, folder, place, inputs.source, inputs.train_indices, inputs.train_labels
     )
-    trainer = build_trainer(folder, place, inputs, teacher)
-    if place.is_main:
+    trainer = build_trainer(folder, place, inputs, teacher, found)
+    if place.is_main and not trainer.is_done:
         warn_if_unaligned(
             str(train),
             inputs.source.read,
             inputs.train_indices,
             remedy=f"run sphereface2 align {train} CROPS and train on CROPS",
         )
-    trainer.record = {
-        "teacher": None if teacher is None else teacher.fingerprint,
-        "settings": configuration.to_dict(settings),
-        "fingerprint": trainer.data_fingerprint,
-        "people": resuming.digest(
-            inputs.people, inputs.train_indices, inputs.train_labels, inputs.held_out_indices
-        ),
-    }
     if found is not None:
-        resuming.check_data(folder, found, trainer.record, train)
-        trainer.resume(found)
         if trainer.is_done:
             resuming.check_done(folder, start["changed"])
         place.on_main(lambda: trainer.checkpointer.go_on_from(found, trainer.progress.best_step))
@@ -238,9 +228,17 @@ def _own(checkpointer: Checkpointer, owning: ExitStack) -> None:
 
 
 def build_trainer(
-    run: Path, place: World, inputs: Inputs, teacher: Teacher | None = None
+    run: Path,
+    place: World,
+    inputs: Inputs,
+    teacher: Teacher | None = None,
+    found: Checkpoint | None = None,
 ) -> Trainer:
-    """A trainer at step 0, with its data set, sampler and validation; every rank calls it."""
+    """A trainer with its data set, sampler and validation; every rank calls it.
+
+    It stands at step 0, or where the checkpoint ``found`` was written. The training images are
+    decoded last, and not for a run that is trained to its end.
+    """
     settings = inputs.settings
     training, data = settings.training, settings.data
     assert training.batch_size is not None  # `open_inputs` has decided
@@ -252,9 +250,6 @@ def build_trainer(
         seed=settings.seed,
         max_unreadable=data.max_unreadable,
     )
-    cached = cache_images(dataset, data.cache, place) if data.cache != "none" else None
-    if data.cache == "device" and training.cuda_graph:
-        dataset.record()
     sampler = BatchSampler(
         dataset.labels,
         training.batch_size // training.accumulate,
@@ -278,9 +273,31 @@ def build_trainer(
         held_out=len(inputs.held_out_indices),
         teacher=teacher,
     )
+    trainer.record = _record(inputs, trainer, teacher)
+    if found is not None:
+        resuming.check_data(run, found, trainer.record, inputs.located.train)
+        trainer.resume(found)
+    cached = None
+    if data.cache != "none" and not trainer.is_done:
+        cached = cache_images(dataset, data.cache, place)
+        if data.cache == "device" and training.cuda_graph:
+            dataset.record()
     if place.is_main:
         _announce(run, place, inputs, trainer, cached)
     return trainer
+
+
+def _record(inputs: Inputs, trainer: Trainer, teacher: Teacher | None) -> dict[str, Any]:
+    """What a resumption must find again."""
+    people = resuming.digest(
+        inputs.people, inputs.train_indices, inputs.train_labels, inputs.held_out_indices
+    )
+    return {
+        "teacher": None if teacher is None else teacher.fingerprint,
+        "settings": configuration.to_dict(inputs.settings),
+        "fingerprint": trainer.data_fingerprint,
+        "people": people,
+    }
 
 
 def _announce(
@@ -300,6 +317,7 @@ def _announce(
         f"schedule   {counted(trainer.total_steps, 'step')} of {settings.training.batch_size} "
         f"images on {counted(place.size, 'rank')}, {place.device.type}",
         f"chosen     {chosen}, for this set and device" if chosen else None,
+        "trained    to its end" if trainer.is_done else None,
         *(f"no effect  {key}, with {why}" for key, why in idle_and_changed(settings).items()),
         f"run        {run}",
     ]

@@ -96,7 +96,7 @@ def cache_images(dataset: FaceDataset, kind: str, world: World) -> str:
 
 
 def build_loader(
-    dataset: FaceDataset, keys: EveryEpoch, world: World, workers: int
+    dataset: FaceDataset, keys: EveryEpoch, world: World, workers: int, *, placed: bool = False
 ) -> DataLoader[Batch | UserError]:
     """A loader of this rank's batches.
 
@@ -105,6 +105,7 @@ def build_loader(
         keys: of the batches.
         world: its place.
         workers: loader processes a rank; 0: this one loads.
+        placed: whether the images will lie on the device.
 
     Raises:
         UserError: there is too little shared memory for the loader processes, which the system
@@ -126,7 +127,7 @@ def build_loader(
         sampler=keys,
         batch_size=None,
         num_workers=workers,
-        pin_memory=world.device.type == "cuda" and dataset.pixels is None,
+        pin_memory=world.device.type == "cuda" and not placed,
         # Its own generator: starting must not draw from the one that dropout uses.
         generator=torch.Generator(),
         worker_init_fn=_start_worker if workers else None,

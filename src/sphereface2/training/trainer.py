@@ -119,11 +119,11 @@ class Trainer:
                 f"{settings.batch_size}; lower training.batch_size"
             )
         workers = config.data.workers
+        placed = config.data.cache == "device"
         if workers is None:
-            ready = config.data.cache == "device" or device.type != "cuda"
-            workers = 0 if ready else 4
+            workers = 0 if placed or device.type != "cuda" else 4
         self.keys = EveryEpoch(sampler, self.epoch_steps * settings.accumulate)
-        self.loader = build_loader(dataset, self.keys, world, workers)
+        self.loader = build_loader(dataset, self.keys, world, workers, placed=placed)
         self.total_steps = max(1, round(settings.epochs * self.epoch_steps))
         # At the second step at the earliest: the memory is empty before.
         self.samples_begin = max(1, round(config.sample_to_sample.begin * self.epoch_steps)) + 1

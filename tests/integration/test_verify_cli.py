@@ -235,7 +235,7 @@ def test_thresholds_are_checked_on_another_set(place, net, call, tmp_path):
         read = Calibration.load(net, fingerprint=embedder.fingerprint)
     assert json.loads(json.dumps(read.to_dict())) == stored
     card = model_card(bundle.load(net), read.fingerprint, read)
-    assert f"| foggy | 100 | {PEOPLE} | 0.1 | " in card and "is not known" not in card
+    assert f"| foggy | 100 | {PEOPLE} | 1e-1 | " in card and "is not known" not in card
     table = call(*words, "--check", foggy).stdout
     assert "foggy: all pairs of 100 images of 20 others" in table and "left out" not in table
     assert f"{checked['thresholds'][0]['transfer']:+.2f}" in table

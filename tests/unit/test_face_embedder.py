@@ -397,7 +397,7 @@ def test_the_card_of_a_run(tmp_path: Path, drawn: bool, older: bool) -> None:
 
 def test_a_card_written_by_hand_is_kept_and_a_generated_one_renewed(saved: Path) -> None:
     embedder = FaceEmbedder.from_pretrained(saved, device="cpu")
-    assert "| 0.01 |" in (saved / "README.md").read_text()
+    assert "| 1e-2 |" in (saved / "README.md").read_text()
     embedder.calibration = None
     embedder.save_pretrained(saved, model_card_kwargs={"license": "cc-by-nc-4.0"})
     text = (saved / "README.md").read_text()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sphereface2.errors import UserError
+from sphereface2.evaluation.results import far_key
 from sphereface2.files import read_yaml
 from sphereface2.markdown import code, escape, table
 from sphereface2.version import __version__
@@ -199,7 +200,7 @@ def _calibration(calibration: Calibration | None) -> str:
         )
     rows = [
         [
-            f"{one.far:g}",
+            far_key(one.far),
             f"{one.threshold:.4f}",
             f"{one.ci[0]:.4f} to {one.ci[1]:.4f}",
             f"{100 * one.tar:.1f} %",
@@ -221,9 +222,10 @@ def _elsewhere(calibration: Calibration) -> str:
     rows = []
     for one in calibration.checked:
         for at in one.thresholds:
+            assert at.asked is not None
             assert at.transfer is not None and at.transfer.ci is not None
             low, high = at.transfer.ci
-            there = [f"{at.asked:g}", f"{at.far.value:.2g}", f"{at.transfer.value:+z.2f}"]
+            there = [far_key(at.asked), f"{at.far.value:.2g}", f"{at.transfer.value:+z.2f}"]
             interval, tar = f"{low:+z.2f} to {high:+z.2f}", f"{100 * at.tar.value:.1f} %"
             rows.append([one.name, f"{one.images:,}", f"{one.people:,}", *there, interval, tar])
     header = ["set", "images", "people", "asked", "FAR there", "log10", "95 % interval", "TAR"]

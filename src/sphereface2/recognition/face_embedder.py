@@ -18,6 +18,7 @@ from sphereface2.backbones.onnx import OnnxNetwork
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation import calibration as calibrations
+from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.files import atomic_folder, atomic_write
 from sphereface2.images import ImageLike, is_one, read_image
@@ -126,8 +127,8 @@ class FaceEmbedder:
     def __repr__(self) -> str:
         calibration = "not calibrated"
         if self.calibration is not None:
-            far = self.calibration.far_default
-            calibration = f"threshold {self.calibration.threshold():.4f} at FAR {far:g}"
+            far = far_key(self.calibration.far_default)
+            calibration = f"threshold {self.calibration.threshold():.4f} at FAR {far}"
         return f"FaceEmbedder({self.embedder!r}, {calibration})"
 
     def crop(self, image: ImageLike) -> tuple[np.ndarray, Face]:

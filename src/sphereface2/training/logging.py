@@ -29,6 +29,7 @@ from rich.progress import (
 from sphereface2.console import A_LINE, duration, say
 from sphereface2.files import atomic_write, writing
 from sphereface2.machine import cores
+from sphereface2.training.validation import shown
 
 
 def environment() -> dict[str, Any]:
@@ -151,7 +152,7 @@ class RunLog:
         if not self.main:
             return
         self._write("validation", step, epoch, {"seconds": seconds, **values})
-        figures = " · ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
+        figures = " · ".join(f"{shown(name)} {100 * value:.2f} %" for name, value in values.items())
         if figures:  # a run without held-out people or pairs has none
             self.say(f"epoch {epoch:.2f}: {figures}")
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from sphereface2.data.dataset import FaceDataset
 from sphereface2.data.sampler import BatchKey
 from sphereface2.evaluation.plots import COLOURS, GRID, INK, panels, write
+from sphereface2.training.validation import shown
 
 _COLUMNS, _ROWS, _WORST = 8, 4, 8
 _LOOKED_AT = 1000
@@ -38,7 +39,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
     axes[0].plot(*np.array(losses, float).reshape(-1, 2).T, color=COLOURS[0], linewidth=1.4)
     axes[0].set_ylim(bottom=0)
     for k, (name, points) in enumerate(found.items()):
-        colour, label = COLOURS[k % len(COLOURS)], name.replace("held-out ", "")
+        colour, label = COLOURS[k % len(COLOURS)], shown(name).replace("held-out ", "")
         axes[1].plot(*np.array(points).T, "o-", color=colour, ms=4, lw=1.4, label=label)
     if found:
         axes[1].set_ylim(0, 1.01)

@@ -14,6 +14,7 @@ from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.results import far_key
 from sphereface2.evaluation.verification import kfold_accuracy, pair_scores
 from sphereface2.images import read_image
 from sphereface2.training.config import ValidationConfig
@@ -154,6 +155,17 @@ def embed_together(
 
 def _read(images: Sequence[bytes | np.ndarray], index: int) -> np.ndarray:
     return read_image(images[index])
+
+
+def shown(figure: str) -> str:
+    """The name of a figure for people, its FAR as in all tables.
+
+    Examples:
+        >>> shown("held-out yaw TAR@0.001"), shown("lfw accuracy")
+        ('held-out yaw TAR@1e-3', 'lfw accuracy')
+    """
+    what, at, far = figure.partition(" TAR@")
+    return f"{what}{at}{far_key(float(far))}" if at and what.startswith("held-out") else figure
 
 
 class _StopError(Exception):

@@ -157,7 +157,7 @@ def _parted(
 def _read(file: Path) -> Any:
     """The content of a checkpoint; what is not data has an empty stand-in or is refused."""
     if not file.is_file():
-        raise UserError(f"{file} does not exist or is no file")
+        raise UserError(f"{file} does not exist or is no file: give a file of weights")
     if file.suffix == ".safetensors":
         import safetensors.torch
         from safetensors import SafetensorError

@@ -94,7 +94,10 @@ def read(path: Path) -> EmbeddingTable:
             embeddings that are not finite or of length 0.
     """
     if not path.is_file():
-        raise UserError(f"there is no table of embeddings {path}")
+        raise UserError(
+            f"there is no table of embeddings {path}: give a file that sphereface2 embed wrote, or "
+            "an .npz"
+        )
     try:
         names, embeddings, text = _parquet(path) if path.suffix == ".parquet" else _npz(path)
         metadata = json.loads(text) if text else {}

@@ -61,7 +61,10 @@ def locate(train: str = "auto") -> TrainingData:
         )
     folder = Path(named).expanduser()
     if not folder.exists():
-        raise UserError(f"${ENVIRONMENT} is {folder}, which does not exist")
+        raise UserError(
+            f"${ENVIRONMENT} is {folder}, which does not exist: set it to a training set, or give "
+            "--data.train PATH"
+        )
     found = folder if folder.is_file() else _training_set(folder)
     if found is None:
         raise UserError(

@@ -94,7 +94,9 @@ def load_pairs(
             "of pairs; every pair of a folder of people is --all-pairs"
         )
     if not path.is_file():
-        raise UserError(f"there is no verification set {path}")
+        raise UserError(
+            f"there is no verification set {path}: give a .bin, a pairs.txt or a list of pairs"
+        )
     with path.open("rb") as file:
         head = file.read(2)
     if is_bin(path) or head[:1] == b"\x80":

@@ -42,7 +42,7 @@ def read(path: Path, root: Path) -> PairSet:
     """
     rows = _rows(path)
     if not root.is_dir():
-        raise UserError(f"there is no image folder {root}")
+        raise UserError(f"there is no image folder {root}: give the one that holds the images")
     first = rows[0][1]
     if _is_count(first) or 2 * sum(_is_lfw(fields) for _, fields in rows) > len(rows):
         return _read_lfw(path, rows, root)

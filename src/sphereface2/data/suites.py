@@ -71,7 +71,7 @@ def open_suite(name: str, root: str | Path) -> PairSet | TemplateSet | MegaFace:
             f"{', '.join(SUITES)}"
         )
     if not root.is_dir():
-        raise UserError(f"there is no folder {root} to look for suite {name} in: give --root")
+        raise UserError(f"there is no folder {root} to look for suite {name} in: give --root one")
     if name in ("ijbb", "ijbc"):
         return ijb.load(name, root)
     if name == "megaface":

@@ -183,7 +183,7 @@ def adapted(
     import onnx
 
     if not file.is_file():
-        raise UserError(f"{file} does not exist or is no file")
+        raise UserError(f"{file} does not exist or is no file: give an .onnx file")
     given = {"size": size, "mean": mean, "std": std, "colour": colour, "output": output}
     try:
         model = onnx.load(file)

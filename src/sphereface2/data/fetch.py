@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -91,15 +92,25 @@ def _download_lfw(home: Path, patience: float = 15.0) -> Path:
     try:
         while child.poll() is None:
             if not (lfw / "pairsDevTrain.txt").exists() and time.monotonic() > deadline:
-                raise UserError(f"LFW could not be fetched: no answer after {patience:.0f} s")
+                raise _no_lfw(f"no answer after {patience:.0f} s")
             time.sleep(0.1)
     finally:
         child.kill()
         _, complaint = child.communicate()
+        for folder in (lfw, home):
+            with suppress(OSError):  # it holds what was fetched
+                folder.rmdir()
     if child.returncode != 0:
         last = (complaint.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"LFW could not be fetched: {last}")
+        raise _no_lfw(last)
     return lfw
+
+
+def _no_lfw(why: str) -> UserError:
+    return UserError(
+        f"LFW could not be fetched: {why}; try again with a network, or fetch drawn faces, which "
+        "need none"
+    )
 
 
 def pack_lfw(images: Path, test_pairs: Path, target: Path) -> tuple[int, int]:

@@ -272,7 +272,7 @@ class Parts:
         other = [key for key, value in self.job.identity().items() if found.get(key) != value]
         if other:
             raise UserError(
-                f"{where} {what} a run with another {', '.join(other)}: give another --out, or "
+                f"{where} {what} another run (other {', '.join(other)}): give another --out, or "
                 "delete it"
             )
 

@@ -27,7 +27,14 @@ from sphereface2.recognition.gallery.faces import (
     warn_of_photographs,
 )
 from sphereface2.recognition.gallery.gallery import Gallery
-from sphereface2.recognition.gallery.types import Match, Person, decide, metadata_of, person_name
+from sphereface2.recognition.gallery.types import (
+    Match,
+    Person,
+    UnknownPersonError,
+    decide,
+    metadata_of,
+    person_name,
+)
 
 Fusion = Literal["max", "mean"]
 Result = TypeVar("Result")
@@ -167,7 +174,11 @@ def verify(
         if aligned:
             warn_of_photographs(images)
         crops = [look(embedder, image, aligned, "one")[0][0] for image in images]
-        scores = opened.verify(person, embedder.embed(crops, aligned=True), fusion=fusion)
+        embeddings = embedder.embed(crops, aligned=True)
+        try:
+            scores = opened.verify(person, embeddings, fusion=fusion)
+        except UnknownPersonError:
+            raise _nobody(opened, person) from None
     reports: list[dict[str, Any]] = [
         {
             "image": str(image),
@@ -245,11 +256,15 @@ def _changed(
     """What a change of somebody gives, and what is left to do; UserError if nobody is there."""
     with Gallery.open(address, create=False) as gallery:
         if not (result := change(gallery)):
-            raise UserError(
-                f"there is no person named {person!r} in {gallery.uri}; "
-                "`sphereface2 gallery list` names everybody"
-            )
+            raise _nobody(gallery, person)
         return result, _rest(gallery)
+
+
+def _nobody(gallery: Gallery, person: str) -> UserError:
+    return UserError(
+        f"there is no person named {person!r} in {gallery.uri}; `sphereface2 gallery list` names "
+        "everybody"
+    )
 
 
 def _rest(gallery: Gallery) -> str:
@@ -370,10 +385,11 @@ def _far_for(fpir: float, comparisons: int, known: Iterable[float]) -> float:
     wanted = -math.expm1(math.log1p(-fpir) / comparisons)
     low = [far for far in known if far <= wanted * (1 + 1e-9)]
     if not low:
+        needed, least = far_key(float(f"{wanted:.1g}")), far_key(min(known))
         raise UserError(
             f"--fpir {fpir:g} among {comparisons:,} comparisons needs a threshold for a FAR of "
-            f"{wanted:.1g}, and the calibration's smallest is {min(known):g}: repeat sphereface2 "
-            f"calibrate with --far {wanted:.1g}, which takes more pairs, or give --threshold"
+            f"{needed}, and the calibration's smallest is {least}: repeat sphereface2 calibrate "
+            f"with --far {needed}, which takes more pairs, or give --threshold"
         )
     return max(low)
 

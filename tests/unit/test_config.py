@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sphereface2.errors import UserError
-from sphereface2.training import config
+from sphereface2.training import command, config, sections
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -213,3 +213,11 @@ def test_a_file_of_version_0_1_0_reads_as_before() -> None:
     assert stored.data.augmentation.erase_area == (0.02, 0.15)
     assert stored.head["m"] == 0.3
     assert stored.training.milestones == [0.5, 0.78, 0.94]
+
+
+def test_a_folder_named_as_a_recipe_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small").mkdir()  # as after `data convert faces small`
+    monkeypatch.chdir(tmp_path)
+    assert command.find("small") == sections.recipes()["small"]

@@ -113,7 +113,8 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 def find(config: str) -> Path:
     """The file of a configuration given by its path or as the name of a recipe."""
     path, known = Path(config), recipes()
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    # A folder named as a recipe, such as a set that is called small, hides none.
+    if (path.exists() and not path.is_dir()) or path.suffix in (".yaml", ".yml"):
         return path
     if config not in known:
         raise UserError(

@@ -117,7 +117,8 @@ def freeze(network: Backbone, settings: TrainingConfig) -> None:
             if part not in parts and part not in names:
                 raise UserError(
                     f"training.{setting}: the backbone has no part {part!r}"
-                    f"{did_you_mean(part, parts)}"
+                    f"{did_you_mean(part, parts)}; it has "
+                    f"{', '.join(name for name, _ in network.named_children())} and their parts"
                 )
     frozen = [
         name

@@ -102,7 +102,8 @@ def align(
             atomic_write(target / REPORT, _json(report, indent=2))
     except OSError as error:
         raise UserError(
-            f"cannot write below {target}: {error}; make room or name another folder and run again"
+            f"cannot write below {target}: {error.strerror or error}; make room or name another "
+            "folder and run again"
         ) from error
     _print(report, target)
     if not report["crops"]:

@@ -160,5 +160,5 @@ def test_threads_and_processes_can_share_it(aligner, photo, face):
 def test_settings_are_checked():
     with pytest.raises(UserError, match="16 to 4,096 pixels"):
         Aligner(size=3)
-    with pytest.raises(UserError, match="smallest score"):
+    with pytest.raises(UserError, match="min_score must be a number"):
         Aligner(min_score=7)

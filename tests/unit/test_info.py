@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from sphereface2.data import synthetic
 from sphereface2.data.convert import convert
 from sphereface2.data.info import _histogram, info
 from sphereface2.errors import UserError
@@ -74,7 +75,15 @@ def test_verification_bin(tmp_path, capsys):
     assert found["unreadable_names"] == ["image 0 of pair 2"]
     assert found["image_sizes"] == {"16x20": 4, "10x12": 1}
     info(path)
-    assert "does not say who is in it" in capsys.readouterr().out
+    assert "people" in (told := capsys.readouterr().out) and "unknown" in told
+
+
+def test_the_list_beside_a_verification_bin_says_who_is_in_it(tmp_path, capsys):
+    synthetic.write(tmp_path / "drawn", people=3, images_per_person=3, pairs_per_fold=2)
+    rows = (tmp_path / "drawn" / "synthetic_pairs.txt").read_text().splitlines()[1:]
+    names = {name for row in rows for name in row.split() if not name.isdigit()}
+    assert info(tmp_path / "drawn" / "synthetic.bin").people == len(names) > 1
+    assert "unknown" not in capsys.readouterr().out
 
 
 def test_no_data_set_is_one_sentence(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from sphereface2.align.detector import Face, Mtcnn
 from sphereface2.align.template import SIZE, check_size, warp
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_number
 from sphereface2.images import ImageLike, read_image
 
 #: The sides in pixels that an image's longer side is brought to for detection, one after the
@@ -50,8 +50,7 @@ class Aligner:
         self, *, size: int = SIZE, min_score: float = 0.9, rotations: bool = False
     ) -> None:
         check_size(size)
-        if not 0 <= min_score <= 1:
-            raise UserError(f"the smallest score must lie in [0, 1], not {min_score}")
+        check_number("min_score", min_score, least=0, most=1)
         self._detector = Mtcnn()
         self.size = size
         self.min_score = min_score

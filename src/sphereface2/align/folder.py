@@ -91,8 +91,8 @@ def align(
         rotations=rotations,
     )
     check_number("--max-pixels", max_pixels, least=1)
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be 1 or more, not {workers}")
+    if workers is not None:
+        check_number("--workers", workers, least=1)
     Cropper(settings)  # a wrong setting or a missing package shows here, once
     names, passed_over = _names(source, target, known)
     try:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sphereface2 import console
 from sphereface2.data.folder import FolderSource
-from sphereface2.data.opening import is_bin, load_pairs, open_source
+from sphereface2.data.opening import is_bin, load_pairs, names_beside, open_source
 from sphereface2.errors import UserError
 from sphereface2.files import printable
 from sphereface2.images import decode
@@ -30,7 +30,8 @@ class Info:
     """The findings.
 
     ``duplicates`` counts images whose bytes equal an earlier image's. ``people`` is None for a
-    ``.bin``, which does not say who is in it; its ``images`` are the two of every pair as stored.
+    ``X.bin`` without the ``X_pairs.txt`` that names them; its ``images`` are the two of every pair
+    as stored.
     ``person_sizes`` maps a number of images to how many people have that many; ``unread`` counts by
     suffix the files of a folder that are no images or cannot be read here.
     """
@@ -99,8 +100,10 @@ def _source_info(path: Path) -> Info:
 
 
 def _pairs_info(path: Path) -> Info:
-    pair_set = load_pairs(path)
+    pair_set = load_pairs(path, names=names_beside(path))
     found = Info(str(path), "bin", images=2 * len(pair_set), pairs=len(pair_set))
+    if pair_set.people is not None:
+        found.people = len(np.unique(pair_set.people))
     found.genuine = int(pair_set.same.sum())
 
     def images() -> Iterator[tuple[str, bytes | None]]:
@@ -162,10 +165,11 @@ def _parts(found: Info) -> list[Table | str]:
     table.add_row("path", console.cell(found.path))
     table.add_row("format", found.format)
     table.add_row("images", f"{found.images:,}")
-    if found.pairs is None:
-        table.add_row("people", f"{found.people:,}")
+    if found.people is None:
+        table.add_row("people", "unknown: no list of pairs is beside the .bin to name them")
     else:
-        table.add_row("people", "unknown: a .bin does not say who is in it")
+        table.add_row("people", f"{found.people:,}")
+    if found.pairs is not None:
         table.add_row("pairs", f"{found.pairs:,}, {found.genuine:,} of them one person")
     table.add_row("image sizes", _listed(found.image_sizes))
     for title, count, names in (

@@ -60,4 +60,5 @@ def remove_key(name: str, /, *, file: Path) -> None:
         name: Name or id of the key.
         file: Key file.
     """
-    key_file.remove(name, file)
+    for key in key_file.remove(name, file):
+        console.show(f"removed {key.id}  {key.created}  {key.name}")

@@ -131,8 +131,8 @@ def add(name: str, path: str | Path) -> str:
     return f"sf2_{key.id}_{secret}"
 
 
-def remove(name: str, path: str | Path) -> None:
-    """Remove the key with this name or id; a running server refuses it from then on."""
+def remove(name: str, path: str | Path) -> list[Key]:
+    """Remove the keys with this name or id; a running server refuses them from then on."""
     path = Path(path)
     read(path)  # no lock is left where there is no file
     with changing(path):
@@ -143,6 +143,7 @@ def remove(name: str, path: str | Path) -> None:
                 f"{path} holds no key called {name!r}: sphereface2 keys list shows them"
             )
         _write(path, left)
+    return [key for key in keys if key not in left]
 
 
 def _write(path: Path, keys: list[Key]) -> None:

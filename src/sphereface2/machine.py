@@ -37,15 +37,15 @@ def share_of_cores(processes: int) -> int:
 
 
 def compute_threads(processes: int = 1) -> int:
-    """Threads to compute on, for each of so many processes of this machine.
+    """Threads to compute on, for each of so many processes of this machine: its share of the cores.
 
-    ``OMP_NUM_THREADS`` where it is a positive number, else the share of the cores. torchrun sets it
-    to 1 where the user has not, which says nothing.
+    Fewer where ``OMP_NUM_THREADS`` says so. torchrun sets it to 1 where the user has not, which
+    says nothing.
     """
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return int(wanted)
-    return share_of_cores(processes)
+    share, wanted = share_of_cores(processes), os.environ.get("OMP_NUM_THREADS", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ and wanted == "1":
+        return share
+    return min(share, int(wanted)) if wanted.isdecimal() and int(wanted) else share
 
 
 def keep_freed_memory() -> None:

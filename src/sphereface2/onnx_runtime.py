@@ -36,7 +36,7 @@ def session(model: bytes | Path, *, threads: int | None = None, folder: Path | N
     Args:
         model: the file's content or its path.
         folder: with the content, where the files lie that it reads weights from.
-        threads: of one operator; by default ``OMP_NUM_THREADS``, else one a core of this process.
+        threads: of one operator; by default the cores, at most ``OMP_NUM_THREADS``.
 
     Raises:
         UserError: ONNX Runtime cannot be imported.

@@ -352,7 +352,9 @@ def test_what_may_change_is_recorded(folder: Path, change: dict[str, object]) ->
 
 
 def test_another_number_of_ranks_goes_on(folder: Path) -> None:
-    assert resume(folder, ranks=2)[0] == 0
+    run = Run(folder, {}, 2, command=["--resume", folder])
+    assert run.wait() == [0, 0], run.told()
+    assert "1 rank of 1 thread trained this run until here and 2 ranks of 1 thread" in run.told()
     assert metrics(folder)[-1]["epoch"] == 8
 
 

@@ -22,8 +22,10 @@ def test_a_log_file_gets_a_line_a_minute_however_long_a_step_takes(tmp_path, cap
 
 
 def test_a_far_is_told_as_in_tables_and_kept_as_it_was(tmp_path, capsys):
-    values = {"held-out TAR@0.001": 0.5, "lfw accuracy": 0.9}
+    values = {"held-out TAR@0.001": 0.5, "held-out a TAR@b accuracy": 0.9}
     with RunLog(tmp_path, main=True, total_steps=2) as log:
         log.validation(2, 1.0, 3.0, values)
-    assert "held-out TAR@1e-3 50.00 % · lfw accuracy 90.00 %" in capsys.readouterr().out
+    assert (
+        "held-out TAR@1e-3 50.00 % · held-out a TAR@b accuracy 90.00 %" in capsys.readouterr().out
+    )
     assert '"held-out TAR@0.001": 0.5' in (tmp_path / "metrics.jsonl").read_text()

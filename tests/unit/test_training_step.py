@@ -203,14 +203,17 @@ def test_a_scaler_may_meet_an_overflow() -> None:
 
 
 NARROW = """
+import sys
 import torch
 from sphereface2 import backbones
-from sphereface2.training.step import channels_last_is_sound
+from sphereface2.training.step import channels_last_is_sound, compile_units
 
 network = backbones.build("iresnet18", input_size=112, width=0.125)
 sound = channels_last_is_sound(network, torch.device("cpu"))
 memory_format = torch.channels_last if sound else torch.contiguous_format
 network.to(memory_format=memory_format)
+if "compiled" in sys.argv:
+    compile_units(network, torch.device("cpu"))
 images = torch.zeros(16, 3, 112, 112).to(memory_format=memory_format)
 for _ in range(4):
     network(images).sum().backward()
@@ -218,8 +221,9 @@ print(sound)
 """
 
 
-def test_a_narrow_network_is_not_trained_in_a_layout_that_ends_the_process() -> None:
-    run = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True)
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_narrow_network_is_not_trained_in_a_layout_that_ends_the_process(how: str) -> None:
+    run = subprocess.run([sys.executable, "-c", NARROW, how], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
     wider = backbones.build("iresnet18", input_size=112, width=0.25)
     assert channels_last_is_sound(wider, torch.device("cpu"))
@@ -240,7 +244,7 @@ def test_a_compiler_that_is_missing_is_told_before_training(
 
 def test_units_are_compiled_in_place_and_copies_are_not() -> None:
     network = backbones.build("iresnet18", input_size=32, width=0.125)
-    compile_units(network)
+    compile_units(network, torch.device("cpu"))
     compiled = {name for name, part in network.named_modules() if part._compiled_call_impl}
     units = {f"layer{stage}.{unit}" for stage in range(1, 5) for unit in range(2)}
     assert compiled == {"prelu", *units}

@@ -100,8 +100,13 @@ def _source_info(path: Path) -> Info:
 
 
 def _pairs_info(path: Path) -> Info:
-    pair_set = load_pairs(path, names=names_beside(path))
-    found = Info(str(path), "bin", images=2 * len(pair_set), pairs=len(pair_set))
+    notes = []
+    try:
+        pair_set = load_pairs(path, names=names_beside(path))
+    except UserError as error:
+        pair_set = load_pairs(path)
+        notes.append(f"who is in it is not known: {error}")
+    found = Info(str(path), "bin", images=2 * len(pair_set), pairs=len(pair_set), notes=notes)
     if pair_set.people is not None:
         found.people = len(np.unique(pair_set.people))
     found.genuine = int(pair_set.same.sum())
@@ -166,7 +171,7 @@ def _parts(found: Info) -> list[Table | str]:
     table.add_row("format", found.format)
     table.add_row("images", f"{found.images:,}")
     if found.people is None:
-        table.add_row("people", "unknown: no list of pairs is beside the .bin to name them")
+        table.add_row("people", "unknown: no list of the pairs beside the .bin names them")
     else:
         table.add_row("people", f"{found.people:,}")
     if found.pairs is not None:

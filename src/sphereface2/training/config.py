@@ -188,7 +188,7 @@ class TrainingConfig:
     device: Text = "auto"
     """``auto``: CUDA or MPS where there is one, else ``cpu``; or a device such as ``cuda:1``."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads a rank; default: ``OMP_NUM_THREADS``, else its share of this machine's cores."""
+    """CPU threads a rank; default: its share of the cores, at most ``OMP_NUM_THREADS``."""
     checkpoint_every: Count = 200
     """Optimiser steps between checkpoints."""
     log_similarities: bool = False
@@ -405,10 +405,10 @@ def _check_backbone(text: str) -> None:
 
 def _check_head(config: RunConfig) -> None:
     options, sharded = head_options(config)
+    if sharded and "process_group" not in heads.parameters(options["name"]):
+        raise UserError(f"sharded must be false: {options['name']} cannot be sharded")
     heads.check_settings(**options)
     head = heads.build(embedding_dim=2, num_classes=2, **options)
-    if sharded and "process_group" not in head.scaling:
-        raise UserError(f"sharded must be false: {options['name']} cannot be sharded")
     if sharded and config.training.autocast == "fp16":
         raise UserError(
             "sharded must be false with training.autocast fp16, whose scaler knows no sharded "

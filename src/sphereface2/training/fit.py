@@ -165,6 +165,8 @@ def _train(
     if found is None:  # now that nothing of the settings and the data is refused any more
         place.on_main(lambda: _own(trainer.checkpointer, owning))
     start = {"step": trainer.progress.step, "ranks": place.size, **start, **environment()}
+    if place.device.type == "cpu" and not trainer.is_done:
+        place.on_main(lambda: resuming.tell_threads(folder, start))
     data = inputs.record(trainer.data_fingerprint)
     place.on_main(lambda: resuming.write_records(folder, settings, inputs.people, data, start))
     return trainer.train(stopper)

@@ -14,7 +14,7 @@ import torch
 
 from sphereface2 import backbones, console
 from sphereface2.backbones import bundle
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, counted
 from sphereface2.files import atomic_write, pointed
 from sphereface2.heads.sharding import differences
 from sphereface2.training import config as configuration
@@ -322,6 +322,20 @@ def read_environment(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else {}
+
+
+def tell_threads(run: Path, start: dict[str, Any]) -> None:
+    """Say if a run goes on with other ranks or threads, and so comes out otherwise."""
+    starts = [*read_environment(run).get("starts", []), start][-2:]
+    had, has = (
+        f"{counted(one['ranks'], 'rank')} of {counted(one['threads'], 'thread')}"
+        for one in (start | starts[0], start)
+    )
+    if had != has:
+        console.show(
+            f"{had} trained this run until here and {has} from here: the weights at the end will "
+            "not be those of an uninterrupted run bit for bit"
+        )
 
 
 def write_records(

@@ -45,7 +45,7 @@ def channels_last_is_sound(network: nn.Module, device: torch.device) -> bool:
     )
 
 
-def compile_units(network: nn.Module) -> None:
+def compile_units(network: nn.Module, device: torch.device) -> None:
     """Compile the units that a network is made of, in place, each kind and shape of unit once.
 
     A unit is a module nearest the root whose class is not torch's own. That takes a fraction of
@@ -63,8 +63,10 @@ def compile_units(network: nn.Module) -> None:
             else:
                 yield child
 
+    # By itself the compiler takes a CPU's convolutions to channels-last.
+    layout = {} if channels_last_is_sound(network, device) else {"layout_optimization": False}
     for unit in list(units(network)) or [network]:
-        unit.compile(dynamic=False)
+        unit.compile(dynamic=False, options=layout)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -149,7 +151,7 @@ class TrainingStep:
 
         if settings.compile:
             check_compiler(device)
-            compile_units(self.network)
+            compile_units(self.network, device)
         # Trying cuDNN's algorithms pays for one shape of batch; which one wins may differ by run.
         if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             torch.backends.cudnn.benchmark = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -164,8 +165,8 @@ def shown(figure: str) -> str:
         >>> shown("held-out yaw TAR@0.001"), shown("lfw accuracy")
         ('held-out yaw TAR@1e-3', 'lfw accuracy')
     """
-    what, at, far = figure.partition(" TAR@")
-    return f"{what}{at}{far_key(float(far))}" if at and what.startswith("held-out") else figure
+    found = re.fullmatch(r"(held-out (?:\w+ )?TAR@)([\d.e-]+)", figure)  # no verification set's
+    return found[1] + far_key(float(found[2])) if found else figure
 
 
 class _StopError(Exception):

@@ -75,7 +75,10 @@ def test_verification_bin(tmp_path, capsys):
     assert found["unreadable_names"] == ["image 0 of pair 2"]
     assert found["image_sizes"] == {"16x20": 4, "10x12": 1}
     info(path)
-    assert "people" in (told := capsys.readouterr().out) and "unknown" in told
+    assert "no list of the pairs beside the .bin names them" in capsys.readouterr().out
+    (tmp_path / "set_pairs.txt").write_text("not\ta\tlist of these pairs\n")
+    assert info(path).people is None
+    assert "who is in it is not known: " in capsys.readouterr().out
 
 
 def test_the_list_beside_a_verification_bin_says_who_is_in_it(tmp_path, capsys):

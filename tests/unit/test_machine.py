@@ -122,7 +122,7 @@ from sphereface2.machine import keep_freed_memory
 for keep in (False, True):
     if keep:
         keep_freed_memory()
-    for count in (1, 20):
+    for count in (5, 20):  # at first the heap grows
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(count):
             torch.zeros(4096 * 25_000, dtype=torch.uint8).add_(1)
@@ -133,4 +133,4 @@ for keep in (False, True):
         [sys.executable, "-c", script], capture_output=True, check=True, text=True
     )
     without, kept = map(int, done.stdout.split())
-    assert kept < without / 4  # now and then a few of the 20 rounds have faults
+    assert kept < without / 10

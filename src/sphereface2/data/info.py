@@ -31,9 +31,8 @@ class Info:
 
     ``duplicates`` counts images whose bytes equal an earlier image's. ``people`` is None for a
     ``X.bin`` without the ``X_pairs.txt`` that names them; its ``images`` are the two of every pair
-    as stored.
-    ``person_sizes`` maps a number of images to how many people have that many; ``unread`` counts by
-    suffix the files of a folder that are no images or cannot be read here.
+    as stored. ``person_sizes`` maps a number of images to how many people have that many;
+    ``unread`` counts by suffix the files of a folder that are no images or cannot be read here.
     """
 
     path: str

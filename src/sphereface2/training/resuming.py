@@ -326,10 +326,10 @@ def read_environment(run: Path) -> dict[str, Any]:
 
 def tell_threads(run: Path, start: dict[str, Any]) -> None:
     """Say if a run goes on with other ranks or threads, and so comes out otherwise."""
-    starts = [*read_environment(run).get("starts", []), start][-2:]
+    last = (read_environment(run).get("starts") or [{}])[-1]
     had, has = (
         f"{counted(one['ranks'], 'rank')} of {counted(one['threads'], 'thread')}"
-        for one in (start | starts[0], start)
+        for one in (start | last, start)
     )
     if had != has:
         console.show(

@@ -20,7 +20,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import Bootstrap, draws
 from sphereface2.evaluation.one_threshold import all_pairs_at
 from sphereface2.evaluation.results import to_dict
-from sphereface2.study import design, plots, results, runner, stored
+from sphereface2.study import design, plots, results, runner, stored, tables
 from sphereface2.study.measure import (
     describe_pairs,
     measure_pairs,
@@ -28,6 +28,7 @@ from sphereface2.study.measure import (
     measure_transfer,
 )
 from sphereface2.study.report import write_reports
+from sphereface2.study.statistics import Figure
 from sphereface2.training import config as configuration
 
 TREE = {
@@ -322,6 +323,36 @@ def test_cells_of_different_versions_are_told(copied):
     path = copied / "cells" / cell.key / "cell.json"
     edit(path, lambda result: result["environment"][0]["packages"].update(torch="2.6.0"))
     assert "different versions of torch: 2.5.0, 2.6.0" in report(copied)
+
+
+def test_cells_of_different_devices_are_told(copied):
+    assert "different devices" not in report(copied)
+    (cell,) = cells_of(copied, arm="cosface", condition="clean", role="grid", seed=1)
+    path = copied / "cells" / cell.key / "cell.json"
+    edit(path, lambda result: result["environment"][0].update(gpu="Accelerator 5"))
+    cells = len([*(copied / "cells").glob("*/cell.json")])
+    assert f"different devices: Accelerator 5 1, CPU {cells - 1}." in report(copied)
+
+
+def test_who_leads_by_a_seed_of_its_own_is_not_ahead(copied):
+    """Of the seeds that both have, the arm with the higher mean is behind here."""
+    arms = {"sphereface2": [0.2, 0.9, 0.2], "cosface": [0.3, None, 0.3], "normface": [0.0] * 3}
+    for arm, values in arms.items():
+        for seed, value in enumerate(values):
+            (cell,) = cells_of(copied, arm=arm, condition="clean", role="grid", seed=seed)
+            path = copied / "cells" / cell.key / "cell.json"
+            if value is None:
+                path.unlink()
+            else:
+                content = json.loads(path.read_text())
+                content["test"]["tar"]["1e-3"] = value
+                path.write_text(json.dumps(content))
+    assert "Highest test TAR@1e-3: **sphereface2**.\n" in report(copied)
+
+
+def test_a_seed_without_a_figure_is_not_left_out_of_a_mean():
+    series = {seed: Figure(value) for seed, value in enumerate((0.1, 0.2, float("nan")))}
+    assert tables.means([series, {0: Figure(0.1)}, {}], best="min") == ["–", "10.00", "–"]
 
 
 def test_nothing_done_is_a_mistake(whole, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,10 +145,15 @@ class Report:
 
     @property
     def lead(self) -> Contrast | None:
-        """How far the first of `ranked` is ahead of the second."""
+        """How far the first of `ranked` is ahead of the second, over the seeds that both have.
+
+        None where it is not: the first may lead by seeds that the second lacks.
+        """
         first, second = self.ranked[:2]
         figure, _ = self.found.main[-1]
-        return sections.difference(self.found, first, second, self.study.first_condition, figure)
+        condition = self.study.first_condition
+        found = sections.difference(self.found, first, second, condition, figure)
+        return found if found is not None and found.value > 0 else None
 
     @property
     def summary(self) -> str:
@@ -203,6 +209,19 @@ class Report:
             if len(versions) > 1:
                 mixed[package] = ", ".join(versions)
         return mixed
+
+    @property
+    def mixed_devices(self) -> dict[str, int]:
+        """The devices that cells were trained on and their numbers of cells, where several are.
+
+        A cell's key does not tell: the same settings round otherwise on another device.
+        """
+        cells = self.found.found.values()
+        devices = Counter(
+            " and ".join(sorted({str(start.get("gpu") or "CPU") for start in result.environment}))
+            for result in cells
+        )
+        return dict(sorted(devices.items())) if len(devices) > 1 else {}
 
     @property
     def conditions(self) -> str:

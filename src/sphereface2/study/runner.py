@@ -83,8 +83,8 @@ def best_trials(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Each tuned arm's best trial by TAR on the validation people, and that TAR.
 
-    Untuned arms have the trial ``{}`` and no figure. Arms none of whose trials is done are left
-    out, and so are trials that failed.
+    Of equal ones it is the first. Untuned arms have the trial ``{}`` and no figure. Arms none of
+    whose trials is done are left out, and so are trials that failed.
     """
     chosen: dict[str, dict[str, Any]] = {
         name: {} for name, arm in study.arms.items() if not arm.trials

@@ -45,12 +45,14 @@ def number(value: float | None, *, scale: float = 1.0, digits: int = 2, sign: bo
 def mean(
     values: Sequence[float], *, scale: float = 1.0, digits: int = 2, bold: bool = False
 ) -> str:
-    """Mean ± half-width of the interval over seeds; without ± for one seed."""
-    shown = [value for value in values if value == value]
-    if not shown:
+    """Mean ± half-width of the interval over seeds; without ± for one seed.
+
+    A dash where any seed has no number: the mean of the others would hide what failed in it.
+    """
+    if not values or any(value != value for value in values):
         return NONE
-    middle = number(sum(shown) / len(shown), scale=scale, digits=digits)
-    half = half_width(shown)
+    middle = number(sum(values) / len(values), scale=scale, digits=digits)
+    half = half_width(values)
     after = "" if half is None else f" ± {number(half, scale=scale, digits=digits)}"
     return Markdown(f"**{middle}**{after}" if bold else f"{middle}{after}")
 

@@ -11,6 +11,7 @@ from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.clustering import cluster
 from sphereface2.evaluation.distractors import evaluate_distractors
+from sphereface2.evaluation.one_threshold import uniform_accuracy
 from sphereface2.evaluation.selection import Tally, keys_of, value_of
 from sphereface2.evaluation.tiles import Tiles
 from sphereface2.evaluation.verification import pair_scores, tar_at_far
@@ -67,6 +68,17 @@ def faces(people=80, images=5, dim=64, noise=2.0, seed=0):
     labels = rng.permutation(np.repeat(np.arange(people), images))
     e = rng.standard_normal((people, dim))[labels] + noise * rng.standard_normal((len(labels), dim))
     return (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_a_copy_under_another_name_is_a_tie_in_blocks_of_any_shape():
+    """Equal products differ in their last bits from block to block."""
+    rows, labels = faces(people=40, images=2, dim=129)
+    copies = rows[np.unique(labels, return_index=True)[1]]  # of one image of each person
+    both, people = np.concatenate([rows, copies]), np.concatenate([labels, 100 + np.arange(40)])
+    for block in (9, 33, 200):
+        assert evaluate_all_pairs(both, people, [0.5], block=block).rank1 == 0
+        assert uniform_accuracy(both, people, block=block).share.value == 0
+    assert evaluate_distractors(rows, labels, [copies[:15], copies[15:]]).rank1[-1].value == 0
 
 
 def test_embeddings_of_other_lengths_are_refused():

@@ -99,6 +99,16 @@ def test_embeddings_are_searched_in_blocks(block):
     check(found, scores, probe_people.tolist(), gallery_people.tolist())
 
 
+def test_a_copy_under_another_name_is_a_tie():
+    """Equal products differ in their last bits from column to column."""
+    rng = np.random.default_rng(0)
+    for people in range(2, 40):
+        rows, noise = rng.standard_normal((2, people, 129)) / 12
+        found = search(rows + noise, range(people), np.tile(rows, (2, 1)), range(2 * people))
+        closest = search(rows + noise, range(people), rows, range(people))
+        assert found.rank.tolist() == (2 * closest.rank).tolist()
+
+
 def test_names_serve_as_people():
     found = search(np.eye(3), ["eve", "ann", "zoe"], np.eye(3)[:2] * 0.5, ["eve", "bob"])
     assert found.enrolled.tolist() == [True, False, False]

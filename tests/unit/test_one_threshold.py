@@ -11,6 +11,7 @@ from sphereface2.evaluation.one_threshold import (
     AtThreshold,
     all_pairs_at,
     by_group,
+    judge_thresholds,
     uniform_accuracy,
 )
 from sphereface2.evaluation.results import Estimate
@@ -118,3 +119,7 @@ def test_groups_are_judged_within_themselves_at_one_threshold():
         assert one.tar.value == pytest.approx((scores[same] >= 0.25).mean())
     with pytest.raises(ValueError, match=r"group 'b' cannot be judged: .* no impostor pair"):
         by_group([*"aaabb"], np.eye(5), np.array([0, 0, 5, 1, 1]), {0.1: 0.5})
+    with pytest.raises(ValueError, match="4 groups were given for 5 images"):
+        by_group([*"aaab"], np.eye(5), np.array([0, 0, 5, 1, 1]), {0.1: 0.5})
+    judged = judge_thresholds(rows, labels, {0.1: 0.25}, name="set", groups=np.array(groups))
+    assert judged.groups == found

@@ -1,8 +1,9 @@
 """Identification among distractors, MegaFace's protocol: is an image found among N strangers?
 
 For each ordered pair of two images of a person, one is searched in a gallery of the other and N
-distractors; it is found if the other image scores strictly above all distractors. Distractors are
-taken block by block and forgotten; for each probe only its best score is kept.
+distractors; it is found if the other image scores above all distractors, by more than rounding: a
+copy of it among them is a miss. Distractors are taken block by block and forgotten; for each probe
+only its best score is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
 from sphereface2.evaluation.results import Rate, Resampling, Result
-from sphereface2.evaluation.verification import embedding_rows
+from sphereface2.evaluation.verification import ROUNDING, embedding_rows
 
 SIZES = tuple(10**k for k in range(1, 10))
 _SCORES = 1 << 24  # that a block of distractors makes with the probes
@@ -116,7 +117,7 @@ def _count(
         others = ~np.eye(len(own), dtype=bool)
         trials[person] = others.sum()
         for row, rival in zip(hits, rivals, strict=True):
-            row[person] = np.count_nonzero((scores > rival[own, None]) & others)
+            row[person] = np.count_nonzero((scores > rival[own, None] + ROUNDING) & others)
     return hits, trials
 
 

@@ -3,8 +3,9 @@
 A probe is searched in a gallery of people. A person's score is the highest inner product of the
 probe with one of their gallery embeddings. A probe is *enrolled* if its person is in the gallery;
 its *rank* is then one more than the number of other people who score at least as high as its own
-person, so that a tie counts as a miss. Closed-set figures look at enrolled probes only; open-set
-ones ask for a threshold too, which the probes of people outside the gallery must not reach.
+person, to rounding, so that a tie counts as a miss. Closed-set figures look at enrolled probes
+only; open-set ones ask for a threshold too, which the probes of people outside the gallery must not
+reach.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sphereface2.evaluation.results import (
     Result,
     unmeasured,
 )
-from sphereface2.evaluation.verification import error_bounds
+from sphereface2.evaluation.verification import ROUNDING, error_bounds
 
 RANKS = (1, 5, 10)
 FPIRS = (1e-1, 1e-2, 1e-3)
@@ -128,6 +129,7 @@ def search(
     score, rank = np.empty(len(probes), np.float32), np.zeros(len(probes), np.int64)
     size = max(1, _SCORES // len(gallery)) if block is None else block
     check_count("block", size, 1)
+    longest = _lengths(gallery).max()
     for first in range(0, len(probes), size):
         part = slice(first, first + size)
         scores = np.matmul(probes[part], gallery.T)
@@ -137,8 +139,14 @@ def search(
             scores = np.maximum.reduceat(scores, starts, axis=1)
         own = np.take_along_axis(scores, own_column[part, None], axis=1)
         score[part] = np.where(enrolled[part], own[:, 0], scores.max(axis=1))
-        rank[part] = np.where(enrolled[part], np.count_nonzero(scores >= own, axis=1), 0)
+        rounding = (ROUNDING * longest * _lengths(probes[part])).astype(np.float32)
+        as_high = np.count_nonzero(scores >= own - rounding[:, None], axis=1)
+        rank[part] = np.where(enrolled[part], as_high, 0)
     return Searches(enrolled, score, rank)
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
 
 
 def rank_k(

@@ -21,6 +21,7 @@ from sphereface2.errors import UserError
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, ratio_intervals
 from sphereface2.evaluation.results import Estimate, Resampling, Result, least_far, to_dict
 from sphereface2.evaluation.tiles import Tiles
+from sphereface2.evaluation.verification import ROUNDING
 
 _KEPT = 4_000_000  # accepted impostor pairs that are held before they are counted
 
@@ -327,7 +328,7 @@ def uniform_accuracy(
 def best_threshold(
     lowest: np.ndarray, highest: np.ndarray, people: np.ndarray, bootstrap: Bootstrap = NONE
 ) -> UniformAccuracy:
-    """The threshold t that most images have in (highest impostor, lowest genuine].
+    """The threshold t that most images have in (highest impostor, lowest genuine], to rounding.
 
     Args:
         lowest: (N,), the least genuine score of each image of a person with several.
@@ -335,11 +336,12 @@ def best_threshold(
         people: (N,), whose it is.
         bootstrap: as in `uniform_accuracy`.
     """
-    served = highest < lowest
+    served = highest + np.float32(ROUNDING) < lowest
     places = np.unique(lowest[served]) if served.any() else lowest[:1]
     # Images whose interval opens at or below the place, less those that it has closed before.
-    opens = np.searchsorted(places, highest[served], side="right")
-    closes = np.searchsorted(places, lowest[served], side="right")
+    reached = places - np.float32(ROUNDING)
+    opens = np.searchsorted(reached, highest[served], side="right")
+    closes = np.searchsorted(reached, lowest[served], side="right")
     numbers, who = np.unique(people, return_inverse=True)
 
     def shares(counts: np.ndarray) -> np.ndarray:
@@ -397,7 +399,9 @@ def judge_thresholds(
         people=len(np.unique(labels)),
         uniform=uniform_accuracy(embeddings, labels, bootstrap=bootstrap),
         thresholds=tuple(at),
-        groups=by_group(groups or (), embeddings, labels, thresholds, bootstrap=bootstrap),
+        groups={}
+        if groups is None
+        else by_group(groups, embeddings, labels, thresholds, bootstrap=bootstrap),
         notes=[],
         intervals=Resampling.fixed(bootstrap),
     )
@@ -423,6 +427,8 @@ def by_group(
     Raises:
         UserError: a group without genuine or without impostor pairs.
     """
+    if len(groups) != len(embeddings):
+        raise ValueError(f"{len(groups)} groups were given for {len(embeddings)} images.")
     names = np.array([group or "" for group in groups])
     found = {}
     for name in sorted(set(names.tolist()) - {""}):

@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 
 from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.selection import Search, value_of
-from sphereface2.evaluation.verification import embedding_rows
+from sphereface2.evaluation.verification import ROUNDING, embedding_rows
 from sphereface2.machine import cores
 
 
@@ -218,6 +218,9 @@ class Tiles:
         return hits, images * (images - 1) // 2
 
     def rank1(self) -> float:
-        """Share of images whose nearest other image shows the same person, once all is counted."""
+        """Share of images whose nearest other image shows the same person, once all is counted.
+
+        One of somebody else that is as near to rounding is nearer.
+        """
         probes = np.bincount(self.people)[self.people] > 1
-        return float(np.mean(self.nearest_same[probes] > self.nearest_other[probes]))
+        return float(np.mean(self.nearest_same[probes] > self.nearest_other[probes] + ROUNDING))

@@ -17,6 +17,9 @@ from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, p
 from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+#: Cosines in float32 that differ by no more are equal: those of copies of one image do in their
+#: last bits, as their products come from blocks of other shapes.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import os
@@ -305,6 +306,20 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
     lines = enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1)
     stripped = ((number, line.strip(" \t")) for number, line in lines)
     return [(number, line) for number, line in stripped if line and not line.startswith("#")]
+
+
+def csv_fields(line: str) -> list[str]:
+    """The fields of a line of CSV, without the blanks around them.
+
+    Examples:
+        >>> csv_fields('"King, M/1.jpg", 3')
+        ['King, M/1.jpg', '3']
+    """
+    try:
+        fields = next(csv.reader([line], skipinitialspace=True))
+    except csv.Error:  # a field of more than 128 KiB, such as an image as text
+        fields = line.split(",")
+    return [field.strip() for field in fields]
 
 
 def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] | None = None) -> Any:

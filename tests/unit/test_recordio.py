@@ -83,8 +83,9 @@ def test_split_record_gets_its_magic_back(tmp_path):
     assert source.labels.tolist() == [0, 1]
 
 
-def test_a_header_that_says_no_number_promises_none(tmp_path):
-    records = [header(0, (float("nan"), 2.0)), header(0) + b"a", header(1) + b"b"]
+@pytest.mark.parametrize("label", ["nan", "inf", "-inf"])
+def test_a_header_that_says_no_number_promises_none(tmp_path, label):
+    records = [header(0, (float(label), 2.0)), header(0) + b"a", header(1) + b"b"]
     (tmp_path / "train.rec").write_bytes(b"".join(map(part, records)))
     with pytest.warns(UserWarning, match="index rebuilt"):
         source = RecordIOSource(tmp_path)

@@ -138,6 +138,7 @@ def test_list_takes_tabs_commas_and_blanks_in_names(tmp_path):
         ("e.jpg 1.5\n", "label 1.5"),
         ("", "no images"),
         ("absent.jpg 0\n", "none of the first 1 files"),
+        (f"absent.jpg,{'A' * 200_000}\n", "none of the first 1 files"),
     ],
 )
 def test_bad_lists_name_the_line(tmp_path, text, message):
@@ -145,6 +146,14 @@ def test_bad_lists_name_the_line(tmp_path, text, message):
     (tmp_path / "l.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         ListSource(tmp_path / "l.txt")
+
+
+def test_a_comma_in_one_path_of_a_list_with_blanks_is_part_of_it(tmp_path):
+    files(tmp_path, {"a.jpg": b"1", "King, M.jpg": b"2"})
+    (tmp_path / "l.txt").write_text("a.jpg anna\n" * 100 + "King, M.jpg king\n")
+    source = ListSource(tmp_path / "l.txt")
+    assert source.class_names == ["anna", "king"]
+    assert source.read(100) == b"2"
 
 
 def test_missing_file_of_a_list_is_an_os_error_when_read(tmp_path):

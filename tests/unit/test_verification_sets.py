@@ -307,6 +307,9 @@ def test_list_problems_are_named(tmp_path):
     (tmp_path / "list.txt").write_text("1 a b\n")
     with pytest.raises(UserError, match="2 of the 2 images"):
         load_pairs(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(f"1,{'A' * 200_000}\n")
+    with pytest.raises(UserError, match="line 1"):
+        load_pairs(tmp_path / "list.txt")
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="UTF-16"):
         load_pairs(tmp_path / "list.txt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 
 from sphereface2.data.source import check_labels, read_names
 from sphereface2.errors import UserError
-from sphereface2.files import digest, one_name, read_lines
+from sphereface2.files import csv_fields, digest, one_name, read_lines
 
 #: Suffixes of list files.
 LIST_SUFFIXES: Final = frozenset({".txt", ".lst", ".csv", ".tsv"})
@@ -81,7 +80,8 @@ class ListSource:
         """How to split lines, their layout and what "\\" becomes: what finds the most files."""
         layouts = [header] if header else _LAYOUTS
         best, most = None, 0
-        for split, layout, slash in product((_split, _by_blanks), layouts, ("\\", "/")):
+        splits = (_by_commas, _by_blanks, _split)
+        for split, layout, slash in product(splits, layouts, ("\\", "/")):
             names = [pair[0] for line in sample if (pair := layout(*split(line)))]
             exist = sum(os.path.isfile(self._folder / name.replace("\\", slash)) for name in names)
             if exist > most:
@@ -121,16 +121,19 @@ def _is_number(label: str) -> bool:
     return label.lower() not in ("nan", "inf", "infinity")  # some people are called Nan
 
 
-def _split(line: str) -> _Fields:
+def _by_commas(line: str) -> _Fields:
     if "\t" in line:
         return [field.strip() for field in line.split("\t")], "\t"
-    if "," in line:
-        return [f.strip() for f in next(csv.reader([line], skipinitialspace=True))], ","
-    return _by_blanks(line)
+    return csv_fields(line), ","
 
 
 def _by_blanks(line: str) -> _Fields:
-    return line.split(" "), " "
+    return _by_commas(line) if "\t" in line else (line.split(" "), " ")
+
+
+def _split(line: str) -> _Fields:
+    """By what the line itself holds, for lists of several kinds of lines."""
+    return _by_commas(line) if "," in line else _by_blanks(line)
 
 
 def _header(columns: list[str]) -> _Layout | None:

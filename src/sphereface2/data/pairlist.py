@@ -6,7 +6,6 @@ LFW's ``pairs.txt``; lists of two paths and a verdict; the lists of CALFW and CP
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from sphereface2.data.pairs import FOLDS, ImageFiles, PairSet, consecutive_folds
 from sphereface2.errors import UserError
-from sphereface2.files import one_name, read_lines
+from sphereface2.files import csv_fields, one_name, read_lines
 from sphereface2.images import SUFFIXES
 
 _SAME: Final = frozenset(("1", "1.0", "true"))
@@ -82,7 +81,7 @@ def _fields(line: str) -> list[str]:
     if "\t" in line:
         fields = line.split("\t")
     elif "," in line:
-        fields = next(csv.reader([line], skipinitialspace=True))
+        fields = csv_fields(line)
     else:
         fields = line.split()
     fields = [field.strip() for field in fields]

@@ -259,9 +259,9 @@ class _Records:
             UserError: there are not as many as the header promises.
         """
         images = ~self.bare
-        # From 2^24 on the header's float32 cannot say N; NaN says nothing.
+        # From 2^24 on the header's float32 cannot say N; NaN and infinity say nothing.
         first = int(np.argmin(keys))
-        if not (self.bare[first] and self.labels[first] < _MAX_EXACT_FLOAT):
+        if not (self.bare[first] and abs(self.labels[first]) < _MAX_EXACT_FLOAT):
             return images
         promised = int(self.labels[first]) - 1
         by_key = (keys >= 1) & (keys <= promised)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, 
 from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import check_folder, one_name, read_lines
+from sphereface2.files import check_folder, csv_fields, one_name, read_lines
 from sphereface2.recognition import card
 from sphereface2.recognition.box import chosen
 
@@ -195,7 +194,7 @@ def _read_groups(path: Path, source: Source) -> list[str | None]:
     """The group of each image of a source, from a CSV of people or images and their groups."""
     group_of: dict[str, str] = {}
     for number, line in read_lines(path):
-        fields = [one_name(field) for field in next(csv.reader([line]))]
+        fields = [one_name(field) for field in csv_fields(line)]
         if len(fields) != 2 or not all(fields):
             raise UserError(f"{path}:{number} must hold a person or an image, a comma and a group")
         if group_of.setdefault(fields[0], fields[1]) != fields[1]:
@@ -317,7 +316,7 @@ class _Judge:
             progress=console.advance(self.bars, f"{name}: pairs", 1),
         )
         result = replace(result, notes=[*result.notes, *self._trained_on(source)])
-        groups = self.groups and [group for at, group in enumerate(self.groups) if at not in lost]
+        groups = self.groups and np.delete(np.array(self.groups, object), lost).tolist()
         own = {p.at: p.threshold for p in result.tar if p.threshold is not None and p.at <= 0.01}
         return [result, self._one_threshold(name, embeddings, labels, groups, own)]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import hashlib
+import inspect
 import os
 import platform
 import re
@@ -15,10 +17,10 @@ import tempfile
 import time
 import unicodedata
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import yaml
 
@@ -26,6 +28,9 @@ from sphereface2.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: What the temporary names match that a process which was killed leaves behind.
 TEMPORARY = ".*.tmp"
@@ -55,7 +60,8 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
 def _name(error: BaseException, temporary: Path, path: Path) -> None:
     """Let an error of the system name the file that was wanted, not the temporary one or none."""
     if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        del error.filename2  # not None, which the error's text would name
 
 
 @contextmanager
@@ -272,26 +278,76 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     return hasher.hexdigest()
 
 
-def read_text(path: str | Path) -> str:
+_PICTURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp|II\*\0|MM\0\*", re.DOTALL
+)
+"""How the files of pictures begin that somebody may give in the place of a text."""
+
+
+def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function declares as ``Path`` be given as a string too, as callers do.
+
+    The command line takes its types from the declaration, which therefore stays ``Path``; it is
+    read as text, as ``from __future__ import annotations`` leaves it. One path will do for a
+    sequence of them.
+
+    Examples:
+        >>> @takes_paths
+        ... def names(folder: Path, *, more: Sequence[Path] = ()) -> list[str]:
+        ...     return [folder.name, *(one.name for one in more)]
+        >>> names("a/b", more=["c/d"]), names(Path("a/b"), more="c/d")
+        (['b', 'd'], ['b', 'd'])
+    """
+    signature = inspect.signature(function)
+
+    def made(name: str, value: Any) -> Any:
+        declared = str(signature.parameters[name].annotation).removesuffix(" | None")
+        if declared == "Path" and isinstance(value, str):
+            return Path(value)
+        if declared == "Sequence[Path]":
+            return [Path(one) for one in ((value,) if isinstance(value, str | Path) else value)]
+        return value
+
+    @functools.wraps(function)
+    def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # its error names the function
+        for name, value in given.arguments.items():
+            given.arguments[name] = made(name, value)
+        return function(*given.args, **given.kwargs)
+
+    return taking
+
+
+def read_text(path: str | Path, wanted: str = "") -> str:
     """The text of a file that a user gives: UTF-8, with or without a byte order mark.
 
     Never in the locale's encoding, so that a file means the same on every machine.
 
+    Args:
+        path: the file.
+        wanted: what to give, for the message where the file is missing or something else.
+
     Raises:
         UserError: the file cannot be read, is UTF-16, or is no text.
     """
+    remedy = wanted and f"; give {wanted}"
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}{remedy}"
         ) from error
     start = data[:64]
+    if _PICTURE.match(start) and not data.isascii():
+        raise UserError(f"{path} is a picture and not a text file{remedy}")
     halves = (start[::2], start[1::2]) if len(start) >= 4 else ()
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or any(not any(half) for half in halves):
         raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
     if b"\0" in data:
-        raise UserError(f"{path} is not a text file: byte {data.index(0)} is NUL")
+        raise UserError(f"{path} is not a text file: byte {data.index(0)} is NUL{remedy}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -300,10 +356,13 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines of a text file and their numbers from 1, without those empty or begun by "#"."""
+def read_lines(path: str | Path, wanted: str = "") -> list[tuple[int, str]]:
+    """The lines of a text file and their numbers from 1, without those empty or begun by "#".
+
+    ``wanted`` is as of `read_text`.
+    """
     # Not splitlines(), which also cuts at characters that names of files may hold.
-    lines = enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1)
+    lines = enumerate(re.split(r"\r\n|\r|\n", read_text(path, wanted)), 1)
     stripped = ((number, line.strip(" \t")) for number, line in lines)
     return [(number, line) for number, line in stripped if line and not line.startswith("#")]
 
@@ -322,19 +381,22 @@ def csv_fields(line: str) -> list[str]:
     return [field.strip() for field in fields]
 
 
-def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] | None = None) -> Any:
+def read_yaml(
+    path: str | Path, loader: type[yaml.SafeLoader] | None = None, wanted: str = ""
+) -> Any:
     """The value of a YAML file that a user gives, read as plain data.
 
     Args:
         path: the file.
         loader: a subclass of PyYAML's safe loader, which is the default.
+        wanted: as of `read_text`.
 
     Raises:
         UserError: the file cannot be read or is no YAML, a key is given twice, or its anchors and
             aliases repeat so much that it stands for more than a million nodes.
     """
     try:
-        reader = (loader or yaml.SafeLoader)(read_text(path))
+        reader = (loader or yaml.SafeLoader)(read_text(path, wanted))
         node = reader.get_single_node()
         if node is None:
             return None

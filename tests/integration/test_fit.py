@@ -23,6 +23,8 @@ from sphereface2.backbones import bundle
 from sphereface2.data import synthetic
 from sphereface2.data.convert import convert
 from sphereface2.data.opening import open_source
+from sphereface2.training.config import load
+from sphereface2.training.fit import _slow
 from sphereface2.training.report import _next_commands
 
 SETTINGS = {
@@ -124,6 +126,12 @@ def test_a_run_folder_holds_what_determines_it_and_loads(uninterrupted: Path) ->
         assert found["tar"]["1e-1"] == pytest.approx(at_best[key], abs=1e-6)
     drawn = {path.name for path in (uninterrupted / "plots").iterdir()}
     assert drawn >= {"curves.png", "batch.png", "worst_pairs.png", "held-out_all_pairs_roc.png"}
+
+
+def test_half_precision_on_a_cpu_is_told_to_be_slow() -> None:
+    half, full = (load(None, ["--training.autocast", one]) for one in ("fp16", "bf16"))
+    assert "bf16 or off takes a small part" in str(_slow(half, "cpu"))
+    assert _slow(half, "cuda") is None and _slow(full, "cpu") is None
 
 
 def test_the_end_of_a_run_names_commands_with_real_paths(tmp_path: Path) -> None:

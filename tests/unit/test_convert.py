@@ -129,6 +129,8 @@ def test_failures_leave_no_target(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sphereface2.data.convert.decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "out", to="webdataset")
+    with pytest.raises(UserError, match=r"/x\.rec is a file's name.*: name it .*/x$"):
+        convert(str(folder), str(tmp_path / "x.rec"), to="recordio")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 

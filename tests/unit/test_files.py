@@ -1,11 +1,17 @@
 """Text and YAML that a user gives."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from sphereface2.errors import UserError
-from sphereface2.files import read_lines, read_text, read_yaml
+from sphereface2.files import atomic_folder, read_lines, read_text, read_yaml, takes_paths
 
 TEXT = "Zoë 1\r\n# comment\n\nTōkyō\u2028x\ty "
 
@@ -45,8 +51,37 @@ def test_what_is_no_text_is_named(tmp_path):
             read_text(path)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_text(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"absent cannot be read: .*; give a list$"):
+        read_text(tmp_path / "absent", "a list")
     with pytest.raises(UserError, match="cannot be read: embedded null"):
         read_text("a\0b")
+    path.write_text("GIF89a/1.gif 0")  # a folder's name is no picture
+    assert read_text(path) == "GIF89a/1.gif 0"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".gif", ".tif", ".avif"])
+def test_a_picture_is_called_one_where_a_text_is_wanted(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.effect_noise((32, 32), 50).convert("RGB").save(path)
+    with pytest.raises(UserError, match=r"is a picture and not a text file; give a list$"):
+        read_text(path, "a list")
+
+
+def test_an_error_names_the_file_that_was_wanted_and_no_other(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"file/x'$"), atomic_folder(tmp_path / "file" / "x"):
+        pass
+
+
+def test_paths_may_be_given_as_strings():
+    @takes_paths
+    def parts(one: Path, *, more: Sequence[Path] = (), last: Path | None = None, text: str = ""):
+        return one.name, [path.name for path in more], last and last.name, text
+
+    assert parts("a/b", more=["c/d"], last="e/f", text="g/h") == ("b", ["d"], "f", "g/h")
+    assert parts(Path("a/b"), more="c/d") == ("b", ["d"], None, "")
+    with pytest.raises(TypeError, match=r"parts\(\) missing 1 required"):
+        parts(more="c")
 
 
 def test_yaml_is_plain_data_and_small(tmp_path):

@@ -120,9 +120,11 @@ def test_drawn_faces_say_what_they_are(place, monkeypatch, capfd):
 
 
 def test_what_cannot_be_fetched_is_said(place, monkeypatch):
-    with pytest.raises(UserError, match="LFW could not be fetched: no route to host"):
-        fetch("lfw", place / "lfw")
-    assert not (place / "lfw").exists()
+    before = sorted(place.iterdir())
+    for target in ("lfw", "new/folder/lfw"):
+        with pytest.raises(UserError, match="LFW could not be fetched: no route to host"):
+            fetch("lfw", place / target)
+    assert sorted(place.iterdir()) == before
     with pytest.raises(UserError, match="choose lfw or drawn"):
         fetch("webface", place / "lfw")
     monkeypatch.setattr(module, "_FETCH", "import time; time.sleep(60)")

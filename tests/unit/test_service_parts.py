@@ -98,7 +98,7 @@ def test_a_failed_pass_fails_its_items_and_no_other() -> None:
 
 
 def test_keys_are_known_by_their_hash_alone_and_can_be_withdrawn(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
+    path = tmp_path / "new" / "keys.json"
     one, two = keys.add("one", path), keys.add("two", path)
     text = path.read_text()
     assert one.split("_", 2)[2] not in text and two.split("_", 2)[2] not in text

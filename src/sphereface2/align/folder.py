@@ -20,7 +20,7 @@ from sphereface2.align.landmarks import Landmarks, read_landmarks
 from sphereface2.align.template import SIZE
 from sphereface2.data.folder import check_outside, images_below
 from sphereface2.errors import UserError, check_number, counted
-from sphereface2.files import TEMPORARY, atomic_write, lock
+from sphereface2.files import TEMPORARY, atomic_write, lock, takes_paths
 from sphereface2.images import MAX_PIXELS, SUFFIXES
 from sphereface2.machine import cores
 from sphereface2.signals import STOPPED, Stopper, starting_workers
@@ -31,6 +31,7 @@ _DETECTED_BY = {"detector": "mtcnn"}
 _CHUNK = 8  # images that go to a worker at a time
 
 
+@takes_paths
 def align(
     source: Path,
     target: Path,

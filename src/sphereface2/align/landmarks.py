@@ -37,7 +37,7 @@ def read_landmarks(path: str | Path) -> Landmarks:
         UserError: the file cannot be read, is no text, or has no usable line.
     """
     found = Landmarks()
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "a list of 'path x1 y1 … x5 y5'"):
         separator = next((s for s in ("\t", ",") if s in line), None)
         name, *values = [part.strip() for part in line.split(separator)]
         name = str(PurePosixPath(name))

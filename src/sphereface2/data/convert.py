@@ -19,15 +19,25 @@ import numpy as np
 from sphereface2 import console
 from sphereface2.data import pairbin
 from sphereface2.data.folder import check_outside
+from sphereface2.data.listfile import LIST_SUFFIXES
 from sphereface2.data.locate import about, write_about
 from sphereface2.data.opening import load_pairs, open_source
 from sphereface2.data.pairs import consecutive_folds
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.data.source import Source, write_names
 from sphereface2.errors import UserError, check_choice, check_number, counted
-from sphereface2.files import MOST_BYTES, atomic_folder, one_name, printable
+from sphereface2.files import (
+    MOST_BYTES,
+    atomic_folder,
+    check_folder,
+    one_name,
+    printable,
+    takes_paths,
+)
 from sphereface2.images import decode, encode_image
 
+#: Suffixes of the files of a set, which a user may take for what is made.
+_OF_FILES = LIST_SUFFIXES | {".rec", ".idx", ".tar", ".bin"}
 _SHARD_IMAGES = 10_000
 _CHUNK = 512  # images that the threads work on together
 
@@ -86,6 +96,7 @@ class _Add(Protocol):
         """Append image number ``position`` of person ``label``."""
 
 
+@takes_paths
 def convert(
     source: Path,
     target: Path,
@@ -144,11 +155,21 @@ def convert(
 
 
 def check_target(target: Path, to: str, *more: str) -> None:
-    """UserError unless ``to`` is a format, or one of ``more``, and ``target`` is new."""
+    """UserError unless ``to`` is a format, or one of ``more``, and ``target`` can be made."""
     if to not in (*_WRITERS, *more):
         raise UserError(f"cannot convert to {to!r}; choose one of {', '.join([*_WRITERS, *more])}")
     if target.exists():
-        raise UserError(f"{target} exists already; name a new folder")
+        raise UserError(
+            f"{target} exists already; name a new {'file' if to == 'bin' else 'folder'}"
+        )
+    if to == "bin":
+        return check_folder(target.parent)
+    if target.suffix.lower() in _OF_FILES:
+        raise UserError(
+            f"{target} is a file's name, and --to {to} makes a folder: name it "
+            f"{target.with_suffix('')}"
+        )
+    return check_folder(target)
 
 
 def write_source(

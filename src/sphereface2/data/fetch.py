@@ -16,7 +16,7 @@ from sphereface2.data import pairbin, synthetic
 from sphereface2.data.locate import DRAWN, write_about
 from sphereface2.data.recordio import RecordIOWriter
 from sphereface2.errors import UserError, counted
-from sphereface2.files import atomic_folder, read_text
+from sphereface2.files import atomic_folder, check_folder, read_text, takes_paths
 from sphereface2.images import encode_image, read_image
 
 _PEOPLE, _IMAGES, _PAIRS = 1000, 20, 100
@@ -31,6 +31,7 @@ fetch_lfw_people(data_home=sys.argv[1], min_faces_per_person=500, n_retries=1, d
 """
 
 
+@takes_paths
 def fetch(what: Literal["lfw", "drawn"], target: Path, /, *, seed: int | None = None) -> Path:
     """Fetch or draw a training set and the verification set that goes with it.
 
@@ -55,6 +56,7 @@ def fetch(what: Literal["lfw", "drawn"], target: Path, /, *, seed: int | None = 
         raise UserError(f"{target} exists already; name a new folder")
     if seed is not None and what != "drawn":
         raise UserError(f"--seed is that of drawn faces: fetch {what} without it")
+    check_folder(target)
     if what == "lfw":
         home = _download_lfw(target.parent / "scikit_learn")
         people, images = pack_lfw(home / "lfw_funneled", home / "pairsDevTest.txt", target)
@@ -80,6 +82,7 @@ def _download_lfw(home: Path, patience: float = 15.0) -> Path:
     the first small file is not there after ``patience`` seconds, there is no network.
     """
     lfw = home / "lfw_home"
+    made = [folder for folder in (home, *home.parents) if not folder.exists()]
     home.mkdir(parents=True, exist_ok=True)
     console.note("fetching LFW (about 230 MB)…")
     child = subprocess.Popen(
@@ -97,7 +100,7 @@ def _download_lfw(home: Path, patience: float = 15.0) -> Path:
     finally:
         child.kill()
         _, complaint = child.communicate()
-        for folder in (lfw, home):
+        for folder in (lfw, home, *made[1:]):
             with suppress(OSError):  # it holds what was fetched
                 folder.rmdir()
     if child.returncode != 0:

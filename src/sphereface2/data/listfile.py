@@ -41,7 +41,7 @@ class ListSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._folder = self.path.parent
-        lines = read_lines(self.path)
+        lines = read_lines(self.path, "a list of a path and a label a line")
         if not lines:
             raise UserError(f"{self.path} lists no images")
         header = _header(_split(lines[0][1])[0])

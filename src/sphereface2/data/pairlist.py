@@ -26,6 +26,8 @@ _VERDICT_COLUMNS: Final = frozenset(
 )
 _PATH_COLUMN: Final = re.compile(r"path|image|img|file", re.IGNORECASE)
 
+_WANTED: Final = "a pairs.txt, or a list of two images and 1 or 0 a line, 1 for one person"
+
 #: A line's number and its fields.
 _Row = tuple[int, list[str]]
 
@@ -61,7 +63,7 @@ def read_people(names: Path, of: Path, same: np.ndarray) -> tuple[list[str], np.
     Raises:
         UserError: the list is of other pairs.
     """
-    entries, listed, folds = _parse_lfw(names, _rows(names))
+    entries, listed, folds = _parse_lfw(names, _rows(names, "the pairs.txt of the .bin"))
     if len(entries) != len(same):
         raise UserError(f"{names} lists {len(entries)} pairs, {of} has {len(same)}")
     wrong = np.flatnonzero(listed != same)
@@ -70,8 +72,8 @@ def read_people(names: Path, of: Path, same: np.ndarray) -> tuple[list[str], np.
     return [one_name(person) for pair in entries for person, _ in pair], folds
 
 
-def _rows(path: Path) -> list[_Row]:
-    rows = [(number, _fields(line)) for number, line in read_lines(path)]
+def _rows(path: Path, wanted: str = _WANTED) -> list[_Row]:
+    rows = [(number, _fields(line)) for number, line in read_lines(path, wanted)]
     if not rows:
         raise UserError(f"{path} lists no pairs")
     return rows
@@ -290,7 +292,7 @@ def read_cfp(root: str | Path, protocol: str) -> PairSet:
     pairs, same, folds = [], [], []
     for fold, place in enumerate(folds_at):
         for name in ("same.txt", "diff.txt"):
-            for number, fields in _rows(place / name):
+            for number, fields in _rows(place / name, "CFP's list of 'number,number'"):
                 if len(fields) != 2 or fields[0] not in frontal or fields[1] not in second:
                     raise UserError(
                         f"{place / name} line {number}: expected two numbers of the pair lists"
@@ -312,7 +314,7 @@ def read_cfp(root: str | Path, protocol: str) -> PairSet:
 
 def _cfp_images(path: Path) -> dict[str, Path]:
     found = {}
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "CFP's list of 'number path'"):
         fields = line.split(maxsplit=1)
         if len(fields) != 2 or not fields[0].isdecimal():
             raise UserError(f"{path} line {number}: expected 'number path'")

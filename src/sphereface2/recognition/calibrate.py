@@ -34,7 +34,7 @@ from sphereface2.evaluation.results import far_key, to_dict
 from sphereface2.evaluation.thresholds import check_fars
 from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
-from sphereface2.files import check_folder
+from sphereface2.files import check_folder, takes_paths
 from sphereface2.recognition import card
 
 
@@ -83,6 +83,7 @@ Named = tuple[str, PairSet | Source]
 """A set and what to call it."""
 
 
+@takes_paths
 def calibrate(
     checkpoint: Path,
     /,

@@ -36,7 +36,7 @@ from sphereface2.evaluation.templates import TemplateAverager, TemplatesResult, 
 from sphereface2.evaluation.tiles import count_pairs
 from sphereface2.evaluation.verification import pair_scores
 from sphereface2.extras import require
-from sphereface2.files import check_folder, csv_fields, one_name, read_lines
+from sphereface2.files import check_folder, csv_fields, one_name, read_lines, takes_paths
 from sphereface2.recognition import card
 from sphereface2.recognition.box import chosen
 
@@ -83,6 +83,7 @@ class Evaluation:
         return found
 
 
+@takes_paths
 def evaluate(
     checkpoint: Path | None = None,
     /,
@@ -193,7 +194,7 @@ def _look_at(sets: Sequence[tuple[Path, Set]], align: bool) -> None:
 def _read_groups(path: Path, source: Source) -> list[str | None]:
     """The group of each image of a source, from a CSV of people or images and their groups."""
     group_of: dict[str, str] = {}
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, "a CSV of a person or an image and a group a line"):
         fields = [one_name(field) for field in csv_fields(line)]
         if len(fields) != 2 or not all(fields):
             raise UserError(f"{path}:{number} must hold a person or an image, a comma and a group")

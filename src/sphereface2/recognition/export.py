@@ -28,7 +28,7 @@ from sphereface2.data.opening import open_source
 from sphereface2.data.source import Source
 from sphereface2.errors import UserError, check_count, did_you_mean
 from sphereface2.extras import require
-from sphereface2.files import atomic_write, check_folder, digest, writing
+from sphereface2.files import atomic_write, check_folder, digest, takes_paths, writing
 from sphereface2.images import decode
 from sphereface2.recognition.onnx_graphs import described, description, quantised, share
 
@@ -66,6 +66,7 @@ class Exported:
     description: dict[str, Any]
 
 
+@takes_paths
 def export(
     checkpoint: Path,
     /,
@@ -219,6 +220,7 @@ def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Pa
         raise UserError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise UserError(f"{path} is a folder: give --out a file")
+    check_folder(path.parent)
     return path
 
 

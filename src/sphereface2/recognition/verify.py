@@ -11,12 +11,13 @@ from sphereface2 import console
 from sphereface2.align.unaligned import warn_if_unaligned
 from sphereface2.errors import UserError
 from sphereface2.evaluation.results import far_key
-from sphereface2.files import printable, writing
+from sphereface2.files import printable, takes_paths, writing
 from sphereface2.images import read_image
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder, Verification
 
 
+@takes_paths
 def verify(
     first: Path,
     second: Path,

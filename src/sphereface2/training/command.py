@@ -114,11 +114,13 @@ def find(config: str) -> Path:
     """The file of a configuration given by its path or as the name of a recipe."""
     path, known = Path(config), recipes()
     # A folder named as a recipe, such as a set that is called small, hides none.
-    if (path.exists() and not path.is_dir()) or path.suffix in (".yaml", ".yml"):
+    if path.exists() and not path.is_dir():
         return path
     if config not in known:
+        own = path / "config.yaml"
+        hint = f"; the configuration of that run is {own}" if own.is_file() else ""
         raise UserError(
-            f"there is no file and no recipe {config!r}{did_you_mean(config, known)}; "
+            f"there is no file and no recipe {config!r}{did_you_mean(config, known)}{hint}; "
             f"recipes: {', '.join(known)}"
         )
     return known[config]

@@ -21,7 +21,7 @@ from sphereface2.data.sampler import BatchSampler
 from sphereface2.data.source import Source
 from sphereface2.device import resolve
 from sphereface2.errors import UserError, counted
-from sphereface2.files import check_folder, owned
+from sphereface2.files import check_folder, owned, takes_paths
 from sphereface2.machine import cores
 from sphereface2.signals import Stopper, parent
 from sphereface2.training import config as configuration
@@ -42,6 +42,7 @@ _IMAGES_A_RANK = 32  # of a batch, where the number of ranks is ours to choose
 _RANKS_A_CORE = 8  # processes that one core can drive, each with a copy of the network
 
 
+@takes_paths
 def fit(
     config: Path | None,
     *,
@@ -320,6 +321,7 @@ def _announce(
         f"images on {counted(place.size, 'rank')}, {place.device.type}",
         f"chosen     {chosen}, for this set and device" if chosen else None,
         "trained    to its end" if trainer.is_done else None,
+        _slow(settings, place.device.type),
         *(f"no effect  {key}, with {why}" for key, why in idle_and_changed(settings).items()),
         f"run        {run}",
     ]
@@ -331,6 +333,13 @@ def _teacher(settings: RunConfig) -> str | None:
     teacher = settings.teacher
     labels = f"with labels × {teacher.labels:g}" if teacher.labels else "without labels"
     return f"teacher    {teacher.path} × {teacher.weight:g}, {labels}" if teacher.path else None
+
+
+def _slow(settings: RunConfig, device: str) -> str | None:
+    """A precision whose gradients torch computes on a CPU without its quick kernels."""
+    if device != "cpu" or settings.training.autocast != "fp16":
+        return None
+    return "slow       training.autocast fp16 on a CPU: bf16 or off takes a small part of its time"
 
 
 def _aside(settings: RunConfig) -> str:

@@ -89,7 +89,7 @@ def read(path: Path, what: str, section: type | None = None) -> dict[str, Any]:
     Raises:
         UserError: unreadable, no YAML, no mapping.
     """
-    loaded = read_yaml(path, _Loader)
+    loaded = read_yaml(path, _Loader, f"the YAML file of a {what}")
     if not isinstance(loaded, dict | None):
         raise UserError(f"the {what} {path} must be a mapping of settings, such as 'seed: 1'")
     tree: dict[str, Any] = _typed(loaded or {}, section)

@@ -303,7 +303,7 @@ def read_people(path: Path, source: Source) -> Subset:
             name can be no folder's, or nobody is left.
     """
     name, person_of = None, {}
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, f"the {PEOPLE} that data cluster wrote"):
         where = f"{path} line {number}"
         if line.startswith(_HEAD):
             name = one_name(line.removeprefix(_HEAD))

@@ -96,7 +96,8 @@ def read_findings(path: Path, source: Source) -> list[Finding]:
     Raises:
         UserError: a line says something else, is of another set, or contradicts an earlier one.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path, "the findings.csv that data audit wrote")
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     names = [field.name for field in fields(Finding)]
     if rows.fieldnames is None or set(names) - set(rows.fieldnames):
         raise UserError(f"{path} is no findings.csv: its columns must be {', '.join(names)}")

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sphereface2.errors import UserError
-from sphereface2.files import atomic_write, changing, read_text
+from sphereface2.files import atomic_write, changing, check_folder, read_text, writing
 
 _FORMAT = "sphereface2-keys"
 _TOKEN = re.compile(r"sf2_([0-9a-f]{8})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -79,7 +79,7 @@ def read(path: str | Path) -> list[Key]:
         raise UserError(
             f"{path} does not exist: make a key with sphereface2 keys add NAME --file {path}"
         )
-    text = read_text(path)
+    text = read_text(path, "a file that sphereface2 keys add made")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -109,10 +109,11 @@ def add(name: str, path: str | Path) -> str:
     path = Path(path)
     if not name.strip() or not name.isprintable():
         raise UserError("a key needs a name of printable characters, for example who will use it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder: create it or choose another --file")
+    check_folder(path.parent)
     if path.exists():
         read(path)  # no lock is left beside what is no file of keys
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with changing(path):
         keys = read(path) if path.exists() else []
         if name in {key.name for key in keys}:

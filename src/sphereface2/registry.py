@@ -37,13 +37,17 @@ class Registry(Generic[Builder]):
     def register(self, name: str) -> Callable[[B], B]:
         """Decorator that makes a class or function available under ``name``.
 
+        A definition that is run again, as a notebook's cell is, takes the place of the first.
+
         Raises:
-            ValueError: the name is taken.
+            UserError: the name is taken by another.
         """
 
         def add(builder: B) -> B:
-            if name in self._builders:
-                raise ValueError(f"the {self.kind} {name!r} is registered already")
+            if name in self._builders and _place(builder) != _place(self._builders[name]):
+                raise UserError(
+                    f"the {self.kind} {name!r} is registered already: choose another name"
+                )
             self._builders[name] = builder  # type: ignore[assignment]
             return builder
 
@@ -85,6 +89,11 @@ class Registry(Generic[Builder]):
                 )
             if isinstance(defaults.get(option), bool):
                 check_flag(option, value)
+
+
+def _place(builder: Callable[..., Any]) -> tuple[str | None, str | None]:
+    """Where a builder is defined: its module and its name in it."""
+    return builder.__module__, getattr(builder, "__qualname__", None)
 
 
 def keyword_defaults(builder: Callable[..., Any]) -> dict[str, Any]:

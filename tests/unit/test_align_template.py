@@ -91,3 +91,16 @@ def test_outside_the_picture_is_black():
 def test_useless_landmarks_are_named(landmarks, told):
     with pytest.raises(UserError, match=told):
         warp(np.zeros((9, 9, 3), np.uint8), landmarks)
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "told"),
+    [
+        ("a.jpg", 112, "array of uint8, got str: read_image makes it"),
+        (np.zeros((9, 9, 3)), 112, "array of uint8, got float64"),
+        (np.zeros((9, 9, 3), np.uint8), 0, "size must be an integer ≥ 1, got 0"),
+    ],
+)
+def test_what_cannot_be_cropped_is_named(image, size, told):
+    with pytest.raises(UserError, match=told):
+        warp(image, TEMPLATE, size)

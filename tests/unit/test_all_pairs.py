@@ -98,6 +98,20 @@ def test_embeddings_of_other_lengths_are_refused():
         evaluate_distractors(long[:3], labels[:2], [long[:3]])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        ([[0, 30]], "indices must lie in 0 … 24, got 0 … 30"),
+        ([[0, -1]], "indices must lie in 0 … 24, got -1 … 0"),
+        ([[0.0, 1.0]], "indices must be whole numbers"),
+        ([0, 1], r"pairs must have the shape \(P, 2\), got \(2,\)"),
+    ],
+)
+def test_pairs_of_no_image_are_refused(pairs, told):
+    with pytest.raises(UserError, match=told):
+        pair_scores(faces(people=5)[0], pairs)
+
+
 def count_passes(monkeypatch):
     """A list that gets an entry whenever all tiles are computed."""
     passes, count = [], Tiles.count

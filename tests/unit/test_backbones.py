@@ -349,7 +349,9 @@ def test_one_step_of_training_lowers_the_loss_without_batch_norm() -> None:
         ),
         ("sfnet20", {"activation": nn.ReLU}, "stored as JSON"),
         ("sfnet20", {"std": (1, 0, 1)}, "std must be positive"),
+        ("sfnet20", {"std": 0}, "std must be three numbers"),
         ("sfnet20", {"mean": (1, 2)}, "mean must be three numbers"),
+        ("sfnet20", {"mean": 127.5}, "mean must be three numbers"),
         ("sfnet20", {"colour_order": "GRB"}, "colour_order must be one of 'RGB', 'BGR', got 'GRB'"),
         (
             "sfnet20",

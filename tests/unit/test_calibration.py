@@ -171,6 +171,8 @@ def test_true_probabilities_are_reliable_and_others_are_not():
 
 def test_a_far_needs_enough_pairs():
     assert [pairs_needed(far) for far in (0.1, 1e-2, 1e-3, 0.3)] == [100, 1000, 10_000, 34]
+    with pytest.raises(UserError, match="a FAR must be a number > 0 and < 1, got 0"):
+        pairs_needed(0)
     scores, same = gaussian(100, 999)
     with pytest.raises(UserError, match=r"999 impostor pairs are too few .* 1e-2: 1,000 are"):
         fit(scores, same, fars=[0.1, 1e-2])

@@ -58,6 +58,7 @@ def test_unknown_names_suggest_the_nearest():
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="head 'cosface' is registered already"):
         heads.register("cosface")(heads.Head)
+    heads.register("cosface")(heads.CosFace)  # a definition that is run again is no other
 
 
 @pytest.mark.parametrize(

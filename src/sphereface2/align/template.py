@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from sphereface2.errors import UserError
+from sphereface2.errors import UserError, check_count
 
 #: The template's side in pixels.
 SIZE = 112
@@ -65,8 +65,14 @@ def warp(image: np.ndarray, landmarks: np.ndarray, size: int = SIZE) -> np.ndarr
         size: side of the crop; the template is scaled with it.
 
     Raises:
-        UserError: the landmarks are not five finite, distinct points.
+        UserError: it is no such array, or the landmarks are not five finite, distinct points.
     """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(
+            f"what is cropped must be an array of uint8, got {found}: read_image makes it of a file"
+        )
+    check_count("size", size, 1)
     landmarks = np.asarray(landmarks, np.float64)
     if landmarks.shape != (5, 2):
         raise UserError(f"a face has five landmarks (5, 2), not {landmarks.shape}")

@@ -87,9 +87,11 @@ def build(
         _BACKBONES.check_options(name, options, keyword_defaults(builder))
     net = builder(embedding_dim=embedding_dim, input_size=size, **options)
     options.pop("pretrained", None)  # the weights travel in the bundle, not by download
-    mean = mean or _from_pretrained(net, "mean") or (127.5,) * 3
-    std = std or _from_pretrained(net, "std") or (128.0,) * 3
-    net.preprocessing = Preprocessing(size, tuple(mean), tuple(std), colour_order)  # type: ignore[arg-type]
+    if mean is None:
+        mean = _from_pretrained(net, "mean") or (127.5,) * 3
+    if std is None:
+        std = _from_pretrained(net, "std") or (128.0,) * 3
+    net.preprocessing = Preprocessing(size, mean, std, colour_order)  # type: ignore[arg-type]
     net.config = {
         "name": name,
         "kwargs": {

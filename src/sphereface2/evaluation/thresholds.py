@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sphereface2.errors import UserError, check_count
+from sphereface2.errors import UserError, check_count, check_number
 from sphereface2.evaluation.bootstrap import (
     USUAL,
     Bootstrap,
@@ -58,6 +58,7 @@ def pairs_needed(far: float) -> int:
         >>> pairs_needed(1e-3)
         10000
     """
+    check_number("a FAR", far, above=0, below=1)
     needed = math.ceil(FALSE_ACCEPTS / far)
     while allowed_accepts(far, needed) < FALSE_ACCEPTS:
         needed += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sphereface2.data.source import check_indices
 from sphereface2.errors import UserError, counted
 from sphereface2.evaluation.bootstrap import NONE, Bootstrap, draws, interval, pair_weights
 from sphereface2.evaluation.results import Estimate, OperatingPoint, Resampling
@@ -72,11 +73,18 @@ def embedding_rows(embeddings: np.ndarray) -> np.ndarray:
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine of each pair: embeddings (N, d) of length 1, pairs (P, 2) -> float64 (P,).
 
+    Raises:
+        UserError: embeddings of another length, or pairs of another shape or of no such row.
+
     Examples:
         >>> pair_scores(np.array([[1.0, 0], [0, 1], [0.6, 0.8]]), np.array([[0, 1], [1, 2]]))
         array([0. , 0.8])
     """
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise UserError(f"pairs must have the shape (P, 2), got {pairs.shape}")
     embeddings, scores = embedding_rows(embeddings), np.empty(len(pairs))
+    check_indices(pairs.ravel(), len(embeddings))
     for start in range(0, len(pairs), 16384):
         a, b = pairs[start : start + 16384].T
         scores[start : start + 16384] = np.einsum(

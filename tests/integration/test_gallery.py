@@ -105,9 +105,9 @@ def test_a_person_grows_is_replaced_renamed_and_goes(address: str) -> None:
         gallery.add("Bob", a)
         with pytest.raises(PersonExistsError):
             gallery.add("Bob", a, known=False)
-        with pytest.raises(UnknownPersonError):
+        with pytest.raises(UnknownPersonError, match="'nobody' is enrolled: enrol them first"):
             gallery.add("nobody", a, known=True)
-        with pytest.raises(UnknownPersonError):
+        with pytest.raises(UnknownPersonError, match=r"people\(\) names everybody"):
             gallery.verify("nobody", a)
         assert gallery.get("nobody") is None  # nothing was stored
         with pytest.raises(PersonExistsError, match="is enrolled already"):

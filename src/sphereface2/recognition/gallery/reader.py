@@ -202,7 +202,9 @@ class GalleryReader:
         with self._read() as connection:
             rows = self._rows.vectors(connection, person_key(name), fusion == "mean")
         if not rows:
-            raise UnknownPersonError(f"no person named {name!r} is enrolled in {self.uri}")
+            raise UnknownPersonError(
+                f"no person named {name!r} is enrolled in {self.uri}: people() names everybody"
+            )
         return [_cosine(score) for score in (probes @ np.stack(rows).T).max(1)]
 
     def warm_up(self) -> None:

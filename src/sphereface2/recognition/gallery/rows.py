@@ -418,7 +418,9 @@ def _check(item: Enrolment, before: Person, replace: bool, known: bool | None) -
     if known is False and before.images:
         raise PersonExistsError(f"{item.person!r} is enrolled already")
     if known and not before.images:
-        raise UnknownPersonError(f"no person named {item.person!r} is enrolled")
+        raise UnknownPersonError(
+            f"no person named {item.person!r} is enrolled: enrol them first, as somebody new"
+        )
     if before.name != item.person:
         raise UserError(
             f"{item.person!r} cannot be distinguished from {before.name!r}; give another name"

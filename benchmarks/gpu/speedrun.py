@@ -92,8 +92,11 @@ def train(part: Part, data: Path, folder: Path, settings: dict[str, object]) -> 
     words = ["--config", str(CONFIG), "--output", str(folder), *options(settings)]
     stopped = not fit(words, data, part.left - START - END)
     if stopped:
-        (run,) = folder.iterdir()
-        done = json.loads((run / "checkpoints" / "last" / "progress.json").read_text())
+        runs = [*folder.glob("*/checkpoints/last")]
+        if not runs:
+            raise RuntimeError(f"no step was done in the {part.seconds:.0f} s of this part")
+        run = runs[0].parents[1]
+        done = json.loads((runs[0] / "progress.json").read_text())
         # One step more, the schedule's last, and what follows the last step.
         epochs = (done["step"] + 1) / done["epoch_steps"]
         fit(["--resume", str(run), "--training.epochs", str(epochs)], data, None)

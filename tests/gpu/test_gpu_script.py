@@ -42,7 +42,7 @@ def test_parts_measure_every_row(module, column, rows):
     [(steps, "× eager"), (backbones, "MFU full"), (speedrun, "held-out TAR@1e-1")],
 )
 def test_parts_train_on_synthetic_faces(module, column):
-    part = Part(CPU, tiny=True)
+    part = Part(CPU, tiny=True, seconds=600)
     module.run(part)
     assert part.failures == 0
     assert 0 < part.rows[-1][column] <= 1
@@ -82,11 +82,11 @@ def test_the_part_of_tests_keeps_what_was_found_before_its_time_was_up(tmp_path)
         "def test_c(word): assert word == 'c'"
     )
     (tmp_path / "test_endless.py").write_text(
-        "import time\ndef test_d(): pass\ndef test_e(): time.sleep(60)"
+        "import time\ndef test_d(): pass\ndef test_e(): time.sleep(600)"
     )
     # As in the repository, whose options make pytest print dots.
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\nmarkers =\n gpu\n slow\n")
-    part = Part(CPU, seconds=25)
+    part = Part(CPU, seconds=60)
     device_tests.run(part, tmp_path)
     bad, failure, endless, good = part.rows
     assert (bad["failed"], bad["status"], failure["test"].split("::")[1]) == (1, 1, "test_c[a b]")

@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.tiles import Tiles
 
 
@@ -39,11 +40,18 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replicates", type=int, default=0, help="of intervals over people")
     args = parser.parse_args()
 
     rows, labels = synthetic(args.images, args.people or args.images // 5, args.dim, args.seed)
     started = time.perf_counter()
-    result = evaluate_all_pairs(rows, labels, block=args.block, workers=args.workers)
+    result = evaluate_all_pairs(
+        rows,
+        labels,
+        block=args.block,
+        workers=args.workers,
+        bootstrap=Bootstrap(args.replicates, args.seed),
+    )
     counted = time.perf_counter() - started
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

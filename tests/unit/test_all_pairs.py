@@ -11,10 +11,10 @@ from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.clustering import cluster
 from sphereface2.evaluation.distractors import evaluate_distractors
-from sphereface2.evaluation.one_threshold import uniform_accuracy
+from sphereface2.evaluation.one_threshold import all_pairs_at, uniform_accuracy
 from sphereface2.evaluation.selection import Tally, keys_of, value_of
-from sphereface2.evaluation.tiles import Tiles
-from sphereface2.evaluation.verification import pair_scores, tar_at_far
+from sphereface2.evaluation.tiles import Accepted, Tiles
+from sphereface2.evaluation.verification import curve_figures, pair_scores, tar_at_far
 
 FARS = [1.0, 0.5, 0.1, 0.01, 1e-3, 1e-6]
 
@@ -200,6 +200,82 @@ def test_intervals_are_over_people():
     who = labels[i][labels[i] == labels[j]]
     per_person = np.array([hit[who == p].mean() for p in range(30)])
     assert high - low == pytest.approx(2 * 1.96 * per_person.std() / np.sqrt(30), rel=0.2)
+
+
+def people_and_goats(people, seed, images=4, dim=24):
+    """Every tenth person may lean to one side, so that false accepts hang on a few of them."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((people, dim))
+    centres[:, 0] += (rng.random(people) < 0.1) * 8 * rng.random(people)
+    labels = np.repeat(np.arange(people), images)
+    noise = 0.9 * (0.6 + 0.8 * rng.random((people, 1)))
+    rows = centres[labels] + noise[labels] * rng.standard_normal((len(labels), dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def widths(points):
+    return [point.ci[1] - point.ci[0] for point in points]
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_intervals_are_as_wide_as_of_thresholds_found_in_each_resample(seed):
+    embeddings, labels = people_and_goats(100, seed)
+    i, j = np.triu_indices(len(labels), 1)
+    scores, who = (embeddings @ embeddings.T)[i, j], np.stack([labels[i], labels[j]], axis=1)
+    fars, bootstrap = [1e-2, 3e-3, 1e-3], Bootstrap(500, seed)  # 790, 237 and 79 accepted
+    exact = curve_figures(scores, labels[i] == labels[j], fars, people=who, bootstrap=bootstrap)
+    found = evaluate_all_pairs(embeddings, labels, fars, bootstrap=bootstrap)
+    assert widths(found.tar) == pytest.approx(widths(exact.tar), rel=0.15)
+
+
+def test_intervals_hold_the_populations_tar():
+    """Those of thresholds that stay hold it less often."""
+    large = [evaluate_all_pairs(*people_and_goats(1000, s), [1e-3]) for s in range(1000, 1003)]
+    truth = np.mean([found.tar[0].value for found in large])
+    held = np.zeros(2)
+    for seed in range(100):
+        people, bootstrap = people_and_goats(80, seed), Bootstrap(200, seed)
+        own = evaluate_all_pairs(*people, [1e-3], bootstrap=bootstrap).tar[0]
+        (fixed,) = all_pairs_at(*people, [own.threshold], bootstrap=bootstrap)
+        held += [low <= truth <= high for low, high in (own.ci, fixed.tar.ci)]
+    assert held[0] >= 88
+    assert held[1] <= held[0] - 5
+
+
+def test_peoples_pairs_are_counted_alike_at_a_guess(monkeypatch):
+    embeddings, labels = people_and_goats(100, 1)
+    found = [evaluate_all_pairs(embeddings, labels, [0.1, 1e-2], bootstrap=Bootstrap(300))]
+    monkeypatch.setattr(all_pairs, "_SAMPLE", 40_000)  # 4,000 and 400 above the guesses
+    found.append(
+        evaluate_all_pairs(embeddings, labels, [0.1, 1e-2], bootstrap=Bootstrap(300), block=33)
+    )
+    assert widths(found[0].tar) == pytest.approx(widths(found[1].tar), rel=0.05)
+    assert widths(found[0].tar) != widths(found[1].tar)
+
+
+@given(sets(), st.sampled_from([9, 33, 200]))
+@settings(max_examples=30, deadline=None)
+def test_accepted_pairs_of_images(data_set, block):
+    embeddings, labels = data_set
+    tiles, _, _ = Tiles.of(embeddings, labels, block, 2)
+    limits = np.array([0.5, -0.25, 0.9], np.float32)
+    tiles.count([], accepted=(passing := Accepted(limits, len(labels))))
+    scores = np.where(tiles.people[:, None] == tiles.people, -2, tiles.rows @ tiles.rows.T)
+    expected = [(scores >= limit).sum(axis=1).tolist() for limit in limits]
+    assert passing.counts.tolist() == tiles.accepted(limits).tolist() == expected
+
+
+def test_intervals_are_seeded_and_know_no_order_of_images():
+    embeddings, labels = faces(people=30, noise=1.5)
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert evaluate_all_pairs(embeddings, labels, [0.01]).tar[0].ci is None
+    first, again, shuffled, other = (
+        evaluate_all_pairs(embeddings[rows], labels[rows], [0.01], bootstrap=Bootstrap(50, seed))
+        for rows, seed in ((order, 1), (order, 1), (np.arange(len(labels)), 1), (order, 2))
+    )
+    assert first.tar[0].ci == again.tar[0].ci != other.tar[0].ci
+    assert first.tar[0].ci == pytest.approx(shuffled.tar[0].ci)
+    assert first.to_dict()["intervals"]["thresholds"] == "first order"
 
 
 def test_sets_that_cannot_be_scored():

@@ -7,6 +7,7 @@ from sphereface2.evaluation import bootstrap
 from sphereface2.evaluation.bootstrap import (
     NONE,
     Bootstrap,
+    at_own_threshold,
     draws,
     interval,
     pair_weights,
@@ -56,3 +57,30 @@ def test_what_no_resample_has_is_none():
     assert np.isnan(found[0]) and found[1] == pytest.approx(0.75)
     assert interval(found) == (0.75, 0.75)
     assert interval(np.array([np.nan])) is None
+
+
+def test_a_resample_goes_back_to_the_asked_far_along_the_roc():
+    hits = np.array([[1, 2, 4], [1, 2, 2], [0, 2, 2]])  # TAR 2, 6 and 8 of 10 at FARs 1, 2 and 4
+    trials, impostors = np.array([4, 3, 3]), np.array([50, 50, 50])
+    accepted = np.array([[1, 2, 4], [1, 1, 2], [0, 1, 2]])
+    counts = np.array([[1.0, 1, 1], [2, 1, 0], [1, 1, 1], [0, 0, 3]])
+    found = at_own_threshold(counts, hits, trials, accepted, impostors)
+    np.testing.assert_allclose(found[0], [0.2, 0.6, 0.8])
+    twice = np.log(2)
+    slopes = np.array([0.4 / twice, 0.6 / (2 * twice), 0.2 / twice])
+    far = np.array([3 / 2, 5 / 4, 10 / 8])
+    expected = np.array([3, 6, 10]) / 11 - slopes * 2 * np.log(far)
+    np.testing.assert_allclose(found[1], np.clip(expected, 0, 1))
+    # A share of probes, which have one person each, is linear.
+    once = at_own_threshold(counts, hits, trials, accepted, impostors, sides=1)
+    np.testing.assert_allclose(once[1], np.array([3, 6, 10]) / 11 - slopes * np.log(far))
+    assert found[3, 0] == 1  # none accepted is drawn: the threshold may be anywhere
+
+
+def test_without_a_slope_the_threshold_is_kept():
+    counts, trials = next(draws(3, 20)), np.array([4, 3, 3])
+    hits, accepted = np.array([[1], [2], [3]]), np.array([[2], [1], [1]])
+    expected = ratios(counts, hits, trials)
+    for some in (accepted, 0 * accepted):
+        found = at_own_threshold(counts, hits, trials, some, np.full(3, 9))
+        np.testing.assert_array_equal(found, expected)

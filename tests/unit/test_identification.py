@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import Bootstrap
+from sphereface2.evaluation.bootstrap import Bootstrap, draws, interval, ratio_intervals
 from sphereface2.evaluation.distractors import evaluate_distractors
 from sphereface2.evaluation.identification import (
     rank_k,
@@ -129,6 +129,28 @@ def test_intervals_are_over_people():
     share = np.array([right[people == p].mean() for p in range(40)])
     assert wide.ci[1] - wide.ci[0] == pytest.approx(2 * 1.96 * share.std() / np.sqrt(40), rel=0.15)
     assert narrow.ci[1] - narrow.ci[0] < 0.6 * (wide.ci[1] - wide.ci[0])
+
+
+def test_intervals_of_tpir_have_the_threshold_of_each_resample():
+    rng = np.random.default_rng(1)
+    people = np.repeat(np.arange(90), 5)
+    enrolled = people < 60
+    likeness = 0.3 + 0.08 * rng.standard_normal(90)[people] + 0.1 * rng.standard_normal(450)
+    scores = np.where(enrolled, likeness, likeness / 2)[:, None] * [1, 0]
+    found = search_scores(scores, np.where(enrolled, 0, 1 + people), [0, 1])
+    (point,) = tpir_at_fpir(found, [0.1], people=people, bootstrap=Bootstrap(1000))
+    shares = []
+    for c in np.concatenate([*draws(90, 1000)]):
+        order = np.argsort(-found.score[~enrolled])
+        drawn = np.cumsum(c[people[~enrolled]][order])
+        first_rejected = np.searchsorted(drawn / drawn[-1], 0.1, side="right")
+        bound = found.score[~enrolled][order][first_rejected]
+        shares.append(np.average(found.score[enrolled] > bound, weights=c[people[enrolled]]))
+    exact = np.ptp(interval(np.array(shares)))
+    assert np.ptp(point.ci) == pytest.approx(exact, rel=0.15)
+    hits = np.bincount(people[enrolled], weights=found.score[enrolled] >= point.threshold)
+    (fixed,) = ratio_intervals(hits[None], np.full(60, 5), Bootstrap(1000))
+    assert np.ptp(fixed) < 0.8 * exact
 
 
 def test_what_cannot_be_searched():

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphereface2.data.ijb import People, TemplateSet
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
 from sphereface2.evaluation.bootstrap import Bootstrap
 from sphereface2.evaluation.templates import (
     TemplateAverager,
     evaluate_templates,
+    subjects,
     template_pair_scores,
 )
 
@@ -108,3 +110,37 @@ def test_templates_without_weight_are_noted():
     assert content["identification"]["rank1"] == content["identification"]["galleries"][0]["rank1"]
     assert content["identification"]["rank1"] == pytest.approx(19 / 20)
     assert content["identification"]["tpir"]["1e-1"] == pytest.approx(19 / 20)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_intervals_are_those_of_all_pairs(lists):
+    """The 1:N lists say who is who, and without them the genuine pairs do."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(40), 3)
+    rows = rng.standard_normal((40, 16))[labels] + 0.8 * rng.standard_normal((120, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    pairs = np.stack(np.triu_indices(120, 1), axis=1).astype(np.int32)
+    every = np.arange(120)
+    templates = TemplateSet(
+        name="ijbc",
+        folder=Path(),
+        names=[""] * 120,
+        landmarks=np.zeros((120, 5, 2), np.float32),
+        scores=np.zeros(120, np.float32),
+        template=every,
+        media=every,
+        template_ids=every,
+        pairs=pairs,
+        same=labels[pairs[:, 0]] == labels[pairs[:, 1]],
+        galleries=[People("G1", every[::3], 10**12 + labels[::3])] if lists else [],
+        probes=People("probes", every[1::3], 10**12 + labels[1::3]) if lists else None,
+        notes=[],
+    )
+    assert subjects(templates).tolist() == labels.tolist()
+    found = evaluate_templates(rows, templates, bootstrap=Bootstrap(100)).verification
+    expected = evaluate_all_pairs(rows, labels, bootstrap=Bootstrap(100))
+    assert found.intervals == expected.intervals
+    for mine, theirs in zip(found.tar, expected.tar, strict=True):
+        assert (mine.at, mine.value) == (theirs.at, theirs.value)
+        assert mine.ci == pytest.approx(theirs.ci)
+    assert found.tar[1].ci[0] < found.tar[1].value < found.tar[1].ci[1]

@@ -9,6 +9,11 @@ exact rank among billions. The scores are computed tile by tile and selected as 
    replaced by the interval now known to hold the score and the pass repeated (rarely needed).
 3. The tiles that hold genuine pairs are computed again and compared with the exact bounds.
 
+Intervals need each person's accepted impostor pairs, too. Pass 2 counts them at the sample's own
+guess of the score, which sampling misses by a share of 1/√(sampled scores above it), a quarter at
+most; the intervals hang on how unequal people are, not on that. Where the sample says less, few
+images have a score as high, and only theirs are scored again with the exact bound.
+
 A tile's scores are the same float32 numbers whenever it is computed, so the passes agree. Rank-1
 identification comes along: it needs each image's best score only.
 
@@ -19,13 +24,18 @@ multiply-adds, and a fraction of it for the counting (``benchmarks/all_pairs.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
+from sphereface2.evaluation.bootstrap import (
+    NONE,
+    Bootstrap,
+    Interval,
+    own_threshold_intervals,
+)
 from sphereface2.evaluation.results import (
     OperatingPoint,
     PairsVerified,
@@ -33,10 +43,11 @@ from sphereface2.evaluation.results import (
     unmeasured,
 )
 from sphereface2.evaluation.selection import HIGHEST, LOWEST, Search, keys_of
-from sphereface2.evaluation.tiles import Tiles, one_thread
-from sphereface2.evaluation.verification import FARS, allowed_accepts, roc
+from sphereface2.evaluation.tiles import Accepted, Tiles, one_thread
+from sphereface2.evaluation.verification import FARS, allowed_accepts, far_beside, roc
 
 _SAMPLE = 2_000_000  # pairs drawn to place the brackets
+_GUESSED = 16  # sampled scores above it that make a guess good enough to count people's pairs at
 _EXACT_CURVE = 4_000_000  # pairs up to which the plotted ROC has every threshold
 
 
@@ -83,8 +94,9 @@ def evaluate_all_pairs(
         unreadable: names of images that were left out.
         block: rows of a tile.
         workers: threads; by default the CPUs this process may use.
-        bootstrap: over people, of the intervals of TAR; thresholds are held fixed. Its seed
-            draws a sample too, on which no figure depends.
+        bootstrap: over people, of the intervals of TAR, each resample's at its own threshold, to
+            first order (`sphereface2.evaluation.bootstrap.at_own_threshold`). Its seed draws a
+            sample too, on which no other figure depends.
         plots: folder for ``NAME_all_pairs_roc.png``.
         progress: called with the share of the work done since the last call.
 
@@ -100,7 +112,7 @@ def evaluate_all_pairs(
     rows, people = tiles.rows, tiles.people
     exact = genuine + impostors <= _EXACT_CURVE
     curve = np.zeros(0) if plots is None or exact else np.logspace(-6, 0, 97)
-    points = _points([*fars, *curve], tiles, impostors, bootstrap, progress)
+    points = _points(fars, curve, tiles, impostors, bootstrap, progress)
     tar = tuple(points[: len(fars)])
     equal = ["all images have the same embedding, as a network with weights of 0 gives them"]
     return AllPairsResult(
@@ -115,29 +127,48 @@ def evaluate_all_pairs(
         unreadable_names=tuple(unreadable[:20]),
         notes=unmeasured("TAR at FAR", tar, impostors, "impostor pairs")
         + (equal if (rows == rows[0]).all() else []),
-        intervals=Resampling.fixed(bootstrap),
+        intervals=Resampling.of(bootstrap, "first order"),
         plots=() if plots is None else _plot(name, points[len(fars) :], rows, people, plots),
     )
 
 
 def _points(
     fars: Sequence[float],
+    curve: np.ndarray,
     tiles: Tiles,
     impostors: int,
     bootstrap: Bootstrap,
     progress: Callable[[float], None] | None,
 ) -> list[OperatingPoint]:
-    """TAR at each FAR."""
-    if not all(0 < far <= 1 for far in fars):
-        raise ValueError(f"a FAR must lie in (0, 1], got {fars}.")
-    ranks = [allowed_accepts(far, impostors) for far in fars]
-    found = _scores_at(ranks, tiles, impostors, bootstrap.seed, progress)
+    """TAR at each FAR, with its interval, then at those of the curve."""
+    every, resampled = [*fars, *curve], []
+    if not all(0 < far <= 1 for far in every):
+        raise ValueError(f"a FAR must lie in (0, 1], got {every}.")
+    if bootstrap.replicates:
+        resampled = [*fars, far_beside(fars, impostors)]
+    ranks = [allowed_accepts(far, impostors) for far in [*resampled, *every]]
+    searches = {k: Search(k) for k in set(ranks) if 0 < k < impostors}
+    with one_thread():  # many small products
+        _bracket(list(searches.values()), tiles, impostors, bootstrap.seed)
+    own = ranks[: len(resampled)]
+    counted = _search(searches, own, tiles, progress)
     # The highest impostor score that must be rejected: none when all may be accepted.
-    bounds = np.array([found.get(k, -np.inf if k else np.inf) for k in ranks], np.float32)
+    bounds = np.array([_bound(searches, k) for k in ranks], np.float32)
     hits, trials = tiles.genuine_hits(bounds)
-    cis = ratio_intervals(hits, trials, bootstrap)
+    cis: list[Interval | None] = [None] * len(every)
+    if own:
+        images = np.bincount(tiles.people)
+        accepted = _accepted(own, searches, counted, tiles)
+        impostor_pairs = images * (len(tiles.rows) - images)
+        found = own_threshold_intervals(
+            hits[: len(own)], trials, accepted, impostor_pairs, bootstrap
+        )
+        cis[: len(fars)] = found[: len(fars)]
     points = []
-    for far, k, bound, hit, ci in zip(fars, ranks, bounds, hits, cis, strict=True):
+    first = len(own)
+    for far, k, bound, hit, ci in zip(
+        every, ranks[first:], bounds[first:], hits[first:], cis, strict=False
+    ):
         if not k:
             points.append(OperatingPoint(far, None))
             continue
@@ -146,24 +177,50 @@ def _points(
     return points
 
 
-def _scores_at(
-    ranks: Sequence[int],
+def _bound(searches: Mapping[int, Search], k: int) -> float:
+    """The score that an accepted one must exceed so that ``k`` impostor pairs are accepted."""
+    if k in searches:
+        return float(searches[k].bound)  # type: ignore[arg-type]
+    return -np.inf if k else np.inf
+
+
+def _search(
+    searches: Mapping[int, Search],
+    asked: Sequence[int],
     tiles: Tiles,
-    impostors: int,
-    seed: int,
     progress: Callable[[float], None] | None,
-) -> dict[int, float]:
-    """The impostor score at each rank from the top."""
-    searches = {k: Search(k) for k in set(ranks) if 0 < k < impostors}
-    with one_thread():  # many small products
-        _bracket(list(searches.values()), tiles, impostors, seed)
+) -> dict[int, np.ndarray]:
+    """Find every bound; of those asked that are guessed, each image's pairs at the guess, (N,).
+
+    They are brought to the number that was wanted, which each pair has two images of.
+    """
+    guesses = {k: searches[k].guess for k in asked if k in searches}
+    guesses = {k: guess for k, guess in guesses.items() if guess is not None}
+    accepted = Accepted(np.array([*guesses.values()], np.float32), len(tiles.rows))
     first = True
     while (unsettled := [s for s in searches.values() if s.bound is None]) or first:
-        tiles.count(unsettled, progress if first else None)
+        tiles.count(unsettled, progress if first else None, accepted if first and guesses else None)
         for search in unsettled:
             search.conclude()
         first = False
-    return {k: float(s.bound) for k, s in searches.items() if s.bound is not None}
+    rows = zip(guesses, accepted.counts, strict=True)
+    return {k: row * (2 * k / row.sum()) for k, row in rows}
+
+
+def _accepted(
+    asked: Sequence[int],
+    searches: Mapping[int, Search],
+    counted: dict[int, np.ndarray],
+    tiles: Tiles,
+) -> np.ndarray:
+    """Accepted impostor pairs of each person at each rank asked: (K, people)."""
+    images = np.bincount(tiles.people)[tiles.people]
+    everything = len(tiles.rows) - images
+    rare = [k for k in searches if k in asked and k not in counted]
+    above = np.nextafter([np.float32(_bound(searches, k)) for k in rare], np.float32(np.inf))
+    found = counted | dict(zip(rare, tiles.accepted(above), strict=True))
+    rows = [found.get(k, everything if k else np.zeros_like(images)) for k in asked]
+    return np.stack([np.bincount(tiles.people, row) for row in rows])
 
 
 def _bracket(searches: list[Search], tiles: Tiles, impostors: int, seed: int) -> None:
@@ -181,6 +238,8 @@ def _bracket(searches: list[Search], tiles: Tiles, impostors: int, seed: int) ->
     scores = np.sort(np.concatenate(sample))[::-1]
     for search in searches:
         at = search.rank / impostors * len(scores)
+        if at >= _GUESSED:
+            search.guess = scores[min(int(at), len(scores) - 1)]
         # Six standard deviations of a random sample's rank, and 3 % since pairs that share a row
         # are not independent. A miss costs a second pass, nothing else.
         margin = 6 * np.sqrt(at) + 0.03 * at + 12

@@ -10,6 +10,10 @@ has, with replacement, and where person a was drawn c_a times
 
 For impostor pairs that hardly share people the product of counts makes intervals wider than need be
 (Owen 2007, "The pigeonhole bootstrap"), not narrower. The bounds are percentiles of the replicates.
+
+A TAR at a FAR is that at a threshold, which other people would move. Where the pairs are kept, each
+resample finds its own threshold. Where they are not, `at_own_threshold` knows to first order what
+a resample's own threshold would change, from sums by person.
 """
 
 from __future__ import annotations
@@ -126,6 +130,83 @@ def interval(replicates: np.ndarray) -> Interval | None:
         return None
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def at_own_threshold(
+    counts: np.ndarray,
+    hits: np.ndarray,
+    trials: np.ndarray,
+    accepted: np.ndarray,
+    impostors: np.ndarray,
+    *,
+    sides: int = 2,
+) -> np.ndarray:
+    """TAR at each of K FARs in each resample, to first order at the resample's own threshold.
+
+    At the set's threshold a resample has another FAR: to first order in c,
+
+        FAR_c / FAR = ((Σ c A / Σ A) / (Σ c I / Σ I))²
+
+    with A_p of the I_p impostor pairs of person p accepted. Squared, since a pair has two people:
+    the linear part of a U-statistic is twice that of a person's mean (Hoeffding 1948). The asked
+    FAR is got back along the set's ROC: TAR_c - dTAR/dlogFAR · log(FAR_c / FAR), within [0, 1].
+    The slope is taken between the neighbouring FARs of the K, at the ends from one side: there it
+    is too steep where TAR falls ever slower, and the interval wider for it.
+
+    Where a resample draws no accepted pair its threshold may lie anywhere below, so TAR goes to its
+    limit, 1 where the ROC rises: an upper bound of 1 says that the false accepts hang on too few
+    people. Where there is no slope, as of a single FAR, the threshold is kept.
+
+    Args:
+        counts: (R, people) of `draws`.
+        hits: (people, K), accepted genuine pairs at the set's thresholds.
+        trials: (people,), genuine pairs.
+        accepted: (people, K), A; a pair counts for each of its people.
+        impostors: (people,), I.
+        sides: people to an impostor trial, the exponent: 2 to a pair, 1 to a probe.
+
+    Returns:
+        (R, K); nan in a resample without a genuine or without an impostor trial.
+    """
+    slopes = _slopes(accepted.sum(axis=0), hits.sum(axis=0) / trials.sum())
+    again, whole = ratios(counts, accepted, impostors), accepted.sum(axis=0) / impostors.sum()
+    change, known = np.zeros_like(again), slopes != 0
+    with np.errstate(divide="ignore"):  # the limit
+        change[:, known] = sides * np.log(again[:, known] / whole[known]) * slopes[known]
+    return np.clip(ratios(counts, hits, trials) - change, 0, 1)
+
+
+def _slopes(accepted: np.ndarray, tar: np.ndarray) -> np.ndarray:
+    """dTAR/dlogFAR at each of K points of an ROC; 0 where none is accepted."""
+    slopes = np.zeros(len(tar))
+    known = np.flatnonzero(accepted)
+    counts, first, at = np.unique(accepted[known], return_index=True, return_inverse=True)
+    if len(counts) > 1:
+        slopes[known] = np.gradient(tar[known[first]], np.log(counts))[at]
+    return slopes
+
+
+def own_threshold_intervals(
+    hits: np.ndarray,
+    trials: np.ndarray,
+    accepted: np.ndarray,
+    impostors: np.ndarray,
+    bootstrap: Bootstrap,
+    *,
+    sides: int = 2,
+) -> list[Interval | None]:
+    """The interval of each of K TARs, each resample's to first order at its own threshold.
+
+    Args:
+        hits, accepted: (K, people), else as in `at_own_threshold`.
+        trials, impostors, sides: as there.
+        bootstrap: over people, with resamples.
+    """
+    parts = [
+        at_own_threshold(counts, hits.T, trials, accepted.T, impostors, sides=sides)
+        for counts in draws(len(trials), *bootstrap)
+    ]
+    return [interval(values) for values in np.concatenate(parts).T]
 
 
 def ratio_intervals(

@@ -101,7 +101,7 @@ def evaluate_distractors(
         unreadable=0,
         notes=[],
         seed=bootstrap.seed,
-        intervals=Resampling.fixed(bootstrap),
+        intervals=Resampling.of(bootstrap, "fixed"),
     )
 
 

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sphereface2.errors import UserError, check_count
-from sphereface2.evaluation.bootstrap import NONE, Bootstrap, Interval, ratio_intervals
+from sphereface2.evaluation.bootstrap import (
+    NONE,
+    Bootstrap,
+    Interval,
+    own_threshold_intervals,
+    ratio_intervals,
+)
 from sphereface2.evaluation.results import (
     FLAT,
     OperatingPoint,
@@ -25,7 +31,7 @@ from sphereface2.evaluation.results import (
     Result,
     unmeasured,
 )
-from sphereface2.evaluation.verification import ROUNDING, error_bounds
+from sphereface2.evaluation.verification import ROUNDING, error_bounds, far_beside
 
 RANKS = (1, 5, 10)
 FPIRS = (1e-1, 1e-2, 1e-3)
@@ -175,7 +181,8 @@ def rank_k(
     """
     own_ranks = _own_ranks(found)
     hits = [own_ranks <= k for k in ranks]
-    cis = _intervals(found, hits, people, bootstrap)
+    who = _numbers(found, people)[found.enrolled]
+    cis = ratio_intervals(_by_person(who, hits), np.bincount(who), bootstrap)
     return [Rate(k, float(h.mean()), ci) for k, h, ci in zip(ranks, hits, cis, strict=True)]
 
 
@@ -196,7 +203,8 @@ def tpir_at_fpir(
 
     Args:
         fpirs: each in (0, 1].
-        people, bootstrap: as in `rank_k`; thresholds are held fixed.
+        people, bootstrap: as in `rank_k`; the threshold is that of each resample, to first order
+            (`sphereface2.evaluation.bootstrap.at_own_threshold`).
 
     Raises:
         UserError: no probe is enrolled.
@@ -208,12 +216,25 @@ def tpir_at_fpir(
         [(1.0, 0.30000001192092896), (None, None)]
     """
     first, own_scores = _own_ranks(found) == 1, found.score[found.enrolled]
-    bounds = error_bounds(fpirs, found.score[~found.enrolled], found.score)
+    best = found.score[~found.enrolled]
+    bounds = error_bounds([*fpirs, far_beside(fpirs, len(best))], best, found.score)
     hits = [first & (own_scores > bound) for _, bound, _ in bounds]
-    cis = _intervals(found, hits, people, bootstrap)
+    cis: Sequence[Interval | None] = [None] * len(bounds)
+    if bootstrap.replicates and len(best):
+        accepted, who = [best > bound for _, bound, _ in bounds], _numbers(found, people)
+        inside, outside = who[found.enrolled], who[~found.enrolled]
+        total = int(who.max()) + 1
+        cis = own_threshold_intervals(
+            _by_person(inside, hits, total),
+            np.bincount(inside, minlength=total),
+            _by_person(outside, accepted, total),
+            np.bincount(outside, minlength=total),
+            bootstrap,
+            sides=1,
+        )
     return [
         OperatingPoint(fpir, float(hit.mean()), ci, threshold) if k else OperatingPoint(fpir, None)
-        for fpir, (k, _, threshold), hit, ci in zip(fpirs, bounds, hits, cis, strict=True)
+        for fpir, (k, _, threshold), hit, ci in zip(fpirs, bounds, hits, cis, strict=False)
     ]
 
 
@@ -225,16 +246,15 @@ def _own_ranks(found: Searches) -> np.ndarray:
     return found.rank[found.enrolled]
 
 
-def _intervals(
-    found: Searches,
-    hits: list[np.ndarray],
-    people: np.ndarray | None,
-    bootstrap: Bootstrap,
-) -> list[Interval | None]:
+def _numbers(found: Searches, people: np.ndarray | None) -> np.ndarray:
+    """Each probe's person, from 0."""
     who = np.arange(len(found.enrolled)) if people is None else np.asarray(people)
-    who = np.unique(who[found.enrolled], return_inverse=True)[1]
-    counted = np.stack([np.bincount(who, weights=hit) for hit in hits])
-    return ratio_intervals(counted, np.bincount(who), bootstrap)
+    return np.unique(who, return_inverse=True)[1]
+
+
+def _by_person(who: np.ndarray, hits: Sequence[np.ndarray], people: int = 0) -> np.ndarray:
+    """Hits of each kind, bool (Q,), by person: (K, people)."""
+    return np.stack([np.bincount(who, weights=hit, minlength=people) for hit in hits])
 
 
 def evaluate_gallery(
@@ -265,5 +285,5 @@ def evaluate_gallery(
         rank=tuple(rank_k(found, people=probe_people, bootstrap=bootstrap)),
         tpir=tpir,
         notes=unmeasured("TPIR at FPIR", tpir, outside, f"probes of people outside {name}"),
-        intervals=Resampling.fixed(bootstrap),
+        intervals=Resampling.of(bootstrap, "first order"),
     )

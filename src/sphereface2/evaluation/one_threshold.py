@@ -403,7 +403,7 @@ def judge_thresholds(
         if groups is None
         else by_group(groups, embeddings, labels, thresholds, bootstrap=bootstrap),
         notes=[],
-        intervals=Resampling.fixed(bootstrap),
+        intervals=Resampling.of(bootstrap, "fixed"),
     )
 
 

@@ -63,8 +63,8 @@ class Resampling:
         replicates: how many resamples counted.
         seed: of the resampling.
         level: coverage of the intervals.
-        thresholds: "fixed" where resamples kept the thresholds of the whole set; None where each
-            found its own.
+        thresholds: "fixed" where they were given and resamples kept them; "first order" where each
+            resample had its own, to first order; None where each found its own.
     """
 
     over: str
@@ -74,9 +74,9 @@ class Resampling:
     thresholds: str | None = None
 
     @classmethod
-    def fixed(cls, bootstrap: Bootstrap, over: str = "people") -> Resampling | None:
-        """With the thresholds held fixed; None without resamples."""
-        return cls(over, *bootstrap, thresholds="fixed") if bootstrap.replicates else None
+    def of(cls, bootstrap: Bootstrap, thresholds: str) -> Resampling | None:
+        """Over people; None without resamples."""
+        return cls("people", *bootstrap, thresholds=thresholds) if bootstrap.replicates else None
 
 
 @dataclass(frozen=True, kw_only=True)

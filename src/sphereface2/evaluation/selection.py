@@ -76,6 +76,7 @@ class Search:
     bracket: tuple[int, int] = (LOWEST, HIGHEST)
     above: int = 0
     tally: Tally = field(default_factory=Tally)
+    guess: np.float32 | None = None  # a score near the wanted one, where a sample tells
     bound: np.float32 | None = None
 
     def conclude(self) -> None:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from sphereface2.data.ijb import TemplateSet
 from sphereface2.errors import check_count
-from sphereface2.evaluation.bootstrap import NONE, Bootstrap, ratio_intervals
+from sphereface2.evaluation.bootstrap import NONE, Bootstrap, Interval, own_threshold_intervals
 from sphereface2.evaluation.identification import GalleryResult, evaluate_gallery
 from sphereface2.evaluation.results import (
-    OperatingPoint,
     PairsVerified,
     Resampling,
     Result,
     far_key,
     unmeasured,
 )
-from sphereface2.evaluation.verification import tar_at_far
+from sphereface2.evaluation.verification import FARS, far_beside, tar_at_far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,8 @@ def evaluate_templates(
         features: float32 (T, d) of `TemplateAverager`, rows of length 1.
         templates: from `sphereface2.data.ijb.load`.
         detector_weights: whether the features were weighted, for the result.
-        bootstrap: over people (over pairs, for 1:1, where the 1:N lists do not say who is who), of
-            the intervals; thresholds are held fixed.
+        bootstrap: over people, of the intervals; the thresholds are those of each resample, to
+            first order (`sphereface2.evaluation.bootstrap.at_own_threshold`).
         progress: called with the share of the 1:1 scores done since the last call.
     """
     notes, verification, probes = list(templates.notes), None, templates.probes
@@ -178,12 +179,8 @@ def evaluate_templates(
             "their images are all 0, or their embeddings cancel out"
         )
     if templates.pairs is not None and templates.same is not None:
-        person = np.full(len(features), -1, np.int64)
-        for who in [*templates.galleries, *([probes] if probes else [])]:
-            person[who.templates] = who.people
         scores = template_pair_scores(features, templates.pairs, progress=progress)
-        genuine_people = person[templates.pairs[templates.same, 0]]
-        verification = _verify(scores, templates.same, genuine_people, bootstrap)
+        verification = _verify(scores, templates, bootstrap)
     galleries: Sequence[GalleryResult] = []
     if probes is not None:
         galleries = [
@@ -208,28 +205,60 @@ def evaluate_templates(
     )
 
 
-def _verify(
-    scores: np.ndarray, same: np.ndarray, who: np.ndarray, bootstrap: Bootstrap
-) -> PairsVerified:
-    """``who``: the person of each genuine pair, -1 where unknown."""
-    points = tar_at_far(scores, same)
-    over = "pairs" if (who < 0).any() else "people"
-    if bootstrap.replicates:
-        unit = np.arange(len(who)) if over == "pairs" else np.unique(who, return_inverse=True)[1]
-        # Where no score qualifies none is accepted.
-        bounds = [np.inf if p.threshold is None else p.threshold for p in points]
-        hits = np.stack([np.bincount(unit, weights=scores[same] >= bound) for bound in bounds])
-        cis = ratio_intervals(hits, np.bincount(unit), bootstrap)
-        points = [
-            p if p.value is None else OperatingPoint(p.at, p.value, ci, p.threshold)
-            for p, ci in zip(points, cis, strict=True)
-        ]
+def subjects(templates: TemplateSet) -> np.ndarray:
+    """The person of each template, numbered from 0: int (T,).
+
+    Templates show one person where a list of the 1:N protocol names the same, or where genuine
+    pairs join them: in IJB's 1:1 list those join each probe to its person's gallery template.
+    """
+    total, named = len(templates.template_ids), [*templates.galleries]
+    named += [templates.probes] if templates.probes is not None else []
+    people = np.concatenate([np.zeros(0, np.int64), *(who.people for who in named)])
+    names, number = np.unique(people, return_inverse=True)
+    rows = np.concatenate([np.zeros(0, np.int64), *(who.templates for who in named)])
+    left, right = rows, total + number  # a node for each person of the lists, too
+    if templates.pairs is not None:
+        genuine = templates.pairs[templates.same]
+        left, right = np.append(left, genuine[:, 0]), np.append(right, genuine[:, 1])
+    nodes = total + len(names)
+    joined = coo_array((np.ones(len(left), bool), (left, right)), (nodes, nodes))
+    of = connected_components(joined, directed=False)[1][:total]
+    return np.unique(of, return_inverse=True)[1]
+
+
+def _verify(scores: np.ndarray, templates: TemplateSet, bootstrap: Bootstrap) -> PairsVerified:
+    pairs, same = templates.pairs, templates.same
+    assert pairs is not None and same is not None
     impostors = int(np.count_nonzero(~same))
+    points = tar_at_far(scores, same, [*FARS, far_beside(FARS, impostors)])
+    cis: Sequence[Interval | None] = [None] * len(points)
+    if bootstrap.replicates:
+        who = subjects(templates)
+        people = int(who.max()) + 1
+
+        def by_person(chosen: np.ndarray) -> np.ndarray:
+            """Pairs of each person, genuine ones twice: only their ratios count."""
+            sides = [np.bincount(who[pairs[chosen, k]], minlength=people) for k in (0, 1)]
+            return sides[0] + sides[1]
+
+        hits, accepted = [], []
+        for point in points:
+            # Where no score qualifies none is accepted.
+            kept = scores >= (np.inf if point.threshold is None else point.threshold)
+            hits.append(by_person(kept & same))
+            accepted.append(by_person(kept & ~same))
+        cis = own_threshold_intervals(
+            np.stack(hits), by_person(same), np.stack(accepted), by_person(~same), bootstrap
+        )
+    tar = tuple(
+        p if p.value is None else replace(p, ci=ci)
+        for p, ci in zip(points[: len(FARS)], cis, strict=False)
+    )
     return PairsVerified(
         name="1:1 verification",
         genuine=len(scores) - impostors,
         impostor=impostors,
-        tar=tuple(points),
-        notes=unmeasured("TAR at FAR", points, impostors, "impostor pairs"),
-        intervals=Resampling.fixed(bootstrap, over),
+        tar=tar,
+        notes=unmeasured("TAR at FAR", tar, impostors, "impostor pairs"),
+        intervals=Resampling.of(bootstrap, "first order"),
     )

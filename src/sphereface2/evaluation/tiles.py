@@ -62,6 +62,29 @@ def count_pairs(labels: np.ndarray) -> tuple[int, int]:
     return genuine, impostors
 
 
+class Accepted:
+    """Of each image, the impostor pairs that reach each of K limits: ``counts``, int64 (K, N)."""
+
+    def __init__(self, limits: np.ndarray, images: int) -> None:
+        self.limits, self.lowest = limits, float(limits.min(initial=np.inf))
+        self.counts = np.zeros((len(limits), images), np.int64)
+        self._lock, self._order = Lock(), np.argsort(limits, kind="stable")
+
+    def add(self, i: int, j: int, scores: np.ndarray) -> None:
+        """Count the impostor pairs of a tile, the others struck."""
+        edges, flat = np.arange(len(scores) + 1) * scores.shape[1], scores.reshape(-1)
+        places = np.flatnonzero(flat >= self.lowest)
+        values = flat[places]
+        for k in self._order:
+            inside = values >= self.limits[k]
+            places, values = places[inside], values[inside]
+            left = np.diff(np.searchsorted(places, edges))
+            right = np.bincount(places - np.repeat(edges[:-1], left))
+            with self._lock:
+                self.counts[k, i : i + len(left)] += left
+                self.counts[k, j : j + len(right)] += right
+
+
 class Tiles:
     """The upper triangle of the score matrix, block by block, shared out to threads.
 
@@ -148,11 +171,15 @@ class Tiles:
             np.maximum(part, found, out=part)
 
     def count(
-        self, searches: list[Search], progress: Callable[[float], None] | None = None
+        self,
+        searches: list[Search],
+        progress: Callable[[float], None] | None = None,
+        accepted: Accepted | None = None,
     ) -> None:
         """Count impostor scores above each search's bracket and tally those inside it.
 
-        On the way, each row's best impostor score goes to ``nearest_other``.
+        On the way, each row's best impostor score goes to ``nearest_other``, and the pairs that
+        reach a limit of ``accepted`` go there.
         """
         lock = Lock()
         searches = sorted(searches, key=lambda search: search.bracket[0])
@@ -169,6 +196,8 @@ class Tiles:
                 with lock:
                     search.above += len(left) - len(inside)
                     search.tally.add(inside)
+            if accepted is not None:
+                accepted.add(i, j, scores)
 
         self._run(self.all, work, progress)
 
@@ -189,6 +218,20 @@ class Tiles:
             work(i, j, a, b, scores[a, b])
 
         self._run(self.all, select, progress)
+
+    def accepted(self, limits: np.ndarray) -> np.ndarray:
+        """Of each image, the impostor pairs that reach each limit, int64 (limits, N), by a pass.
+
+        Few images have one where limits are high, and only theirs are scored again: in other tiles
+        than before, so that a score may differ in its last bit. All is counted before.
+        """
+        found = np.zeros((len(limits), len(self.rows)), np.int64)
+        chosen = np.flatnonzero(self.nearest_other >= limits.min(initial=np.inf))
+        if len(chosen):
+            part = Tiles(self.rows[chosen], self.people[chosen], self.block, self.workers)
+            part.count([], accepted=(counts := Accepted(limits, len(chosen))))
+            found[:, chosen] = counts.counts
+        return found
 
     def genuine_hits(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Genuine pairs that score above each bound, int64 (bounds, people), and all, (people,).

@@ -383,6 +383,19 @@ def error_bounds(
     return found
 
 
+def far_beside(fars: Sequence[float], impostors: int) -> float:
+    """A FAR next to the lowest that can be measured, since an ROC's slope takes two.
+
+    Half of its accepted impostors, or two where one is accepted.
+
+    Examples:
+        >>> far_beside([0.1, 1e-4], 1000), far_beside([1e-3], 1000)
+        (0.05, 0.002)
+    """
+    least = min((k for far in fars if (k := allowed_accepts(far, impostors))), default=1)
+    return min(1.0, (least // 2 or 2) / max(impostors, 1))
+
+
 def tar_at_far(
     scores: np.ndarray, same: np.ndarray, fars: Sequence[float] = FARS
 ) -> list[OperatingPoint]:

@@ -17,7 +17,8 @@ from scipy import stats
 
 from sphereface2.data.pairs import PairSet
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import Bootstrap, draws
+from sphereface2.evaluation.all_pairs import evaluate_all_pairs
+from sphereface2.evaluation.bootstrap import Bootstrap, draws, interval
 from sphereface2.evaluation.one_threshold import all_pairs_at
 from sphereface2.evaluation.results import to_dict
 from sphereface2.study import design, plots, results, runner, stored, tables
@@ -28,7 +29,7 @@ from sphereface2.study.measure import (
     measure_transfer,
 )
 from sphereface2.study.report import write_reports
-from sphereface2.study.statistics import Figure
+from sphereface2.study.statistics import Figure, contrast
 from sphereface2.training import config as configuration
 
 TREE = {
@@ -418,3 +419,19 @@ def test_a_transferred_threshold_has_the_interval_of_all_pairs():
     far, frr = (found[name].value for name in results.boundary_names("lfw"))
     (own,) = all_pairs_at(rows, labels, [0.5])
     assert (far, frr) == pytest.approx((own.far.value, 1 - own.tar.value))
+
+
+def test_resamples_of_a_cell_have_the_thresholds_of_all_pairs():
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.arange(60), 4)
+    rows = rng.normal(size=(60, DIM))[labels] + rng.normal(size=(len(labels), DIM))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    cell = SimpleNamespace(test=measure_people(rows, labels), config={"data": {}})
+    found = results._people_figures(cell, next(draws(60, 500)))
+    expected = evaluate_all_pairs(rows, labels, [1e-2, 1e-3, 1e-4], bootstrap=Bootstrap(500)).tar
+    for point in expected[:2]:  # the lowest has no other below it in a cell
+        figure = found[results.tar_name(point.at)]
+        assert figure.value == pytest.approx(point.value)
+        assert interval(figure.replicates) == pytest.approx(point.ci)
+        itself = contrast((1, {0: figure}), (-1, {0: figure}))
+        assert (itself.value, itself.people) == (0, (0, 0))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sphereface2.errors import UserError
-from sphereface2.evaluation.bootstrap import draws, pair_weights, ratios
+from sphereface2.evaluation.bootstrap import at_own_threshold, draws, pair_weights, ratios
 from sphereface2.evaluation.results import far_key, least_far
 from sphereface2.study import design, runner, statistics, stored
 from sphereface2.study.design import Cell, Study
@@ -258,8 +258,12 @@ def _figures(
 
 def _people_figures(result: CellResult, counts: np.ndarray) -> dict[str, Figure]:
     test, units = result.test, _units(result)
-    hits = np.reshape([*test.hits.values()], (len(test.hits), test.people)).T
-    again = ratios(counts, hits, np.array(test.genuine))
+    hits, accepted = (
+        np.reshape([*kept.values()], (len(test.hits), test.people)).T
+        for kept in (test.hits, test.false_accepts)
+    )
+    genuine, impostors = np.array(test.genuine), np.array(test.impostors)
+    again = at_own_threshold(counts, hits, genuine, accepted, impostors)
     replicates = dict(zip(test.hits, again.T, strict=True))
     figures = {
         tar_name(far): Figure(value, replicates.get(far), units)

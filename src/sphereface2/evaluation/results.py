@@ -134,11 +134,11 @@ def far_key(far: float) -> str:
     """The spelling of a FAR, an FPIR or a count in reports.
 
     Examples:
-        >>> far_key(0.001), far_key(2.5e-4), far_key(100), far_key(1.0)
-        ('1e-3', '2.5e-4', '100', '1')
+        >>> far_key(0.001), far_key(2.5e-4), far_key(100)
+        ('1e-3', '2.5e-4', '100')
     """
-    if isinstance(far, int) or far == 1:
-        return str(int(far))
+    if isinstance(far, int):
+        return str(far)
     mantissa, exponent = f"{far:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 

@@ -84,3 +84,13 @@ def test_without_a_slope_the_threshold_is_kept():
     for some in (accepted, 0 * accepted):
         found = at_own_threshold(counts, hits, trials, some, np.full(3, 9))
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_flat_roc_has_no_slope():
+    """Rounding left one of 1e-17, which a resample without an accepted pair took to 0 or 1."""
+    hits, trials = np.full((40, 4), 5.0), np.full(40, 7.0)
+    accepted, impostors = np.zeros((40, 4)), np.full(40, 1911.0)
+    accepted[:2] = 1, 4, 100, 1000
+    for counts in draws(40, 50):
+        found = at_own_threshold(counts, hits, trials, accepted, impostors)
+        np.testing.assert_allclose(found, 5 / 7)

@@ -44,7 +44,7 @@ class Registry(Generic[Builder]):
         """
 
         def add(builder: B) -> B:
-            if name in self._builders and _place(builder) != _place(self._builders[name]):
+            if name in self._builders and not _same(builder, self._builders[name]):
                 raise UserError(
                     f"the {self.kind} {name!r} is registered already: choose another name"
                 )
@@ -91,9 +91,17 @@ class Registry(Generic[Builder]):
                 check_flag(option, value)
 
 
-def _place(builder: Callable[..., Any]) -> tuple[str | None, str | None]:
-    """Where a builder is defined: its module and its name in it."""
-    return builder.__module__, getattr(builder, "__qualname__", None)
+def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two builders are one definition: of one name in one module.
+
+    What has no name of its own, such as a `functools.partial` or a lambda, is another each time.
+    """
+    name = getattr(one, "__qualname__", "<lambda>")
+    place = (one.__module__, name)
+    return not name.endswith("<lambda>") and place == (
+        other.__module__,
+        getattr(other, "__qualname__", None),
+    )
 
 
 def keyword_defaults(builder: Callable[..., Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What every head must do: registry, checks of a batch, robustness, learning."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
 from sphereface2 import heads
+from sphereface2.registry import Registry
 
 NAMES = heads.available()
 
@@ -59,6 +61,11 @@ def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="head 'cosface' is registered already"):
         heads.register("cosface")(heads.Head)
     heads.register("cosface")(heads.CosFace)  # a definition that is run again is no other
+    # What has no name of its own is another.
+    registry = Registry("head")
+    registry.register("mine")(partial(heads.CosFace, scale=8.0))
+    with pytest.raises(ValueError, match="head 'mine' is registered already"):
+        registry.register("mine")(partial(heads.ArcFace, scale=8.0))
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,19 @@ def test_intervals_of_tpir_have_the_threshold_of_each_resample():
     assert np.ptp(fixed) < 0.8 * exact
 
 
+def test_an_interval_of_tpir_ends_where_rank_1_does():
+    """Where no accepted probe is drawn it went up to 1, though most are never first."""
+    people = np.repeat(np.arange(60), 5)
+    rows = np.random.default_rng(0).normal(size=(60, 6))[people]
+    rows = rows + np.random.default_rng(1).normal(size=rows.shape)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    found = search(rows, people, rows[:150:5] / 2 + rows[1:150:5] / 2, people[:150:5])
+    every = Bootstrap(100)
+    (rate,) = rank_k(found, [1], people=people, bootstrap=every)
+    low, high = tpir_at_fpir(found, [0.1, 0.01], people=people, bootstrap=every)[1].ci
+    assert low < rate.value < high < rate.ci[1] + 0.1 < 0.9
+
+
 def test_what_cannot_be_searched():
     with pytest.raises(UserError, match="gallery is empty"):
         search(np.eye(2), [0, 1], np.zeros((0, 2)), [])

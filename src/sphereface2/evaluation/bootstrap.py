@@ -140,6 +140,7 @@ def at_own_threshold(
     impostors: np.ndarray,
     *,
     sides: int = 2,
+    most: np.ndarray | None = None,
 ) -> np.ndarray:
     """TAR at each of K FARs in each resample, to first order at the resample's own threshold.
 
@@ -154,8 +155,9 @@ def at_own_threshold(
     is too steep where TAR falls ever slower, and the interval wider for it.
 
     Where a resample draws no accepted pair its threshold may lie anywhere below, so TAR goes to its
-    limit, 1 where the ROC rises: an upper bound of 1 says that the false accepts hang on too few
-    people. Where there is no slope, as of a single FAR, the threshold is kept.
+    limit, 1 or what ``most`` says, where the ROC rises: an upper bound there says that the false
+    accepts hang on too few people. Where there is no slope, as of a single FAR, the threshold is
+    kept.
 
     Args:
         counts: (R, people) of `draws`.
@@ -164,6 +166,7 @@ def at_own_threshold(
         accepted: (people, K), A; a pair counts for each of its people.
         impostors: (people,), I.
         sides: people to an impostor trial, the exponent: 2 to a pair, 1 to a probe.
+        most: (people,), what ``hits`` would be without a threshold; default: ``trials``.
 
     Returns:
         (R, K); nan in a resample without a genuine or without an impostor trial.
@@ -173,7 +176,8 @@ def at_own_threshold(
     change, known = np.zeros_like(again), slopes != 0
     with np.errstate(divide="ignore"):  # the limit
         change[:, known] = sides * np.log(again[:, known] / whole[known]) * slopes[known]
-    return np.clip(ratios(counts, hits, trials) - change, 0, 1)
+    limit = 1 if most is None else ratios(counts, most, trials)[:, None]
+    return np.clip(ratios(counts, hits, trials) - change, 0, limit)
 
 
 def _slopes(accepted: np.ndarray, tar: np.ndarray) -> np.ndarray:
@@ -198,16 +202,17 @@ def own_threshold_intervals(
     bootstrap: Bootstrap,
     *,
     sides: int = 2,
+    most: np.ndarray | None = None,
 ) -> list[Interval | None]:
     """The interval of each of K TARs, each resample's to first order at its own threshold.
 
     Args:
         hits, accepted: (K, people), else as in `at_own_threshold`.
-        trials, impostors, sides: as there.
+        trials, impostors, sides, most: as there.
         bootstrap: over people, with resamples.
     """
     parts = [
-        at_own_threshold(counts, hits.T, trials, accepted.T, impostors, sides=sides)
+        at_own_threshold(counts, hits.T, trials, accepted.T, impostors, sides=sides, most=most)
         for counts in draws(len(trials), *bootstrap)
     ]
     return [interval(values) for values in np.concatenate(parts).T]

@@ -231,6 +231,7 @@ def tpir_at_fpir(
             np.bincount(outside, minlength=total),
             bootstrap,
             sides=1,
+            most=_by_person(inside, [first], total)[0],  # whoever is not first is never found
         )
     return [
         OperatingPoint(fpir, float(hit.mean()), ci, threshold) if k else OperatingPoint(fpir, None)

@@ -253,6 +253,19 @@ def test_peoples_pairs_are_counted_alike_at_a_guess(monkeypatch):
     assert widths(found[0].tar) != widths(found[1].tar)
 
 
+def test_a_guess_that_no_score_reaches_is_not_used(monkeypatch):
+    embeddings, labels = faces()
+    expected = evaluate_all_pairs(embeddings, labels, [0.01], bootstrap=Bootstrap(50))
+
+    def high(searches, *_):
+        for search in searches:
+            search.guess = np.float32(1.5)
+
+    monkeypatch.setattr(all_pairs, "_bracket", high)
+    found = evaluate_all_pairs(embeddings, labels, [0.01], bootstrap=Bootstrap(50))
+    assert found.tar == expected.tar
+
+
 @given(sets(), st.sampled_from([9, 33, 200]))
 @settings(max_examples=30, deadline=None)
 def test_accepted_pairs_of_images(data_set, block):

@@ -204,7 +204,8 @@ def _search(
             search.conclude()
         first = False
     rows = zip(guesses, accepted.counts, strict=True)
-    return {k: row * (2 * k / row.sum()) for k, row in rows}
+    # None reaches a guess among equal scores where the sample's lie a last bit above the tiles'.
+    return {k: row * (2 * k / row.sum()) for k, row in rows if row.any()}
 
 
 def _accepted(

@@ -304,7 +304,7 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
         declared = str(signature.parameters[name].annotation).removesuffix(" | None")
         if declared == "Path" and isinstance(value, str):
             return Path(value)
-        if declared == "Sequence[Path]":
+        if declared == "Sequence[Path]" and value is not None:
             return [Path(one) for one in ((value,) if isinstance(value, str | Path) else value)]
         return value
 

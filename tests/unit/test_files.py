@@ -83,6 +83,12 @@ def test_paths_may_be_given_as_strings():
     with pytest.raises(TypeError, match=r"parts\(\) missing 1 required"):
         parts(more="c")
 
+    @takes_paths
+    def some(them: Sequence[Path] | None = None):
+        return them
+
+    assert (some(None), some("a")) == (None, [Path("a")])
+
 
 def test_yaml_is_plain_data_and_small(tmp_path):
     path = tmp_path / "a.yaml"

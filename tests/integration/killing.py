@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -184,8 +185,9 @@ def _rank(
     from sphereface2.training.fit import fit
     from sphereface2.training.report import report
 
-    assert fit.__kwdefaults__["conclude"] is report
-    fit.__kwdefaults__["conclude"] = lambda *_: None  # not part of what is killed, and slow
+    defaults = inspect.unwrap(fit).__kwdefaults__
+    assert defaults["conclude"] is report
+    defaults["conclude"] = lambda *_: None  # not part of what is killed, and slow
     sys.argv = ["sphereface2", "fit", *arguments]
     sys.exit(main())
 

@@ -75,7 +75,7 @@ def test_ended_in_its_midst_it_goes_on_to_the_same_file(
     model: Path, whole: tuple[Path, Path], tmp_path: Path, how: signal.Signals
 ) -> None:
     faces, expected = whole
-    out, parts = tmp_path / "new/f.parquet", tmp_path / "new/.f.parquet.parts"
+    out, parts = tmp_path / "f.parquet", tmp_path / ".f.parquet.parts"
     arguments = (model, faces, "--out", out, "--aligned", "--batch-size", 1)
     with subprocess.Popen(
         command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -82,7 +82,7 @@ CALLS = {
     "data convert pairs.bin file/x.bin --to bin": "file cannot be a folder, as file is a file",
     "data convert people l.txt --to list": "l.txt is a file's name, and --to list makes a folder",
     "data fetch drawn file/x": "file/x cannot be a folder, as file is a file",
-    "embed model people --aligned --out file/x.parquet": "file cannot be a folder, as file is",
+    "embed model people --aligned --out file/x.parquet": "give --out a file in a folder that",
     "keys add ann --file file/keys.json": "file cannot be a folder, as file is a file",
     "gallery list foreign.db": "database of another program, with a table 'accounts'",
     # Options that would have no effect, and values that no option has.

@@ -256,7 +256,7 @@ class Parts:
     def open(self) -> Iterator[list[int]]:
         """The numbers of the parts still missing; nobody else may write while this is open."""
         with writing(self.out):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             file = (self.folder / "lock").open("w")
         with file:
             lock(file, f"another process is at work on {self.out}")

@@ -18,7 +18,7 @@ from sphereface2.data.source import Source
 from sphereface2.embedder import Embedder
 from sphereface2.errors import UserError, check_choice, check_count, counted
 from sphereface2.extras import require
-from sphereface2.files import check_folder, takes_paths, writing
+from sphereface2.files import takes_paths, writing
 from sphereface2.recognition.box import chosen
 from sphereface2.recognition.face_embedder import FaceEmbedder
 from sphereface2.recognition.feature_parts import DTYPES, Job, Parts, metadata, open_images
@@ -89,9 +89,8 @@ def embed_set(
     out = Path(out)
     if out.suffix.lower() != ".parquet":
         raise UserError(f"--out writes Parquet: name it {out.with_suffix('.parquet').name}")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: give --out a file")
-    check_folder(out.parent)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written: give --out a file in a folder that exists")
     path = Path(checkpoint if source is None else source).resolve()
     embedder = FaceEmbedder.from_pretrained(
         chosen(None) if source is None else checkpoint,

@@ -14,12 +14,14 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Set formulas as MathML, which browsers draw without a script."""
+    """Set formulas as MathML, which browsers draw without a script; keep figures on one line."""
 
     def set_one(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(unescape(match[2]), display=display)
 
+    html = html.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    html = re.sub(r"(\de-)(?=\d+</th>)", "\\1\N{WORD JOINER}", html)
     return _FORMULA.sub(set_one, html)
 
 

@@ -220,7 +220,6 @@ def _target(checkpoint: Path, out: str | Path | None, to: str, int8: bool) -> Pa
         raise UserError(f"{path} must end in {suffix}")
     if path.is_dir():
         raise UserError(f"{path} is a folder: give --out a file")
-    check_folder(path.parent)
     return path
 
 
